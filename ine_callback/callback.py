@@ -1,0 +1,316 @@
+"""The Lightning callback: hooks that drive the recorder. No mathematics here."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from ine_callback.coverage import Uncaptured
+from ine_callback.errors import InfluenceError, QueryError
+from ine_callback.methods import Method
+from ine_callback.queries import Query, parse
+from ine_callback.recorder import OnError, Recorder, checked_methods
+from ine_callback.report import InfluenceReport
+from ine_callback.rows import RowTracker
+from ine_callback.sources import DataSource
+
+
+class InfluenceCallback(Callback):
+    """Records during ``Trainer.fit`` which training rows made the model what it is.
+
+    For every training row and query it accumulates a signed Gaussian influence mu (f-INE, arXiv 2510.10510) from the live
+    forward and backward pass, and at the end of the fit holds and saves an :class:`~ine_callback.InfluenceReport`. A
+    positive score means that training on the row *lowers* the query (helpful). Training itself is bit-identical with and
+    without the callback.
+
+    Args:
+        queries: What to measure rows against: ``"val"`` (mean loss of the trainer's validation loader), ``"self"`` (the
+            row's own loss: finds mislabelled rows), a :class:`~ine_callback.Query`, a callable
+            ``(module, batch) -> scalar``, a list of these, or a mapping of names to these, to DataLoaders, batches or
+            lists of dataset indices.
+        methods: Methods to run; :class:`~ine_callback.FINE` by default.
+        enabled: Switches everything off without removing the callback.
+        refresh_every: Optimizer steps between refreshes of the queries' gradients (docs/methods/fine.md has the
+            measured price of each choice).
+        discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
+            the scores agree with retraining). Off: the paper's first-order signal.
+        max_dim: Sides of a layer larger than this use a diagonal curvature.
+        max_query_rows: Rows taken of a larger query loader, a fixed random sample.
+        row_fn: Maps a batch to the dataset index of each of its rows [b]; needed for iterable datasets only.
+        num_rows: Number of training rows, where the dataset has no length.
+        uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
+            per-row autograd (``"fallback"``, slow: one backward pass a row).
+        dirpath: Folder of the report; by default ``influence`` in the trainer's log folder. ``None`` without a log
+            folder saves nothing.
+        on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
+
+    Attributes:
+        report: The report, after the fit.
+
+    Raises:
+        InfluenceError: For arguments that cannot be right.
+
+    Example:
+        >>> from ine_callback import FINE, InfluenceCallback, Query
+        >>> influence = InfluenceCallback(queries=["val", "self", Query.margin("val")], methods=[FINE(null_draws=8)])
+        >>> influence.enabled
+        True
+    """
+
+    def __init__(
+        self,
+        queries: str | Query | list[str | Query] | dict[str, Any] | Callable[..., Any] = "val",
+        methods: list[Method] | None = None,
+        enabled: bool = True,
+        refresh_every: int = 10,
+        discount: bool = True,
+        max_dim: int = 1024,
+        max_query_rows: int = 2000,
+        row_fn: Callable[[Any], Tensor] | None = None,
+        num_rows: int | None = None,
+        uncaptured: Uncaptured = "warn",
+        dirpath: str | Path | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        owner = type(self).__name__
+        for name, value in (("refresh_every", refresh_every), ("max_dim", max_dim), ("max_query_rows", max_query_rows)):
+            if not isinstance(value, int) or value < 1:
+                raise InfluenceError(f"{owner}: {name}={value!r} must be an integer of at least 1.")
+        if on_error not in ("warn", "raise"):
+            raise InfluenceError(f"{owner}: on_error={on_error!r} is unknown; pass 'warn' or 'raise'.")
+        if uncaptured not in ("warn", "fallback", "raise"):
+            raise InfluenceError(f"{owner}: uncaptured={uncaptured!r} is unknown; pass 'warn', 'fallback' or 'raise'.")
+        parse(queries, owner)
+        checked_methods(methods, owner)
+        self.queries, self.methods, self.enabled = queries, methods, enabled
+        self.refresh_every, self.discount, self.max_dim = refresh_every, discount, max_dim
+        self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
+        self.uncaptured: Uncaptured = uncaptured
+        self.dirpath, self.on_error = dirpath, on_error
+        self.report: InfluenceReport | None = None
+        self._tracker: RowTracker | None = None
+        self._recorder: Recorder | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    # -- setting up -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.enabled or stage != "fit":
+            return
+        owner = type(self).__name__
+        if trainer.world_size > 1:
+            raise InfluenceError(
+                f"{owner}: {trainer.world_size} processes ({type(trainer.strategy).__name__}) are not supported yet; "
+                "train with devices=1, or pass enabled=False."
+            )
+        self.report = None
+        self._tracker = RowTracker(owner)
+        if self.row_fn is None:
+            self._track_rows(trainer, self._tracker)
+
+    def _track_rows(self, trainer: Trainer, tracker: RowTracker) -> None:
+        """Makes training batches carry their rows, and takes them off before anybody else sees the batch."""
+        process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
+
+        def process_dataloader(loader: object) -> object:
+            loader = process(loader)
+            if trainer.training:
+                tracker.track(loader)
+            return loader
+
+        self._patch(trainer.strategy, "process_dataloader", process_dataloader)
+        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(tracker.strip(batch)))
+
+    def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
+        target.__dict__[name] = function
+        self._undo.append(lambda: target.__dict__.pop(name, None))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._tracker is None:
+            return
+        owner = type(self).__name__
+        if len(trainer.optimizers) != 1:
+            raise InfluenceError(
+                f"{owner}: {len(trainer.optimizers)} optimizers are not supported; train with one, or pass enabled=False."
+            )
+        loaders = tree_leaves(trainer.train_dataloader)
+        if self.row_fn is None and len(loaders) != 1:
+            raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
+        loss = _ModuleLoss(pl_module)
+        val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
+        self._recorder = Recorder(
+            pl_module,
+            trainer.optimizers[0],
+            rows=self.num_rows or self._tracker.size,
+            queries=self.queries,
+            loss=loss.training,
+            methods=self.methods,
+            total_steps=_total_steps(trainer),
+            schedulers=_schedulers(trainer),
+            refresh_every=self.refresh_every,
+            discount=self.discount,
+            max_dim=self.max_dim,
+            uncaptured=self.uncaptured,
+            accumulate=trainer.accumulate_grad_batches,
+            on_error=self.on_error,
+            source=DataSource(owner, loss, loaders[0], val, self.max_query_rows),
+            to_device=lambda batch: trainer.strategy.batch_to_device(batch, dataloader_idx=0),
+            context=lambda: _forward_context(trainer),
+            owner=owner,
+        )
+        self._recorder.start()
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recorder is not None:
+            assert self._tracker is not None
+            rows = self._tracker.rows if self.row_fn is None else self.row_fn(batch)
+            self._recorder.capture.unscale = _unscale(trainer)
+            self._recorder.start_batch(rows, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._recorder is not None:
+            self._recorder.see(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is not None:
+            self._recorder.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._recorder is not None and trainer.gradient_clip_val:
+            self._recorder.measure_clipping()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.end_batch()
+            if not trainer.fit_loop._should_accumulate():
+                self._recorder.discard()
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is None:
+            return
+        self._recorder.stop()
+        try:
+            self.report = self._recorder.report()
+            folder = self._folder(trainer)
+            if folder is not None and trainer.is_global_zero:
+                self.report.save(folder)
+        except Exception as error:  # a trained model must never be lost to its report
+            if self.on_error == "raise":
+                raise
+            warnings.warn(f"{type(self).__name__}: the report was lost: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        return None if trainer.log_dir is None or not trainer.loggers else Path(trainer.log_dir) / "influence"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._recorder is not None and self._recorder.running:
+            self.on_train_end(trainer, pl_module)
+        self._release()
+
+    def _release(self) -> None:
+        """Leaves trainer, loaders and module as they were found."""
+        if self._recorder is not None:
+            self._recorder.stop()
+        if self._tracker is not None:
+            self._tracker.release()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self._recorder = self._tracker = None
+
+
+class _ModuleLoss:
+    """The module's own loss of a batch: ``validation_step`` where it returns one, else ``training_step``."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._step: Literal["validation_step", "training_step"] | None = None
+        self._automatic = module.automatic_optimization
+
+    def __call__(self, module: Any, batch: Any) -> Tensor:
+        if self._step is None:
+            self._step = "training_step"
+            found = _loss_of(self._call(module, "validation_step", batch))
+            if found is not None and found.requires_grad:
+                self._step = "validation_step"
+                return found
+        found = _loss_of(self._call(module, self._step, batch))
+        if found is None:
+            raise QueryError(
+                f"InfluenceCallback: neither validation_step nor training_step of {type(module).__name__} returns a loss; "
+                "return it, or pass a callable query (module, batch) -> scalar."
+            )
+        return found
+
+    def training(self, module: Any, batch: Any) -> Tensor:
+        """The training loss of a batch."""
+        found = _loss_of(self._call(module, "training_step", batch))
+        if found is None:
+            raise QueryError(f"InfluenceCallback: training_step of {type(module).__name__} returned no loss.")
+        return found
+
+    def _call(self, module: Any, name: str, batch: Any) -> Any:
+        if name == "training_step" and not self._automatic:
+            raise QueryError(
+                f"InfluenceCallback: {type(module).__name__} optimizes by hand, so its training_step cannot be asked for a "
+                "loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
+            )
+        step = getattr(module, name)
+        parameters = list(inspect.signature(step).parameters.values())[1:]
+        # batch_idx and dataloader_idx, whatever the user calls them
+        indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        return step(batch, *indices)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    value = output.get("loss") if isinstance(output, Mapping) else output
+    return value if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def _forward_context(trainer: Trainer) -> AbstractContextManager[Any]:
+    return trainer.precision_plugin.forward_context()
+
+
+def _unscale(trainer: Trainer) -> Tensor | None:
+    """The inverse loss scale under float16, on the device."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale = scaler._scale if scaler._scale is not None else torch.tensor(scaler._init_scale)
+    return 1.0 / scale
+
+
+def _total_steps(trainer: Trainer) -> int:
+    """Optimizer steps planned; 0 where nobody knows."""
+    steps = trainer.estimated_stepping_batches
+    return 0 if steps == float("inf") or steps < 0 else int(steps)
+
+
+def _schedulers(trainer: Trainer) -> Sequence[tuple[Any, int]]:
+    """Each scheduler with the number of optimizer steps between its own steps."""
+    batches = trainer.num_training_batches
+    per_epoch = 1 if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
+    return [
+        (config.scheduler, config.frequency * (per_epoch if config.interval == "epoch" else 1))
+        for config in trainer.lr_scheduler_configs
+    ]

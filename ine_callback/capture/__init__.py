@@ -1,0 +1,8 @@
+"""Capture of every row's gradient statistics from the live forward and backward pass."""
+
+from ine_callback.capture.blocks import Block, BlockTable
+from ine_callback.capture.hooks import Capture
+from ine_callback.capture.layers import register_layer
+from ine_callback.capture.records import Lookup, Outer, Record, Vector
+
+__all__ = ["Block", "BlockTable", "Capture", "Lookup", "Outer", "Record", "Vector", "register_layer"]

@@ -1,0 +1,99 @@
+"""Blocks: the parameters that share one layout, one direction and one curvature; usually a layer's weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture.records import Outer, Record, Vector
+
+
+@dataclass(eq=False)
+class Block:
+    """One or two parameters whose per-row gradients come as one record.
+
+    Attributes:
+        name: Dotted name of the first parameter.
+        parameters: A single parameter, or weight and bias joined as a matrix with the bias as last column.
+        layout: Shape of one row's gradient, see :mod:`ine_callback.capture.records`.
+        shared: Whether several modules use the parameter (tied weights).
+        reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
+        waiting: Records of the current batch that wait for the sum.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    layout: tuple[int, ...]
+    shared: bool = False
+    reused: bool = False
+    waiting: list[Record] = field(default_factory=list)
+
+    def to_layout(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients of the parameters, each [Q, *shape], as one [Q, *layout]."""
+        queries = gradients[0].shape[0]
+        if len(self.parameters) == 1:
+            return gradients[0].reshape(queries, *self.layout)
+        groups, out, inputs = self.layout
+        weight = gradients[0].reshape(queries, groups, out, inputs - 1)
+        return torch.cat([weight, gradients[1].reshape(queries, groups, out, 1)], -1)
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+
+class BlockTable:
+    """Finds (or makes) the block of each record; knows which parameters are shared between modules.
+
+    Args:
+        module: The model; only parameters that require a gradient count.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = {p: n for n, p in module.named_parameters()}
+        owners: dict[nn.Parameter, int] = {}
+        for child in module.modules():
+            for parameter in child.parameters(recurse=False):
+                owners[parameter] = owners.get(parameter, 0) + 1
+        self._shared = {p for p, count in owners.items() if count > 1}
+        self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
+        self._refused: set[nn.Parameter] = set()
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks.values())
+
+    def sort(self, module: nn.Module, records: Mapping[str, Record]) -> list[tuple[Block, Record]]:
+        """Pairs each record of one module call with its block, joining weight and bias where both are matrices."""
+        pairs: list[tuple[Block, Record]] = []
+        records = {k: r for k, r in records.items() if module.get_parameter(k) not in self._refused}
+        weight, bias = records.get("weight"), records.get("bias")
+        if isinstance(weight, Outer) and isinstance(bias, Outer):
+            parameters = (module.get_parameter("weight"), module.get_parameter("bias"))
+            if not self._shared.intersection(parameters):
+                pairs.append((self._block(parameters, weight.join(bias)), weight.join(bias)))
+                del records["weight"], records["bias"]
+        for name, record in records.items():
+            pairs.append((self._block((module.get_parameter(name),), record), record))
+        return pairs
+
+    def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
+        if parameters not in self._blocks:
+            shared = parameters[0] in self._shared
+            self._blocks[parameters] = Block(self.names[parameters[0]], parameters, record.layout, shared)
+        return self._blocks[parameters]
+
+    def vector(self, parameter: nn.Parameter) -> Block:
+        """The block of a parameter whose per-row gradients come from the fallback."""
+        self._refused.discard(parameter)
+        return self._block((parameter,), Vector(parameter.detach().reshape(1, -1)))
+
+    def drop(self, block: Block) -> None:
+        """Refuses a block's parameters from now on."""
+        del self._blocks[block.parameters]
+        self._refused.update(block.parameters)
+
+    def captured(self) -> set[nn.Parameter]:
+        return {p for block in self for p in block.parameters}

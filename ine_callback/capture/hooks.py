@@ -1,0 +1,124 @@
+"""Hooks that read each layer's input and output gradient off the live pass; they change nothing in it.
+
+A forward hook holds the input, a *tensor* hook on the output receives the gradient (a full backward hook would wrap the
+module and break in-place activations). Neither draws random numbers, synchronises or returns anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
+from ine_callback.capture.records import Record
+
+Receiver = Callable[[nn.Module, dict[str, Record]], None]
+
+
+class Capture:
+    """Hooks on every module with a known layer function and trainable parameters of its own.
+
+    Args:
+        module: The model.
+        receive: Called in the backward pass with a module and the records of one of its calls.
+        fail: Called with an exception raised inside a hook, so that the backward pass itself goes on.
+
+    Attributes:
+        active: Hooks do nothing while this is False.
+        rows: Number of rows of the current batch.
+        dropped: Module name -> why its gradients cannot be told apart by rows.
+        approximate: Module name -> why single rows are approximate.
+        unscale: Factor that undoes the scaling of the loss under mixed precision.
+        observe_call: Set by the probe: called with (name, first input) of each hooked module instead of recording.
+    """
+
+    def __init__(self, module: nn.Module, receive: Receiver, fail: Callable[[Exception], None]) -> None:
+        self._receive, self._fail = receive, fail
+        self.active, self.rows = False, 0
+        self.names = {child: name for name, child in module.named_modules() if _capturable(child)}
+        self.dropped: dict[str, str] = {}
+        self.approximate = {
+            name: f"{type(child).__name__} mixes the rows of a batch: shares add up exactly, single rows do not"
+            for child, name in self.names.items()
+            if isinstance(child, ROW_MIXING)
+        }
+        self.calls: dict[nn.Module, int] = {}
+        self.unscale: Tensor | None = None
+        self.observe_call: Callable[[str, Tensor], None] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        for child in self.names:
+            self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
+
+    def detach(self) -> None:
+        self.active = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def start_batch(self, rows: int) -> None:
+        self.rows, self.active = rows, True
+        self.calls.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For passes through the model that are not the training's own."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
+
+    def drop(self, module: nn.Module, reason: str) -> None:
+        self.dropped[self.names.pop(module)] = reason
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module not in self.names:
+            return
+        a = args[0] if args else next(iter(kwargs.values()), None)
+        if self.observe_call is not None:
+            if isinstance(a, Tensor):
+                self.observe_call(self.names[module], a)
+            return
+        if not (self.active and torch.is_grad_enabled()):
+            return
+        if not (isinstance(a, Tensor) and isinstance(output, Tensor)):
+            self.drop(module, "its input or output is not a single tensor")
+            return
+        if not output.requires_grad:
+            return
+        self.calls[module] = self.calls.get(module, 0) + 1
+        held, version = a.detach(), a._version
+        output.register_hook(lambda delta: self._backward(module, held, version, delta))
+
+    def _backward(self, module: nn.Module, a: Tensor, version: int, delta: Tensor) -> None:
+        if not self.active or module not in self.names:
+            return
+        try:
+            if a._version != version:
+                self.drop(module, "its input was changed in place after the layer had read it")
+                return
+            with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
+                a, delta = _one_dtype(a, delta.detach())
+                records = records_of(module, a, delta if self.unscale is None else delta * self.unscale, self.rows)
+                self._receive(module, records)
+        except RowMismatch as error:
+            self.drop(module, str(error))
+        except Exception as error:  # the training run is sacred: report, never raise into its backward pass
+            self._fail(error)
+
+
+def _capturable(module: nn.Module) -> bool:
+    return layer_function(module) is not None and any(p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _one_dtype(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """float32, or float64 where the model is: half precision products would lose the small signals."""
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    return (a.to(dtype) if a.is_floating_point() else a), delta.to(dtype)

@@ -1,0 +1,231 @@
+"""Per-row gradients of one parameter, held as the factors that the forward and backward pass left behind.
+
+A record stands for the ``b`` per-row gradients of one use of a parameter without forming them. Its *layout* is the
+parameter seen as a batch of matrices ``[G, O, I]`` (:class:`Outer`, :class:`Lookup`) or as a vector ``[D]``
+(:class:`Vector`). All records answer the same five questions, so nothing else in the package asks for their kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Largest number of elements formed at once where per-row gradients have to be materialised (64 MB in float32).
+CHUNK_ELEMENTS = 1 << 24
+
+
+def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
+    """Slices that cover ``rows`` rows so that a chunk of materialised gradients stays under ``CHUNK_ELEMENTS``."""
+    size = max(1, CHUNK_ELEMENTS // max(1, elements_per_row))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+class Record(ABC):
+    """The per-row gradients ``g`` of one use of one parameter (or of a weight joined with its bias)."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Number of rows b."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> tuple[int, ...]:
+        """Shape of one row's gradient: ``(G, O, I)`` or ``(D,)``."""
+
+    @abstractmethod
+    def signals(self, direction: Tensor) -> Tensor:
+        """Inner products <U_q, g_i> [b, Q] with directions U [Q, *layout]."""
+
+    @abstractmethod
+    def gradient(self, rows: slice) -> Tensor:
+        """The materialised gradients of a slice of rows [len, *layout]."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """The sum of all rows' gradients [*layout]: what autograd adds to the parameter's ``grad``."""
+
+    @abstractmethod
+    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        """Second moments whose Kronecker product approximates ``sum_i g_i g_i^T``, see :mod:`ine_callback.curvature`.
+
+        Args:
+            full: Whether the left (output) and the right (input) moment is a matrix or only its diagonal.
+
+        Returns:
+            left ``[G, O, O]`` or ``[G, O]``, summed over rows and positions, and right ``[G, I, I]`` or ``[G, I]``,
+            averaged over them. For a vector: left ``[D]`` (summed squares) and right the scalar 1.
+        """
+
+    @abstractmethod
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> Record:
+        """The same gradients in the bases whose columns are ``left`` [G, O, O] and ``right`` [G, I, I] (None: as is)."""
+
+    @abstractmethod
+    def norms(self, weight: Tensor | None) -> Tensor:
+        """``sum weight * g_i^2`` [b] with an elementwise weight [*layout] (None: the squared norm)."""
+
+
+@dataclass(frozen=True)
+class Outer(Record):
+    """``g_i = sum_p delta_ip a_ip^T`` within each of G groups: linear layers, convolutions, everything like them.
+
+    Attributes:
+        a: Inputs [b, G, P, I], P positions (1 without a sequence or space).
+        delta: Output gradients [b, G, P, O].
+    """
+
+    a: Tensor
+    delta: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        return (self.a.shape[1], self.delta.shape[3], self.a.shape[3])
+
+    def signals(self, direction: Tensor) -> Tensor:
+        queries, positions = direction.shape[0], self.a.shape[2]
+        if positions == 1:
+            # never forms a gradient: contract the inputs first, then the output gradients
+            inner = torch.einsum("bgi,qgoi->bqgo", self.a[:, :, 0], direction)
+            return torch.einsum("bqgo,bgo->bq", inner, self.delta[:, :, 0])
+        if queries == 1:
+            inner = self.a @ direction[0].transpose(-1, -2)
+            return (inner * self.delta).sum((1, 2, 3))[:, None]
+        flat = direction.flatten(1).T
+        parts = [self.gradient(s).flatten(1) @ flat for s in row_chunks(self.rows, flat.shape[0])]
+        return torch.cat(parts)
+
+    def gradient(self, rows: slice) -> Tensor:
+        return self.delta[rows].transpose(-1, -2) @ self.a[rows]
+
+    def total(self) -> Tensor:
+        return torch.einsum("bgpo,bgpi->goi", self.delta, self.a)
+
+    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        return _moment(self.delta, full[0]), _moment(self.a, full[1]) / (self.a.shape[0] * self.a.shape[2])
+
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> Outer:
+        return Outer(self.a if right is None else self.a @ right, self.delta if left is None else self.delta @ left)
+
+    def norms(self, weight: Tensor | None) -> Tensor:
+        if self.a.shape[2] == 1:
+            a, delta = self.a[:, :, 0].square(), self.delta[:, :, 0].square()
+            if weight is None:
+                return (a.sum(-1) * delta.sum(-1)).sum(-1)
+            return (torch.einsum("bgo,goi->bgi", delta, weight) * a).sum((1, 2))
+        per_row = self.layout[0] * self.layout[1] * self.layout[2]
+        parts = []
+        for s in row_chunks(self.rows, per_row):
+            squared = self.gradient(s).square_()
+            parts.append((squared if weight is None else squared.mul_(weight)).sum((1, 2, 3)))
+        return torch.cat(parts)
+
+    def join(self, bias: Outer) -> Outer:
+        """Weight and bias as one matrix whose last column is the bias (the homogeneous coordinate of K-FAC)."""
+        return Outer(torch.cat([self.a, bias.a], -1), self.delta)
+
+
+@dataclass(frozen=True)
+class Lookup(Record):
+    """``g_i = sum_p e(id_ip) delta_ip^T``: an embedding table [V, E], layout ``(1, V, E)``.
+
+    Attributes:
+        ids: Looked-up entries [b, P].
+        delta: Output gradients [b, P, E].
+        entries: V.
+    """
+
+    ids: Tensor
+    delta: Tensor
+    entries: int
+
+    @property
+    def rows(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        return (1, self.entries, self.delta.shape[-1])
+
+    def signals(self, direction: Tensor) -> Tensor:
+        return torch.stack([(u[0][self.ids] * self.delta).sum((1, 2)) for u in direction], 1)
+
+    def gradient(self, rows: slice) -> Tensor:
+        ids, delta = self.ids[rows], self.delta[rows]
+        out = delta.new_zeros(ids.shape[0], self.entries, delta.shape[-1])
+        out.scatter_add_(1, ids[..., None].expand_as(delta), delta)
+        return out[:, None]
+
+    def total(self) -> Tensor:
+        out = self.delta.new_zeros(self.entries, self.delta.shape[-1])
+        return out.index_add_(0, self.ids.flatten(), self.delta.flatten(0, 1))[None]
+
+    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        # one-hot inputs: their second moment is exactly diagonal, the frequency of each entry
+        counts = self.delta.new_zeros(self.entries).index_add_(
+            0, self.ids.flatten(), self.delta.new_ones(self.ids.numel())
+        )
+        frequency = counts / self.ids.numel()
+        return frequency[None], _moment(self.delta[:, None], full[1])
+
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> Lookup:
+        if left is not None:
+            raise ValueError("Lookup.rotated: the left basis of an embedding is the identity; pass left=None.")
+        return self if right is None else Lookup(self.ids, self.delta @ right, self.entries)
+
+    def norms(self, weight: Tensor | None) -> Tensor:
+        # equal ids add up before squaring: sum over pairs of positions that looked up the same entry
+        scaled = self.delta if weight is None else self.delta * weight[0].sqrt()[self.ids]
+        same = (self.ids[:, :, None] == self.ids[:, None, :]).to(scaled.dtype)
+        return ((scaled @ scaled.transpose(1, 2)) * same).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Vector(Record):
+    """Materialised per-row gradients ``g`` [b, D]: norm weights, biases on their own, fallback layers."""
+
+    g: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.g.shape[0]
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        return (self.g.shape[1],)
+
+    def signals(self, direction: Tensor) -> Tensor:
+        return self.g @ direction.T
+
+    def gradient(self, rows: slice) -> Tensor:
+        return self.g[rows]
+
+    def total(self) -> Tensor:
+        return self.g.sum(0)
+
+    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        return self.g.square().sum(0), self.g.new_ones(())
+
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> Vector:
+        return self
+
+    def norms(self, weight: Tensor | None) -> Tensor:
+        squared = self.g.square()
+        return (squared if weight is None else squared * weight).sum(1)
+
+
+def _moment(x: Tensor, full: bool) -> Tensor:
+    """Second moment over rows and positions of x [b, G, P, K], as [G, K, K] or its diagonal [G, K]."""
+    if full:
+        flat = x.transpose(0, 1).flatten(1, 2)
+        return flat.transpose(-1, -2) @ flat
+    return x.square().sum((0, 2))

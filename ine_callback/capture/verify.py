@@ -1,0 +1,75 @@
+"""The first step's proof: do the captured per-row gradients add up to what autograd put into each parameter?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture.blocks import Block
+from ine_callback.capture.records import Record
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+
+
+def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool) -> dict[Block, str]:
+    """Blocks whose rows' gradients do not add up to the parameters' ``grad``, with the reason.
+
+    A weight used outside its own module's call, a call that no hook saw, or a layer function with a mistake shows here.
+    One scale common to all blocks is allowed (clipping, loss scaling).
+
+    Args:
+        held: The records of one backward pass into zeroed gradients, each with its block.
+        half: Whether the pass ran in half precision somewhere, which widens the tolerance.
+    """
+    totals: dict[Block, Tensor] = {}
+    for block, record in held:
+        totals[block] = totals[block] + record.total() if block in totals else record.total()
+    pairs = {}
+    for block, total in totals.items():
+        grads = [p.grad for p in block.parameters]
+        if all(grad is not None for grad in grads):
+            dense = [g.to_dense() if g.is_sparse else g for g in grads if g is not None]
+            pairs[block] = (block.to_layout([g[None].to(total.dtype) for g in dense])[0], total)
+    if not pairs:
+        return {}
+    ratios = torch.stack([(t * g).sum() / (t * t).sum().clamp_min(1e-30) for g, t in pairs.values()])
+    scale = ratios[ratios != 0].median() if bool((ratios != 0).any()) else ratios.new_ones(())
+    wrong = {}
+    for block, (grad, total) in pairs.items():
+        norm = float(grad.norm())
+        error = float((grad - scale * total).norm()) / norm if norm else float((scale * total).norm() > 0)
+        tolerance = _TOLERANCE[torch.bfloat16] if half else _TOLERANCE.get(block.parameters[0].dtype, 1e-1)
+        if not error <= tolerance:
+            wrong[block] = (
+                f"its per-row gradients add up to something else (relative error {error:.1g}): the weight is also used "
+                "outside of its module's own call, or its layer function is wrong"
+            )
+    return wrong
+
+
+def uncaptured(module: nn.Module, captured: set[nn.Parameter], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Trainable parameters with a gradient but without records -> why.
+
+    Args:
+        module: The model after its first backward pass.
+        captured: Parameters of the blocks that passed.
+        reasons: Module name -> why it was dropped.
+    """
+    owners = {id(p): (name, child) for name, child in module.named_modules() for p in child.parameters(recurse=False)}
+    out = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad or parameter in captured or parameter.grad is None:
+            continue
+        owner, child = owners[id(parameter)]
+        kind = type(child).__name__
+        default = f"no capture for {kind} (register one with @register_layer, or its forward is never called)"
+        out[name] = reasons.get(owner, default)
+    return out
+
+
+def share_of(module: nn.Module, names: Iterable[str]) -> float:
+    """The share of the trainable parameters that the named ones hold."""
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+    return sum(sizes[name] for name in names if name in sizes) / max(1, sum(sizes.values()))

@@ -1,0 +1,116 @@
+"""Coverage: which parameters the signals speak for. Settled in the first step, told in the report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture import Block, BlockTable, Capture, Record, Vector
+from ine_callback.capture.fallback import row_gradients
+from ine_callback.capture.probe import row_order_faults
+from ine_callback.capture.verify import share_of, uncaptured, wrong_blocks
+from ine_callback.errors import CaptureError
+from ine_callback.losses import Scale
+
+Uncaptured = Literal["warn", "fallback", "raise"]
+
+
+class Coverage:
+    """Proves the capture in the first step and names what it misses.
+
+    Args:
+        module: The model.
+        capture: Its hooks.
+        policy: What to do about uncaptured parameters.
+        owner: Class named in messages.
+
+    Attributes:
+        share: Share of the trainable parameters whose rows' gradients are recorded.
+        uncaptured: Parameter name -> why it is left out.
+        approximate: Module name -> why its single rows are approximate.
+    """
+
+    def __init__(self, module: nn.Module, capture: Capture, policy: Uncaptured, owner: str) -> None:
+        if policy not in ("warn", "fallback", "raise"):
+            raise CaptureError(f"{owner}: uncaptured={policy!r} is unknown; pass 'warn', 'fallback' or 'raise'.")
+        self._module, self._capture, self._policy, self._owner = module, capture, policy, owner
+        self.share = 0.0
+        self.uncaptured: dict[str, str] = {}
+        self.approximate = dict(capture.approximate)
+        self.notes: list[str] = []
+        self._slow: dict[str, nn.Parameter] = {}
+
+    def probe(self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int) -> None:
+        """Drops the layers whose inputs are not led by the batch's rows."""
+        if loss is None or batch is None or rows < 2:
+            self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
+            return
+        try:
+            faults = row_order_faults(self._module, self._capture, loss, batch, rows)
+        except Exception as error:
+            self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
+            return
+        for module, reason in faults.items():
+            self._capture.drop(module, reason)
+
+    def prove(self, held: list[Any], table: BlockTable) -> list[Any]:
+        """Compares the first backward pass's records with ``grad``; returns those that stay.
+
+        Raises:
+            CaptureError: If parameters are uncaptured under the policy ``"raise"``.
+        """
+        half = torch.is_autocast_enabled() or any(p.dtype in (torch.bfloat16, torch.float16) for p in self._module.parameters())
+        wrong = wrong_blocks([(block, record) for block, record, _ in held], half)
+        for block in wrong:
+            table.drop(block)
+        missing = uncaptured(self._module, table.captured(), self._capture.dropped)
+        names = {p: n for n, p in self._module.named_parameters()}
+        for block, reason in wrong.items():
+            missing.update({names[p]: reason for p in block.parameters})
+        self._settle(missing)
+        return [item for item in held if item[0] not in wrong]
+
+    def _settle(self, missing: dict[str, str]) -> None:
+        share = share_of(self._module, missing)
+        self.share = 1.0 - share
+        if not missing:
+            return
+        listing = "; ".join(f"{name} ({share_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8])
+        message = f"{self._owner}: {share:.1%} of the trainable parameters are not captured: {listing}."
+        if self._policy == "raise":
+            raise CaptureError(f"{message} Register a layer function, or pass uncaptured='warn' or 'fallback'.")
+        parameters = dict(self._module.named_parameters())
+        if self._policy == "fallback":
+            self._slow = {name: parameters[name] for name in missing}
+            self.share = 1.0
+            self.notes.append(f"per-row autograd (one backward pass a row) for: {', '.join(missing)}")
+            return
+        self.uncaptured = {n: f"{why} ({share_of(self._module, [n]):.1%} of the parameters)" for n, why in missing.items()}
+        warnings.warn(f"{message} Signals leave them out; uncaptured='fallback' records them slowly.", stacklevel=2)
+
+    def fallback(
+        self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, scale: Scale, table: BlockTable
+    ) -> list[tuple[Block, Record]]:
+        """Records of the uncaptured parameters by one backward pass a row.
+
+        Raises:
+            CaptureError: If there is no loss or batch to differentiate again.
+        """
+        if not self._slow:
+            return []
+        if loss is None or batch is None:
+            raise CaptureError(f"{self._owner}: uncaptured='fallback' needs loss= and the batch of every step.")
+        parameters = list(self._slow.values())
+        gradients = row_gradients(self._module, loss, batch, rows, parameters)
+        out: list[tuple[Block, Record]] = []
+        for parameter, g in zip(parameters, gradients, strict=True):
+            out.append((table.vector(parameter), Vector(g.flatten(1) / scale.rows)))
+        return out
+
+    def first_reason(self) -> str:
+        """One reason, for the message when nothing is left."""
+        return next(iter(self._capture.dropped.values()), "no layer with a known type was called")

@@ -1,0 +1,178 @@
+r"""What the rest of training leaves of a perturbation made now: the curvature discount.
+
+A change of the weights at step t decays under the later steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed learning
+rate that remains (times the optimizer's own rate) and ``H`` the Hessian, here a block-diagonal Fisher with Kronecker
+factors built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671), averaged over the
+whole run so far. In the factors' eigenbasis the exponential is elementwise:
+
+    D v = Q_L [exp(-R (l_L l_R^T + decay)) * (Q_L^T v Q_R)] Q_R^T.
+
+Factors use the true labels (empirical Fisher). Where a parameter is tied between modules of different kinds, the factors
+fall back to the diagonal of their sum. A dimension over ``max_dim`` falls back to its diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ine_callback.capture.records import Lookup, Record, Vector, row_chunks
+
+if TYPE_CHECKING:
+    from ine_callback.capture.blocks import Block
+
+
+@dataclass(frozen=True)
+class Discount:
+    """The linear map D of one block: rotate, weight, rotate back (``None``: the identity).
+
+    Attributes:
+        left: Eigenvectors of the output side [G, O, O], or None where it is diagonal.
+        right: Eigenvectors of the input side [G, I, I], or None where it is diagonal.
+        weight: ``exp(-exponent)`` in the eigenbasis [*layout], within (0, 1]; None for D = I.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    weight: Tensor | None = None
+
+    def apply(self, v: Tensor) -> Tensor:
+        """D v for v [Q, *layout]."""
+        if self.weight is None:
+            return v
+        if self.left is not None:
+            v = self.left.transpose(-1, -2) @ v
+        if self.right is not None:
+            v = v @ self.right
+        v = v * self.weight
+        if self.right is not None:
+            v = v @ self.right.transpose(-1, -2)
+        return v if self.left is None else self.left @ v
+
+    def norms(self, record: Record) -> Tensor:
+        """<D g_i, g_i> [b] for every row of a record."""
+        return record.rotated(self.left, self.right).norms(self.weight)
+
+    def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
+        """<D g_i, g_i> [b] where g_i is the sum over several uses of the same parameters."""
+        out = []
+        elements = int(torch.Size(records[0].layout).numel())
+        for rows in row_chunks(records[0].rows, elements):
+            g = records[0].gradient(rows)
+            for record in records[1:]:
+                g = g + record.gradient(rows)
+            out.append((self.apply(g) * g).flatten(1).sum(1))
+        return torch.cat(out)
+
+
+@dataclass
+class _Factors:
+    """Running sums of a block's second moments; their Kronecker product divided by ``steps`` is the Fisher."""
+
+    full: tuple[bool, bool]
+    left: Tensor | None = None
+    right: Tensor | None = None
+    diagonal: Tensor | None = None
+    uses: Tensor | float = field(default=0.0)
+    steps: int = 0
+
+
+class KFAC:
+    """Kronecker factors of every block, averaged over the run so far.
+
+    Args:
+        max_dim: Sides larger than this keep only their diagonal.
+
+    Example:
+        >>> import torch
+        >>> from ine_callback.capture import Block, Outer
+        >>> weight = torch.nn.Parameter(torch.zeros(1, 1))
+        >>> block, kfac = Block("w", (weight,), (1, 1, 1)), KFAC()
+        >>> record = Outer(torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.5))  # shares of a mean over 4 rows
+        >>> kfac.observe(block, record, terms=4.0)
+        >>> kfac.end_step()
+        >>> kfac.discount(block, exponent=2.0).weight  # exp(-2 * 4 * sum of .5^2)
+        tensor([[[0.0003]]])
+    """
+
+    def __init__(self, max_dim: int = 1024) -> None:
+        self.max_dim = max_dim
+        self._factors: dict[str, _Factors] = {}
+        self._seen: set[str] = set()
+
+    def observe(self, block: Block, record: Record, terms: Tensor | float) -> None:
+        """Adds one use of a block.
+
+        Args:
+            block: The block.
+            record: Its shares: gradients of the loss as it was differentiated.
+            terms: Number of likelihood terms in the mean that the loss is (rows, or tokens): the inverse of the
+                coefficient with which each term enters the loss, so that ``H = terms * sum of share share^T``.
+        """
+        factors = self._factors.get(block.name)
+        if factors is None:
+            factors = self._factors[block.name] = _Factors(self._sides(record))
+        left, right = record.moments(factors.full)
+        left = left * terms
+        if block.shared and not isinstance(record, Vector):
+            outer = _diagonal(left, block.layout[1])[..., :, None] * _diagonal(right, block.layout[2])[..., None, :]
+            factors.diagonal = outer if factors.diagonal is None else factors.diagonal.add_(outer)
+        elif factors.left is None:
+            factors.left, factors.right = left, right.clone()
+        else:
+            assert factors.right is not None
+            factors.left.add_(left)
+            factors.right.add_(right)
+        factors.uses += 1.0
+        self._seen.add(block.name)
+
+    def end_step(self) -> None:
+        """Closes an optimizer step: the blocks seen since the last one have one more observation."""
+        for name in self._seen:
+            self._factors[name].steps += 1
+        self._seen.clear()
+
+    def discount(self, block: Block, exponent: Tensor | float, decay: Tensor | float = 0.0) -> Discount:
+        """The map ``exp(-(exponent * F + decay))`` of a block.
+
+        Args:
+            block: The block.
+            exponent: Remaining learning rate times the optimizer's rate R.
+            decay: Weight decay's own exponent (the same in all directions).
+        """
+        factors = self._factors.get(block.name)
+        if factors is None:
+            return Discount()
+        steps = max(factors.steps, 1)
+        if factors.diagonal is not None:
+            return Discount(weight=torch.exp(-(exponent * factors.diagonal / steps + decay)))
+        assert factors.left is not None and factors.right is not None
+        left_values, left = _eigen(factors.left / steps, factors.full[0])
+        right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
+        if factors.left.dim() == 1:  # a vector block has one side
+            values = left_values
+        else:
+            values = left_values[..., :, None] * right_values[..., None, :]
+        return Discount(left, right, torch.exp(-(exponent * values + decay)))
+
+    def _sides(self, record: Record) -> tuple[bool, bool]:
+        if isinstance(record, Vector):
+            return False, False
+        _, out, inputs = record.layout
+        return out <= self.max_dim and not isinstance(record, Lookup), inputs <= self.max_dim
+
+
+def _diagonal(moment: Tensor, size: int) -> Tensor:
+    """The diagonal [G, K] of a moment that is [G, K, K] or already [G, K]."""
+    return moment.diagonal(dim1=-2, dim2=-1) if moment.dim() == 3 else moment.expand(-1, size)
+
+
+def _eigen(moment: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
+    if not full:
+        return moment.clamp_min(0), None
+    values, vectors = torch.linalg.eigh(moment)
+    return values.clamp_min(0), vectors

@@ -1,0 +1,135 @@
+"""Each row's loss, read off the autograd graph of the loss that the model returned: nothing is computed twice or patched.
+
+PyTorch's standard losses leave their input and target on the graph. From them follow every row's own loss (the free
+baseline beside every influence score) and how many terms the loss is a mean of (the scale of the curvature).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NONE, _MEAN, _SUM = 0, 1, 2
+_SEARCH_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class LossReading:
+    """What the graph tells.
+
+    Attributes:
+        rows: Loss of every row [b], the mean over the row's terms.
+        terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar tensor.
+        scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
+    """
+
+    rows: Tensor
+    terms: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the batch's loss was scaled; set before its backward pass.
+
+    Attributes:
+        terms: Likelihood terms that the loss is a mean of (see :class:`LossReading`).
+        rows: Inverse of the coefficient of one row's loss: the row's own gradient is ``rows * share``.
+    """
+
+    terms: Tensor | float
+    rows: Tensor | float
+
+
+def read_loss(loss: Tensor, rows: int) -> LossReading | None:
+    """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants.
+
+    Args:
+        loss: The scalar that is about to be differentiated.
+        rows: Number of rows b of the batch.
+
+    Returns:
+        The reading, or None where the loss is of another form (a sum of several, label smoothing, a custom one).
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(4, 2, requires_grad=True)
+        >>> loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1, 0])) / 2
+        >>> reading = read_loss(loss, rows=4)
+        >>> reading.rows, reading.scale
+        (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
+    """
+    node: Any = loss.grad_fn
+    coefficient: Tensor = torch.ones((), device=loss.device)
+    for _ in range(_SEARCH_DEPTH):
+        if node is None:
+            return None
+        name = node.name()
+        if name in _LOSSES:
+            return _finish(_LOSSES[name](node), node._saved_reduction, coefficient, rows)
+        if name == "DivBackward0" and node._saved_self is None and node._saved_other.dim() == 0:
+            coefficient = coefficient / node._saved_other
+        elif name == "MulBackward0" and node._saved_self is None and node._saved_other.dim() == 0:
+            coefficient = coefficient * node._saved_other
+        elif name == "MeanBackward0":
+            coefficient = coefficient / node._saved_self_sym_numel
+        elif name not in ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0"):
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
+def _finish(terms: tuple[Tensor, Tensor], reduction: int, coefficient: Tensor, rows: int) -> LossReading | None:
+    """Terms and their weights, both [n] with the row as leading part, to row means and the term coefficient."""
+    losses, weights = terms
+    if losses.numel() % rows:
+        return None
+    losses, weights = losses.reshape(rows, -1), weights.reshape(rows, -1)
+    if reduction == _MEAN:
+        coefficient = coefficient / weights.sum()
+    row_losses = (losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)
+    return LossReading(row_losses, 1 / coefficient, rows / (coefficient * weights.sum()))
+
+
+def _nll(node: Any) -> tuple[Tensor, Tensor]:
+    target = node._saved_target.detach()
+    log_p = node._saved_self.detach()
+    ignored = target == _signed(node._saved_ignore_index)
+    safe = target.masked_fill(ignored, 0)
+    losses = -log_p.float().gather(1, safe.unsqueeze(1)).squeeze(1)
+    weights = torch.ones_like(losses) if node._saved_weight is None else node._saved_weight[safe].to(losses.dtype)
+    return losses, weights.masked_fill(ignored, 0.0)
+
+
+def _signed(index: int) -> int:
+    """The graph reports the ignored index as an unsigned 64-bit integer."""
+    return index - (1 << 64) if index >= (1 << 63) else index
+
+
+def _mse(node: Any) -> tuple[Tensor, Tensor]:
+    losses = (node._saved_self.detach().float() - node._saved_target.detach().float()).square()
+    return losses, torch.ones_like(losses)
+
+
+def _bce(node: Any) -> tuple[Tensor, Tensor]:
+    losses = F.binary_cross_entropy_with_logits(
+        node._saved_self.detach().float(),
+        node._saved_target.detach().float(),
+        pos_weight=node._saved_pos_weight,
+        reduction="none",
+    )
+    weight = node._saved_weight
+    # the reduction divides by the number of elements whatever the weights are
+    return losses if weight is None else losses * weight, torch.ones_like(losses)
+
+
+_LOSSES = {
+    "NllLossBackward0": _nll,
+    "NllLoss2DBackward0": _nll,
+    "MseLossBackward0": _mse,
+    "BinaryCrossEntropyWithLogitsBackward0": _bce,
+}

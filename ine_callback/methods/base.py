@@ -1,0 +1,50 @@
+"""The protocol of a method: fold each step's signals into per-row state, turn the state into scores at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, device
+
+from ine_callback.scores import QueryInfo, Scores
+
+
+class Method(ABC):
+    """A way to turn signals into scores. Life: ``start`` once, ``fold`` every optimizer step, ``finish`` once.
+
+    Implementations keep tensors on the run's device, accumulate in float32 or better and never synchronise with the
+    host in ``fold``.
+    """
+
+    @abstractmethod
+    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: device) -> None:
+        """Allocates the state for ``rows`` rows (dataset indices 0 .. rows - 1) and ``Q = len(queries)`` queries."""
+
+    @abstractmethod
+    def fold(self, rows: Tensor, signals: Tensor, rate: float) -> None:
+        """Takes one optimizer step.
+
+        Args:
+            rows: Dataset index of every row of the step [b], int64, on the run's device; duplicates allowed.
+            signals: Inner product of the direction with each row's share of the step's gradient [b, Q]. Shares sum
+                to the applied gradient, so for a mean loss a share is the row's gradient divided by b. Non-finite
+                signals are left out.
+            rate: Effective learning rate of the step: lr / (1 - momentum) for SGD, lr for Adam.
+        """
+
+    @abstractmethod
+    def finish(self) -> Scores:
+        """Returns the scores; the state stays valid, so training may go on and ``finish`` be called again."""
+
+    @abstractmethod
+    def grow(self, rows: int) -> None:
+        """Enlarges the state to ``rows`` rows (unsized datasets)."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only (loads under ``weights_only=True``)."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, after :meth:`start`."""

@@ -1,0 +1,439 @@
+"""The recorder: the flow of one training step as a plain state machine, without Lightning.
+
+batch → rows → capture → signals → optimizer step → methods; at the end a report. The callback drives it from Lightning's
+hooks, a bare PyTorch loop drives it with ``with recorder.batch(rows):``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ine_callback._version import __version__
+from ine_callback.capture import Capture, Record
+from ine_callback.coverage import Coverage, Uncaptured
+from ine_callback.curvature import KFAC
+from ine_callback.errors import InfluenceError, RowsError
+from ine_callback.losses import Scale, read_loss
+from ine_callback.methods import FINE, Method
+from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
+from ine_callback.rates import Schedule, known, plan, rate_of
+from ine_callback.report import InfluenceReport, RunInfo
+from ine_callback.signals import Signals
+from ine_callback.sources import DataSource
+
+OnError = Literal["warn", "raise"]
+
+
+class Recorder:
+    """Records every row's signals while a model trains and turns them into a report.
+
+    Args:
+        module: The model.
+        optimizer: Its optimizer; a hook on its ``step`` tells which gradients were really applied.
+        rows: Number of training rows (dataset indices 0 .. rows - 1), or None to grow with the rows seen.
+        queries: See :class:`~ine_callback.InfluenceCallback`; data is given explicitly, e.g. ``{"val": (x, y)}``.
+        loss: Mean loss of a batch, ``(module, batch) -> scalar``; needed by queries on data, the row check and the fallback.
+        methods: Methods to run; f-INE by default.
+        total_steps: Optimizer steps planned (0: unknown), for the discount.
+        schedulers: Pairs (scheduler, optimizer steps between its steps), for the discount.
+        refresh_every: Optimizer steps between refreshes of the directions.
+        discount: Whether to apply the curvature discount.
+        max_dim: Sides of a layer larger than this use a diagonal curvature.
+        uncaptured: What to do about parameters without a capture: name them, raise, or use per-row autograd (slow).
+        accumulate: Micro-batches whose losses are averaged into one step.
+        on_error: ``"warn"`` stops the recording and lets training go on; ``"raise"`` is for tests.
+        source: Where queries get their data; by default from ``loss`` alone.
+        owner: Class named in messages.
+
+    Example:
+        >>> import torch
+        >>> from ine_callback import Recorder
+        >>> x, y = torch.randn(32, 4), torch.randn(32, 1)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> mse = lambda module, batch: torch.nn.functional.mse_loss(module(batch[0]), batch[1])
+        >>> recorder = Recorder(model, optimizer, rows=32, queries={"all": (x, y)}, loss=mse, total_steps=8)
+        >>> with recorder:
+        ...     for rows in torch.arange(32).repeat(2).split(8):
+        ...         with recorder.batch(rows, (x[rows], y[rows])):
+        ...             loss = mse(model, (x[rows], y[rows]))
+        ...             recorder.see(loss)
+        ...             loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> recorder.report().rows
+        32
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        rows: int | None = None,
+        queries: Any = "self",
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        methods: Sequence[Method] | None = None,
+        total_steps: int = 0,
+        schedulers: Sequence[tuple[Any, int]] = (),
+        refresh_every: int = 10,
+        discount: bool = True,
+        max_dim: int = 1024,
+        uncaptured: Uncaptured = "warn",
+        accumulate: int = 1,
+        on_error: OnError = "warn",
+        source: QuerySource | None = None,
+        to_device: Callable[[Any], Any] | None = None,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        owner: str = "Recorder",
+    ) -> None:
+        self.module, self.optimizer, self.owner = module, optimizer, owner
+        self.queries = parse(queries, owner)
+        self.methods = checked_methods(methods, owner)
+        self.refresh_every = refresh_every
+        self.accumulate, self.on_error = accumulate, on_error
+        self._loss, self._rows = loss, rows
+        self._source = source or DataSource(owner, loss)
+        self._plan = lambda: plan(optimizer, total_steps, schedulers, keep=[module])
+        self._max_dim = max_dim if discount else None
+        self._to_device, self._context = to_device or (lambda batch: batch), context
+        self.capture = Capture(module, self._receive, self._fail)
+        self.coverage = Coverage(module, self.capture, uncaptured, owner)
+        self.config: dict[str, Any] = {
+            "queries": list(self.queries),
+            "methods": [type(m).__name__ for m in self.methods],
+            "refresh_every": refresh_every,
+            "discount": discount,
+            "max_dim": max_dim,
+            "uncaptured": uncaptured,
+        }
+        self.notes: list[str] = []
+        self.steps, self.running, self.recording = 0, False, False
+        self._handles: list[Any] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._batch: tuple[Tensor, Any] | None = None
+        self._received = False
+        self._norm_before: Tensor | None = None
+        self._seconds = 0.0
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Binds the queries, attaches the hooks.
+
+        Raises:
+            InfluenceError: About anything that can be known before the first step.
+        """
+        self._device = next(self.module.parameters()).device
+        bound = self._bind()
+        has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
+        self.infos = (*(query.info for query in bound), *((SELF,) if has_self else ()))
+        self.schedule: Schedule = self._plan()
+        self.signals = Signals(
+            self.module,
+            bound,
+            has_self,
+            self.optimizer,
+            self.schedule,
+            KFAC(self._max_dim) if self._max_dim is not None else None,
+            self._to_device,
+            self._context,
+        )
+        self.signals.check()
+        self._size = self._rows or 0
+        for method in self.methods:
+            method.start(self._size, self.infos, self._device)
+        self._loss_sum = torch.zeros(self._size, device=self._device)
+        self._loss_count = torch.zeros(self._size, device=self._device)
+        if not known(self.optimizer):
+            self._note(f"{type(self.optimizer).__name__} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
+        self.capture.attach()
+        self._handles = [
+            self.optimizer.register_step_pre_hook(lambda *_: self._guarded(self._before_step)),
+            self.optimizer.register_step_post_hook(lambda *_: self._guarded(self._after_step)),
+        ]
+        self._started_at = datetime.datetime.now(datetime.timezone.utc)
+        self._clock = time.monotonic()
+        self.running = self.recording = True
+
+    def stop(self) -> None:
+        """Removes every hook; scores stay available."""
+        self.capture.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.running:
+            self._seconds = time.monotonic() - self._clock
+        self.running = self.recording = False
+
+    def __enter__(self) -> Recorder:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _bind(self) -> list[BoundQuery]:
+        bound = [b for name, query in self.queries.items() for b in query.bind(name, self._source)]
+        names = [b.info.name for b in bound]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InfluenceError(f"{self.owner}: two queries are called {sorted(twice)}; name them differently.")
+        return bound
+
+    # -- one batch ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def batch(self, rows: Tensor | Sequence[int], data: Any = None) -> Iterator[None]:
+        """Surrounds the forward and backward pass of one batch.
+
+        Args:
+            rows: Dataset index of each row of the batch [b].
+            data: The batch itself; needed once for the row check and by ``uncaptured="fallback"``.
+        """
+        self.start_batch(rows, data)
+        try:
+            yield
+        finally:
+            self.end_batch()
+
+    def start_batch(self, rows: Tensor | Sequence[int], data: Any = None) -> None:
+        """Announces the rows of the coming forward pass."""
+        self._guarded(self._start_batch, rows, data)
+
+    def _start_batch(self, rows: Tensor | Sequence[int], data: Any) -> None:
+        rows = self._checked_rows(rows)
+        self._batch = (rows, data)
+        if self.steps == 0 and not self._pending:
+            self.coverage.probe(self._loss, data, len(rows))
+        elif self.steps % self.refresh_every == 0 and not self._pending:
+            self.signals.refresh()
+        self.capture.start_batch(len(rows))
+        self.signals.start_batch(len(rows), self._device)
+        self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
+
+    def see(self, loss: Tensor) -> None:
+        """Reads each row's loss and the loss's scale off the graph of the loss about to be differentiated (optional)."""
+        self._guarded(self._see, loss)
+
+    def _see(self, loss: Tensor) -> None:
+        if self._batch is None:
+            return
+        rows = self._batch[0]
+        with torch.no_grad():
+            reading = read_loss(loss, len(rows))
+            if reading is None:
+                self._note("the training loss is of no standard form: it was taken as a mean over rows, without row losses")
+                return
+            self._loss_sum.index_add_(0, rows, reading.rows.to(self._loss_sum.dtype))
+            self._loss_count.index_add_(0, rows, torch.ones_like(reading.rows, dtype=self._loss_count.dtype))
+            scale = 1.0 if self.capture.unscale is None else self.capture.unscale
+            self.signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+
+    def after_backward(self) -> None:
+        """Closes a backward pass: its signals wait for the optimizer's step. The first one also proves the capture.
+
+        Needed where the pass runs inside of ``optimizer.step(closure)``, as in Lightning; else the step itself tells.
+        """
+        self._guarded(self._settle)
+
+    def _release(self, rows: Tensor, data: Any) -> None:
+        """The first backward pass: proves the capture and makes the first directions."""
+        assert self.signals.held is not None
+        self.signals.held = self.coverage.prove(self.signals.held, self.signals.table)
+        self._fall_back(rows, data)
+        if not self.signals.held:
+            raise RowsError(
+                f"{self.owner}: no layer's gradients could be told apart by the batch's {len(rows)} rows: "
+                f"{self.coverage.first_reason()}. Check row_fn and the collate function, or use uncaptured='fallback'."
+            )
+        self.signals.release()
+
+    def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
+        self._received = True
+        self.signals.receive(module, records, self.capture.calls.get(module, 1))
+
+    def _fall_back(self, rows: Tensor, data: Any) -> None:
+        for block, record in self.coverage.fallback(self._loss, data, len(rows), self.signals.scale, self.signals.table):
+            self.signals.take(block, record)
+
+    def end_batch(self) -> None:
+        """Ends the batch; its signals wait for the optimizer's step."""
+        self._guarded(self._end_batch)
+
+    def _end_batch(self) -> None:
+        self._settle()
+        self.capture.active = False
+        self._batch = None
+
+    def _settle(self) -> None:
+        """Moves the signals of the backward passes so far to those that wait for the optimizer's step."""
+        if self._batch is None or not self._received:
+            return
+        rows, data = self._batch
+        with self.capture.paused():
+            if self.signals.held is not None:
+                self._release(rows, data)
+            else:
+                self._fall_back(rows, data)
+        with torch.no_grad():
+            signals = self.signals.settle()
+            if self._pending and self._pending[-1][0] is rows:  # a further backward pass of the same batch
+                signals = self._pending.pop()[1] + signals
+            self._pending.append((rows, signals))
+        self._received = False
+
+    def discard(self) -> None:
+        """Forgets signals whose step was skipped (an overflow under mixed precision)."""
+        self._pending.clear()
+
+    # -- one optimizer step -------------------------------------------------------------------------------------------
+
+    def measure_clipping(self) -> None:
+        """Called with the unclipped gradients: the step will tell by how much they were clipped."""
+        self._guarded(self._measure_clipping)
+
+    def _measure_clipping(self) -> None:
+        self._norm_before = self._gradient_norm()
+
+    def _clipping(self) -> Tensor | float:
+        """The factor by which clipping shortened the step's gradient."""
+        if self._norm_before is None:
+            return 1.0
+        before, self._norm_before = self._norm_before, None
+        return self._gradient_norm() / before.clamp_min(1e-30)
+
+    def _gradient_norm(self) -> Tensor:
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def _before_step(self) -> None:
+        self._settle()
+
+    def _after_step(self) -> None:
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.schedule.advance(lr)
+        if not self._pending:
+            return
+        rows = torch.cat([r for r, _ in self._pending])
+        signals = torch.cat([s for _, s in self._pending]) * self._clipping()
+        self._pending.clear()
+        rate = rate_of(self.optimizer, [self.optimizer.param_groups[0]["params"][0]]).step
+        with torch.no_grad():
+            for method in self.methods:
+                method.fold(rows, signals, rate)
+        self.steps += 1
+        if self.signals.curvature is not None:
+            self.signals.curvature.end_step()
+
+    # -- rows and errors ----------------------------------------------------------------------------------------------
+
+    def _checked_rows(self, rows: Tensor | Sequence[int]) -> Tensor:
+        rows = torch.as_tensor(rows)
+        if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
+            raise RowsError(f"{self.owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of dataset indices.")
+        if rows.device.type == "cpu":
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or (self._rows is not None and high >= self._rows):
+                raise RowsError(f"{self.owner}: row {low if low < 0 else high} is outside of the data set of {self._rows} rows.")
+            if high >= self._size:
+                self._grow(high + 1)
+        return rows.to(self._device, torch.int64, non_blocking=True)
+
+    def _grow(self, rows: int) -> None:
+        self._size = max(rows, 2 * self._size)
+        for method in self.methods:
+            method.grow(self._size)
+        for name in ("_loss_sum", "_loss_count"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(self._size - len(old))]))
+
+    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
+        if not self.recording:
+            return
+        try:
+            function(*args)
+        except Exception as error:  # the training run is sacred
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.recording = self.capture.active = False
+        if self.on_error == "raise":
+            raise error
+        message = f"recording stopped after {self.steps} steps: {type(error).__name__}: {error}"
+        self.notes.append(message)
+        warnings.warn(f"{self.owner}: {message} Training goes on; the report holds what came before.", stacklevel=2)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    # -- report -------------------------------------------------------------------------------------------------------
+
+    def report(self) -> InfluenceReport:
+        """The report of everything recorded so far."""
+        scores = self.methods[0].finish()
+        count = self._loss_count.cpu().double().numpy()
+        total = self._loss_sum.cpu().double().numpy()
+        mean_loss = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+        return InfluenceReport(replace(scores, mean_loss=mean_loss), self._run_info())
+
+    def _run_info(self) -> RunInfo:
+        seconds = self._seconds or time.monotonic() - self._clock
+        lost = {info.name: int(n) for info, n in zip(self.infos, self._nonfinite(), strict=True) if n}
+        for name, count in lost.items():
+            self._note(f"query '{name}': {count} signals were not finite and were left out")
+        summary = self.schedule.summary()
+        return RunInfo(
+            config=self.config,
+            versions={
+                "ine_callback": __version__,
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            seed=torch.initial_seed(),
+            started=self._started_at.isoformat(timespec="seconds"),
+            seconds=seconds,
+            steps=self.steps,
+            rows=self._size,
+            captured_share=self.coverage.share,
+            approximate=self.coverage.approximate,
+            uncaptured=self.coverage.uncaptured,
+            nonfinite=lost,
+            schedule=summary,
+            notes=[*self.notes, *self.coverage.notes, *getattr(self._source, "notes", []), *([summary["note"]] if summary["note"] else [])],
+        )
+
+    def _nonfinite(self) -> list[int]:
+        first = self.methods[0]
+        return first.nonfinite.tolist() if isinstance(first, FINE) else [0] * len(self.infos)
+
+
+def checked_methods(methods: Sequence[Method] | None, owner: str) -> list[Method]:
+    """The methods to run.
+
+    Raises:
+        InfluenceError: If the list is empty or holds something else.
+    """
+    if methods is None:
+        return [FINE()]
+    if not isinstance(methods, list | tuple) or not methods:
+        raise InfluenceError(f"{owner}: methods={methods!r} names no method; pass [FINE()] or leave it out.")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise InfluenceError(f"{owner}: {method!r} is not a Method; pass instances such as FINE().")
+    return list(methods)

@@ -1,0 +1,10 @@
+"""What users hold: the report, its tables, its disk format, its plots and its HTML. Knows scores only."""
+
+from ine_callback.report.example import example_report
+from ine_callback.report.group import GroupScore
+from ine_callback.report.report import InfluenceReport
+from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.store import ReportError
+from ine_callback.report.table import RowScore, ScoreTable
+
+__all__ = ["GroupScore", "InfluenceReport", "ReportError", "RowScore", "RunInfo", "ScoreTable", "example_report"]

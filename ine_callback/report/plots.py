@@ -1,0 +1,212 @@
+"""Three plots of one query. They draw on the axes they are given: no pyplot, no global style, no backend.
+
+Colours are safe for colour-blind readers: orange marks the end to inspect (harmful rows; for a ``"self"`` query the
+rows that pull hard on their own loss), blue the other end, grey the null and everything that is not flagged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.report.optional import need
+from ine_callback.report.words import number, plain, tails
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ine_callback.report.report import InfluenceReport
+
+INK, FAINT, NULL = "#30343A", "#D9DCE1", "#B9BEC6"
+FLAG_AT = 0.05
+LABELLED = 6  # rows named at each end of the volcano, of three times as many that are tried
+
+
+def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
+    """Histogram of ``z = mu / null_sd`` over its permutation null, density on a logarithmic axis.
+
+    Bars above the grey null are more rows than chance puts there.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ine_callback.report import example_report
+        >>> ax = Figure().subplots()
+        >>> distribution(example_report(), ax, query="val")
+        >>> ax.get_xlabel()
+        '← harmful     z = μ / its sd under the null     helpful →'
+    """
+    column = report.column(query)
+    ends = tails(report.info(query).kind)
+    z, null = _z(report, column), report.scores.null_mu[column]
+    null = null[np.isfinite(null)]
+    reach = max(4.0, float(np.abs(np.concatenate([z, null])).max(initial=0.0)) * 1.04)
+    bins = 2 * int(np.clip(np.sqrt(z.size), 15, 45))  # even, so that 0 is an edge and no bar mixes signs
+    edges = np.linspace(-reach, reach, bins + 1)
+    if null.size:
+        ax.stairs(_density(null, edges), edges, fill=True, color=NULL, linewidth=0, label=f"null, {null.size:,} draws")
+    else:
+        grid = np.linspace(-reach, reach, 400)
+        normal = np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi)
+        ax.fill_between(grid, normal, color=NULL, linewidth=0, label="standard normal null")
+    density, middle = _density(z, edges), bins // 2
+    for word, sign, first in ((ends.low, -1.0, 0), (ends.high, 1.0, middle)):
+        half, its_edges = density[first : first + middle], edges[first : first + middle + 1]
+        ax.stairs(half, its_edges, color=ends.color(sign), linewidth=1.7, baseline=None, label=f"{word} rows")
+    ax.set_yscale("log")
+    single = [1.0 / (size * (edges[1] - edges[0])) for size in (null.size, z.size) if size]
+    ax.set_ylim(bottom=0.5 * min([*single, 0.01]), top=4.0)  # a bar of one row is visible
+    ax.set_xlim(-reach, reach)
+    _dress(ax, "Scores over the null", _axis(ends, "z = μ / its sd under the null"), "density of rows")
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    _legend(ax)
+
+
+def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: float = FLAG_AT) -> None:
+    """Score against ``-log10`` of its q-value; rows with q-value at most ``q`` in colour, the extremes named by id."""
+    column = report.column(query)
+    ends = tails(report.info(query).kind)
+    mu, value = report.scores.mu[:, column], report.scores.q[:, column]
+    rows = np.flatnonzero(np.isfinite(mu) & np.isfinite(value))
+    smallest = float(value[rows][value[rows] > 0].min(initial=1.0))
+    height = -np.log10(np.maximum(value, smallest / 10))
+    line = -float(np.log10(max(q, 1e-12)))
+    flagged = value <= q
+    groups = [(rows[~flagged[rows]], NULL, "not flagged")]
+    for sign, word in ((-1.0, ends.low), (1.0, ends.high)):
+        chosen = rows[flagged[rows] & (np.sign(mu[rows]) == sign)]
+        groups.append((chosen, ends.color(sign), f"{chosen.size:,} {word}"))
+    size = float(np.clip(8000 / max(rows.size, 1), 5, 30))
+    for chosen, color, label in groups:
+        if not chosen.size:
+            continue
+        area = size if color == NULL else max(size, 14.0)
+        points = ax.scatter(mu[chosen], height[chosen], s=area, color=color, alpha=0.8, linewidths=0, label=label)
+        points.set_rasterized(True)  # as vectors 100,000 points make a file of many megabytes
+    reach = 1.15 * max(float(np.abs(mu[rows]).max(initial=0.0)), 1e-12)
+    top = 1.22 * max(float(height[rows].max(initial=0.0)), 1.5 * line, 1e-3)
+    ax.set_xlim(-reach, reach)
+    ax.set_ylim(-0.04 * top, top)
+    ax.axhline(line, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    ax.text(-0.985 * reach, line, f"q = {q:g}", fontsize=7.5, color=INK, va="bottom")
+    ax.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+    order = rows[np.argsort(-ends.suspect * mu[rows], kind="stable")]  # the suspect end is named first
+    for side in (order, order[::-1]):
+        _name(ax, [int(row) for row in side[: 3 * LABELLED] if flagged[row]], mu, height)
+    _dress(ax, "Which rows stand out", _axis(ends), "−log₁₀ q   (higher: less likely chance)")
+    _legend(ax)
+
+
+def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int = 8) -> None:
+    """The ``k`` largest and ``k`` smallest scores with their 95 % intervals; each row's mean loss at the right."""
+    ends = tails(report.info(query).kind)
+    name = report.queries[report.column(query)]
+    high, low = report.top(k, name), report.bottom(k, name)
+    shown = {one.row: one for one in [*high, *reversed(low)]}  # few rows: the two ends overlap
+    entries = sorted(shown.values(), key=lambda one: one.mu)
+    gap = len(entries) == len(high) + len(low)
+    places = [index + (0.8 if gap and index >= len(low) else 0.0) for index in range(len(entries))]
+    for place, one in zip(places, entries, strict=True):
+        color, flagged = ends.color(one.mu), one.q <= FLAG_AT
+        width = 1.96 * one.se if np.isfinite(one.se) else None
+        ax.errorbar(
+            one.mu, place, xerr=width, fmt="o", color=color, markersize=5, elinewidth=1.6, markeredgewidth=1.3,
+            markerfacecolor=color if flagged else "white",
+        )  # fmt: skip
+        if np.isfinite(one.mean_loss):
+            beside, text = ax.get_yaxis_transform(), number(one.mean_loss, 2)
+            ax.text(1.015, place, text, transform=beside, fontsize=7.5, color=INK, va="center", clip_on=False)
+    ax.axvline(0.0, color=INK, linewidth=0.8)
+    if entries:
+        ax.set_ylim(places[0] - 0.8, places[-1] + 0.8)
+        reach = 1.08 * max(np.nanmax([abs(one.mu), abs(one.low), abs(one.high)]) for one in entries)
+        ax.set_xlim(-max(reach, 1e-12), max(reach, 1e-12))
+    if any(np.isfinite(one.mean_loss) for one in entries):
+        ax.text(1.015, 1.0, "loss", transform=ax.transAxes, fontsize=7.5, color=INK, va="bottom", style="italic")
+    ax.set_yticks(places, [f"row {one.row}" for one in entries])
+    _dress(ax, "The extremes, with 95 % intervals", _axis(ends), "")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color=FAINT, linewidth=0.6)
+
+
+PLOTS: dict[str, Callable[..., None]] = {"distribution": distribution, "volcano": volcano, "extremes": extremes}
+
+
+def figure(report: InfluenceReport, query: str | None = None) -> Figure:
+    """All three plots of a query side by side."""
+    drawn = _blank(15.0, 4.4)
+    axes: NDArray[Any] = drawn.subplots(1, 3)
+    for plot, ax in zip(PLOTS.values(), axes, strict=True):
+        plot(report, ax, query)
+    drawn.suptitle(plain(report.info(query).name), fontsize=12, color=INK, parse_math=False)
+    return drawn
+
+
+def svg(name: str, report: InfluenceReport, query: str | None = None) -> bytes:
+    """One plot as a self-contained SVG image with a transparent background; point clouds inside are pixels."""
+    drawn = _blank(4.5, 3.5)
+    PLOTS[name](report, drawn.subplots(), query)
+    file = BytesIO()
+    drawn.savefig(file, format="svg", dpi=160, transparent=True, metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _blank(width: float, height: float) -> Figure:
+    blank: Figure = need("matplotlib.figure", "InfluenceReport plots").Figure((width, height), layout="constrained")
+    return blank
+
+
+def _z(report: InfluenceReport, column: int) -> NDArray[np.float64]:
+    mu, sd = report.scores.mu[:, column], report.scores.null_sd[:, column]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = mu / sd
+    return np.asarray(z[np.isfinite(z)], dtype=np.float64)
+
+
+def _density(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    counts = np.histogram(values, edges)[0]
+    return np.asarray(counts / (max(values.size, 1) * np.diff(edges)), dtype=np.float64)
+
+
+def _axis(ends: Any, what: str = "") -> str:
+    return f"← {ends.low}     {what or ends.axis}     {ends.high} →"
+
+
+def _dress(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=10.5, color=INK, loc="left", fontweight="bold", pad=10)
+    ax.set_xlabel(x, fontsize=9, color=INK)
+    ax.set_ylabel(y, fontsize=9, color=INK)
+    ax.tick_params(labelsize=8, colors=INK, length=3, width=0.7)
+    ax.patch.set_alpha(0.0)
+    ax.set_axisbelow(True)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+        spine.set_linewidth(0.7)
+
+
+def _legend(ax: Axes) -> None:
+    ax.legend(
+        loc="upper left", ncols=3, fontsize=7.5, frameon=False, borderaxespad=0.2, columnspacing=1.1, handlelength=1.3
+    )
+
+
+def _name(ax: Axes, rows: list[int], mu: NDArray[np.float64], height: NDArray[np.float64]) -> None:
+    """Writes row ids beside their points, towards 0, leaving out ids that would touch an earlier one."""
+    bottom, top = ax.get_ylim()
+    placed: list[float] = []
+    for row in rows:
+        level = (height[row] - bottom) / (top - bottom)
+        if len(placed) == LABELLED or any(abs(level - other) < 0.045 for other in placed):
+            continue
+        placed.append(level)
+        inward = -float(np.sign(mu[row]))
+        ax.annotate(
+            str(row), (mu[row], height[row]), xytext=(6 * inward, 0), textcoords="offset points",
+            fontsize=7.5, color=INK, ha="left" if inward > 0 else "right", va="center",
+        )  # fmt: skip

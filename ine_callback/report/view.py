@@ -1,0 +1,182 @@
+"""The report in a terminal: headline, what each query asks, its extreme rows, warnings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ine_callback.report.words import BLUE, NULL_ALARM, null_check, plain, tails
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from ine_callback.report.report import InfluenceReport
+
+FLAG_AT = 0.05
+DETAILED = 4  # queries shown with their rows; the others are in the overview
+EXTREMES = 5
+LEGEND = """\
+μ > 0: training on the row lowers the query. μ is in standard deviations of training noise;
+q is the false discovery rate; the mean loss is the free baseline for label errors."""
+
+
+def summary(report: InfluenceReport) -> dict[str, Any]:
+    """See :meth:`InfluenceReport.summary`."""
+    queries = [_query_summary(report, index) for index in range(len(report.queries))]
+    run = report.run
+    unseen = int(report.unseen.size)
+    return {
+        "rows": report.rows,
+        "seen": report.rows - unseen,
+        "unseen": unseen,
+        "steps": run.steps,
+        "captured_share": run.captured_share,
+        "flagged_at_q": FLAG_AT,
+        "recommended_query": report.recommended_query,
+        "null_checks_failed": [query["name"] for query in queries if _nan(query["null_ks_p"]) < NULL_ALARM],
+        "queries": queries,
+        "notes": list(run.notes),
+    }
+
+
+def _query_summary(report: InfluenceReport, column: int) -> dict[str, Any]:
+    scores, query = report.scores, report.scores.queries[column]
+    mu = scores.mu[:, column]
+    flagged = scores.q[:, column] <= FLAG_AT
+    check = float(scores.null_ks_p[column])
+    return {
+        "name": query.name,
+        "kind": query.kind,
+        "question": query.question,
+        "scored": int(np.isfinite(mu).sum()),
+        "helpful": int((flagged & (mu > 0)).sum()),
+        "harmful": int((flagged & (mu < 0)).sum()),
+        "suspects": int((flagged & (mu * tails(query.kind).suspect > 0)).sum()),
+        "null_ks_p": check if np.isfinite(check) else None,
+    }
+
+
+def headline(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The headline as pairs of a label and a value."""
+    pairs = [("rows", f"{facts['rows']:,}"), ("observed", f"{facts['seen']:,}")]
+    if facts["unseen"]:
+        pairs.append(("never observed", f"{facts['unseen']:,}"))
+    pairs += [("steps", f"{facts['steps']:,}"), ("parameters captured", f"{100 * facts['captured_share']:.3g} %")]
+    return pairs
+
+
+def warnings(report: InfluenceReport, facts: dict[str, Any]) -> list[str]:
+    """What a reader must know before trusting the scores, most serious first."""
+    run, lines = report.run, []
+    for name in facts["null_checks_failed"]:
+        lines.append(
+            f"NULL CHECK FAILED for {plain(name)!r}: p- and q-values of this query are not calibrated; "
+            "trust neither flags nor drop lists, only the ranking."
+        )
+    if facts["unseen"]:
+        count = facts["unseen"]
+        lines.append(f"{count:,} row{'s were' if count > 1 else ' was'} never observed and not scored (report.unseen).")
+    for name, count in run.nonfinite.items():
+        if count:
+            lines.append(f"{count:,} non-finite signals of {plain(name)!r} were left out.")
+    return lines + _modules(run.uncaptured, "left out") + _modules(run.approximate, "approximate")
+
+
+def _modules(reasons: dict[str, str], state: str, limit: int = 5) -> list[str]:
+    lines = [f"{plain(name)} is {state}: {plain(why)}" for name, why in list(reasons.items())[:limit]]
+    hidden = len(reasons) - limit
+    return lines + ([f"… and {hidden:,} more modules are {state} (report.run)."] if hidden > 0 else [])
+
+
+def advice(report: InfluenceReport, facts: dict[str, Any]) -> str:
+    """Where to look for label errors, and how strongly that is recommended."""
+    name = facts["recommended_query"]
+    kind = report.info(name).kind
+    count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
+    found = f"{count:,} row{'' if count == 1 else 's'} at q ≤ {FLAG_AT:g}"
+    where = f"report.drop_list(), query {plain(name)!r}: {found}."
+    if kind == "self":
+        return f"To look for label errors: {where}"
+    if kind == "margin":
+        return f"To look for harmful rows: {where} Self-influence finds label errors better."
+    return f"To look for harmful rows: {where} A loss is the wrong question for label errors; use self-influence."
+
+
+def terminal(report: InfluenceReport) -> Group:
+    """See :class:`InfluenceReport`: what ``rich`` prints."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    facts = report.summary()
+    alarms = warnings(report, facts)
+    failed = bool(facts["null_checks_failed"])
+    head = [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
+    head.append(Text(advice(report, facts)))
+    parts: list[Any] = [
+        Panel(Group(*head), title="Influence report", title_align="left", border_style="red" if failed else BLUE)
+    ]
+    parts += [_alarm(line) for line in alarms]
+    parts.append(_overview(facts))
+    parts.append(Text(LEGEND, "dim"))
+    for query in facts["queries"][:DETAILED]:
+        parts += _extremes(report, query)
+    if len(facts["queries"]) > DETAILED:
+        parts.append(Text(f"… and {len(facts['queries']) - DETAILED} more queries: report.top(query=…)", "dim"))
+    parts += [Text(f"Note: {plain(note)}", "dim") for note in facts["notes"]]
+    return Group(*parts)
+
+
+def _alarm(line: str) -> Text:
+    from rich.text import Text
+
+    loud = "bold white on red" if line.startswith("NULL") else "yellow"
+    return Text(f" {'✗' if line.startswith('NULL') else '!'} {line}", loud)
+
+
+def _overview(facts: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("query", no_wrap=True, style="bold", max_width=24, overflow="ellipsis")
+    table.add_column("the question its column answers")
+    for name in (f"q ≤ {FLAG_AT:g}: μ > 0", "μ < 0"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("null check", no_wrap=True)
+    for query in facts["queries"]:
+        ends, check = tails(query["kind"]), null_check(_nan(query["null_ks_p"]))
+        table.add_row(
+            Text(plain(query["name"])),
+            Text(plain(query["question"])),
+            Text(f"{query['helpful']:,} {ends.high}", ends.color(1.0)),
+            Text(f"{query['harmful']:,} {ends.low}", ends.color(-1.0)),
+            Text(check, "bold red" if check.startswith("FAILED") else "green" if check.startswith("passed") else "dim"),
+        )
+    return table
+
+
+def _extremes(report: InfluenceReport, query: dict[str, Any]) -> list[Any]:
+    from rich.columns import Columns
+    from rich.rule import Rule
+    from rich.text import Text
+
+    ends = tails(query["kind"])
+    sides = [
+        (report.top(EXTREMES, query["name"]), ends.upper, 1.0),
+        (report.bottom(EXTREMES, query["name"]), ends.lower, -1.0),
+    ]
+    tables = []
+    for rows, title, sign in sides:
+        table = rows.render(EXTREMES, compact=True)
+        table.title, table.title_style = Text(title), f"bold {ends.color(sign)}"
+        tables.append(table)
+    return [Rule(Text(plain(query["name"]), "bold"), align="left", style="dim"), Columns(tables, padding=(0, 3))]
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else value

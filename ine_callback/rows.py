@@ -1,0 +1,134 @@
+"""Which dataset rows are in a batch: row ids travel with the batch through samplers, workers and prefetching.
+
+While an iterator of the training loader is made, and only then, the loader shows a dataset whose items carry their index
+and a collate function that gathers them; the user's dataset, sampler and loader objects stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from ine_callback.errors import RowsError
+
+
+@dataclass
+class RowBatch:
+    """A collated batch with the dataset index of each of its rows.
+
+    Attributes:
+        rows: Dataset indices [b], int64, on the CPU.
+        batch: What the user's collate function returned.
+    """
+
+    rows: Tensor
+    batch: Any
+
+    def pin_memory(self, device: str | None = None) -> RowBatch:
+        """Called by the loader's pinning thread."""
+        return RowBatch(self.rows, pin_memory(self.batch, device))
+
+
+class _Indexed(Dataset[Any]):
+    """The user's dataset with every item as (index, item)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        if hasattr(dataset, "__getitems__"):  # the fetcher looks for it on the instance
+            self.__getitems__ = self._items
+
+    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+        return index, self.dataset[index]
+
+    def _items(self, indices: Sequence[Any]) -> list[tuple[Any, Any]]:
+        return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # unpickled in a worker before it has attributes
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+@dataclass
+class _Collate:
+    """The user's collate function on the items, beside the vector of their indices."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, items: Sequence[tuple[Any, Any]]) -> RowBatch:
+        rows = torch.as_tensor([int(index) for index, _ in items], dtype=torch.int64)
+        return RowBatch(rows, self.collate([item for _, item in items]))
+
+
+class RowTracker:
+    """Makes training loaders yield :class:`RowBatch` and takes the rows off again.
+
+    Args:
+        owner: Class named in messages.
+
+    Attributes:
+        rows: Rows of the batch seen last, None before the first.
+        size: Length of the tracked training set, None before a loader was tracked.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self.rows: Tensor | None = None
+        self.size: int | None = None
+        self.loader: DataLoader[Any] | None = None
+
+    def track(self, loader: Any) -> None:
+        """Prepares a training loader, before its first iterator is made.
+
+        Raises:
+            RowsError: If the loader does not say which rows it reads.
+        """
+        remedy = "pass row_fn=lambda batch: tensor of dataset indices [b]"
+        if not isinstance(loader, DataLoader):
+            raise RowsError(f"{self._owner}: a {type(loader).__name__} does not tell its rows; {remedy}.")
+        if isinstance(loader.dataset, IterableDataset):
+            name = type(loader.dataset).__name__
+            raise RowsError(f"{self._owner}: the iterable dataset {name} has no row indices; {remedy}.")
+        if loader.batch_size is None and loader.batch_sampler is None:
+            raise RowsError(f"{self._owner}: a loader with batch_size=None yields ready batches without row indices; {remedy}.")
+        self.release()  # Lightning made the loader anew (reload_dataloaders_every_n_epochs)
+        self.loader, self.size = loader, len(loader.dataset)  # type: ignore[arg-type]
+        make = type(loader)._get_iterator
+
+        def make_indexed() -> Any:
+            with _showing(loader, _Indexed(loader.dataset), _Collate(loader.collate_fn)):
+                return make(loader)
+
+        loader.__dict__["_get_iterator"] = make_indexed
+
+    def strip(self, batch: Any) -> Any:
+        """Remembers a batch's rows and returns the user's batch."""
+        if isinstance(batch, RowBatch):
+            self.rows = batch.rows
+            return batch.batch
+        return batch
+
+    def release(self) -> None:
+        """Gives the loader back; workers that hold the indexed dataset are restarted at its next use."""
+        if self.loader is not None:
+            self.loader.__dict__.pop("_get_iterator", None)
+            self.loader._iterator = None
+            self.loader = None
+
+
+@contextmanager
+def _showing(loader: DataLoader[Any], dataset: Any, collate: Callable[[Any], Any]) -> Iterator[None]:
+    """Lets the loader show another dataset and collate function (it forbids plain assignment after construction)."""
+    before = loader.dataset, loader.collate_fn
+    loader.__dict__["dataset"], loader.__dict__["collate_fn"] = dataset, collate
+    try:
+        yield
+    finally:
+        loader.__dict__["dataset"], loader.__dict__["collate_fn"] = before

@@ -1,0 +1,153 @@
+"""Signals: inner products of every query's direction with each row's share of the step, taken during the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ine_callback.capture import Block, BlockTable, Record
+from ine_callback.curvature import KFAC, Discount
+from ine_callback.isolation import isolated
+from ine_callback.losses import Scale
+from ine_callback.queries import BoundQuery, gradients, scalar
+from ine_callback.rates import Rate, Schedule, rate_of
+
+
+@dataclass
+class _Direction:
+    """What a refresh leaves for one block: U of every query [Q, *layout], and the map D for self-influence."""
+
+    queries: Tensor | None
+    discount: Discount
+    weight: float
+
+
+@dataclass
+class Signals:
+    """Directions and the contraction of records with them.
+
+    Args:
+        module: The model.
+        queries: The bound queries, the first columns.
+        self_query: Whether a last column holds self-influence.
+        optimizer: Its rates enter the discount.
+        schedule: The learning rate that remains.
+        curvature: Source of the discount, or None for the first-order signal (D = I).
+        to_device: Moves a query batch to the module's device.
+        context: Precision context for query evaluation.
+    """
+
+    module: nn.Module
+    queries: Sequence[BoundQuery]
+    self_query: bool
+    optimizer: Optimizer
+    schedule: Schedule
+    curvature: KFAC | None
+    to_device: Callable[[Any], Any] = lambda batch: batch
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.table = BlockTable(self.module)
+        self.columns = len(self.queries) + int(self.self_query)
+        self._directions: dict[Block, _Direction] = {}
+        self._out: Tensor | None = None
+        self.scale = Scale(1.0, 1.0)
+        self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
+        self.observe_curvature = True
+
+    def check(self) -> None:
+        """Evaluates every query on its first batch.
+
+        Raises:
+            QueryError: If a value is no scalar or has no gradient.
+        """
+        with isolated(self.module), self.context():
+            for query in self.queries:
+                scalar(query.value(self.module, self.to_device(query.batches[0][1])), query)
+
+    def start_batch(self, rows: int, device: torch.device) -> None:
+        """Clears the buffer for a batch of ``rows`` rows."""
+        self._out = torch.zeros(rows, self.columns, device=device, dtype=self._dtype)
+
+    def receive(self, module: nn.Module, records: dict[str, Record], calls: int) -> None:
+        """Takes the records of one module call, in the backward pass."""
+        for block, record in self.table.sort(module, records):
+            block.reused |= calls > 1 or block.shared
+            self.take(block, record)
+
+    def take(self, block: Block, record: Record) -> None:
+        """Takes one record; before the first refresh it is held back until the backward pass is over."""
+        if self.held is not None:
+            self.held.append((block, record, self.scale))
+            return
+        if self.curvature is not None and self.observe_curvature:
+            self.curvature.observe(block, record, self.scale.terms)
+        self._contract(block, record, self.scale)
+
+    def _contract(self, block: Block, record: Record, scale: Scale) -> None:
+        direction = self._directions.get(block)
+        if direction is None:  # a block first used after the last refresh: its signals start with the next one
+            return
+        assert self._out is not None
+        if direction.queries is not None:
+            self._out[:, : len(self.queries)] += record.signals(direction.queries)
+        if self.self_query:
+            if block.reused:
+                block.waiting.append(record)
+            else:
+                self._add_self(direction, direction.discount.norms(record), scale)
+
+    def _add_self(self, direction: _Direction, norms: Tensor, scale: Scale) -> None:
+        assert self._out is not None
+        self._out[:, -1] += norms * (direction.weight * scale.rows)
+
+    def release(self) -> None:
+        """Ends holding back: makes the first directions from all records held, then contracts those."""
+        held, self.held = self.held or [], None
+        if self.curvature is not None:
+            for block, record, scale in held:
+                self.curvature.observe(block, record, scale.terms)
+        self.refresh()
+        for block, record, scale in held:
+            self._contract(block, record, scale)
+
+    def settle(self) -> Tensor:
+        """The batch's signals [b, Q] once its backward pass is over."""
+        assert self._out is not None
+        for block in self.table:
+            if block.waiting:
+                direction = self._directions[block]
+                self._add_self(direction, direction.discount.norms_of_sum(block.waiting), self.scale)
+                block.waiting.clear()
+        out, self._out = self._out, torch.zeros_like(self._out)
+        return out
+
+    def refresh(self) -> None:
+        """New directions ``U = D P v`` at the present weights."""
+        blocks = list(self.table)
+        parameters = [p for block in blocks for p in block.parameters]
+        with isolated(self.module), self.context():
+            found = iter(gradients(self.queries, self.module, parameters, self.to_device))
+        lr = abs(float(self.optimizer.param_groups[0]["lr"]))
+        remaining = self.schedule.remaining(lr)
+        reference = rate_of(self.optimizer, [self.optimizer.param_groups[0]["params"][0]])
+        with torch.no_grad():
+            for block in blocks:
+                v = block.to_layout([next(found) for _ in block.parameters]) if self.queries else None
+                self._directions[block] = self._direction(block, v, remaining, reference)
+
+    def _direction(self, block: Block, v: Tensor | None, remaining: float, reference: Rate) -> _Direction:
+        rate = rate_of(self.optimizer, block.parameters)
+        weight = rate.step / reference.step if reference.step else 1.0
+        discount = Discount()
+        if self.curvature is not None:
+            ahead = remaining * (rate.lr / reference.lr if reference.lr else 1.0)
+            discount = self.curvature.discount(block, ahead * rate.curvature, ahead * rate.decay)
+        return _Direction(None if v is None else discount.apply(v) * weight, discount, weight)

@@ -1,0 +1,170 @@
+"""Plots and HTML: complete, self-contained, escaped, and without side effects on matplotlib."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from base64 import b64decode
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib import rcParams
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+
+from ine_callback.report import InfluenceReport, RunInfo, example_report, plots
+from ine_callback.report.words import BLUE, ORANGE
+from ine_callback.scores import QueryInfo
+
+HOSTILE = "<script>alert('x')</script><img src=x onerror=y>\" $\\frac{ {{ 7*7 }} {% raw %}"
+
+
+class Tags(HTMLParser):
+    """Collects tags and their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def hostile() -> InfluenceReport:
+    report = example_report()
+    queries = tuple(QueryInfo(f"{HOSTILE}{kind}", kind, HOSTILE) for kind in ("self", "loss", "margin"))  # type: ignore[arg-type]
+    named = {HOSTILE: HOSTILE}
+    run = RunInfo(
+        config=named, versions=named, approximate=named, uncaptured=named, nonfinite={HOSTILE: 3}, notes=[HOSTILE]
+    )
+    return InfluenceReport(replace(report.scores, queries=queries, null_ks_p=np.zeros(3)), run)
+
+
+def test_html_is_one_static_file_with_three_plots_per_query(tmp_path: Path) -> None:
+    path = example_report().write_html(tmp_path / "new" / "report.html")
+    text = path.read_text(encoding="utf-8")
+    tags = Tags(text)
+    images = tags.of("img")
+    assert len(images) == 9 and all(image["alt"] for image in images)
+    for image in images:
+        kind, data = str(image["src"]).split(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert ElementTree.fromstring(b64decode(data)).tag.endswith("svg")
+    assert not tags.of("script") and not tags.of("link") and "http://" not in text and "https://" not in text
+    for part in (
+        "Which rows lower the mean loss",
+        "Synthetic example",
+        "1.6 % of the parameters",
+        "prefers-color-scheme",
+    ):
+        assert part in text
+    assert [name.name for name in path.parent.iterdir()] == ["report.html"]
+
+
+def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
+    report = hostile()
+    for text in (
+        report.write_html(tmp_path / "r.html").read_text(encoding="utf-8"),
+        report._repr_html_(),
+        report.top()._repr_html_(),
+    ):
+        tags = Tags(text)
+        assert not tags.of("script")
+        assert all(not str(image["src"]).startswith("x") for image in tags.of("img"))
+        assert not any(name.startswith("on") for _, attributes in tags.found for name in attributes)
+        assert "&lt;script&gt;" in text
+        assert "49" not in text or "{{ 7*7 }}" in text
+    report.figure().savefig(tmp_path / "hostile.png")  # "$\frac{" in a name is text, not mathematics
+
+
+def test_failed_null_check_and_unseen_rows_are_loud_in_html(tmp_path: Path) -> None:
+    text = hostile().write_html(tmp_path / "r.html").read_text(encoding="utf-8")
+    assert [notice.get("role") for notice in Tags(text).of("div")].count("alert") == 3
+    assert "NULL CHECK FAILED" in text and "1 row was never observed" in text
+
+
+def test_only_named_queries_are_shown_in_full(tmp_path: Path) -> None:
+    text = example_report().write_html(tmp_path / "r.html", queries=["val"]).read_text(encoding="utf-8")
+    assert len(Tags(text).of("img")) == 3 and "2 more queries" in text
+    with pytest.raises(KeyError, match="no query 'nope'"):
+        example_report().write_html(tmp_path / "r.html", queries=["nope"])
+
+
+@pytest.mark.parametrize("query", ["self", "val", "val margin"])
+@pytest.mark.parametrize("name", plots.PLOTS)
+def test_plots_name_the_sign_and_keep_matplotlib_as_it_was(name: str, query: str) -> None:
+    before = dict(rcParams)
+    figure = Figure()
+    ax = figure.subplots()
+    plots.PLOTS[name](example_report(), ax, query)
+    figure.canvas.draw()
+    label = ax.get_xlabel()
+    assert label.startswith("←") and label.endswith("→")
+    assert ("typical" in label) if query == "self" else ("harmful" in label and label.endswith("helpful →"))
+    assert dict(rcParams) == before
+
+
+def test_no_pyplot_and_no_matplotlib_on_import() -> None:
+    code = (
+        "import sys, ine_callback.report as r\n"
+        "had = 'matplotlib.pyplot' in sys.modules\n"  # the rest of the package may have brought it
+        "r.example_report().figure()\n"
+        "assert had or 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_volcano_colours_flagged_rows_by_side() -> None:
+    report, ax = example_report(), Figure().subplots()
+    plots.volcano(report, ax, "val margin")
+    flagged = report.flagged(query="val margin")
+    for color, sign in ((ORANGE, -1), (BLUE, 1)):
+        drawn = [
+            np.asarray(dots.get_offsets()) for dots in ax.collections if same_color(dots.get_facecolor()[0, :3], color)
+        ]
+        expected = sorted(one.mu for one in flagged if np.sign(one.mu) == sign)
+        np.testing.assert_allclose(np.sort(drawn[0][:, 0]), expected)
+    named = {text.get_text() for text in ax.texts}
+    assert {"3", "17", "29"} <= named
+
+
+def test_histogram_is_a_density_over_the_null() -> None:
+    report, ax = example_report(400), Figure().subplots()
+    plots.distribution(report, ax, "val")
+    null, low, high = (patch.get_data() for patch in ax.patches)
+    assert np.sum(null.values * np.diff(null.edges)) == pytest.approx(1.0)
+    assert sum(np.sum(half.values * np.diff(half.edges)) for half in (low, high)) == pytest.approx(1.0)
+    mu = report.scores.mu[:, 1]
+    assert np.sum(low.values * np.diff(low.edges)) == pytest.approx(np.mean(mu[np.isfinite(mu)] < 0))
+
+
+def test_extremes_of_a_small_report_show_each_row_once() -> None:
+    report, ax = example_report(12), Figure().subplots()
+    plots.extremes(report, ax, "val")
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert len(names) == len(set(names)) == 11
+    assert names[-1] == f"row {report.top(1, 'val').rows[0]}" and names[0] == f"row {report.bottom(1, 'val').rows[0]}"
+
+
+def test_missing_extra_names_the_remedy(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('jinja2', 'matplotlib', 'matplotlib.figure', 'pandas'): sys.modules[name] = None\n"
+        "from ine_callback.report import example_report\n"
+        "report = example_report()\n"
+        "str(report), report._repr_html_(), report.save(sys.argv[1])\n"
+        "for call in (report.to_pandas, report.top().to_pandas, report.figure, lambda: report.write_html('x.html')):\n"
+        "    try: call()\n"
+        "    except ImportError as error: assert 'pip install \"ine_callback[report]\"' in str(error), error\n"
+        "    else: raise SystemExit('no error')\n"
+    )
+    # The report must do without its extra; sources are given so that the rest of the package cannot interfere.
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
