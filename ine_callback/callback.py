@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ine_callback.coverage import Uncaptured
 from ine_callback.errors import InfluenceError, QueryError
-from ine_callback.methods import Method
+from ine_callback.methods import Method, checked_methods
 from ine_callback.queries import Query, parse
-from ine_callback.recorder import OnError, Recorder, checked_methods
+from ine_callback.recorder import OnError, Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.rows import RowTracker
 from ine_callback.sources import DataSource
@@ -28,10 +28,10 @@ from ine_callback.sources import DataSource
 class InfluenceCallback(Callback):
     """Records during ``Trainer.fit`` which training rows made the model what it is.
 
-    For every training row and query it accumulates a signed Gaussian influence mu (f-INE, arXiv 2510.10510) from the live
-    forward and backward pass, and at the end of the fit holds and saves an :class:`~ine_callback.InfluenceReport`. A
-    positive score means that training on the row *lowers* the query (helpful). Training itself is bit-identical with and
-    without the callback.
+    For every training row and query it accumulates a signed Gaussian influence mu (f-INE, arXiv 2510.10510) from the
+    live forward and backward pass, and at the end of the fit holds and saves an :class:`~ine_callback.InfluenceReport`.
+    A positive score means that training on the row *lowers* the query (helpful). Training itself is bit-identical with
+    and without the callback.
 
     Args:
         queries: What to measure rows against: ``"val"`` (mean loss of the trainer's validation loader), ``"self"`` (the
@@ -91,7 +91,8 @@ class InfluenceCallback(Callback):
         if uncaptured not in ("warn", "fallback", "raise"):
             raise InfluenceError(f"{owner}: uncaptured={uncaptured!r} is unknown; pass 'warn', 'fallback' or 'raise'.")
         parse(queries, owner)
-        checked_methods(methods, owner)
+        if methods is not None:
+            checked_methods(methods, owner)
         self.queries, self.methods, self.enabled = queries, methods, enabled
         self.refresh_every, self.discount, self.max_dim = refresh_every, discount, max_dim
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
@@ -102,7 +103,7 @@ class InfluenceCallback(Callback):
         self._recorder: Recorder | None = None
         self._undo: list[Callable[[], None]] = []
 
-    # -- setting up -------------------------------------------------------------------------------------------------------
+    # -- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.enabled or stage != "fit":
@@ -141,7 +142,7 @@ class InfluenceCallback(Callback):
         owner = type(self).__name__
         if len(trainer.optimizers) != 1:
             raise InfluenceError(
-                f"{owner}: {len(trainer.optimizers)} optimizers are not supported; train with one, or pass enabled=False."
+                f"{owner}: {len(trainer.optimizers)} optimizers are not supported; use one, or set enabled=False."
             )
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
@@ -155,7 +156,7 @@ class InfluenceCallback(Callback):
             queries=self.queries,
             loss=loss.training,
             methods=self.methods,
-            total_steps=_total_steps(trainer),
+            total_steps=_steps_ahead(trainer),
             schedulers=_schedulers(trainer),
             refresh_every=self.refresh_every,
             discount=self.discount,
@@ -169,15 +170,18 @@ class InfluenceCallback(Callback):
             owner=owner,
         )
         self._recorder.start()
+        if trainer.global_step:
+            self._recorder.note(
+                f"recording began at step {trainer.global_step} of a resumed run; earlier steps are missing"
+            )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is not None:
             assert self._tracker is not None
-            rows = self._tracker.rows if self.row_fn is None else self.row_fn(batch)
             self._recorder.capture.unscale = _unscale(trainer)
-            self._recorder.start_batch(rows, batch)
+            self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._recorder is not None:
@@ -225,6 +229,7 @@ class InfluenceCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._recorder is not None and self._recorder.running:
+            self._recorder.note(f"training was ended by {type(exception).__name__}: the report covers the steps before")
             self.on_train_end(trainer, pl_module)
         self._release()
 
@@ -257,8 +262,8 @@ class _ModuleLoss:
         found = _loss_of(self._call(module, self._step, batch))
         if found is None:
             raise QueryError(
-                f"InfluenceCallback: neither validation_step nor training_step of {type(module).__name__} returns a loss; "
-                "return it, or pass a callable query (module, batch) -> scalar."
+                f"InfluenceCallback: neither validation_step nor training_step of {type(module).__name__} returns a "
+                "loss; return it, or pass a callable query (module, batch) -> scalar."
             )
         return found
 
@@ -272,8 +277,8 @@ class _ModuleLoss:
     def _call(self, module: Any, name: str, batch: Any) -> Any:
         if name == "training_step" and not self._automatic:
             raise QueryError(
-                f"InfluenceCallback: {type(module).__name__} optimizes by hand, so its training_step cannot be asked for a "
-                "loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
+                f"InfluenceCallback: {type(module).__name__} optimizes by hand: its training_step cannot be asked for "
+                "a loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
             )
         step = getattr(module, name)
         parameters = list(inspect.signature(step).parameters.values())[1:]
@@ -300,10 +305,10 @@ def _unscale(trainer: Trainer) -> Tensor | None:
     return 1.0 / scale
 
 
-def _total_steps(trainer: Trainer) -> int:
-    """Optimizer steps planned; 0 where nobody knows."""
+def _steps_ahead(trainer: Trainer) -> int:
+    """Optimizer steps planned from here on; 0 where nobody knows."""
     steps = trainer.estimated_stepping_batches
-    return 0 if steps == float("inf") or steps < 0 else int(steps)
+    return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
 
 
 def _schedulers(trainer: Trainer) -> Sequence[tuple[Any, int]]:

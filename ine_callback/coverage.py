@@ -57,13 +57,20 @@ class Coverage:
         for module, reason in faults.items():
             self._capture.drop(module, reason)
 
+    @property
+    def slow(self) -> bool:
+        """Whether some parameters are recorded by per-row autograd."""
+        return bool(self._slow)
+
     def prove(self, held: list[Any], table: BlockTable) -> list[Any]:
         """Compares the first backward pass's records with ``grad``; returns those that stay.
 
         Raises:
             CaptureError: If parameters are uncaptured under the policy ``"raise"``.
         """
-        half = torch.is_autocast_enabled() or any(p.dtype in (torch.bfloat16, torch.float16) for p in self._module.parameters())
+        half = torch.is_autocast_enabled() or any(
+            p.dtype in (torch.bfloat16, torch.float16) for p in self._module.parameters()
+        )
         wrong = wrong_blocks([(block, record) for block, record, _ in held], half)
         for block in wrong:
             table.drop(block)
@@ -79,7 +86,9 @@ class Coverage:
         self.share = 1.0 - share
         if not missing:
             return
-        listing = "; ".join(f"{name} ({share_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8])
+        listing = "; ".join(
+            f"{name} ({share_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8]
+        )
         message = f"{self._owner}: {share:.1%} of the trainable parameters are not captured: {listing}."
         if self._policy == "raise":
             raise CaptureError(f"{message} Register a layer function, or pass uncaptured='warn' or 'fallback'.")
@@ -89,7 +98,9 @@ class Coverage:
             self.share = 1.0
             self.notes.append(f"per-row autograd (one backward pass a row) for: {', '.join(missing)}")
             return
-        self.uncaptured = {n: f"{why} ({share_of(self._module, [n]):.1%} of the parameters)" for n, why in missing.items()}
+        self.uncaptured = {
+            n: f"{why} ({share_of(self._module, [n]):.1%} of the parameters)" for n, why in missing.items()
+        }
         warnings.warn(f"{message} Signals leave them out; uncaptured='fallback' records them slowly.", stacklevel=2)
 
     def fallback(

@@ -1,14 +1,14 @@
 r"""What the rest of training leaves of a perturbation made now: the curvature discount.
 
-A change of the weights at step t decays under the later steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed learning
-rate that remains (times the optimizer's own rate) and ``H`` the Hessian, here a block-diagonal Fisher with Kronecker
-factors built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671), averaged over the
-whole run so far. In the factors' eigenbasis the exponential is elementwise:
+A change of the weights at step t decays under the later steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed
+learning rate that remains (times the optimizer's own rate) and ``H`` the Hessian, here a block-diagonal Fisher with
+Kronecker factors built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671),
+averaged over the whole run so far. In the factors' eigenbasis the exponential is elementwise:
 
     D v = Q_L [exp(-R (l_L l_R^T + decay)) * (Q_L^T v Q_R)] Q_R^T.
 
-Factors use the true labels (empirical Fisher). Where a parameter is tied between modules of different kinds, the factors
-fall back to the diagonal of their sum. A dimension over ``max_dim`` falls back to its diagonal.
+Factors use the true labels (empirical Fisher). A parameter that several modules share uses the diagonal of the sum of
+their Fishers. A dimension over ``max_dim`` falls back to its diagonal.
 """
 
 from __future__ import annotations

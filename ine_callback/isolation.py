@@ -54,7 +54,9 @@ def _plain_attributes(module: nn.Module) -> tuple[set[str], dict[str, tuple[Any,
     """The module's own Python state: users collect outputs in lists and count steps in integers."""
     internal = nn.Module().__dict__
     own = {k: v for k, v in module.__dict__.items() if k not in internal and isinstance(v, (*_PLAIN, Tensor))}
-    return set(module.__dict__), {k: (v, v.detach().clone() if isinstance(v, Tensor) else copy.copy(v)) for k, v in own.items()}
+    return set(module.__dict__), {
+        k: (v, v.detach().clone() if isinstance(v, Tensor) else copy.copy(v)) for k, v in own.items()
+    }
 
 
 def _restore_attributes(module: nn.Module, names: set[str], own: dict[str, tuple[Any, Any]]) -> None:
@@ -74,7 +76,7 @@ def _restore_attributes(module: nn.Module, names: set[str], own: dict[str, tuple
 
 def _swap_metrics(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Replaces every torchmetrics object by a copy, so that updates go nowhere."""
-    swapped = []
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in [m for m in module.modules() if not isinstance(m, Metric | MetricCollection)]:
         for name, child in parent._modules.items():
             if isinstance(child, Metric | MetricCollection):

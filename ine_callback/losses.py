@@ -1,4 +1,4 @@
-"""Each row's loss, read off the autograd graph of the loss that the model returned: nothing is computed twice or patched.
+"""Each row's loss, read off the autograd graph of the loss that the model returned: no patch, no second forward pass.
 
 PyTorch's standard losses leave their input and target on the graph. From them follow every row's own loss (the free
 baseline beside every influence score) and how many terms the loss is a mean of (the scale of the curvature).
@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 _NONE, _MEAN, _SUM = 0, 1, 2
@@ -23,7 +25,7 @@ class LossReading:
 
     Attributes:
         rows: Loss of every row [b], the mean over the row's terms.
-        terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar tensor.
+        terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar.
         scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
     """
 
@@ -133,3 +135,30 @@ _LOSSES = {
     "MseLossBackward0": _mse,
     "BinaryCrossEntropyWithLogitsBackward0": _bce,
 }
+
+
+class RowLosses:
+    """Each row's training loss averaged over its visits: the free baseline beside every score.
+
+    Args:
+        rows: Number of rows N.
+        device: Where the run is.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, rows, device=device)
+
+    def add(self, rows: Tensor, losses: Tensor) -> None:
+        """Takes the losses [b] of a batch's rows."""
+        losses = losses.to(self._sums.dtype)
+        self._sums.index_add_(1, rows, torch.stack([losses, torch.ones_like(losses)]))
+
+    def grow(self, rows: int) -> None:
+        """Enlarges the state to ``rows`` rows."""
+        self._sums = F.pad(self._sums, (0, rows - self._sums.shape[1]))
+
+    def mean(self) -> NDArray[np.float64]:
+        """Mean loss [N], NaN where it was never read."""
+        total, count = self._sums.cpu().double().numpy()
+        mean: NDArray[np.float64] = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+        return mean

@@ -36,7 +36,13 @@ class BoundQuery:
 
 
 class QuerySource(ABC):
-    """Where queries get their data and the module's own loss from; the callback and the recorder implement it."""
+    """Where queries get their data and the module's own loss from; the callback and the recorder implement it.
+
+    Attributes:
+        notes: What the report should say about the data.
+    """
+
+    notes: list[str]
 
     @abstractmethod
     def batches(self, data: Any) -> list[Batch]:
@@ -117,7 +123,9 @@ class PerClassQuery(Query):
         where = _describe(self.data)
         return [
             BoundQuery(
-                QueryInfo(f"{name}/{label}", "loss", f"Does training on this row lower the loss on class {label} of {where}?"),
+                QueryInfo(
+                    f"{name}/{label}", "loss", f"Does training on this row lower the loss on class {label} of {where}?"
+                ),
                 source.loss,
                 _weighted(pieces[label]),
             )
@@ -135,7 +143,8 @@ class MarginQuery(Query):
         data: As for :class:`LossQuery`.
         per_row: One query for each row of ``data`` instead of their mean.
         name: Column name, or the prefix of ``name/k`` with ``per_row``.
-        forward: Maps (module, batch) to (logits [b, C, ...], labels [b, ...]); by default ``module(x), y`` for a batch ``(x, y)``.
+        forward: Maps (module, batch) to (logits [b, C, ...], labels [b, ...]); by default ``module(x), y`` for a
+            batch ``(x, y)``.
     """
 
     def __init__(
@@ -306,7 +315,12 @@ def _logits_and_labels(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
     return module(x), y
 
 
-def gradients(queries: Iterable[BoundQuery], module: nn.Module, parameters: Sequence[nn.Parameter], device: Callable[[Batch], Batch]) -> list[Tensor]:
+def gradients(
+    queries: Iterable[BoundQuery],
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    device: Callable[[Batch], Batch],
+) -> list[Tensor]:
     """Gradients of all queries at the present weights.
 
     Args:
@@ -322,7 +336,10 @@ def gradients(queries: Iterable[BoundQuery], module: nn.Module, parameters: Sequ
         QueryError: If a query's value is no scalar or has no gradient.
     """
     queries = list(queries)
-    out = [torch.zeros(len(queries), *p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for p in parameters]
+    out = [
+        torch.zeros(len(queries), *p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        for p in parameters
+    ]
     for k, query in enumerate(queries):
         for weight, batch in query.batches:
             value = scalar(query.value(module, device(batch)), query)
@@ -359,7 +376,6 @@ __all__ = [
     "SelfQuery",
     "gradients",
     "margins",
-
     "parse",
     "scalar",
 ]

@@ -51,18 +51,31 @@ def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Rate:
     group = _group_of(optimizer, parameters[0])
     if group is None:
         return Rate(0.0, 0.0, 0.0, 0.0)
-    lr, weight_decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-    sign = -1.0 if group.get("maximize") else 1.0  # a climbing step raises what a share would have lowered
+    weight_decay, gain = float(group.get("weight_decay", 0.0)), _gain(optimizer, group)
+    lr, step = float(group["lr"]), _step(optimizer, group)
     if isinstance(optimizer, _ADAM):
         scale = _adam_scale(optimizer, group, parameters)
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
-        return Rate(lr, sign * lr, scale, weight_decay if decoupled else weight_decay * scale)
+        return Rate(lr, step, scale, weight_decay if decoupled else weight_decay * scale)
+    return Rate(lr, step, gain, weight_decay * gain if isinstance(optimizer, _SGD) else 0.0)
+
+
+def step_rate(optimizer: Optimizer) -> float:
+    """Effective learning rate of the first parameter group, :attr:`Rate.step` without the rest."""
+    return _step(optimizer, optimizer.param_groups[0])
+
+
+def _step(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    sign = -1.0 if group.get("maximize") else 1.0  # a climbing step raises what a share would have lowered
+    return sign * float(group["lr"]) * _gain(optimizer, group)
+
+
+def _gain(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """Sum of a gradient's future effects through SGD's momentum buffer; 1 for everything else."""
     momentum = float(group.get("momentum", 0.0)) if isinstance(optimizer, _SGD) else 0.0
-    dampening = float(group.get("dampening", 0.0)) if momentum else 0.0
-    gain = (1 - dampening) / (1 - momentum) if momentum else 1.0
-    if group.get("nesterov"):
-        gain = 1 / (1 - momentum)
-    return Rate(lr, sign * lr * gain, gain, weight_decay * gain if isinstance(optimizer, _SGD) else 0.0)
+    if not momentum:
+        return 1.0
+    return 1 / (1 - momentum) if group.get("nesterov") else (1 - float(group["dampening"])) / (1 - momentum)
 
 
 def _adam_scale(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Tensor | float:
@@ -80,7 +93,8 @@ def _adam_scale(optimizer: Optimizer, group: dict[str, Any], parameters: Sequenc
         count += p.numel()
     if not count:
         return 0.0
-    return 1 / (torch.as_tensor(total / count).sqrt() + group["eps"])
+    scale: Tensor = 1 / (torch.as_tensor(total / count).sqrt() + group["eps"])
+    return scale
 
 
 def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
@@ -88,6 +102,33 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] |
         if any(p is parameter for p in group["params"]):
             return group
     return None
+
+
+class Clipping:
+    """By how much a step's gradient was clipped, measured on the device.
+
+    Args:
+        optimizer: The optimizer whose gradients are clipped.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._before: Tensor | None = None
+
+    def before(self) -> None:
+        """Called with the unclipped gradients in place."""
+        self._before = self._norm()
+
+    def factor(self) -> Tensor | float:
+        """Clipped over unclipped norm, with the clipped gradients in place; 1 where nothing was measured."""
+        if self._before is None:
+            return 1.0
+        before, self._before = self._before, None
+        return self._norm() / before.clamp_min(torch.finfo(before.dtype).tiny)
+
+    def _norm(self) -> Tensor:
+        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
 
 
 class Schedule:
@@ -130,9 +171,9 @@ class Schedule:
             note = note or "unknown horizon: at every step the rest of training was taken to be as long as the past"
         elif self.steps < len(self.planned):
             note = (
-                f"training stopped after {self.steps} of {len(self.planned)} planned steps: discounts were computed for "
-                f"the whole plan and left out {1 - self.realised / planned if planned else 0:.0%} of its learning rate, "
-                "so early rows are discounted too strongly"
+                f"training stopped after {self.steps} of {len(self.planned)} planned steps: discounts counted on the "
+                f"whole plan, {1 - self.realised / planned if planned else 0:.0%} of its learning rate never came, so "
+                "all observations are discounted too strongly"
             )
         return {
             "planned_steps": len(self.planned),
@@ -143,7 +184,9 @@ class Schedule:
         }
 
 
-def plan(optimizer: Optimizer, steps: int, schedulers: Sequence[tuple[Any, int]] = (), keep: Sequence[Any] = ()) -> Schedule:
+def plan(
+    optimizer: Optimizer, steps: int, schedulers: Sequence[tuple[Any, int]] = (), keep: Sequence[Any] = ()
+) -> Schedule:
     """Simulates learning-rate schedulers on a stand-in optimizer; the real ones are not touched.
 
     Args:
@@ -159,11 +202,13 @@ def plan(optimizer: Optimizer, steps: int, schedulers: Sequence[tuple[Any, int]]
     if steps <= 0 or math.isinf(steps):
         return Schedule()
     plateau = [s for s, _ in schedulers if isinstance(s, torch.optim.lr_scheduler.ReduceLROnPlateau)]
-    note = "a plateau scheduler cannot be foreseen: the rest of training was taken to keep the learning rate of each refresh"
+    note = "a plateau scheduler cannot be foreseen: the learning rate of each refresh was taken to stay to the end"
     try:
         copies = _stand_ins(optimizer, schedulers, keep)
     except Exception as error:
-        note = f"the learning-rate scheduler could not be read ahead ({type(error).__name__}: {error}): taken as constant"
+        note = (
+            f"the learning-rate scheduler could not be read ahead ({type(error).__name__}: {error}): taken as constant"
+        )
         return Schedule([lr] * steps, note)
     stand_in, movers = copies
     planned = []
@@ -184,7 +229,9 @@ def _stand_ins(
     optimizer: Optimizer, schedulers: Sequence[tuple[Any, int]], keep: Sequence[Any]
 ) -> tuple[Optimizer, list[tuple[Any, int]]]:
     """Copies of the schedulers that drive a one-parameter SGD with the real parameter groups' settings."""
-    dummies = [{**{k: v for k, v in g.items() if k != "params"}, "params": [torch.zeros(1)]} for g in optimizer.param_groups]
+    dummies = [
+        {**{k: v for k, v in g.items() if k != "params"}, "params": [torch.zeros(1)]} for g in optimizer.param_groups
+    ]
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     stand_in.param_groups = dummies
     stand_in.step = _stepped  # type: ignore[method-assign]

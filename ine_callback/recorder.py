@@ -1,36 +1,33 @@
 """The recorder: the flow of one training step as a plain state machine, without Lightning.
 
-batch → rows → capture → signals → optimizer step → methods; at the end a report. The callback drives it from Lightning's
-hooks, a bare PyTorch loop drives it with ``with recorder.batch(rows):``.
+batch → rows → capture → signals → optimizer step → methods; at the end a report. The callback drives it from
+Lightning's hooks, a bare PyTorch loop drives it with ``with recorder.batch(rows):``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import lightning
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ine_callback._version import __version__
 from ine_callback.capture import Capture, Record
 from ine_callback.coverage import Coverage, Uncaptured
 from ine_callback.curvature import KFAC
 from ine_callback.errors import InfluenceError, RowsError
-from ine_callback.losses import Scale, read_loss
-from ine_callback.methods import FINE, Method
+from ine_callback.losses import RowLosses, Scale, read_loss
+from ine_callback.methods import FINE, Method, checked_methods
+from ine_callback.provenance import run_info
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
-from ine_callback.rates import Schedule, known, plan, rate_of
-from ine_callback.report import InfluenceReport, RunInfo
+from ine_callback.rates import Clipping, known, plan, step_rate
+from ine_callback.report import InfluenceReport
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
 
@@ -45,7 +42,8 @@ class Recorder:
         optimizer: Its optimizer; a hook on its ``step`` tells which gradients were really applied.
         rows: Number of training rows (dataset indices 0 .. rows - 1), or None to grow with the rows seen.
         queries: See :class:`~ine_callback.InfluenceCallback`; data is given explicitly, e.g. ``{"val": (x, y)}``.
-        loss: Mean loss of a batch, ``(module, batch) -> scalar``; needed by queries on data, the row check and the fallback.
+        loss: Mean loss of a batch, ``(module, batch) -> scalar``; needed by queries on data, the row check and the
+            fallback.
         methods: Methods to run; f-INE by default.
         total_steps: Optimizer steps planned (0: unknown), for the discount.
         schedulers: Pairs (scheduler, optimizer steps between its steps), for the discount.
@@ -101,12 +99,12 @@ class Recorder:
     ) -> None:
         self.module, self.optimizer, self.owner = module, optimizer, owner
         self.queries = parse(queries, owner)
-        self.methods = checked_methods(methods, owner)
+        self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
         self.refresh_every = refresh_every
         self.accumulate, self.on_error = accumulate, on_error
         self._loss, self._rows = loss, rows
         self._source = source or DataSource(owner, loss)
-        self._plan = lambda: plan(optimizer, total_steps, schedulers, keep=[module])
+        self._horizon = (total_steps, schedulers)
         self._max_dim = max_dim if discount else None
         self._to_device, self._context = to_device or (lambda batch: batch), context
         self.capture = Capture(module, self._receive, self._fail)
@@ -124,8 +122,8 @@ class Recorder:
         self._handles: list[Any] = []
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._batch: tuple[Tensor, Any] | None = None
-        self._received = False
-        self._norm_before: Tensor | None = None
+        self._received = self._settled = False
+        self._clipping = Clipping(optimizer)
         self._seconds = 0.0
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -140,7 +138,7 @@ class Recorder:
         bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
         self.infos = (*(query.info for query in bound), *((SELF,) if has_self else ()))
-        self.schedule: Schedule = self._plan()
+        self.schedule = plan(self.optimizer, *self._horizon, keep=[self.module])
         self.signals = Signals(
             self.module,
             bound,
@@ -152,19 +150,18 @@ class Recorder:
             self._context,
         )
         self.signals.check()
-        self._size = self._rows or 0
+        self._size, self._highest = self._rows or 0, -1
         for method in self.methods:
             method.start(self._size, self.infos, self._device)
-        self._loss_sum = torch.zeros(self._size, device=self._device)
-        self._loss_count = torch.zeros(self._size, device=self._device)
+        self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
-            self._note(f"{type(self.optimizer).__name__} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
+            self.note(f"{type(self.optimizer).__name__} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
         self.capture.attach()
         self._handles = [
             self.optimizer.register_step_pre_hook(lambda *_: self._guarded(self._before_step)),
             self.optimizer.register_step_post_hook(lambda *_: self._guarded(self._after_step)),
         ]
-        self._started_at = datetime.datetime.now(datetime.timezone.utc)
+        self.started = datetime.datetime.now(datetime.timezone.utc)
         self._clock = time.monotonic()
         self.running = self.recording = True
 
@@ -209,13 +206,13 @@ class Recorder:
         finally:
             self.end_batch()
 
-    def start_batch(self, rows: Tensor | Sequence[int], data: Any = None) -> None:
-        """Announces the rows of the coming forward pass."""
+    def start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any = None) -> None:
+        """Announces the rows of the coming forward pass, or a function that finds them in the batch."""
         self._guarded(self._start_batch, rows, data)
 
-    def _start_batch(self, rows: Tensor | Sequence[int], data: Any) -> None:
-        rows = self._checked_rows(rows)
-        self._batch = (rows, data)
+    def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
+        rows = self._checked_rows(rows(data) if callable(rows) else rows)
+        self._batch, self._settled = (rows, data), False
         if self.steps == 0 and not self._pending:
             self.coverage.probe(self._loss, data, len(rows))
         elif self.steps % self.refresh_every == 0 and not self._pending:
@@ -225,7 +222,7 @@ class Recorder:
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
 
     def see(self, loss: Tensor) -> None:
-        """Reads each row's loss and the loss's scale off the graph of the loss about to be differentiated (optional)."""
+        """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
         self._guarded(self._see, loss)
 
     def _see(self, loss: Tensor) -> None:
@@ -235,10 +232,9 @@ class Recorder:
         with torch.no_grad():
             reading = read_loss(loss, len(rows))
             if reading is None:
-                self._note("the training loss is of no standard form: it was taken as a mean over rows, without row losses")
+                self.note("the training loss is of no standard form: taken as a mean over rows, row losses unknown")
                 return
-            self._loss_sum.index_add_(0, rows, reading.rows.to(self._loss_sum.dtype))
-            self._loss_count.index_add_(0, rows, torch.ones_like(reading.rows, dtype=self._loss_count.dtype))
+            self._losses.add(rows, reading.rows)
             scale = 1.0 if self.capture.unscale is None else self.capture.unscale
             self.signals.scale = Scale(reading.terms / scale, reading.scale / scale)
 
@@ -247,7 +243,7 @@ class Recorder:
 
         Needed where the pass runs inside of ``optimizer.step(closure)``, as in Lightning; else the step itself tells.
         """
-        self._guarded(self._settle)
+        self._guarded(self._settle, True)
 
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
@@ -266,7 +262,9 @@ class Recorder:
         self.signals.receive(module, records, self.capture.calls.get(module, 1))
 
     def _fall_back(self, rows: Tensor, data: Any) -> None:
-        for block, record in self.coverage.fallback(self._loss, data, len(rows), self.signals.scale, self.signals.table):
+        for block, record in self.coverage.fallback(
+            self._loss, data, len(rows), self.signals.scale, self.signals.table
+        ):
             self.signals.take(block, record)
 
     def end_batch(self) -> None:
@@ -274,13 +272,15 @@ class Recorder:
         self._guarded(self._end_batch)
 
     def _end_batch(self) -> None:
-        self._settle()
+        # nothing received: no backward pass at all, or one that no hook could read; only the latter leaves gradients
+        unread = self.signals.held is not None or self.coverage.slow
+        self._settle(unread and not self._settled and any(p.grad is not None for p in self.module.parameters()))
         self.capture.active = False
         self._batch = None
 
-    def _settle(self) -> None:
+    def _settle(self, backward: bool) -> None:
         """Moves the signals of the backward passes so far to those that wait for the optimizer's step."""
-        if self._batch is None or not self._received:
+        if self._batch is None or not (self._received or backward):
             return
         rows, data = self._batch
         with self.capture.paused():
@@ -293,7 +293,7 @@ class Recorder:
             if self._pending and self._pending[-1][0] is rows:  # a further backward pass of the same batch
                 signals = self._pending.pop()[1] + signals
             self._pending.append((rows, signals))
-        self._received = False
+        self._received, self._settled = False, True
 
     def discard(self) -> None:
         """Forgets signals whose step was skipped (an overflow under mixed precision)."""
@@ -303,24 +303,10 @@ class Recorder:
 
     def measure_clipping(self) -> None:
         """Called with the unclipped gradients: the step will tell by how much they were clipped."""
-        self._guarded(self._measure_clipping)
-
-    def _measure_clipping(self) -> None:
-        self._norm_before = self._gradient_norm()
-
-    def _clipping(self) -> Tensor | float:
-        """The factor by which clipping shortened the step's gradient."""
-        if self._norm_before is None:
-            return 1.0
-        before, self._norm_before = self._norm_before, None
-        return self._gradient_norm() / before.clamp_min(1e-30)
-
-    def _gradient_norm(self) -> Tensor:
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        self._guarded(self._clipping.before)
 
     def _before_step(self) -> None:
-        self._settle()
+        self._settle(False)
 
     def _after_step(self) -> None:
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -328,26 +314,32 @@ class Recorder:
         if not self._pending:
             return
         rows = torch.cat([r for r, _ in self._pending])
-        signals = torch.cat([s for _, s in self._pending]) * self._clipping()
+        signals = torch.cat([s for _, s in self._pending]) * self._clipping.factor()
         self._pending.clear()
-        rate = rate_of(self.optimizer, [self.optimizer.param_groups[0]["params"][0]]).step
         with torch.no_grad():
             for method in self.methods:
-                method.fold(rows, signals, rate)
+                method.fold(rows, signals, step_rate(self.optimizer))
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
 
     # -- rows and errors ----------------------------------------------------------------------------------------------
 
-    def _checked_rows(self, rows: Tensor | Sequence[int]) -> Tensor:
-        rows = torch.as_tensor(rows)
+    def _checked_rows(self, found: Any) -> Tensor:
+        rows: Tensor = torch.as_tensor(found)
+        if self._rows is None:  # unsized data: the state must grow before it is indexed
+            rows = rows.cpu()
         if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
-            raise RowsError(f"{self.owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of dataset indices.")
+            raise RowsError(
+                f"{self.owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of dataset indices."
+            )
         if rows.device.type == "cpu":
             low, high = int(rows.min()), int(rows.max())
             if low < 0 or (self._rows is not None and high >= self._rows):
-                raise RowsError(f"{self.owner}: row {low if low < 0 else high} is outside of the data set of {self._rows} rows.")
+                raise RowsError(
+                    f"{self.owner}: row {low if low < 0 else high} is outside of the data set of {self._rows} rows."
+                )
+            self._highest = max(self._highest, high)
             if high >= self._size:
                 self._grow(high + 1)
         return rows.to(self._device, torch.int64, non_blocking=True)
@@ -356,9 +348,7 @@ class Recorder:
         self._size = max(rows, 2 * self._size)
         for method in self.methods:
             method.grow(self._size)
-        for name in ("_loss_sum", "_loss_count"):
-            old = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_zeros(self._size - len(old))]))
+        self._losses.grow(self._size)
 
     def _guarded(self, function: Callable[..., None], *args: Any) -> None:
         if not self.recording:
@@ -376,7 +366,8 @@ class Recorder:
         self.notes.append(message)
         warnings.warn(f"{self.owner}: {message} Training goes on; the report holds what came before.", stacklevel=2)
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Adds a sentence to the report, once."""
         if note not in self.notes:
             self.notes.append(note)
 
@@ -384,56 +375,16 @@ class Recorder:
 
     def report(self) -> InfluenceReport:
         """The report of everything recorded so far."""
-        scores = self.methods[0].finish()
-        count = self._loss_count.cpu().double().numpy()
-        total = self._loss_sum.cpu().double().numpy()
-        mean_loss = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-        return InfluenceReport(replace(scores, mean_loss=mean_loss), self._run_info())
+        scores = replace(self.methods[0].finish(), mean_loss=self._losses.mean())
+        seen = len(scores.observations) if self._rows is not None else self._highest + 1
+        return InfluenceReport(scores.first(seen), run_info(self, seen))
 
-    def _run_info(self) -> RunInfo:
-        seconds = self._seconds or time.monotonic() - self._clock
-        lost = {info.name: int(n) for info, n in zip(self.infos, self._nonfinite(), strict=True) if n}
-        for name, count in lost.items():
-            self._note(f"query '{name}': {count} signals were not finite and were left out")
-        summary = self.schedule.summary()
-        return RunInfo(
-            config=self.config,
-            versions={
-                "ine_callback": __version__,
-                "torch": torch.__version__,
-                "lightning": lightning.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-            seed=torch.initial_seed(),
-            started=self._started_at.isoformat(timespec="seconds"),
-            seconds=seconds,
-            steps=self.steps,
-            rows=self._size,
-            captured_share=self.coverage.share,
-            approximate=self.coverage.approximate,
-            uncaptured=self.coverage.uncaptured,
-            nonfinite=lost,
-            schedule=summary,
-            notes=[*self.notes, *self.coverage.notes, *getattr(self._source, "notes", []), *([summary["note"]] if summary["note"] else [])],
-        )
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the recorded run."""
+        return self._seconds or time.monotonic() - self._clock
 
-    def _nonfinite(self) -> list[int]:
-        first = self.methods[0]
-        return first.nonfinite.tolist() if isinstance(first, FINE) else [0] * len(self.infos)
-
-
-def checked_methods(methods: Sequence[Method] | None, owner: str) -> list[Method]:
-    """The methods to run.
-
-    Raises:
-        InfluenceError: If the list is empty or holds something else.
-    """
-    if methods is None:
-        return [FINE()]
-    if not isinstance(methods, list | tuple) or not methods:
-        raise InfluenceError(f"{owner}: methods={methods!r} names no method; pass [FINE()] or leave it out.")
-    for method in methods:
-        if not isinstance(method, Method):
-            raise InfluenceError(f"{owner}: {method!r} is not a Method; pass instances such as FINE().")
-    return list(methods)
+    def all_notes(self) -> list[str]:
+        """What the report's reader should know."""
+        note = self.schedule.summary()["note"]
+        return [*self.notes, *self.coverage.notes, *self._source.notes, *([note] if note else [])]

@@ -1,7 +1,7 @@
 """Which dataset rows are in a batch: row ids travel with the batch through samplers, workers and prefetching.
 
-While an iterator of the training loader is made, and only then, the loader shows a dataset whose items carry their index
-and a collate function that gathers them; the user's dataset, sampler and loader objects stay what they are.
+While an iterator of the training loader is made, and only then, the loader shows a dataset whose items carry their
+index and a collate function that gathers them; the user's dataset, sampler and loader objects stay what they are.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class RowTracker:
         owner: Class named in messages.
 
     Attributes:
-        rows: Rows of the batch seen last, None before the first.
+        rows: Rows of the batch seen last, empty before the first.
         size: Length of the tracked training set, None before a loader was tracked.
     """
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self.rows: Tensor | None = None
+        self.rows = torch.empty(0, dtype=torch.int64)
         self.size: int | None = None
         self.loader: DataLoader[Any] | None = None
 
@@ -97,7 +97,9 @@ class RowTracker:
             name = type(loader.dataset).__name__
             raise RowsError(f"{self._owner}: the iterable dataset {name} has no row indices; {remedy}.")
         if loader.batch_size is None and loader.batch_sampler is None:
-            raise RowsError(f"{self._owner}: a loader with batch_size=None yields ready batches without row indices; {remedy}.")
+            raise RowsError(
+                f"{self._owner}: a loader with batch_size=None yields ready batches without row indices; {remedy}."
+            )
         self.release()  # Lightning made the loader anew (reload_dataloaders_every_n_epochs)
         self.loader, self.size = loader, len(loader.dataset)  # type: ignore[arg-type]
         make = type(loader)._get_iterator

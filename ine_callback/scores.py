@@ -1,8 +1,8 @@
-"""What a method hands to the report: one number per row and query, with its tests. No behaviour, no torch."""
+"""What a method hands to the report: one number per row and query, with its tests. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ class QueryInfo:
 
     Attributes:
         name: Unique name, the report's column.
-        kind: ``"loss"`` and ``"custom"`` are losses, ``"margin"`` is a negated margin, ``"self"`` is the row's own loss.
+        kind: ``"loss"`` and ``"custom"`` are losses, ``"margin"`` a negated margin, ``"self"`` the row's own loss.
         question: One sentence a newcomer understands, shown in every report.
     """
 
@@ -60,3 +60,8 @@ class Scores:
     mean_loss: Floats
     null_mu: Floats
     null_ks_p: Floats
+
+    def first(self, rows: int) -> Scores:
+        """The scores of rows 0 to ``rows - 1``."""
+        arrays = (f.name for f in fields(self) if f.name not in ("queries", "null_mu", "null_ks_p"))
+        return replace(self, **{name: getattr(self, name)[:rows] for name in arrays})

@@ -1,4 +1,4 @@
-"""Signals: inner products of every query's direction with each row's share of the step, taken during the backward pass."""
+"""Signals: inner products of every query's direction with each row's share of the step, taken in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ine_callback.curvature import KFAC, Discount
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
 from ine_callback.queries import BoundQuery, gradients, scalar
-from ine_callback.rates import Rate, Schedule, rate_of
+from ine_callback.rates import Schedule, rate_of, step_rate
 
 
 @dataclass
@@ -135,19 +135,19 @@ class Signals:
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
-        lr = abs(float(self.optimizer.param_groups[0]["lr"]))
-        remaining = self.schedule.remaining(lr)
-        reference = rate_of(self.optimizer, [self.optimizer.param_groups[0]["params"][0]])
+        remaining = self.schedule.remaining(float(self.optimizer.param_groups[0]["lr"]))
         with torch.no_grad():
             for block in blocks:
                 v = block.to_layout([next(found) for _ in block.parameters]) if self.queries else None
-                self._directions[block] = self._direction(block, v, remaining, reference)
+                self._directions[block] = self._direction(block, v, remaining)
 
-    def _direction(self, block: Block, v: Tensor | None, remaining: float, reference: Rate) -> _Direction:
-        rate = rate_of(self.optimizer, block.parameters)
-        weight = rate.step / reference.step if reference.step else 1.0
+    def _direction(self, block: Block, v: Tensor | None, remaining: float) -> _Direction:
+        """U of one block; parameter groups with other learning rates weigh in relative to the first group's."""
+        rate, step = rate_of(self.optimizer, block.parameters), step_rate(self.optimizer)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        weight = rate.step / step if step else 1.0
         discount = Discount()
         if self.curvature is not None:
-            ahead = remaining * (rate.lr / reference.lr if reference.lr else 1.0)
+            ahead = remaining * (rate.lr / lr if lr else 1.0)
             discount = self.curvature.discount(block, ahead * rate.curvature, ahead * rate.decay)
         return _Direction(None if v is None else discount.apply(v) * weight, discount, weight)

@@ -1,4 +1,4 @@
-"""Where queries get their data: the validation loader, any loader or batch, rows of the training set. Read once, kept."""
+"""Where queries get their data: the validation loader, any loader or batch, rows of the training set. Read once."""
 
 from __future__ import annotations
 
@@ -71,10 +71,14 @@ class DataSource(QuerySource):
 
     def _sample(self, name: str, loader: Any) -> list[Batch]:
         """All of a small loader; of a larger one a fixed random sample, or its first batches where it has no length."""
-        dataset = getattr(loader, "dataset", None)
-        sized = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        dataset: Any = getattr(loader, "dataset", None)
+        sized = (
+            isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        )
         if sized and loader.batch_size is not None and len(dataset) > self._limit:
-            picked = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: self._limit].sort().values
+            picked = (
+                torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: self._limit].sort().values
+            )
             self.notes.append(f"query data '{name}': a random {self._limit} of {len(dataset)} rows")
             return _load(dataset, picked.tolist(), loader)
         if sized and loader.batch_size is not None:
@@ -91,18 +95,22 @@ class DataSource(QuerySource):
     def _rows(self, rows: list[int]) -> list[Batch]:
         dataset = getattr(self._train, "dataset", None)
         if dataset is None or not hasattr(dataset, "__getitem__"):
-            raise QueryError(f"{self._owner}: {rows[:5]} are dataset indices, but the training set cannot be indexed; pass a batch.")
+            raise QueryError(
+                f"{self._owner}: {rows[:5]} are dataset indices, but the training set cannot be indexed; pass a batch."
+            )
         unknown = [row for row in rows if not 0 <= row < len(dataset)]
         if unknown:
             raise QueryError(
-                f"{self._owner}: rows {unknown[:5]} are not in the training set; valid indices are 0 to {len(dataset) - 1}."
+                f"{self._owner}: rows {unknown[:5]} are not in the training set; valid are 0 to {len(dataset) - 1}."
             )
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
             return _load(dataset, rows, self._train)
 
     def _checked(self, batches: list[Batch], data: Any) -> list[Batch]:
         if not batches:
-            raise QueryError(f"{self._owner}: the query's data ({type(data).__name__}) is empty; pass at least one batch.")
+            raise QueryError(
+                f"{self._owner}: the query's data ({type(data).__name__}) is empty; pass at least one batch."
+            )
         return batches
 
 
@@ -113,7 +121,9 @@ def _load(dataset: Any, rows: Iterable[int], loader: DataLoader[Any]) -> list[Ba
 
 def _is_stream(data: Any) -> bool:
     """A loader of another library: iterable, and not itself a batch."""
-    return isinstance(data, Iterable) and not isinstance(data, list | tuple | dict | Tensor) and not hasattr(data, "keys")
+    return (
+        isinstance(data, Iterable) and not isinstance(data, list | tuple | dict | Tensor) and not hasattr(data, "keys")
+    )
 
 
 def _is_empty(data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Per-row gradients of parameters that no layer function covers, by one backward pass a row: exact, slow, small models."""
+"""Per-row gradients of parameters that no layer function covers, one backward pass a row: exact, slow."""
 
 from __future__ import annotations
 

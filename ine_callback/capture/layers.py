@@ -52,6 +52,7 @@ def register_layer(*types: type[nn.Module]) -> Callable[[LayerFunction], LayerFu
         ...     def __init__(self, width):
         ...         super().__init__()
         ...         self.scale = torch.nn.Parameter(torch.ones(width))
+        ...
         ...     def forward(self, x):
         ...         return x * self.scale
         >>> @register_layer(Scale)
@@ -115,7 +116,7 @@ def transposed_convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: in
     """The roles swap: patches are cut from the output gradient, and the weight's leading dimension is the input's."""
     assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     a, delta = by_row(a, rows), by_row(delta, rows)
-    padding = [p for size in reversed(module.padding) for p in (int(size), int(size))]
+    padding = module._reversed_padding_repeated_twice
     patches = _patches(
         F.pad(delta, padding), module.kernel_size, module.stride, module.dilation, module.groups, a.shape[2:]
     )
@@ -136,14 +137,15 @@ def _patches(
         if positions is not None:
             x = x.narrow(2 + d, 0, positions[d])
     space = len(kernel)
-    x = x.unflatten(1, (groups, -1))  # [b, G, C/G, *positions, *kernel]
-    x = x.movedim(2, 2 + space)  # [b, G, *positions, C/G, *kernel]
+    grouped: Tensor = x.unflatten(1, (groups, -1))  # [b, G, C/G, *positions, *kernel]
+    x = grouped.movedim(2, 2 + space)  # [b, G, *positions, C/G, *kernel]
     return x.reshape(x.shape[0], groups, math.prod(x.shape[2 : 2 + space]), -1)
 
 
 def _channels_last(x: Tensor, groups: int) -> Tensor:
     """x [b, C, *space] as [b, G, P, C/G]."""
-    return x.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+    grouped: Tensor = x.flatten(2).unflatten(1, (groups, -1))
+    return grouped.transpose(2, 3)
 
 
 @register_layer(nn.Embedding)
@@ -162,12 +164,14 @@ def embedding(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[st
 
 @register_layer(nn.LayerNorm)
 def layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """Scale and shift over the normalized dimensions."""
     assert isinstance(module, nn.LayerNorm)
     return _affine(F.layer_norm(a, module.normalized_shape, eps=module.eps), delta, rows, len(module.normalized_shape))
 
 
 @register_layer(nn.RMSNorm)
 def rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """Scale over the normalized dimensions."""
     assert isinstance(module, nn.RMSNorm)
     shape = list(module.normalized_shape)
     return _affine(F.rms_norm(a, shape, eps=module.eps), delta, rows, len(shape))
@@ -184,6 +188,7 @@ def _affine(normed: Tensor, delta: Tensor, rows: int, trailing: int) -> dict[str
 
 @register_layer(nn.GroupNorm)
 def group_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """Scale and shift per channel."""
     assert isinstance(module, nn.GroupNorm)
     return _channel_affine(F.group_norm(a, module.num_groups, eps=module.eps), delta, rows)
 
@@ -201,6 +206,7 @@ def batch_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[s
 
 @register_layer(nn.modules.instancenorm._InstanceNorm)
 def instance_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """Scale and shift per channel; every row has its own statistics."""
     assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
     own = module.training or not module.track_running_stats
     normed = F.instance_norm(
@@ -243,5 +249,3 @@ def records_of(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[s
             value = Vector(value.flatten(1))
         out[name] = value
     return out
-
-

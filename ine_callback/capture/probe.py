@@ -1,7 +1,7 @@
 """Whether the leading dimension of each layer's input really is the batch's rows, in the batch's order.
 
-Shapes cannot tell a time-first layout or a position table from rows when the sizes happen to agree. The batch is run once
-with all its rows and once without the last: the inputs of true rows stay as they were and lose their end.
+Shapes cannot tell a time-first layout or a position table from rows when the sizes happen to agree. The batch is run
+once with all its rows and once without the last: the inputs of true rows stay as they were and lose their end.
 """
 
 from __future__ import annotations

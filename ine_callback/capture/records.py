@@ -64,7 +64,7 @@ class Record(ABC):
 
     @abstractmethod
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Record:
-        """The same gradients in the bases whose columns are ``left`` [G, O, O] and ``right`` [G, I, I] (None: as is)."""
+        """The same gradients in the bases with columns ``left`` [G, O, O] and ``right`` [G, I, I] (None: as is)."""
 
     @abstractmethod
     def norms(self, weight: Tensor | None) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, device
 
+from ine_callback.errors import InfluenceError
 from ine_callback.scores import QueryInfo, Scores
 
 
@@ -48,3 +50,19 @@ class Method(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, after :meth:`start`."""
+
+
+def checked_methods(methods: Sequence[Method], owner: str) -> list[Method]:
+    """The methods to run.
+
+    Raises:
+        InfluenceError: If there is none, more than one, or something else.
+    """
+    if not isinstance(methods, list | tuple) or not methods:
+        raise InfluenceError(f"{owner}: methods={methods!r} names no method; pass [FINE()] or leave it out.")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise InfluenceError(f"{owner}: {method!r} is not a Method; pass instances such as FINE().")
+    if len(methods) > 1:
+        raise InfluenceError(f"{owner}: {len(methods)} methods were given; this version runs one, e.g. [FINE()].")
+    return list(methods)

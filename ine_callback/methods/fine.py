@@ -2,13 +2,13 @@
 
 At a step with rows [b], signals c [b, Q] (of the rows' shares) and rate r,
 
-    d_i  = r (c_i - mean c)              shift of the query if row i is drawn rather than an average row of its batch
+    d_i  = r (c_i - mean of the others)  shift of the query if row i is drawn rather than one of its batch-mates
     w    = r^2 b Var(c)                  variance of the query's change over the draw of the batch
     mu_i = sum d_i / sqrt(sum w)         sums over the row's steps and over all steps
 
 The query falls by ``r c_i`` to first order, so **mu > 0: training on the row lowers the query (helpful)**. Rows add up:
-the mu of a group is the sum of its rows' mu. The batch mean contains the row itself, so mu is (1 - 1/b) times the
-effect of replacing the row by an average one.
+the mu of a group is the sum of its rows' mu. The mean is over the other rows of the batch, for the alternative to row i
+is not itself: centring on the whole batch's mean would shrink mu by (1 - 1/b), half of it at b = 2.
 
 Tests, always of the row's shift, whichever estimator gives ``mu``:
 
@@ -79,7 +79,7 @@ class FINE(Method):
         >>> fine.fold(torch.tensor([0, 1]), torch.tensor([[3.0], [1.0]]), rate=0.1)
         >>> fine.fold(torch.tensor([0, 2]), torch.tensor([[2.0], [0.0]]), rate=0.1)
         >>> fine.finish().mu.round(3).ravel().tolist()  # row 0 helped twice
-        [0.707, -0.354, -0.354]
+        [1.414, -0.707, -0.707]
     """
 
     def __init__(self, estimator: Estimator = "gaussian", null_draws: int = 20, seed: int = 0) -> None:
@@ -143,9 +143,9 @@ class FINE(Method):
         predicted = torch.where(usable, predicted, 0.0)
         finite = usable.sum(0)
         d = torch.where(usable, predicted - predicted.sum(0) / finite.clamp(min=1), 0.0)
-        squares = d.square().sum(0)
-        noise = squares / (finite - 1).clamp(min=1) * rows.shape[0]
-        sigma2 = squares / rows.shape[0]
+        noise = d.square().sum(0) / (finite - 1).clamp(min=1) * rows.shape[0]
+        d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
+        sigma2 = d.square().sum(0) / rows.shape[0]
         self._fold_shifts(rows, d, sigma2)
         self._deal(rows, d)
         state["noise"] += noise

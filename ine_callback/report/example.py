@@ -17,7 +17,7 @@ def example_report(rows: int = 60, seed: int = 0, planted: tuple[int, ...] = PLA
     Args:
         rows: Number of rows.
         seed: Seed of a private generator.
-        planted: Rows with a large self-influence that harm the validation margin.
+        planted: Rows with a large self-influence that harm the validation margin, where they exist.
 
     Example:
         >>> report = example_report()
@@ -34,7 +34,7 @@ def example_report(rows: int = 60, seed: int = 0, planted: tuple[int, ...] = PLA
     )
     null_sd = np.repeat(random.uniform(0.048, 0.052, (rows, 1)), 3, axis=1)
     z = random.standard_normal((rows, 3)).clip(-2.5, 2.5)  # only planted rows stand out
-    bad = np.asarray(planted)
+    bad = np.array([row for row in planted if row < rows - 1], dtype=np.int64)
     z[bad, 0] = 14.0 - np.arange(bad.size) * 8.0 / max(bad.size, 1)
     z[bad, 2] = -9.0 + np.arange(bad.size) * 4.0 / max(bad.size, 1)
     good = np.setdiff1d(np.arange(rows), bad)[: max(rows // 12, 1)]

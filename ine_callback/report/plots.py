@@ -191,6 +191,8 @@ def _dress(ax: Axes, title: str, x: str, y: str) -> None:
 
 
 def _legend(ax: Axes) -> None:
+    if not ax.get_legend_handles_labels()[0]:  # no row was observed
+        return
     ax.legend(
         loc="upper left", ncols=3, fontsize=7.5, frameon=False, borderaxespad=0.2, columnspacing=1.1, handlelength=1.3
     )

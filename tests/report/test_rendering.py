@@ -16,10 +16,12 @@ from matplotlib import rcParams
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
+import ine_callback
 from ine_callback.report import InfluenceReport, RunInfo, example_report, plots
 from ine_callback.report.words import BLUE, ORANGE
 from ine_callback.scores import QueryInfo
 
+ROOT = Path(next(iter(ine_callback.__path__))).parent  # so that a fresh interpreter finds an uninstalled package
 HOSTILE = "<script>alert('x')</script><img src=x onerror=y>\" $\\frac{ {{ 7*7 }} {% raw %}"
 
 
@@ -119,7 +121,7 @@ def test_no_pyplot_and_no_matplotlib_on_import() -> None:
         "r.example_report().figure()\n"
         "assert had or 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_volcano_colours_flagged_rows_by_side() -> None:
@@ -127,11 +129,9 @@ def test_volcano_colours_flagged_rows_by_side() -> None:
     plots.volcano(report, ax, "val margin")
     flagged = report.flagged(query="val margin")
     for color, sign in ((ORANGE, -1), (BLUE, 1)):
-        drawn = [
-            np.asarray(dots.get_offsets()) for dots in ax.collections if same_color(dots.get_facecolor()[0, :3], color)
-        ]
+        dots = [each for each in ax.collections if same_color(each.get_facecolor()[0, :3], color)]
         expected = sorted(one.mu for one in flagged if np.sign(one.mu) == sign)
-        np.testing.assert_allclose(np.sort(drawn[0][:, 0]), expected)
+        np.testing.assert_allclose(np.sort(np.asarray(dots[0].get_offsets())[:, 0]), expected)
     named = {text.get_text() for text in ax.texts}
     assert {"3", "17", "29"} <= named
 
@@ -157,8 +157,13 @@ def test_extremes_of_a_small_report_show_each_row_once() -> None:
 def test_missing_extra_names_the_remedy(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "for name in ('jinja2', 'matplotlib', 'matplotlib.figure', 'pandas'): sys.modules[name] = None\n"
         "from ine_callback.report import example_report\n"
+        "extra = {'jinja2', 'matplotlib', 'pandas'}\n"
+        "for name in [name for name in sys.modules if name.partition('.')[0] in extra]: del sys.modules[name]\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in extra: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
         "report = example_report()\n"
         "str(report), report._repr_html_(), report.save(sys.argv[1])\n"
         "for call in (report.to_pandas, report.top().to_pandas, report.figure, lambda: report.write_html('x.html')):\n"
@@ -166,5 +171,4 @@ def test_missing_extra_names_the_remedy(tmp_path: Path) -> None:
         "    except ImportError as error: assert 'pip install \"ine_callback[report]\"' in str(error), error\n"
         "    else: raise SystemExit('no error')\n"
     )
-    # The report must do without its extra; sources are given so that the rest of the package cannot interfere.
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)

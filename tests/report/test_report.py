@@ -248,7 +248,7 @@ def test_run_info_is_plain_json() -> None:
     assert RunInfo.from_dict(json.loads(json.dumps(run.to_dict(), allow_nan=False))) == run
     with pytest.raises(ValueError, match=r"config\['f'\] is a function, which JSON cannot hold"):
         RunInfo(config={"f": lambda: 0})
-    with pytest.raises(ValueError, match="captured_share is 1.5"):
+    with pytest.raises(ValueError, match=r"captured_share is 1\.5"):
         RunInfo(captured_share=1.5)
     with pytest.raises(ValueError, match="steps must be int"):
         RunInfo(steps="many")  # type: ignore[arg-type]

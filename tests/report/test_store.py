@@ -109,7 +109,7 @@ def test_an_interrupted_replace_never_leaves_a_mixture(
     with pytest.raises(OSError, match="disk full"):
         example_report(50).save(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ReportError, match="meta.json missing"):
+    with pytest.raises(ReportError, match=r"meta\.json missing"):
         InfluenceReport.load(tmp_path)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".report-")]
 
@@ -213,7 +213,7 @@ def test_missing_folder_and_plain_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ReportError, match="no such folder"):
         InfluenceReport.load(tmp_path / "file")
-    with pytest.raises(ReportError, match="meta.json, scores.parquet, null.parquet missing"):
+    with pytest.raises(ReportError, match=r"meta\.json, scores\.parquet, null\.parquet missing"):
         InfluenceReport.load(tmp_path)
 
 

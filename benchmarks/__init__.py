@@ -1,0 +1,1 @@
+"""Measurements of ine_callback against retraining; the results are in RESULTS.md."""

@@ -1,0 +1,38 @@
+"""Digits for the benchmarks: 10,000 MNIST images from a folder given by the user, else scikit-learn's 1,797 small ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MNIST = "mnist10k.npz"
+
+
+def folder(given: str | None) -> Path | None:
+    """The data folder: ``--data``, else the environment variable INE_DATA, else None.
+
+    Raises:
+        SystemExit: If the folder named does not hold the file.
+    """
+    named = given or os.environ.get("INE_DATA")
+    if not named:
+        return None
+    path = Path(named)
+    if not (path / MNIST).is_file():
+        raise SystemExit(f"{path} holds no {MNIST} (x uint8 [10000, 28, 28], y [10000]); leave out --data to use digits")
+    return path
+
+
+def digits(path: Path | None) -> tuple[Tensor, Tensor]:
+    """Images [n, pixels] in 0 .. 1 and labels [n]: MNIST's 10,000, or scikit-learn's digits where path is None."""
+    if path is None:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        return torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y).long()
+    raw = np.load(path / MNIST)
+    return torch.tensor(raw["x"], dtype=torch.float32).flatten(1) / 255, torch.tensor(raw["y"]).long()

@@ -1,0 +1,247 @@
+"""How close one run's scores come to the truth of retraining (protocol G1, see g1.py).
+
+    python -m benchmarks.fidelity --json fidelity.json --data DIR --truth 'truth-{optimizer}.pt' --sweep
+
+A bare PyTorch loop with a Recorder, 200 queries (each the loss of one held-out row), SGD and AdamW. ``--sweep`` adds
+how often the directions are refreshed and how often the curvature is observed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks import g1
+from benchmarks.data import folder
+from benchmarks.metrics import Floats, agreement, auroc, over_seeds
+from ine_callback import Recorder
+from ine_callback.methods.fine import FINE, Estimator
+from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
+from ine_callback.scores import QueryInfo
+
+REFRESHES = (1, 5, 10, 20, 40)
+
+
+class RowLosses(Query):
+    """One query for each row of a batch: its own cross entropy."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        return [
+            BoundQuery(
+                QueryInfo(f"{name}/{k}", "loss", f"Does training on this row lower the loss of query row {k}?"),
+                cross_entropy,
+                ((1.0, (self.x[k : k + 1], self.y[k : k + 1])),),
+            )
+            for k in range(len(self.y))
+        ]
+
+
+def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(module(x), y)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is recorded."""
+
+    refresh_every: int = 10
+    discount: bool = True
+    observe_every: int = 1
+    estimator: Estimator = "gaussian"
+    self_query: bool = False
+
+
+ALTERNATIVES = {
+    "default": Setting(self_query=True),
+    "discount off": Setting(discount=False),
+    "estimator auc": Setting(estimator="auc"),
+    "estimator max_threshold": Setting(estimator="max_threshold"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: scores [N, Q], suspicions [N] that need no query, and the seconds it took."""
+
+    mu: Floats
+    suspicion: dict[str, Floats]
+    seconds: float
+
+
+def network(g: torch.Generator) -> nn.Sequential:
+    """The protocol's network as torch modules."""
+    model = nn.Sequential(nn.Linear(g1.INPUTS, g1.HIDDEN), nn.ReLU(), nn.Linear(g1.HIDDEN, g1.CLASSES))
+    with torch.no_grad():
+        for parameter, start in zip(model.parameters(), g1.initial(1, g), strict=True):
+            parameter.copy_(start[0])
+    return model
+
+
+def train(kind: str, seed: int, problem: g1.Problem, setting: Setting | None) -> Run:
+    """Trains once; without a setting nothing is recorded and only the seconds count."""
+    g = torch.Generator().manual_seed(seed)
+    model = network(g)
+    optimizer, scheduler = g1.make_optimizer(kind, model.parameters(), g1.STEPS)
+    recorder = None if setting is None else make_recorder(model, optimizer, scheduler, problem, setting)
+    started, step = time.perf_counter(), 0
+    if recorder is not None:
+        recorder.start()
+    for _ in range(g1.EPOCHS):
+        order = torch.randperm(g1.ROWS, generator=g)
+        for rows in order.split(g1.BATCH):
+            batch = (problem.x[rows], problem.y[rows])
+            if recorder is None or setting is None:
+                cross_entropy(model, batch).backward()
+            else:
+                recorder.signals.observe_curvature = step % setting.observe_every == 0
+                with recorder.batch(rows, batch):
+                    loss = cross_entropy(model, batch)
+                    recorder.see(loss)
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if scheduler is not None:
+                scheduler.step()
+            step += 1
+    seconds = time.perf_counter() - started
+    if recorder is None or setting is None:
+        return Run(np.empty((0, 0)), {}, seconds)
+    recorder.stop()
+    return read(recorder, model, problem, setting, seconds)
+
+
+def make_recorder(model: nn.Module, optimizer: Any, scheduler: Any, problem: g1.Problem, setting: Setting) -> Recorder:
+    queries: dict[str, Query] = {"row": RowLosses(problem.xq, problem.yq)}
+    if setting.self_query:
+        queries["self"] = SelfQuery()
+    return Recorder(
+        model,
+        optimizer,
+        rows=g1.ROWS,
+        queries=queries,
+        loss=cross_entropy,
+        methods=[FINE(setting.estimator)],
+        total_steps=g1.STEPS,
+        schedulers=[] if scheduler is None else [(scheduler, 1)],
+        refresh_every=setting.refresh_every,
+        discount=setting.discount,
+        on_error="raise",
+    )
+
+
+def read(recorder: Recorder, model: nn.Module, problem: g1.Problem, setting: Setting, seconds: float) -> Run:
+    """The scores, and the two baselines that cost nothing."""
+    scores = recorder.report().scores
+    with torch.no_grad():
+        final = F.cross_entropy(model(problem.x), problem.y, reduction="none").double().numpy()
+    suspicion = {"final loss": final, "mean loss in the run": scores.mean_loss}
+    if setting.self_query:
+        suspicion["self-influence"] = scores.mu[:, -1]
+    return Run(scores.mu[:, : g1.QUERIES], suspicion, seconds)
+
+
+def judge(runs: Sequence[Floats], truth: g1.Truth, problem: g1.Problem) -> dict[str, Any]:
+    """All measures of the scores [N, Q] of several seeds."""
+    groups = [group.numpy() for group in problem.groups]
+    each = [agreement(mu, truth.mu, groups) for mu in runs]
+    out: dict[str, Any] = {key: float(np.mean([e[key] for e in each])) for key in each[0]}
+    out["average_of_runs_spearman"] = agreement(np.mean(runs, 0), truth.mu, groups)["spearman_per_query"]
+    out |= suspicions([-mu.mean(1) for mu in runs], problem)
+    out["each_seed"] = each
+    return out
+
+
+def suspicions(runs: Sequence[Floats], problem: g1.Problem) -> dict[str, float]:
+    bad = problem.flipped.numpy()
+    return {"auroc_mislabel": float(np.mean([auroc(s, bad) for s in runs])), **over_seeds(runs)}
+
+
+def side_by_side(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem) -> dict[str, Any]:
+    """The default beside its alternatives and baselines."""
+    plain, out = [], {}
+    for seed in range(seeds):
+        plain.append(train(kind, seed, problem, None).seconds)
+    for name, setting in track(ALTERNATIVES.items(), description=f"{kind}: estimators"):
+        runs = [train(kind, seed, problem, setting) for seed in range(seeds)]
+        out[name] = judge([r.mu for r in runs], truth, problem)
+        if setting.self_query:
+            baselines = {n: suspicions([r.suspicion[n] for r in runs], problem) for n in runs[0].suspicion}
+    out |= baselines
+    return {"estimators": out, "seconds_without_recorder": float(np.median(plain))}
+
+
+def sweep(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bool) -> list[dict[str, Any]]:
+    """Refreshing seldom, observing the curvature seldom."""
+    refreshes = REFRESHES[2:4] if quick else REFRESHES
+    settings = [Setting(r, d) for d in (True, False) for r in refreshes] + [Setting(observe_every=4)]
+    out = []
+    for setting in track(settings, description=f"{kind}: sweep"):
+        runs = [train(kind, seed, problem, setting) for seed in range(seeds)]
+        out.append(
+            {
+                "refresh_every": setting.refresh_every,
+                "discount": setting.discount,
+                "observe_every": setting.observe_every,
+                "seconds": float(np.median([r.seconds for r in runs])),
+                **judge([r.mu for r in runs], truth, problem),
+            }
+        )
+    return out
+
+
+def machine() -> str:
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
+def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = print) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); without it scikit-learn's digits are used")
+    parser.add_argument("--truth", help="file that keeps the truth; {optimizer} in its name is replaced")
+    parser.add_argument("--runs", type=int, default=512, help="trainings a group for the truth")
+    parser.add_argument("--seeds", type=int, default=3, help="one-run estimates (5: smoother)")
+    parser.add_argument("--optimizers", nargs="+", choices=g1.OPTIMIZERS, default=g1.OPTIMIZERS)
+    parser.add_argument("--sweep", action="store_true", help="also refresh and curvature intervals")
+    parser.add_argument("--quick", action="store_true", help="32 trainings a group, 2 seeds, short sweep: to see it work")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the matrices are small: more threads are slower
+    seeds, runs = (min(args.seeds, 2), min(args.runs, 32)) if args.quick else (args.seeds, args.runs)
+    where = folder(args.data)
+    problem = g1.load(where)
+    results: dict[str, Any] = {
+        "protocol": "g1",
+        "data": "scikit-learn digits" if where is None else "10,000 MNIST digits",
+        "machine": machine(),
+        "seeds": seeds,
+        "optimizers": {},
+    }
+    for kind in args.optimizers:
+        file = Path(args.truth.format(optimizer=kind)) if args.truth else None
+        truth = g1.truth(kind, runs, problem, file)
+        found = {"truth": truth.reliability(), **side_by_side(kind, seeds, truth, problem)}
+        if args.sweep:
+            found["sweep"] = sweep(kind, seeds, truth, problem, args.quick)
+        results["optimizers"][kind] = found
+        args.json.write_text(json.dumps(results, indent=1))
+        for name, row in found["estimators"].items():
+            report(f"{kind:6s}{name:26s}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float)))
+
+
+if __name__ == "__main__":
+    main()
