@@ -1,4 +1,4 @@
-"""Digits for the benchmarks: 10,000 MNIST images from a folder given by the user, else scikit-learn's 1,797 small ones."""
+"""Digits for the benchmarks: 10,000 MNIST images from a folder given by the user, else scikit-learn's small ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def folder(given: str | None) -> Path | None:
         return None
     path = Path(named)
     if not (path / MNIST).is_file():
-        raise SystemExit(f"{path} holds no {MNIST} (x uint8 [10000, 28, 28], y [10000]); leave out --data to use digits")
+        raise SystemExit(
+            f"{path} holds no {MNIST} (x uint8 [10000, 28, 28], y [10000]); without --data digits are used"
+        )
     return path
 
 

@@ -1,14 +1,15 @@
 """How close one run's scores come to the truth of retraining (protocol G1, see g1.py).
 
-    python -m benchmarks.fidelity --json fidelity.json --data DIR --truth 'truth-{optimizer}.pt' --sweep
+    python -m benchmarks.fidelity --json fidelity.json --data DIR --truth 'truth-{optimizer}.pt'
 
-A bare PyTorch loop with a Recorder, 200 queries (each the loss of one held-out row), SGD and AdamW. ``--sweep`` adds
-how often the directions are refreshed and how often the curvature is observed.
+A bare PyTorch loop with a Recorder, 200 queries (each the loss of one held-out row), SGD and AdamW: the default beside
+its alternatives, or with ``--sweep`` how often the directions are refreshed and how often the curvature is observed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import time
@@ -77,7 +78,7 @@ ALTERNATIVES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: scores [N, Q], suspicions [N] that need no query, and the seconds it took."""
+    """One run: scores [N, Q], suspicions [N] that need no query, and the CPU seconds it took."""
 
     mu: Floats
     suspicion: dict[str, Floats]
@@ -94,12 +95,12 @@ def network(g: torch.Generator) -> nn.Sequential:
 
 
 def train(kind: str, seed: int, problem: g1.Problem, setting: Setting | None) -> Run:
-    """Trains once; without a setting nothing is recorded and only the seconds count."""
+    """Trains once; without a setting nothing is recorded and only the CPU seconds count (other processes do not)."""
     g = torch.Generator().manual_seed(seed)
     model = network(g)
     optimizer, scheduler = g1.make_optimizer(kind, model.parameters(), g1.STEPS)
     recorder = None if setting is None else make_recorder(model, optimizer, scheduler, problem, setting)
-    started, step = time.perf_counter(), 0
+    started, step = time.process_time(), 0
     if recorder is not None:
         recorder.start()
     for _ in range(g1.EPOCHS):
@@ -119,7 +120,7 @@ def train(kind: str, seed: int, problem: g1.Problem, setting: Setting | None) ->
             if scheduler is not None:
                 scheduler.step()
             step += 1
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     if recorder is None or setting is None:
         return Run(np.empty((0, 0)), {}, seconds)
     recorder.stop()
@@ -174,35 +175,32 @@ def suspicions(runs: Sequence[Floats], problem: g1.Problem) -> dict[str, float]:
 
 def side_by_side(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem) -> dict[str, Any]:
     """The default beside its alternatives and baselines."""
-    plain, out = [], {}
-    for seed in range(seeds):
-        plain.append(train(kind, seed, problem, None).seconds)
+    plain = [train(kind, seed, problem, None).seconds for seed in range(seeds)]
+    out = {}
     for name, setting in track(ALTERNATIVES.items(), description=f"{kind}: estimators"):
         runs = [train(kind, seed, problem, setting) for seed in range(seeds)]
         out[name] = judge([r.mu for r in runs], truth, problem)
         if setting.self_query:
             baselines = {n: suspicions([r.suspicion[n] for r in runs], problem) for n in runs[0].suspicion}
     out |= baselines
-    return {"estimators": out, "seconds_without_recorder": float(np.median(plain))}
+    return {"study": "estimators", "rows": out, "seconds_without_recorder": float(np.median(plain))}
 
 
-def sweep(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bool) -> list[dict[str, Any]]:
+def sweep(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bool = False) -> dict[str, Any]:
     """Refreshing seldom, observing the curvature seldom."""
     refreshes = REFRESHES[2:4] if quick else REFRESHES
     settings = [Setting(r, d) for d in (True, False) for r in refreshes] + [Setting(observe_every=4)]
-    out = []
+    plain = [train(kind, seed, problem, None).seconds for seed in range(seeds)]
+    out = {}
     for setting in track(settings, description=f"{kind}: sweep"):
         runs = [train(kind, seed, problem, setting) for seed in range(seeds)]
-        out.append(
-            {
-                "refresh_every": setting.refresh_every,
-                "discount": setting.discount,
-                "observe_every": setting.observe_every,
-                "seconds": float(np.median([r.seconds for r in runs])),
-                **judge([r.mu for r in runs], truth, problem),
-            }
-        )
-    return out
+        discount = "discount on" if setting.discount else "discount off"
+        often = "" if setting.observe_every == 1 else f", curvature every {setting.observe_every} steps"
+        out[f"refresh every {setting.refresh_every} steps, {discount}{often}"] = {
+            "seconds": float(np.median([r.seconds for r in runs])),
+            **judge([r.mu for r in runs], truth, problem),
+        }
+    return {"study": "sweep", "rows": out, "seconds_without_recorder": float(np.median(plain))}
 
 
 def machine() -> str:
@@ -212,13 +210,13 @@ def machine() -> str:
 def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); without it scikit-learn's digits are used")
+    parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else scikit-learn's digits")
     parser.add_argument("--truth", help="file that keeps the truth; {optimizer} in its name is replaced")
     parser.add_argument("--runs", type=int, default=512, help="trainings a group for the truth")
     parser.add_argument("--seeds", type=int, default=3, help="one-run estimates (5: smoother)")
     parser.add_argument("--optimizers", nargs="+", choices=g1.OPTIMIZERS, default=g1.OPTIMIZERS)
-    parser.add_argument("--sweep", action="store_true", help="also refresh and curvature intervals")
-    parser.add_argument("--quick", action="store_true", help="32 trainings a group, 2 seeds, short sweep: to see it work")
+    parser.add_argument("--sweep", action="store_true", help="intervals of refresh and curvature instead")
+    parser.add_argument("--quick", action="store_true", help="32 trainings a group, 2 seeds, short: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
     seeds, runs = (min(args.seeds, 2), min(args.runs, 32)) if args.quick else (args.seeds, args.runs)
@@ -234,13 +232,12 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     for kind in args.optimizers:
         file = Path(args.truth.format(optimizer=kind)) if args.truth else None
         truth = g1.truth(kind, runs, problem, file)
-        found = {"truth": truth.reliability(), **side_by_side(kind, seeds, truth, problem)}
-        if args.sweep:
-            found["sweep"] = sweep(kind, seeds, truth, problem, args.quick)
-        results["optimizers"][kind] = found
+        study = functools.partial(sweep, quick=args.quick) if args.sweep else side_by_side
+        found = study(kind, seeds, truth, problem)
+        results["optimizers"][kind] = {"truth": truth.reliability(), **found}
         args.json.write_text(json.dumps(results, indent=1))
-        for name, row in found["estimators"].items():
-            report(f"{kind:6s}{name:26s}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float)))
+        for name, row in found["rows"].items():
+            report(f"{kind:6s}{name:45s}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float)))
 
 
 if __name__ == "__main__":

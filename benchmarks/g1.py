@@ -46,7 +46,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Truth:
-    """True mu [groups, Q] over ``runs`` trainings a side; ``halves`` [2, groups, Q] are made of half of them each."""
+    """True mu [groups, Q] over ``runs`` trainings a side (0: unknown); ``halves`` [2, groups, Q] use half each."""
 
     mu: Floats
     runs: int
@@ -58,6 +58,8 @@ class Truth:
         The runs on all rows are common to all groups of a query, so their noise does not change a ranking: the part
         that does is 1 / runs. The ceiling of a perfect estimate's correlation is the reliability's square root.
         """
+        if not self.runs:
+            return {}
         signal = self.mu.var(0, ddof=1)
         out = {
             "runs": float(self.runs),
@@ -177,7 +179,7 @@ def truth(kind: str, runs: int, problem: Problem, file: Path | None) -> Truth:
         return found
     kept = torch.load(file)
     if isinstance(kept, Tensor):  # mu alone
-        kept = {"mu": kept, "runs": runs, "halves": None}
+        kept = {"mu": kept, "runs": 0, "halves": None}
     if tuple(kept["mu"].shape) != shape:
         raise SystemExit(f"{file} holds a truth of shape {tuple(kept['mu'].shape)}, not {shape}; name another --truth")
     halves = kept["halves"]

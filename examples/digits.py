@@ -1,6 +1,6 @@
 """Finds wrong labels in handwritten digits while a small CNN learns them.
 
-10 % of the training labels are replaced by a wrong class. The CNN is trained once with InfluenceCallback, and the report
+10 % of the training labels are replaced by a wrong class. The CNN is trained once with InfluenceCallback and the report
 says which rows to look at; only then is the truth used, to check the answer. A second training without the callback
 shows that recording changed nothing: all weights are the same, bit by bit.
 
@@ -34,8 +34,8 @@ class DigitsCNN(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten()),
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten()),
             *(nn.Dropout(0.2), nn.Linear(512, 10)),
         )
 
@@ -52,11 +52,9 @@ class DigitsCNN(L.LightningModule):
         self.log("val_accuracy", (logits.argmax(1) == batch[1]).float().mean())
         return F.cross_entropy(logits, batch[1])
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> tuple[list, list]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
 
 
 def noisy_digits(seed: int, share: float = 0.1) -> tuple[TensorDataset, TensorDataset, Tensor]:
@@ -85,28 +83,26 @@ def fit(train: TensorDataset, val: TensorDataset, callbacks: list, epochs: int, 
     return trainer, time.perf_counter() - began
 
 
-def state(trainer: L.Trainer) -> list:
-    """Everything that training leaves behind: weights and buffers, optimizer state, logged metrics, random state."""
-    everything = trainer.lightning_module.state_dict(), trainer.optimizers[0].state_dict(), trainer.callback_metrics
-    return [*tree_leaves(everything), torch.get_rng_state()]
+def state(trainer: L.Trainer) -> Tensor:
+    """All that training leaves behind, as one vector: weights, buffers, optimizer state, logged metrics, random state."""
+    model, optimizer = trainer.lightning_module.state_dict(), trainer.optimizers[0].state_dict()
+    leaves = tree_leaves([model, optimizer, trainer.callback_metrics, torch.get_rng_state()])
+    return torch.cat([leaf.double().flatten() for leaf in leaves if isinstance(leaf, Tensor)])
 
 
-def identical(one: list, other: list) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
-
-
-def drawing(images: Tensor) -> str:
-    """Images [k, 1, 8, 8] side by side, two characters a pixel."""
-    shades = " ░▒▓█"
-    lines = [["".join(2 * shades[round(4 * p)] for p in line) for line in image[0].tolist()] for image in images]
-    return "\n".join("   ".join(parts).rstrip() for parts in zip(*lines, strict=True))
+def drawing(images: Tensor, rows: np.ndarray, labels: Tensor, most: int = 4) -> str:
+    """The first rows' images [1, 8, 8] side by side, two characters a pixel, with their labels."""
+    columns = []
+    for row in rows[:most].tolist():
+        shaded = ["".join(2 * " ░▒▓█"[round(4 * p)] for p in line) for line in images[row, 0].tolist()]
+        columns.append([*shaded, f"row {row}: a {labels[row]}?".ljust(16)])
+    return "\n".join("    ".join(parts).rstrip() for parts in zip(*columns, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the report")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # so small a model is fastest on one core
@@ -115,14 +111,48 @@ def main() -> None:
 
     train, val, true = noisy_digits(args.seed)
     images, given = train.tensors
-    flipped = (given != true).numpy()
-    print(f"Training on {len(given):,} digits, {flipped.sum()} of them with a wrong label; nobody tells the model which.")
+    wrong = (given != true).numpy()
+    print(f"Training on {len(given):,} digits, {wrong.sum()} of them with a wrong label; the model is not told which.")
 
     influence = InfluenceCallback(queries=["val", Query.margin("val"), "self"], dirpath=args.out)
     trainer, seconds = fit(train, val, [influence], args.epochs, args.seed)
     report, recorded = influence.report, state(trainer)
+    print(f"Trained in {seconds:.1f} s to a validation accuracy of {trainer.callback_metrics['val_accuracy']:.1%}.\n")
 
-    suspects = report.drop_list()  # rows to look at, worst first
-    rich.print(report.flagged(query=report.recommended_query)[:6])
-    print(drawing(images[suspects[:6]]))
-    print("   ".join(f"row {row} says {given[row]}".ljust(16) for row in suspects[:6]))
+    rich.print(report.top(10, report.recommended_query))
+    suspects = report.drop_list()  # the rows to look at, worst first
+    print(drawing(images, suspects, given))
+    print(f"\n{len(suspects)} rows are flagged: {suspects[:12].tolist()} …")
+    print(f"The truth: {wrong[suspects].sum()} of them have a wrong label, of {wrong.sum()} in all.\n")
+
+    with torch.no_grad():
+        final_loss = F.cross_entropy(trainer.lightning_module.eval()(images), given, reduction="none")
+    mu = {query: report.scores.mu[:, report.column(query)] for query in report.queries}
+    ranking = mu[report.recommended_query]
+    candidates = {  # the higher, the more suspect
+        "auroc_influence": ("self-influence, recommended: how hard a row pulls on its own loss", ranking),
+        "auroc_margin": ("harm to the margin on the validation set", -mu["margin"]),
+        "auroc_loss": ("loss of the trained model, for free", final_loss),
+        "auroc_mean_loss": ("loss averaged over the run, for free in every report", report.scores.mean_loss),
+    }
+    summary = {key: float(roc_auc_score(wrong, score)) for key, (_, score) in candidates.items()}
+    print("How well scores tell wrong from right labels (AUROC: 1 always, 0.5 by chance):")
+    print("\n".join(f"    {summary[key]:.4f}  {meaning}" for key, (meaning, _) in candidates.items()))
+
+    plain, seconds_plain = fit(train, val, [], args.epochs, args.seed)
+    summary |= {
+        "precision_at_flips": float(wrong[np.argsort(-ranking)[: wrong.sum()]].mean()),
+        "flagged": len(suspects),
+        "null_ks_p": float(report.scores.null_ks_p[report.column(report.recommended_query)]),
+        **{"seconds_fit": round(seconds, 2), "seconds_fit_plain": round(seconds_plain, 2)},
+        "params_identical": torch.equal(recorded, state(plain)),
+    }
+    same = "the same, bit by bit" if summary["params_identical"] else "DIFFERENT: please report this"
+    print(f"\nTrained again without the callback, in {seconds_plain:.1f} s: weights, optimizer and logs are {same}.")
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.write_html(args.out / "report.html")
+    print(f"Written to {args.out}: report.html (open it in a browser), scores.parquet, summary.json")
+
+
+if __name__ == "__main__":
+    main()

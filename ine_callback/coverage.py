@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, Record, Vector
-from ine_callback.capture.fallback import row_gradients
+from ine_callback.capture.fallback import row_shares
 from ine_callback.capture.probe import row_order_faults
 from ine_callback.capture.verify import share_of, uncaptured, wrong_blocks
 from ine_callback.errors import CaptureError
@@ -116,11 +116,8 @@ class Coverage:
         if loss is None or batch is None:
             raise CaptureError(f"{self._owner}: uncaptured='fallback' needs loss= and the batch of every step.")
         parameters = list(self._slow.values())
-        gradients = row_gradients(self._module, loss, batch, rows, parameters)
-        out: list[tuple[Block, Record]] = []
-        for parameter, g in zip(parameters, gradients, strict=True):
-            out.append((table.vector(parameter), Vector(g.flatten(1) / scale.rows)))
-        return out
+        shares = row_shares(self._module, loss, batch, rows, parameters, scale)
+        return [(table.vector(p), Vector(g.flatten(1))) for p, g in zip(parameters, shares, strict=True)]
 
     def first_reason(self) -> str:
         """One reason, for the message when nothing is left."""

@@ -66,7 +66,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
         (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
     """
     node: Any = loss.grad_fn
-    coefficient: Tensor = torch.ones((), device=loss.device)
+    coefficient: Tensor = _wide(torch.ones_like(loss, requires_grad=False))
     for _ in range(_SEARCH_DEPTH):
         if node is None:
             return None
@@ -102,9 +102,14 @@ def _nll(node: Any) -> tuple[Tensor, Tensor]:
     log_p = node._saved_self.detach()
     ignored = target == _signed(node._saved_ignore_index)
     safe = target.masked_fill(ignored, 0)
-    losses = -log_p.float().gather(1, safe.unsqueeze(1)).squeeze(1)
+    losses = -_wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
     weights = torch.ones_like(losses) if node._saved_weight is None else node._saved_weight[safe].to(losses.dtype)
     return losses, weights.masked_fill(ignored, 0.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _signed(index: int) -> int:
@@ -113,14 +118,14 @@ def _signed(index: int) -> int:
 
 
 def _mse(node: Any) -> tuple[Tensor, Tensor]:
-    losses = (node._saved_self.detach().float() - node._saved_target.detach().float()).square()
+    losses = (_wide(node._saved_self.detach()) - _wide(node._saved_target.detach())).square()
     return losses, torch.ones_like(losses)
 
 
 def _bce(node: Any) -> tuple[Tensor, Tensor]:
     losses = F.binary_cross_entropy_with_logits(
-        node._saved_self.detach().float(),
-        node._saved_target.detach().float(),
+        _wide(node._saved_self.detach()),
+        _wide(node._saved_target.detach()),
         pos_weight=node._saved_pos_weight,
         reduction="none",
     )

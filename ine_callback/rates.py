@@ -60,6 +60,14 @@ def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Rate:
     return Rate(lr, step, gain, weight_decay * gain if isinstance(optimizer, _SGD) else 0.0)
 
 
+def same_rate(optimizer: Optimizer, a: nn.Parameter, b: nn.Parameter) -> bool:
+    """Whether two parameters move at one learning rate; weight decay may differ (biases are often left out of it)."""
+    first, second = _group_of(optimizer, a), _group_of(optimizer, b)
+    if first is None or second is None:
+        return first is second
+    return all(first.get(k) == second.get(k) for k in ("lr", "initial_lr", "momentum", "betas"))
+
+
 def step_rate(optimizer: Optimizer) -> float:
     """Effective learning rate of the first parameter group, :attr:`Rate.step` without the rest."""
     return _step(optimizer, optimizer.param_groups[0])

@@ -16,7 +16,7 @@ from ine_callback.curvature import KFAC, Discount
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
 from ine_callback.queries import BoundQuery, gradients, scalar
-from ine_callback.rates import Schedule, rate_of, step_rate
+from ine_callback.rates import Schedule, rate_of, same_rate, step_rate
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Signals:
     held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.table = BlockTable(self.module)
+        self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
         self.columns = len(self.queries) + int(self.self_query)
         self._directions: dict[Block, _Direction] = {}
         self._out: Tensor | None = None

@@ -18,6 +18,7 @@ from ine_callback import Recorder
 from ine_callback.capture import register_layer
 from ine_callback.errors import CaptureError, RowsError
 from ine_callback.methods import Method
+from ine_callback.queries import CallableQuery
 from ine_callback.scores import QueryInfo, Scores
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -215,7 +216,11 @@ def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.reshape(-1, 3), y.reshape(-1))
 
 
-def sum_of_squares(module: nn.Module, batch: Batch) -> Tensor:
+def summed(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1], reduction="sum")
+
+
+def squares(module: nn.Module, batch: Batch) -> Tensor:
     return F.mse_loss(module(batch[0]), F.one_hot(batch[1], 3).double(), reduction="sum")
 
 
@@ -321,12 +326,7 @@ def run(
     optimizer = torch.optim.SGD(groups(model) if groups else model.parameters(), lr=0.1)
     keep = Keep()
     options = {"uncaptured": setting.uncaptured, "on_error": "raise", "discount": False, "refresh_every": 1, **options}
-    queries = {"val": val, "logit": lambda m, _: logit(m, probe)}
-    # a callable query needs data to be called with: the recorder has no validation loader
-    from ine_callback.queries import CallableQuery
-
-    queries["logit"] = CallableQuery(logit, probe)
-    queries["self"] = "self"
+    queries = {"val": val, "logit": CallableQuery(logit, probe), "self": "self"}
     recorder = Recorder(
         model, optimizer, rows=len(x), queries=queries, loss=loss, methods=[keep], accumulate=accumulate, **options
     )
@@ -349,13 +349,13 @@ def run(
     return Run(keep.steps, expected, seen, recorder, model)
 
 
-def check(result: Run, accumulate: int = 1) -> None:
+def check(result: Run, accumulate: int = 1, tolerance: dict[str, float] = EXACT) -> None:
     assert len(result.found) * accumulate == len(result.expected)
     for k, (rows, signals, rate) in enumerate(result.found):
         own = slice(k * accumulate, (k + 1) * accumulate)
         assert rate == pytest.approx(0.1)
         assert rows.tolist() == torch.cat(result.rows[own]).tolist()
-        torch.testing.assert_close(signals, torch.cat(result.expected[own]), **EXACT)
+        torch.testing.assert_close(signals, torch.cat(result.expected[own]), **tolerance)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
@@ -373,9 +373,44 @@ def test_gradient_accumulation(name: str) -> None:
     check(run(BY_NAME[name], accumulate=2, see=False), accumulate=2)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", "twice", "fallback-bare"])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "twice", "bag", "fallback-bare"])
 def test_sum_reduction(name: str) -> None:
-    check(run(BY_NAME[name], loss=sum_of_squares, mean=False))
+    check(run(BY_NAME[name], loss=summed, mean=False))
+
+
+@pytest.mark.parametrize("name", ["mlp", "twice", "fallback-bare"])
+def test_sum_over_several_terms_a_row(name: str) -> None:
+    """A row's own loss is the mean of its terms: its share of the sum is three times its gradient."""
+    result = run(BY_NAME[name], loss=squares, mean=False)
+    for expected in result.expected:
+        expected[:, -1] /= 3
+    check(result, tolerance={"rtol": 1e-6, "atol": 1e-9})  # the scale is read in float32
+
+
+@pytest.mark.parametrize("model", [Transformer, PositionTable])
+def test_rows_with_unequal_numbers_of_terms(model: Callable[[], nn.Module]) -> None:
+    """A row's share is its part of the sum over all tokens, also where it has none, captured or by the fallback."""
+    net, keep = model().double(), Keep()
+    ids = torch.randint(3, (4, 5))
+    labels = torch.tensor([[0, 1, 2, 1, 0], [-1, 1, -1, -1, 2], [-1] * 5, [0, -1, 1, 2, 2]])
+
+    def loss(module: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-1, reduction=reduction)
+
+    query = ids[:2], labels[:2]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = Recorder(
+        net, optimizer, 4, {"val": query}, loss, [keep], discount=False, uncaptured="fallback", on_error="raise"
+    )
+    expected = by_loop(net, lambda m, b: loss(m, b, "sum"), (ids, labels), [lambda m: loss(m, query)], 1 / 11)[:, :1]
+    with recorder:
+        with recorder.batch(torch.arange(4), (ids, labels)):
+            value = loss(net, (ids, labels))
+            recorder.see(value)
+            value.backward()
+        optimizer.step()
+    torch.testing.assert_close(keep.steps[0][1], expected, rtol=1e-6, atol=1e-9)
+    assert keep.steps[0][1][2] == 0
 
 
 def test_last_batch_is_smaller() -> None:
@@ -395,7 +430,8 @@ def test_parameter_groups_with_their_own_learning_rates() -> None:
     def speed(model: nn.Module) -> dict[nn.Parameter, float]:
         return {p: 0.3 for layer in (model[2], model[4]) for p in layer.parameters()}
 
-    check(run(BY_NAME["mlp"], groups=groups, speed=speed))
+    # the rates are float32 beside the loss scale
+    check(run(BY_NAME["mlp"], groups=groups, speed=speed), tolerance={"rtol": 1e-6, "atol": 1e-9})
 
 
 def test_weight_and_bias_with_their_own_learning_rates() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,10 +49,14 @@ class BlockTable:
     """Finds (or makes) the block of each record; knows which parameters are shared between modules.
 
     Args:
-        module: The model; only parameters that require a gradient count.
+        module: The model.
+        joinable: Whether a weight and its bias move at one rate, so that they can share a direction.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, joinable: Callable[[nn.Parameter, nn.Parameter], bool] = lambda a, b: True
+    ) -> None:
+        self._joinable = joinable
         self.names = {p: n for n, p in module.named_parameters()}
         owners: dict[nn.Parameter, int] = {}
         for child in module.modules():
@@ -72,7 +76,7 @@ class BlockTable:
         weight, bias = records.get("weight"), records.get("bias")
         if isinstance(weight, Outer) and isinstance(bias, Outer):
             parameters = (module.get_parameter("weight"), module.get_parameter("bias"))
-            if not self._shared.intersection(parameters):
+            if not self._shared.intersection(parameters) and self._joinable(*parameters):
                 pairs.append((self._block(parameters, weight.join(bias)), weight.join(bias)))
                 del records["weight"], records["bias"]
         for name, record in records.items():
@@ -87,7 +91,6 @@ class BlockTable:
 
     def vector(self, parameter: nn.Parameter) -> Block:
         """The block of a parameter whose per-row gradients come from the fallback."""
-        self._refused.discard(parameter)
         return self._block((parameter,), Vector(parameter.detach().reshape(1, -1)))
 
     def drop(self, block: Block) -> None:

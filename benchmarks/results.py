@@ -1,0 +1,133 @@
+"""Renders the measurements as Markdown: ``python -m benchmarks.results FILES... > benchmarks/RESULTS.md``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD = """\
+# How good are the scores?
+
+Generated from JSON files by `python -m benchmarks.results FILES... > benchmarks/RESULTS.md`; do not edit. Scores are those
+of one training run recorded by `Recorder` in a bare PyTorch loop, truths those of retraining. All numbers are means over
+the seeds named. Seconds are CPU seconds on one core of a shared two-core machine without accelerator: good to some ten per
+cent, for comparison within a table only.
+"""
+
+G1_HEAD = """\
+## Protocol G1: against {runs} retrainings a group, {optimizer}
+
+```bash
+{command}
+```
+
+1,000 rows ({data}; 10 % of the labels flipped), MLP 50-32-10, 160 steps, {seeds} seeds. 55 groups of 50-100 rows (random,
+classes, flipped rows) and 200 queries, each the loss of one held-out row. {truth}
+"""
+
+G2_HEAD = """\
+## Protocol G2: long training, {data}
+
+```bash
+python -m benchmarks.lds --json lds.json --data DIR --truth truth-lds.pt
+```
+
+Half of 5,000 rows left out, 60 times, four retrainings each; MLP 784-128-64-10, SGD .01 with momentum .9, {epochs} epochs;
+50 held-out rows as queries, by their loss and by their negated margin. Linear data-modelling score, mean over queries;
+seeds {seeds}. Split-half reliability of the target: {reliability}.
+"""
+
+NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
+COLUMNS = {
+    "spearman_per_query": "Spearman per query",
+    "pearson": "Pearson",
+    "slope": "slope",
+    "average_of_runs_spearman": "Spearman, mean of {seeds} runs",
+    "auroc_mislabel": "AUROC of flipped labels",
+    "seed_spearman": "Spearman between seeds",
+    "jaccard_top10": "Jaccard of top 10 % between seeds",
+    "seconds": "seconds",
+}
+LEGEND = """\
+Spearman per query: over the 55 groups, mean over queries. Slope: of the truth on the estimate; below 1, estimates are too
+large. AUROC and seeds: the most suspicious rows are those with the lowest mean score over queries (or the highest
+self-influence or loss). Plain training without a recorder: {plain:.2f} s.
+"""
+
+
+def number(value: float | None) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def g1(results: dict[str, Any]) -> Iterable[str]:
+    """Sections of a file of ``benchmarks.fidelity``, one for each optimizer."""
+    for optimizer, found in results["optimizers"].items():
+        seeds, truth = results["seeds"], found["truth"]
+        flags = " --sweep" if found["study"] == "sweep" else ""
+        yield G1_HEAD.format(
+            runs=f"{truth['runs']:.0f}" if truth else "384-512",
+            optimizer=NAMES[optimizer] + (", intervals" if flags else ""),
+            data=results["data"],
+            seeds=seeds,
+            truth=of_truth(truth),
+            command=f"python -m benchmarks.fidelity --json fidelity.json --data DIR --truth 'truth-{{optimizer}}.pt' "
+            f"--optimizers {optimizer} --seeds {seeds}{flags}",
+        )
+        keys = [key for key in COLUMNS if any(key in row for row in found["rows"].values())]
+        head = ["", *(COLUMNS[key].format(seeds=seeds) for key in keys)]
+        yield table(head, ([name, *(number(row.get(key)) for key in keys)] for name, row in found["rows"].items()))
+        yield LEGEND.format(plain=found["seconds_without_recorder"])
+
+
+def of_truth(truth: dict[str, float]) -> str:
+    if not truth:
+        return "The truth was read from a file."
+    out = f"Standard error of a true score: {truth['standard_error']:.2f}"
+    if "split_half_spearman" in truth:
+        out += f"; two halves of the retrainings rank the groups alike to {truth['split_half_spearman']:.3f}"
+        out += f" (reliability of the whole {truth['split_half_reliability']:.3f})"
+    return out + "."
+
+
+def g2(results: dict[str, Any]) -> Iterable[str]:
+    """The section of a file of ``benchmarks.lds``."""
+    reliability = ", ".join(f"{name} {value:.2f}" for name, value in results["split_half"].items())
+    seeds = results["seeds"]
+    yield G2_HEAD.format(
+        data=results["data"], epochs=results["epochs"], seeds=", ".join(map(str, seeds)), reliability=reliability
+    )
+    keys = [key for key in next(iter(results["rows"].values())) if key != "seconds"]
+    rows = (
+        [name, *(" / ".join(map(number, row[k])) if isinstance(row[k], list) else number(row[k]) for k in keys)]
+        + [f"{row['seconds']:.0f}"]
+        for name, row in results["rows"].items()
+    )
+    yield table(["", *keys, "seconds"], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks, in the order wanted")
+    parser.add_argument("--notes", type=Path, help="Markdown put after the introduction")
+    args = parser.parse_args(argv)
+    parts = [HEAD]
+    if args.notes:
+        parts.append(args.notes.read_text())
+    for file in args.files:
+        results = json.loads(file.read_text())
+        parts += list((g1 if results["protocol"] == "g1" else g2)(results))
+    print("\n".join(part.rstrip("\n") + "\n" for part in parts), end="")
+
+
+if __name__ == "__main__":
+    main()

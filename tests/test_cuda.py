@@ -1,0 +1,83 @@
+"""On a GPU: a recorded step never waits for the device, and training stays bit-identical."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ine_callback import Recorder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.GroupNorm(2, 8),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 32),
+        nn.LayerNorm(32),
+        nn.GELU(),
+        nn.Linear(32, 10),
+    ).cuda()
+
+
+def loss_of(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(module(batch[0].cuda()), batch[1].cuda())
+
+
+@contextlib.contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def train(record: bool) -> tuple[nn.Module, Recorder | None]:
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(256, 3, 8, 8, generator=g), torch.randint(0, 10, (256,), generator=g)
+    recorder = None
+    if record:
+        queries = {"val": (x[:64], y[:64]), "self": "self"}
+        recorder = Recorder(
+            module, optimizer, rows=256, queries=queries, loss=loss_of, total_steps=32, refresh_every=8, on_error="raise"
+        )
+        recorder.start()
+    data = [(rows, x[rows].cuda(), y[rows].cuda()) for rows in torch.randperm(256, generator=g).repeat(2).split(16)]
+    for step, (rows, xb, yb) in enumerate(data):
+        # steps 0, 8, ... refresh the directions, which may wait; every other step must not
+        free = no_synchronisation() if step % 8 else contextlib.nullcontext()
+        with free, recorder.batch(rows, (xb, yb)) if recorder else contextlib.nullcontext():
+            loss = nn.functional.cross_entropy(module(xb), yb)
+            if recorder:
+                recorder.see(loss)
+            loss.backward()
+        with free if step % 8 == 0 else no_synchronisation():
+            optimizer.step()
+            optimizer.zero_grad()
+    if recorder:
+        recorder.stop()
+    return module, recorder
+
+
+def test_recorded_steps_do_not_synchronise_and_training_is_bit_identical(tmp_path) -> None:
+    torch.use_deterministic_algorithms(False)
+    plain, _ = train(record=False)
+    recorded, recorder = train(record=True)
+    assert recorder is not None
+    state = copy.deepcopy(plain.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in recorded.state_dict().items())
+    report = recorder.report()
+    assert (report.observations == 2).all()
+    assert report.run.captured_share == 1.0

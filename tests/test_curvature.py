@@ -1,0 +1,375 @@
+"""The discount against dense matrix exponentials, and against the rest of an SGD run on a quadratic loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_signals import Batch, Keep, Transformer, cross_entropy, mlp
+from torch import Tensor, nn
+
+from ine_callback import Recorder
+from ine_callback.capture import Block, Lookup, Outer, Record, Vector
+from ine_callback.curvature import KFAC, Discount
+
+EXACT = {"rtol": 1e-8, "atol": 1e-12}
+
+
+def block(record: Record, shared: bool = False) -> Block:
+    return Block("w", (nn.Parameter(torch.zeros(record.layout)),), record.layout, shared)
+
+
+def observed(*steps: Record | Sequence[Record], terms: float = 1.0, max_dim: int = 1024, shared: bool = False) -> tuple[Block, KFAC]:
+    """Factors after one observation (or several uses) a step."""
+    uses = [[step] if isinstance(step, Record) else step for step in steps]
+    own, kfac = block(uses[0][0], shared), KFAC(max_dim)
+    for records in uses:
+        for record in records:
+            kfac.observe(own, record, terms)
+        kfac.end_step()
+    return own, kfac
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def outer(rows: int = 5, groups: int = 1, positions: int = 1, out: int = 2, inputs: int = 3) -> Outer:
+    return Outer(draw(rows, groups, positions, inputs), draw(rows, groups, positions, out))
+
+
+def dense(discount: Discount, layout: tuple[int, ...]) -> Tensor:
+    """D as a matrix over the flattened layout."""
+    size = int(torch.Size(layout).numel())
+    return discount.apply(torch.eye(size, dtype=torch.float64).reshape(size, *layout)).reshape(size, size).T
+
+
+def moment(x: Tensor) -> Tensor:
+    """Sum over rows and positions of x x^T for x [b, G, P, K], by a loop."""
+    total = torch.zeros(x.shape[1], x.shape[3], x.shape[3], dtype=x.dtype)
+    for row in x:
+        for g, positions in enumerate(row):
+            for p in positions:
+                total[g] += torch.outer(p, p)
+    return total
+
+
+def kron_of(record: Outer) -> Tensor:
+    """The factors' Kronecker product per group [G, O I, O I]: summed output side, averaged input side."""
+    left, right = moment(record.delta), moment(record.a) / (record.a.shape[0] * record.a.shape[2])
+    return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
+
+
+# -- one block -----------------------------------------------------------------------------------------------------------
+
+
+def test_discount_equals_the_matrix_exponential_where_the_fisher_is_kronecker() -> None:
+    """Every output gradient meets every input, so the Fisher of the mean loss *is* the product of its factors."""
+    a, delta = draw(4, 3), draw(3, 2)
+    n = 12
+    rows_a, rows_delta = a.repeat_interleave(3, 0), delta.repeat(4, 1)
+    g = torch.einsum("bo,bi->boi", rows_delta, rows_a).flatten(1)
+    fisher = sum(torch.outer(x, x) for x in g) / n
+    shares = Outer(rows_a[:, None, None], rows_delta[:, None, None] / n)
+    own, kfac = observed(shares, terms=float(n))
+    v = draw(4, *own.layout)
+    for exponent, decay in [(0.3, 0.0), (2.0, 0.1), (0.0, 0.7)]:
+        d = torch.linalg.matrix_exp(-(exponent * fisher + decay * torch.eye(6, dtype=torch.float64)))
+        found = kfac.discount(own, exponent, decay)
+        torch.testing.assert_close(found.apply(v).flatten(1), v.flatten(1) @ d.T, **EXACT)
+        torch.testing.assert_close(found.norms(shares), ((g / n) @ d * (g / n)).sum(1), **EXACT)
+
+
+def test_grouped_layers_have_one_exponential_a_group() -> None:
+    record = outer(rows=5, groups=3, positions=4)
+    own, kfac = observed(record, terms=2.0)
+    found = dense(kfac.discount(own, 0.5), own.layout)
+    truth = torch.block_diag(*[torch.linalg.matrix_exp(-0.5 * 2.0 * f) for f in kron_of(record)])
+    torch.testing.assert_close(found, truth, **EXACT)
+
+
+def test_one_parameter() -> None:
+    """A single weight: the Fisher is a number, the discount its exponential."""
+    deltas = draw(6, 1, 1, 1) / 6
+    own, kfac = observed(Outer(torch.full((6, 1, 1, 1), 3.0).double(), deltas), terms=6.0)
+    fisher = sum((6 * float(d) * 3) ** 2 for d in deltas.flatten()) / 6
+    assert float(kfac.discount(own, 0.01).weight) == pytest.approx(math.exp(-0.01 * fisher), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [outer(positions=3), outer(groups=2, positions=2), outer(), Vector(draw(5, 3)), "lookup"],
+    ids=["positions", "groups", "plain", "vector", "lookup"],
+)
+def test_self_influence_equals_the_dense_form(record: Record | str) -> None:
+    """<D g_i, g_i> with D built densely from the factors' definitions."""
+    if isinstance(record, str):
+        record = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
+    if isinstance(record, Lookup):
+        counts = record.ids.flatten().bincount(minlength=4).double() / record.ids.numel()
+        fisher = torch.kron(torch.diag(counts), moment(record.delta[:, None])[0])
+    elif isinstance(record, Vector):
+        fisher = torch.diag(sum(g.square() for g in record.g))
+    else:
+        assert isinstance(record, Outer)
+        fisher = torch.block_diag(*kron_of(record))
+    own, kfac = observed(record, terms=3.0)
+    d = torch.linalg.matrix_exp(-(0.2 * 3.0 * fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64)))
+    found = kfac.discount(own, 0.2, 0.05)
+    g = record.gradient(slice(0, 5)).flatten(1)
+    expected = torch.stack([x @ d @ x for x in g])
+    torch.testing.assert_close(found.norms(record), expected, **EXACT)
+    torch.testing.assert_close(dense(found, own.layout), d, **EXACT)
+    torch.testing.assert_close(found.norms_of_sum([record]), expected, **EXACT)
+
+
+def test_self_influence_of_a_reused_block_sums_first() -> None:
+    one, two = outer(positions=2), outer(positions=2)
+    own, kfac = observed([one, two])
+    left = moment(one.delta)[0] + moment(two.delta)[0]
+    right = (moment(one.a)[0] + moment(two.a)[0]) / (2 * 5 * 2)
+    d = torch.linalg.matrix_exp(-0.1 * torch.kron(left, right))
+    g = (one.gradient(slice(0, 5)) + two.gradient(slice(0, 5))).flatten(1)
+    found = kfac.discount(own, 0.1)
+    torch.testing.assert_close(found.norms_of_sum([one, two]), torch.stack([x @ d @ x for x in g]), **EXACT)
+    torch.testing.assert_close(dense(found, own.layout), d, **EXACT)
+
+
+def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
+    table = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
+    head = Outer(draw(5, 1, 6, 2), draw(5, 1, 6, 4))
+    own, kfac = observed([head, table], terms=2.0, shared=True)
+    counts = table.ids.flatten().bincount(minlength=4).double() / 30
+    diagonal = torch.outer(counts, moment(table.delta[:, None])[0].diagonal())
+    diagonal = diagonal + torch.outer(moment(head.delta)[0].diagonal(), moment(head.a)[0].diagonal() / 30)
+    found = kfac.discount(own, 0.1, 0.3)
+    torch.testing.assert_close(found.weight[0], torch.exp(-(0.1 * 2.0 * diagonal + 0.3)), **EXACT)
+    g = (head.gradient(slice(0, 5)) + table.gradient(slice(0, 5)))[:, 0]
+    torch.testing.assert_close(found.norms_of_sum([head, table]), (g.square() * found.weight).sum((1, 2)), **EXACT)
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(2, 6), (6, 2), (6, 6)])
+def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
+    record = outer(positions=3, out=out, inputs=inputs)
+    own, kfac = observed(record, max_dim=4)
+    left, right = moment(record.delta)[0], moment(record.a)[0] / 15
+    left = left if out <= 4 else torch.diag(left.diagonal())
+    right = right if inputs <= 4 else torch.diag(right.diagonal())
+    found = kfac.discount(own, 0.1)
+    assert (found.left is None) == (out > 4) and (found.right is None) == (inputs > 4)
+    torch.testing.assert_close(dense(found, own.layout), torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)), **EXACT)
+
+
+def test_factors_are_the_plain_mean_since_the_first_step() -> None:
+    records = [outer(positions=2) for _ in range(5)]
+    own, kfac = observed(*records)
+    left = sum(moment(r.delta)[0] for r in records) / 5
+    right = sum(moment(r.a)[0] / 10 for r in records) / 5
+    torch.testing.assert_close(
+        dense(kfac.discount(own, 0.1), own.layout), torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)), **EXACT
+    )
+
+
+def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
+    """Half batches whose losses are halved too: the same shares, the same factors."""
+    whole = outer(rows=6, positions=2)
+    halves = [Outer(whole.a[s], whole.delta[s]) for s in (slice(0, 3), slice(3, 6))]
+    own, kfac = observed(whole, terms=6.0)
+    own_halves, kfac_halves = observed(halves, terms=6.0)
+    torch.testing.assert_close(
+        dense(kfac_halves.discount(own_halves, 0.1), own.layout), dense(kfac.discount(own, 0.1), own.layout), **EXACT
+    )
+
+
+def test_nothing_observed_is_the_identity() -> None:
+    record = outer()
+    discount = KFAC().discount(block(record), 3.0, 0.0)
+    v = draw(2, *record.layout)
+    assert discount.apply(v) is v
+    torch.testing.assert_close(discount.norms(record), record.norms(None))
+
+
+def test_discounts_only_shrink() -> None:
+    record = outer(rows=2, positions=1, out=4, inputs=5)  # rank-deficient factors: eigenvalues at and below zero
+    own, kfac = observed(record)
+    weight = kfac.discount(own, 1e3).weight
+    assert weight is not None and float(weight.max()) <= 1.0 and float(weight.min()) >= 0.0
+
+
+# -- the rest of training --------------------------------------------------------------------------------------------------
+
+
+def test_discounted_signals_are_the_true_change_on_a_quadratic_loss() -> None:
+    """METHODS §1 (ii): rows 1/2 (w - w_i)^T H (w - w_i), SGD, a linear query c^T w.
+
+    Truth: train again with a row's shares put back in; both runs follow (1 - eta H)^k exactly, so their difference is
+    the row's contribution. The discount is the exponential's limit: errors of eta * lambda^2 * R / 2, here under 0.5 %.
+    """
+    size, rows, steps, lr = 3, 4, 400, 2e-3
+    root = draw(size, size) / 2
+    hessian = root @ root.T + 0.2 * torch.eye(size, dtype=torch.float64)
+    centres, c = draw(rows, size), draw(size)
+    batches = [torch.randperm(rows)[:2] for _ in range(steps)]
+
+    def shares(w: Tensor, batch: Tensor) -> Tensor:
+        return (w - centres[batch]) @ hessian / len(batch)
+
+    def train(put_back: dict[int, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        w, kept = torch.ones(size, dtype=torch.float64), []
+        for t, batch in enumerate(batches):
+            kept.append(shares(w, batch))
+            w = w - lr * kept[-1].sum(0) + lr * put_back.get(t, 0.0)
+        return w, kept
+
+    final, kept = train({})
+    cholesky = torch.linalg.cholesky(hessian)
+    feed = Outer((cholesky.T * size**0.5)[:, None, None], torch.full((size, 1, 1, 1), 1 / size, dtype=torch.float64))
+    own, kfac = observed(feed, terms=float(size))
+    torch.testing.assert_close(dense(kfac.discount(own, 1.0), own.layout), torch.linalg.matrix_exp(-hessian), **EXACT)
+    scores, truths = torch.zeros(rows, dtype=torch.float64), []
+    for t, batch in enumerate(batches):
+        u = kfac.discount(own, lr * (steps - t - 1)).apply(c.reshape(1, *own.layout))
+        record = Outer(kept[t][:, None, None], torch.ones(2, 1, 1, 1).double())
+        scores[batch] += lr * record.signals(u)[:, 0]
+    for row in range(rows):
+        own_shares = {t: kept[t][batch == row][0] for t, batch in enumerate(batches) if row in batch}
+        without, _ = train(own_shares)
+        truths.append((without - final) @ c)
+    truth = torch.stack(truths)
+    torch.testing.assert_close(scores, truth, rtol=0.0, atol=5e-3 * float(truth.abs().max()))
+    undiscounted = sum(lr * (kept[t].sum(0) @ c) for t in range(steps))
+    assert (undiscounted - truth.sum()).abs() > 0.2 * truth.abs().max()  # the test can tell a discount from none
+
+
+# -- through the recorder --------------------------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    """Calls one layer twice and one once; leaves inputs and outputs in ``trace`` for the test's own factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+        self.trace: list[tuple[str, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.trace = []
+        for _ in range(2):
+            y = self.layer(x)
+            self.trace.append(("layer", x, y))
+            x = torch.tanh(y)
+        y = self.head(x)
+        self.trace.append(("head", torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1), y))
+        return y
+
+
+def recorded(model: nn.Module, batch: Batch, lr: float, total: int, queries: Any, **optimizer: Any) -> tuple[Tensor, Recorder]:
+    """One recorded step of SGD out of ``total``."""
+    sgd, keep = torch.optim.SGD(model.parameters(), lr=lr, **optimizer), Keep()
+    recorder = Recorder(model, sgd, len(batch[0]), queries, cross_entropy, [keep], total_steps=total, on_error="raise")
+    with recorder:
+        with recorder.batch(torch.arange(len(batch[0])), batch):
+            loss = cross_entropy(model, batch)
+            recorder.see(loss)
+            loss.backward()
+        sgd.step()
+    return keep.steps[0][1], recorder
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.2}])
+def test_signals_of_a_reused_layer_are_discounted_densely(options: dict[str, float]) -> None:
+    """U = exp(-(R F + decay)) v and self-influence g^T D g / b, all from explicit dense matrices."""
+    model = TwoLayers().double()
+    x, y = draw(6, 3), torch.randint(3, (6,))
+    lr, total, b = 0.3, 5, 6
+    loss = cross_entropy(model, (x, y))
+    deltas = torch.autograd.grad(loss, [out for _, _, out in model.trace])
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = {"layer": [], "head": []}
+    for (name, a, _), delta in zip(model.trace, deltas, strict=True):
+        factors[name].append((delta.T @ delta * b, a.detach().T @ a.detach() / b))
+    gain = 1 / (1 - options.get("momentum", 0.0))
+    ahead = lr * (total - 1) * gain
+    maps = {}
+    for name, uses in factors.items():
+        f = torch.kron(sum(left for left, _ in uses), sum(right for _, right in uses) / len(uses))
+        maps[name] = torch.linalg.matrix_exp(-ahead * (f + options.get("weight_decay", 0.0) * torch.eye(len(f)).double()))
+
+    def per_layer(value: Tensor) -> dict[str, Tensor]:
+        layer, weight, bias = torch.autograd.grad(value, [model.layer.weight, model.head.weight, model.head.bias])
+        return {"layer": layer.flatten(), "head": torch.cat([weight, bias[:, None]], 1).flatten()}
+
+    rows = [per_layer(cross_entropy(model, (x[k : k + 1], y[k : k + 1]))) for k in range(b)]
+    query = x[:3] + 1, y[:3]
+    v = per_layer(cross_entropy(model, query))
+    expected = torch.stack(
+        [torch.stack([sum(u[n] @ maps[n] @ g[n] for n in maps) / b for u in (v, g)]) for g in rows]
+    )
+    found, _ = recorded(model, (x, y), lr, total, {"val": query, "self": "self"}, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_signals_of_tied_weights_are_discounted_by_the_diagonal() -> None:
+    """The tied block's self-influence alone: all other parameters are frozen."""
+    model = Transformer(tied=True).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "embed.weight")
+    ids = torch.randint(3, (6, 5))
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        m.register_forward_hook(lambda m, a, out, n=n: kept.__setitem__(n, (a[0], out)))
+        for n, m in [("embed", model.embed), ("head", model.head)]
+    ]
+    loss = cross_entropy(model, (ids, ids))
+    for handle in handles:
+        handle.remove()
+    deltas = dict(zip(kept, torch.autograd.grad(loss, [out for _, out in kept.values()]), strict=True))
+    terms = 30
+    counts = ids.flatten().bincount(minlength=3).double() / 30
+    diagonal = torch.outer(counts, deltas["embed"].square().sum((0, 1)) * terms)
+    diagonal += torch.outer(deltas["head"].square().sum((0, 1)) * terms, kept["head"][0].detach().square().mean((0, 1)))
+    d = torch.exp(-0.3 * 4 * diagonal)
+    expected = []
+    for k in range(6):
+        (g,) = torch.autograd.grad(cross_entropy(model, (ids[k : k + 1], ids[k : k + 1])), [model.embed.weight])
+        expected.append((g.square() * d).sum() / 6)
+    found, _ = recorded(model, (ids, ids), 0.3, 5, "self")
+    torch.testing.assert_close(found[:, 0], torch.stack(expected), rtol=1e-6, atol=1e-10)
+
+
+def test_the_last_step_is_not_discounted() -> None:
+    """Nothing of training remains: signals equal the first-order ones."""
+    model, batch = mlp().double(), (draw(5, 4), torch.randint(3, (5,)))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    last, _ = recorded(model, batch, 0.3, 1, {"val": batch, "self": "self"})
+    model.load_state_dict(state)
+    model.zero_grad()
+    keep, sgd = Keep(), torch.optim.SGD(model.parameters(), lr=0.3)
+    first_order = Recorder(model, sgd, 5, {"val": batch, "self": "self"}, cross_entropy, [keep], discount=False, on_error="raise")
+    with first_order:
+        with first_order.batch(torch.arange(5), batch):
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        sgd.step()
+    torch.testing.assert_close(last, keep.steps[0][1], rtol=1e-9, atol=1e-12)
+
+
+def test_adam_discounts_by_one_scalar_a_layer() -> None:
+    """The exponent of a layer is R times its Fisher over rms(sqrt(v)), here v = the present squared gradient."""
+    model, b, lr, total = nn.Linear(3, 3, bias=False).double(), 6, 0.01, 4
+    x, y = draw(b, 3), torch.randint(3, (b,))
+    out = model(x)
+    (delta,) = torch.autograd.grad(F.cross_entropy(out, y), [out])
+    fisher = torch.kron(delta.T @ delta * b, x.T @ x / b)
+    share = torch.einsum("bo,bi->boi", delta, x).flatten(1)
+    rms = share.sum(0).square().mean().sqrt()
+    d = torch.linalg.matrix_exp(-lr * (total - 1) * fisher / (rms + 1e-8))
+    keep, adam = Keep(), torch.optim.Adam(model.parameters(), lr=lr)
+    recorder = Recorder(model, adam, b, "self", cross_entropy, [keep], total_steps=total, on_error="raise")
+    with recorder:
+        with recorder.batch(torch.arange(b), (x, y)):
+            cross_entropy(model, (x, y)).backward()
+        adam.step()
+    torch.testing.assert_close(keep.steps[0][1][:, 0], (share @ d * share).sum(1) * b, rtol=1e-5, atol=0)
