@@ -11,10 +11,10 @@ from typing import Any
 HEAD = """\
 # How good are the scores?
 
-Generated from JSON files by `python -m benchmarks.results FILES... > benchmarks/RESULTS.md`; do not edit. Scores are those
-of one training run recorded by `Recorder` in a bare PyTorch loop, truths those of retraining. All numbers are means over
-the seeds named. Seconds are CPU seconds on one core of a shared two-core machine without accelerator: good to some ten per
-cent, for comparison within a table only.
+Generated from JSON files by `python -m benchmarks.results FILES... > benchmarks/RESULTS.md`; do not edit. Scores
+are those of one training run recorded by `Recorder` in a bare PyTorch loop, truths those of retraining. All numbers
+are means over the seeds named. Seconds are CPU seconds on one core of a shared two-core machine without
+accelerator: good to some ten per cent, for comparison within a table only.
 """
 
 G1_HEAD = """\
@@ -24,8 +24,8 @@ G1_HEAD = """\
 {command}
 ```
 
-1,000 rows ({data}; 10 % of the labels flipped), MLP 50-32-10, 160 steps, {seeds} seeds. 55 groups of 50-100 rows (random,
-classes, flipped rows) and 200 queries, each the loss of one held-out row. {truth}
+1,000 rows ({data}; 10 % of the labels flipped), MLP 50-32-10, 160 steps, {seeds} seeds. 55 groups of 50-100 rows
+(random, classes, flipped rows) and 200 queries, each the loss of one held-out row. {truth}
 """
 
 G2_HEAD = """\
@@ -35,9 +35,9 @@ G2_HEAD = """\
 python -m benchmarks.lds --json lds.json --data DIR --truth truth-lds.pt
 ```
 
-Half of 5,000 rows left out, 60 times, four retrainings each; MLP 784-128-64-10, SGD .01 with momentum .9, {epochs} epochs;
-50 held-out rows as queries, by their loss and by their negated margin. Linear data-modelling score, mean over queries;
-seeds {seeds}. Split-half reliability of the target: {reliability}.
+Half of 5,000 rows left out, 60 times, four retrainings each; MLP 784-128-64-10, SGD .01 with momentum .9, {epochs}
+epochs; 50 held-out rows as queries, by their loss and by their negated margin. Linear data-modelling score, mean
+over queries; seeds {seeds}. Split-half reliability of the target: {reliability}.
 """
 
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
@@ -52,9 +52,9 @@ COLUMNS = {
     "seconds": "seconds",
 }
 LEGEND = """\
-Spearman per query: over the 55 groups, mean over queries. Slope: of the truth on the estimate; below 1, estimates are too
-large. AUROC and seeds: the most suspicious rows are those with the lowest mean score over queries (or the highest
-self-influence or loss). Plain training without a recorder: {plain:.2f} s.
+Spearman per query: over the 55 groups, mean over queries. Slope: of the truth on the estimate; below 1, estimates
+are too large. AUROC and seeds: the most suspicious rows are those with the lowest mean score over queries (or the
+highest self-influence or loss). Plain training without a recorder: {plain:.2f} s.
 """
 
 
@@ -62,6 +62,10 @@ def number(value: float | None) -> str:
     if value is None or value != value:
         return ""
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def numbers(values: float | list[float]) -> str:
+    return " / ".join(map(number, values)) if isinstance(values, list) else number(values)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -107,11 +111,7 @@ def g2(results: dict[str, Any]) -> Iterable[str]:
         data=results["data"], epochs=results["epochs"], seeds=", ".join(map(str, seeds)), reliability=reliability
     )
     keys = [key for key in next(iter(results["rows"].values())) if key != "seconds"]
-    rows = (
-        [name, *(" / ".join(map(number, row[k])) if isinstance(row[k], list) else number(row[k]) for k in keys)]
-        + [f"{row['seconds']:.0f}"]
-        for name, row in results["rows"].items()
-    )
+    rows = ([name, *(numbers(row[k]) for k in keys), f"{row['seconds']:.0f}"] for name, row in results["rows"].items())
     yield table(["", *keys, "seconds"], rows)
 
 

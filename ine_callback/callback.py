@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,8 +51,8 @@ class InfluenceCallback(Callback):
         num_rows: Number of training rows, where the dataset has no length.
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
-        dirpath: Folder of the report; by default ``influence`` in the trainer's log folder. ``None`` without a log
-            folder saves nothing.
+        dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
+            the trainer's log folder, and nothing is saved where there is no logger.
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:
@@ -214,6 +215,8 @@ class InfluenceCallback(Callback):
             folder = self._folder(trainer)
             if folder is not None and trainer.is_global_zero:
                 self.report.save(folder)
+                if find_spec("jinja2") and find_spec("matplotlib"):  # the extra `report`
+                    self.report.write_html(folder / "report.html")
         except Exception as error:  # a trained model must never be lost to its report
             if self.on_error == "raise":
                 raise

@@ -174,11 +174,11 @@ class Schedule:
     def summary(self) -> dict[str, Any]:
         """JSON-able record for the report: what was assumed about the rest of training and what came."""
         planned = sum(self.planned)
-        note = self.note
+        notes = [self.note] if self.note else []
         if not self.planned:
-            note = note or "unknown horizon: at every step the rest of training was taken to be as long as the past"
+            notes.append("unknown horizon: at every step the rest of training was taken to be as long as the past")
         elif self.steps < len(self.planned):
-            note = (
+            notes.append(
                 f"training stopped after {self.steps} of {len(self.planned)} planned steps: discounts counted on the "
                 f"whole plan, {1 - self.realised / planned if planned else 0:.0%} of its learning rate never came, so "
                 "all observations are discounted too strongly"
@@ -188,7 +188,7 @@ class Schedule:
             "steps": self.steps,
             "planned_lr_sum": planned,
             "realised_lr_sum": self.realised,
-            "note": note,
+            "note": "; ".join(notes),
         }
 
 

@@ -24,10 +24,10 @@ from ine_callback.curvature import KFAC
 from ine_callback.errors import InfluenceError, RowsError
 from ine_callback.losses import RowLosses, Scale, read_loss
 from ine_callback.methods import FINE, Method, checked_methods
-from ine_callback.provenance import run_info
+from ine_callback.provenance import versions
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.rates import Clipping, known, plan, step_rate
-from ine_callback.report import InfluenceReport
+from ine_callback.report import InfluenceReport, RunInfo
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
 
@@ -155,13 +155,15 @@ class Recorder:
             method.start(self._size, self.infos, self._device)
         self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
-            self.note(f"{type(self.optimizer).__name__} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
+            kind = type(self.optimizer).__name__
+            self.note(f"{kind} is not SGD, Adam or AdamW: its steps were taken as plain SGD")
+            warnings.warn(f"{self.owner}: {kind} is not SGD, Adam or AdamW; scores take it as plain SGD.", stacklevel=2)
         self.capture.attach()
         self._handles = [
             self.optimizer.register_step_pre_hook(lambda *_: self._guarded(self._before_step)),
             self.optimizer.register_step_post_hook(lambda *_: self._guarded(self._after_step)),
         ]
-        self.started = datetime.datetime.now(datetime.timezone.utc)
+        self._started = datetime.datetime.now(datetime.timezone.utc)
         self._clock = time.monotonic()
         self.running = self.recording = True
 
@@ -376,15 +378,27 @@ class Recorder:
     def report(self) -> InfluenceReport:
         """The report of everything recorded so far."""
         scores = replace(self.methods[0].finish(), mean_loss=self._losses.mean())
-        seen = len(scores.observations) if self._rows is not None else self._highest + 1
-        return InfluenceReport(scores.first(seen), run_info(self, seen))
+        rows = len(scores.observations) if self._rows is not None else self._highest + 1
+        return InfluenceReport(scores.first(rows), self._run_info(rows))
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of the recorded run."""
-        return self._seconds or time.monotonic() - self._clock
-
-    def all_notes(self) -> list[str]:
-        """What the report's reader should know."""
-        note = self.schedule.summary()["note"]
-        return [*self.notes, *self.coverage.notes, *self._source.notes, *([note] if note else [])]
+    def _run_info(self, rows: int) -> RunInfo:
+        method, schedule = self.methods[0], self.schedule.summary()
+        counts = method.nonfinite.tolist() if isinstance(method, FINE) else []
+        lost = {info.name: int(count) for info, count in zip(self.infos, counts, strict=False) if count}
+        told = [f"query '{name}': {n} signals were not finite and were left out" for name, n in lost.items()]
+        ahead = [schedule["note"]] if schedule["note"] else []
+        return RunInfo(
+            config=self.config,
+            versions=versions(),
+            seed=torch.initial_seed(),
+            started=self._started.isoformat(timespec="seconds"),
+            seconds=self._seconds or time.monotonic() - self._clock,
+            steps=self.steps,
+            rows=rows,
+            captured_share=self.coverage.share,
+            approximate=self.coverage.approximate,
+            uncaptured=self.coverage.uncaptured,
+            nonfinite=lost,
+            schedule=schedule,
+            notes=[*self.notes, *told, *self.coverage.notes, *self._source.notes, *ahead],
+        )

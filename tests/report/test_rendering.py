@@ -22,7 +22,7 @@ from ine_callback.report.words import BLUE, ORANGE
 from ine_callback.scores import QueryInfo
 
 ROOT = Path(next(iter(ine_callback.__path__))).parent  # so that a fresh interpreter finds an uninstalled package
-HOSTILE = "<script>alert('x')</script><img src=x onerror=y>\" $\\frac{ {{ 7*7 }} {% raw %}"
+HOSTILE = "<script>alert('x')</script><img src=x onerror=y>\" $\\frac{$ {{ 7*7 }} {% raw %}"
 
 
 class Tags(HTMLParser):
@@ -77,6 +77,7 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
         report.write_html(tmp_path / "r.html").read_text(encoding="utf-8"),
         report._repr_html_(),
         report.top()._repr_html_(),
+        report.row(0)._repr_html_(),
     ):
         tags = Tags(text)
         assert not tags.of("script")
@@ -88,7 +89,7 @@ def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
 
 
 def test_failed_null_check_and_unseen_rows_are_loud_in_html(tmp_path: Path) -> None:
-    text = hostile().write_html(tmp_path / "r.html").read_text(encoding="utf-8")
+    text = hostile().write_html(tmp_path / "r.html", queries=[]).read_text(encoding="utf-8")
     assert [notice.get("role") for notice in Tags(text).of("div")].count("alert") == 3
     assert "NULL CHECK FAILED" in text and "1 row was never observed" in text
 

@@ -68,6 +68,7 @@ def test_drop_list_takes_the_suspect_end() -> None:
     loss_and_margin = InfluenceReport(tiny(("loss", "margin")))
     assert loss_and_margin.recommended_query == "own"
     assert loss_and_margin.drop_list().tolist() == [1]
+    assert InfluenceReport(tiny(("margin", "self"))).recommended_query == "own"
     assert InfluenceReport(tiny(("loss", "custom"))).recommended_query == "val"
 
 
@@ -87,6 +88,7 @@ def test_never_observed_rows_are_listed_and_never_zero(report: InfluenceReport) 
     assert [one.query for one in table] == ["val", "own"]
     assert all(math.isnan(one.mu) and math.isnan(one.q) and one.observations == 0 for one in table)
     assert "never observed" in str(table) and "0.0" not in str(table)
+    assert all("never" in line and "0×" not in line for line in table.cells().body)
     frame = report.to_pandas()
     assert len(frame) == 12 and frame[frame.row == 3].mu.isna().all()
 
