@@ -1,8 +1,8 @@
 """Which passages taught a small transformer to predict a document? One query for each document.
 
-A causal character transformer reads a text cut into rows of 48 characters. Every eighth row of each document is held out;
-the loss on a document's held-out rows is one query. The report then says which training rows helped most with each
-document, and how sure that is.
+A causal character transformer reads a text cut into rows of 48 characters. Every eighth row of a document is held out;
+the loss on these is the document's query. The report then says which training rows helped most with each document, and
+how sure that is.
 
     python examples/char_lm.py                      # four poems, in examples/excerpt.txt
     python examples/char_lm.py --text FILE          # documents begin with "# title"; else the file is cut in 8 parts
@@ -73,7 +73,7 @@ def documents(text: str) -> dict[str, str]:
 
 
 def rows_of(texts: dict[str, str]) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
-    """Training rows as (title, 49 characters), and every eighth row held out by title; a row predicts its next characters."""
+    """Training rows as (title, 48 + 1 characters), and by title every eighth row, held out."""
     train, held_out = [], {}
     for title, text in texts.items():
         pieces = [text[k : k + LENGTH + 1] for k in range(0, len(text) - LENGTH, LENGTH)]
@@ -104,7 +104,7 @@ def fit(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path(__file__).parent / "excerpt.txt")
-    parser.add_argument("--characters", type=int, default=60_000, help="read no more of the text than this")
+    parser.add_argument("--characters", type=int, default=24_000, help="read no more of the text than this")
     parser.add_argument("--out", type=Path, default=None, help="folder of the report; by default it is only shown")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

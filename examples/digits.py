@@ -84,7 +84,7 @@ def fit(train: TensorDataset, val: TensorDataset, callbacks: list, epochs: int, 
 
 
 def state(trainer: L.Trainer) -> Tensor:
-    """All that training leaves behind as one vector: weights, buffers, optimizer state, logged metrics, random state."""
+    """All that training leaves behind as one vector: weights, buffers, optimizer state, metrics, random state."""
     model, optimizer = trainer.lightning_module.state_dict(), trainer.optimizers[0].state_dict()
     leaves = tree_leaves([model, optimizer, trainer.callback_metrics, torch.get_rng_state()])
     return torch.cat([leaf.double().flatten() for leaf in leaves if isinstance(leaf, Tensor)])

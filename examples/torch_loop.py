@@ -1,5 +1,7 @@
 """The same recording without Lightning: a Recorder in a bare PyTorch loop, on digits with 10 % wrong labels.
 
+The report is shown, and kept with --out:
+
     python examples/torch_loop.py --out torch_loop
 """
 
@@ -94,7 +96,8 @@ def main() -> None:
     assert report is not None
     rich.print(report)
     suspects = report.drop_list()
-    print(f"{len(suspects)} rows are flagged, {int(wrong[suspects].sum())} of the {int(wrong.sum())} wrong labels among them.")
+    found = int(wrong[suspects].sum())
+    print(f"{len(suspects)} rows are flagged; they hold {found} of the {int(wrong.sum())} wrong labels.")
     if args.out is not None:
         print(f"Saved: InfluenceReport.load({str(report.save(args.out))!r})")
 

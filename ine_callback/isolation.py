@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-_PLAIN = (list, dict, set, int, float, bool, str, tuple, type(None))
+_METRICS = (Metric, MetricCollection)
+_INTERNAL = frozenset(nn.Module().__dict__)
+_DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
+
+Restore = Callable[[], None]
 
 
 @contextlib.contextmanager
 def isolated(module: nn.Module, training: bool = False) -> Iterator[None]:
     """Everything inside may call the module's steps; afterwards module, metrics, buffers, logs and RNG are as before.
 
-    Modes, buffers, torchmetrics objects, the module's plain attributes (lists, dicts, counters) and the random number
-    generators of Python, NumPy and torch are restored; ``self.log`` and ``self.log_dict`` do nothing meanwhile.
+    Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
+    arrays, generators) and the random number generators of Python, NumPy and torch are restored; ``self.log`` and
+    ``self.log_dict`` do nothing meanwhile.
 
     Args:
         module: The model.
         training: Mode to run it in; evaluation by default.
     """
+    modules = [m for m in module.modules() if not isinstance(m, _METRICS)]
     modes = [(m, m.training) for m in module.modules()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    names, own = _plain_attributes(module)
     states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
-    swapped = _swap_metrics(module)
+    seen: set[int] = set()
+    restores = [restore for m in modules for restore in _remember_module(m, seen)]
+    swapped = _swap_metrics(modules)
     _mute(module)
     try:
         for m, _ in modes:
@@ -44,42 +53,93 @@ def isolated(module: nn.Module, training: bool = False) -> Iterator[None]:
         for m, mode in modes:
             m.training = mode
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        _restore_attributes(module, names, own)
+            for restore in restores:
+                restore()
         _set_rng_states(states)
 
 
-def _plain_attributes(module: nn.Module) -> tuple[set[str], dict[str, tuple[Any, Any]]]:
-    """The module's own Python state: users collect outputs in lists and count steps in integers."""
-    internal = nn.Module().__dict__
-    own = {k: v for k, v in module.__dict__.items() if k not in internal and isinstance(v, (*_PLAIN, Tensor))}
-    return set(module.__dict__), {
-        k: (v, v.detach().clone() if isinstance(v, Tensor) else copy.copy(v)) for k, v in own.items()
-    }
+def _remember_module(module: nn.Module, seen: set[int]) -> list[Restore]:
+    """How to restore a module's own attributes and buffers: first their contents, then which object each name holds."""
+    own = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k not in ("log", "log_dict")}
+    buffers = dict(module._buffers)
+    contents = [r for v in (*own.values(), *buffers.values()) for r in _remember(v, seen)]
+
+    def rebind() -> None:
+        for name in [k for k in module.__dict__ if k not in own and k not in _INTERNAL]:
+            del module.__dict__[name]
+        module.__dict__.update(own)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+    return [*contents, rebind]
 
 
-def _restore_attributes(module: nn.Module, names: set[str], own: dict[str, tuple[Any, Any]]) -> None:
-    for name in set(module.__dict__) - names:
-        del module.__dict__[name]
-    for name, (original, before) in own.items():
-        if isinstance(original, list):
-            original[:] = before
-        elif isinstance(original, dict | set):
-            original.clear()
-            original.update(before)
-        elif isinstance(original, Tensor):
-            with torch.no_grad():
-                original.copy_(before)
-        module.__dict__[name] = original
+def _remember(value: Any, seen: set[int]) -> list[Restore]:
+    """How to restore the contents of a mutable value, in place; nothing for anything else."""
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [_tensor_restore(value)]
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return [lambda: np.copyto(value, array)] if value.flags.writeable else []
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return [lambda: _ignore(value.set_state(state))]
+    if isinstance(value, np.random.Generator):
+        bits = copy.deepcopy(value.bit_generator.state)
+        return [lambda: setattr(value.bit_generator, "state", bits)]
+    if isinstance(value, np.random.RandomState | random.Random):
+        return _remember_legacy(value)
+    return _remember_container(value, seen)
 
 
-def _swap_metrics(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+def _tensor_restore(value: Tensor) -> Restore:
+    before, version = value.detach().clone(), value._version
+
+    def restore() -> None:
+        # An untouched tensor may be part of a live graph: leave it. BatchNorm changes its buffers without a new version.
+        if value._version != version or not torch.equal(value, before):
+            value.detach().copy_(before)
+
+    return restore
+
+
+def _ignore(result: object) -> None:
+    """Makes a restoring call return nothing."""
+
+
+def _remember_legacy(value: np.random.RandomState | random.Random) -> list[Restore]:
+    if isinstance(value, random.Random):
+        python = value.getstate()
+        return [lambda: value.setstate(python)]
+    legacy = value.get_state()
+    return [lambda: value.set_state(legacy)]
+
+
+def _remember_container(value: Any, seen: set[int]) -> list[Restore]:
+    if isinstance(value, tuple):
+        return [r for part in value for r in _remember(part, seen)] if len(value) <= _DEEP else []
+    if not isinstance(value, list | dict | set | deque):
+        return []
+    before = copy.copy(value)
+    parts = before.values() if isinstance(before, dict) else before
+    inner = [r for part in parts for r in _remember(part, seen)] if len(value) <= _DEEP else []
+
+    def refill() -> None:
+        value.clear()
+        (value.extend if isinstance(value, list | deque) else value.update)(before)
+
+    return [*inner, refill]
+
+
+def _swap_metrics(modules: list[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
     """Replaces every torchmetrics object by a copy, so that updates go nowhere."""
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
-    for parent in [m for m in module.modules() if not isinstance(m, Metric | MetricCollection)]:
+    for parent in modules:
         for name, child in parent._modules.items():
-            if isinstance(child, Metric | MetricCollection):
+            if isinstance(child, _METRICS):
                 swapped.append((parent, name, child))
                 parent._modules[name] = copy.deepcopy(child)
     return swapped

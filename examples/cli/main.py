@@ -1,5 +1,7 @@
 """A LightningCLI app on scikit-learn's digits. Nothing in here knows about influence: config.yaml turns it on and off.
 
+Train with the report, without it, and with another setting:
+
     python examples/cli/main.py fit --config examples/cli/config.yaml
     python examples/cli/main.py fit --config examples/cli/config.yaml --trainer.callbacks.enabled=false
     python examples/cli/main.py fit --config examples/cli/config.yaml --trainer.callbacks.refresh_every=5
