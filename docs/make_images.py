@@ -1,7 +1,4 @@
-"""Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/.
-
-    .venv/bin/python docs/make_images.py
-"""
+"""Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/."""
 
 from __future__ import annotations
 
@@ -97,7 +94,8 @@ def _arrow(ax: Axes, begin: tuple[float, float], end: tuple[float, float]) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Draws both."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path, default=Path("demo"), help="folder of the digits report")
     parser.add_argument("--seed", type=int, default=0, help="seed it was made with")
     args = parser.parse_args()

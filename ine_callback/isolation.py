@@ -99,7 +99,7 @@ def _tensor_restore(value: Tensor) -> Restore:
     before, version = value.detach().clone(), value._version
 
     def restore() -> None:
-        # An untouched tensor may be part of a live graph: leave it. BatchNorm changes its buffers without a new version.
+        # An untouched tensor may be part of a live graph: leave it. BatchNorm hides its changes from the version.
         if value._version != version or not torch.equal(value, before):
             value.detach().copy_(before)
 

@@ -236,7 +236,7 @@ def parse(queries: Any, owner: str) -> dict[str, Query]:
     if isinstance(queries, Mapping):
         named = {str(name): _query(value, owner, named=True) for name, value in queries.items()}
     else:
-        many = queries if isinstance(queries, list | tuple) else [queries]
+        many = queries if isinstance(queries, Sequence) and not isinstance(queries, str) else [queries]
         named = {}
         for value in many:
             query = _query(value, owner, named=False)

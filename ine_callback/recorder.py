@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ine_callback.capture import Capture, Record
 from ine_callback.coverage import Coverage, Uncaptured
 from ine_callback.curvature import KFAC
-from ine_callback.errors import InfluenceError, RowsError
+from ine_callback.errors import CaptureError, InfluenceError, RowsError
 from ine_callback.losses import RowLosses, Scale, read_loss
 from ine_callback.methods import FINE, Method, checked_methods
 from ine_callback.provenance import versions
@@ -122,7 +122,7 @@ class Recorder:
         self._handles: list[Any] = []
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._batch: tuple[Tensor, Any] | None = None
-        self._received = self._settled = False
+        self._received = self._settled = self._failed = False
         self._clipping = Clipping(optimizer)
         self._seconds = 0.0
 
@@ -333,7 +333,8 @@ class Recorder:
             rows = rows.cpu()
         if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
             raise RowsError(
-                f"{self.owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of dataset indices."
+                f"{self.owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of indices, one for "
+                "each row of the batch; pass row_fn=lambda batch: indices where the loader does not tell them."
             )
         if rows.device.type == "cpu":
             low, high = int(rows.min()), int(rows.max())
@@ -357,11 +358,14 @@ class Recorder:
             return
         try:
             function(*args)
+        except CaptureError:  # the user asked for it with uncaptured="raise", and no step was taken yet
+            self.stop()
+            raise
         except Exception as error:  # the training run is sacred
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self.recording = self.capture.active = False
+        self.recording, self.capture.active, self._failed = False, False, True
         if self.on_error == "raise":
             raise error
         message = f"recording stopped after {self.steps} steps: {type(error).__name__}: {error}"
@@ -386,7 +390,7 @@ class Recorder:
         counts = method.nonfinite.tolist() if isinstance(method, FINE) else []
         lost = {info.name: int(count) for info, count in zip(self.infos, counts, strict=False) if count}
         told = [f"query '{name}': {n} signals were not finite and were left out" for name, n in lost.items()]
-        ahead = [schedule["note"]] if schedule["note"] else []
+        ahead = [schedule["note"]] if schedule["note"] and not self._failed else []
         return RunInfo(
             config=self.config,
             versions=versions(),

@@ -63,7 +63,10 @@ class _Collate:
     collate: Callable[[Any], Any]
 
     def __call__(self, items: Sequence[tuple[Any, Any]]) -> RowBatch:
-        rows = torch.as_tensor([int(index) for index, _ in items], dtype=torch.int64)
+        try:
+            rows = torch.as_tensor([int(index) for index, _ in items], dtype=torch.int64)
+        except (TypeError, ValueError):  # keys of another kind: the recorder will ask for row_fn
+            rows = torch.empty(0, dtype=torch.int64)
         return RowBatch(rows, self.collate([item for _, item in items]))
 
 
@@ -102,19 +105,30 @@ class RowTracker:
             )
         self.release()  # Lightning made the loader anew (reload_dataloaders_every_n_epochs)
         self.loader, self.size = loader, len(loader.dataset)  # type: ignore[arg-type]
-        make = type(loader)._get_iterator
+        make, restart = type(loader)._get_iterator, loader._iterator is not None
+        loader._iterator = None  # persistent workers started before hold the plain dataset
 
         def make_indexed() -> Any:
-            with _showing(loader, _Indexed(loader.dataset), _Collate(loader.collate_fn)):
+            nonlocal restart
+            shown = {"dataset": _Indexed(loader.dataset), "collate_fn": _Collate(loader.collate_fn)}
+            # the seed of workers that a plain run would not have restarted must not come from the run's random stream
+            extra, restart = {"generator": torch.Generator().manual_seed(0)} if restart else {}, False
+            with _showing(loader, {**shown, **extra}):
                 return make(loader)
 
         loader.__dict__["_get_iterator"] = make_indexed
 
     def strip(self, batch: Any) -> Any:
-        """Remembers a batch's rows and returns the user's batch."""
+        """Remembers a batch's rows and returns the user's batch, also from within the loader's containers."""
         if isinstance(batch, RowBatch):
             self.rows = batch.rows
             return batch.batch
+        if type(batch) in (list, tuple):
+            parts = [self.strip(part) for part in batch]
+            return batch if all(a is b for a, b in zip(parts, batch, strict=True)) else type(batch)(parts)
+        if type(batch) is dict:
+            stripped = {key: self.strip(part) for key, part in batch.items()}
+            return batch if all(stripped[key] is batch[key] for key in batch) else stripped
         return batch
 
     def release(self) -> None:
@@ -126,11 +140,11 @@ class RowTracker:
 
 
 @contextmanager
-def _showing(loader: DataLoader[Any], dataset: Any, collate: Callable[[Any], Any]) -> Iterator[None]:
-    """Lets the loader show another dataset and collate function (it forbids plain assignment after construction)."""
-    before = loader.dataset, loader.collate_fn
-    loader.__dict__["dataset"], loader.__dict__["collate_fn"] = dataset, collate
+def _showing(loader: DataLoader[Any], attributes: dict[str, Any]) -> Iterator[None]:
+    """Lets the loader show other attributes for a moment (it forbids plain assignment after construction)."""
+    before = {name: getattr(loader, name) for name in attributes}
+    loader.__dict__.update(attributes)
     try:
         yield
     finally:
-        loader.__dict__["dataset"], loader.__dict__["collate_fn"] = before
+        loader.__dict__.update(before)

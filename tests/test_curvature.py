@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_signals import Batch, Keep, Transformer, cross_entropy, mlp
+from oracle import Batch, Keep, Transformer, cross_entropy, mlp
 from torch import Tensor, nn
 
 from ine_callback import Recorder
@@ -23,7 +23,9 @@ def block(record: Record, shared: bool = False) -> Block:
     return Block("w", (nn.Parameter(torch.zeros(record.layout)),), record.layout, shared)
 
 
-def observed(*steps: Record | Sequence[Record], terms: float = 1.0, max_dim: int = 1024, shared: bool = False) -> tuple[Block, KFAC]:
+def observed(
+    *steps: Record | Sequence[Record], terms: float = 1.0, max_dim: int = 1024, shared: bool = False
+) -> tuple[Block, KFAC]:
     """Factors after one observation (or several uses) a step."""
     uses = [[step] if isinstance(step, Record) else step for step in steps]
     own, kfac = block(uses[0][0], shared), KFAC(max_dim)
@@ -64,7 +66,7 @@ def kron_of(record: Outer) -> Tensor:
     return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
 
 
-# -- one block -----------------------------------------------------------------------------------------------------------
+# -- one block ---------------------------------------------------------------------------------------------------------
 
 
 def test_discount_equals_the_matrix_exponential_where_the_fisher_is_kronecker() -> None:
@@ -161,7 +163,9 @@ def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
     right = right if inputs <= 4 else torch.diag(right.diagonal())
     found = kfac.discount(own, 0.1)
     assert (found.left is None) == (out > 4) and (found.right is None) == (inputs > 4)
-    torch.testing.assert_close(dense(found, own.layout), torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)), **EXACT)
+    torch.testing.assert_close(
+        dense(found, own.layout), torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)), **EXACT
+    )
 
 
 def test_factors_are_the_plain_mean_since_the_first_step() -> None:
@@ -200,7 +204,7 @@ def test_discounts_only_shrink() -> None:
     assert weight is not None and float(weight.max()) <= 1.0 and float(weight.min()) >= 0.0
 
 
-# -- the rest of training --------------------------------------------------------------------------------------------------
+# -- the rest of training ----------------------------------------------------------------------------------------------
 
 
 def test_discounted_signals_are_the_true_change_on_a_quadratic_loss() -> None:
@@ -245,7 +249,7 @@ def test_discounted_signals_are_the_true_change_on_a_quadratic_loss() -> None:
     assert (undiscounted - truth.sum()).abs() > 0.2 * truth.abs().max()  # the test can tell a discount from none
 
 
-# -- through the recorder --------------------------------------------------------------------------------------------------
+# -- through the recorder ----------------------------------------------------------------------------------------------
 
 
 class TwoLayers(nn.Module):
@@ -267,7 +271,9 @@ class TwoLayers(nn.Module):
         return y
 
 
-def recorded(model: nn.Module, batch: Batch, lr: float, total: int, queries: Any, **optimizer: Any) -> tuple[Tensor, Recorder]:
+def recorded(
+    model: nn.Module, batch: Batch, lr: float, total: int, queries: Any, **optimizer: Any
+) -> tuple[Tensor, Recorder]:
     """One recorded step of SGD out of ``total``."""
     sgd, keep = torch.optim.SGD(model.parameters(), lr=lr, **optimizer), Keep()
     recorder = Recorder(model, sgd, len(batch[0]), queries, cross_entropy, [keep], total_steps=total, on_error="raise")
@@ -296,7 +302,9 @@ def test_signals_of_a_reused_layer_are_discounted_densely(options: dict[str, flo
     maps = {}
     for name, uses in factors.items():
         f = torch.kron(sum(left for left, _ in uses), sum(right for _, right in uses) / len(uses))
-        maps[name] = torch.linalg.matrix_exp(-ahead * (f + options.get("weight_decay", 0.0) * torch.eye(len(f)).double()))
+        maps[name] = torch.linalg.matrix_exp(
+            -ahead * (f + options.get("weight_decay", 0.0) * torch.eye(len(f)).double())
+        )
 
     def per_layer(value: Tensor) -> dict[str, Tensor]:
         layer, weight, bias = torch.autograd.grad(value, [model.layer.weight, model.head.weight, model.head.bias])
@@ -305,9 +313,7 @@ def test_signals_of_a_reused_layer_are_discounted_densely(options: dict[str, flo
     rows = [per_layer(cross_entropy(model, (x[k : k + 1], y[k : k + 1]))) for k in range(b)]
     query = x[:3] + 1, y[:3]
     v = per_layer(cross_entropy(model, query))
-    expected = torch.stack(
-        [torch.stack([sum(u[n] @ maps[n] @ g[n] for n in maps) / b for u in (v, g)]) for g in rows]
-    )
+    expected = torch.stack([torch.stack([sum(u[n] @ maps[n] @ g[n] for n in maps) / b for u in (v, g)]) for g in rows])
     found, _ = recorded(model, (x, y), lr, total, {"val": query, "self": "self"}, **options)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
@@ -348,7 +354,9 @@ def test_the_last_step_is_not_discounted() -> None:
     model.load_state_dict(state)
     model.zero_grad()
     keep, sgd = Keep(), torch.optim.SGD(model.parameters(), lr=0.3)
-    first_order = Recorder(model, sgd, 5, {"val": batch, "self": "self"}, cross_entropy, [keep], discount=False, on_error="raise")
+    first_order = Recorder(
+        model, sgd, 5, {"val": batch, "self": "self"}, cross_entropy, [keep], discount=False, on_error="raise"
+    )
     with first_order:
         with first_order.batch(torch.arange(5), batch):
             F.cross_entropy(model(batch[0]), batch[1]).backward()

@@ -101,7 +101,9 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def metric_states(module: Stateful) -> list[Any]:
     metrics = [module.accuracy, module.more["mean"], module.more["all"]["mean"]]
-    return [{k: torch.as_tensor(v).tolist() for k, v in m.metric_state.items()} | {"n": m._update_count} for m in metrics]
+    return [
+        {k: torch.as_tensor(v).tolist() for k, v in m.metric_state.items()} | {"n": m._update_count} for m in metrics
+    ]
 
 
 def generators() -> tuple[Any, ...]:
@@ -137,7 +139,9 @@ def test_buffers_and_parameters(fail: bool) -> None:
     run(module, fail)
     after = tensors(module)
     assert list(before) == list(after)
-    assert all(torch.equal(before[k], after[k]) for k in before), [k for k in before if not torch.equal(before[k], after[k])]
+    assert all(torch.equal(before[k], after[k]) for k in before), [
+        k for k in before if not torch.equal(before[k], after[k])
+    ]
     assert {k: id(v) for k, v in module.named_buffers()} == identities
 
 

@@ -123,7 +123,7 @@ def test_known_optimizers() -> None:
     assert rate_of(other, p).step == 0.2 and rate_of(other, p).curvature == 1.0  # taken as plain SGD
 
 
-# -- plans ----------------------------------------------------------------------------------------------------------------
+# -- plans -------------------------------------------------------------------------------------------------------------
 
 Make = Callable[[Optimizer], list[tuple[Any, int]]]
 
@@ -257,7 +257,7 @@ def test_a_scheduler_that_knows_the_module_does_not_copy_it() -> None:
     assert schedule.planned == (1.0, 0.5, 0.25, 0.125)
 
 
-# -- what remains ---------------------------------------------------------------------------------------------------------
+# -- what remains ------------------------------------------------------------------------------------------------------
 
 
 def test_remaining_is_the_sum_of_what_comes_after_the_coming_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch.utils.data import (
 )
 
 from ine_callback import FINE, InfluenceCallback
-from ine_callback.batches import cut, micro_batches, size_of
 from ine_callback.errors import RowsError
 from ine_callback.rows import RowTracker
 
@@ -284,7 +284,7 @@ def test_two_loaders_are_refused_and_given_back() -> None:
 def test_trainer_options(options: dict[str, Any]) -> None:
     loader = LOADERS["shuffle"]()
     module, told = fit(loader, val=LOADERS["sequential"](), **options)
-    numbers, rows = sum(module.numbers, []), sum(told.told, [])
+    numbers, rows = [*itertools.chain(*module.numbers)], [*itertools.chain(*told.told)]
     assert numbers and numbers == rows
     check_released(loader)
 
@@ -315,6 +315,7 @@ def test_the_loader_comes_back_after_an_exception(name: str) -> None:
 
 def test_dataset_attributes_are_seen_through_the_wrapper() -> None:
     """A collate function or worker init that asks the dataset finds the user's attributes, in workers too."""
+
     def init(worker: int) -> None:
         info = torch.utils.data.get_worker_info()
         assert info is not None and info.dataset.classes == ("a", "b")
@@ -384,7 +385,7 @@ def test_rows_that_do_not_fit_the_batch_stop_only_the_recording() -> None:
 
 
 def test_two_views_of_each_row_are_not_taken_for_tokens() -> None:
-    """Twice as many rows as indices, all first views before all second ones: a shape alone looks like two tokens a row."""
+    """Twice as many rows as indices, all first views before all second ones: the shape alone says two tokens a row."""
 
     def views(items: list[tuple[Tensor, int]]) -> list[Tensor]:
         x = torch.stack([x for x, _ in items])
@@ -406,37 +407,3 @@ def test_tracker_on_its_own() -> None:
     assert tracker.strip(other) is other
     tracker.release()
     assert isinstance(next(iter(loader)), list)
-
-
-# -- batches of any structure ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.zeros(3, 2), 3),
-        ([torch.zeros(3), torch.zeros(3)], 3),
-        ({"text": ["a", "b"], "x": torch.zeros(2)}, 2),
-        ((torch.tensor(1.0), torch.zeros(4)), 4),
-        ({"a": {"b": (torch.zeros(5, 1),)}}, 5),
-    ],
-)
-def test_size_of(batch: Any, size: int) -> None:
-    assert size_of(batch) == size
-
-
-@pytest.mark.parametrize("batch", [None, 3, object(), {}, torch.tensor(1.0)])
-def test_size_of_what_has_no_rows(batch: Any) -> None:
-    with pytest.raises(RowsError, match=f"batch of type {type(batch).__name__} .*row_fn"):
-        size_of(batch)
-
-
-def test_cut_and_micro_batches_keep_the_structure() -> None:
-    batch = {"x": torch.arange(10).view(5, 2), "text": list("abcde"), "shared": torch.zeros(3), "pair": (torch.arange(5), "n")}
-    part = cut(batch, torch.tensor([4, 0]), 5)
-    assert part["x"].tolist() == [[8, 9], [0, 1]] and part["text"] == ["e", "a"]
-    assert part["shared"].shape == (3,) and part["pair"][0].tolist() == [4, 0] and part["pair"][1] == "n"
-    pieces = micro_batches(batch, 2)
-    assert [size_of(p) for p in pieces] == [2, 2, 1]
-    assert torch.equal(torch.cat([p["x"] for p in pieces]), batch["x"])
-    assert micro_batches(batch, 5)[0] is batch

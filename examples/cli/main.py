@@ -59,8 +59,8 @@ class SmallCNN(L.LightningModule):
         return loss
 
 
-def main(args: list[str] | None = None) -> LightningCLI:
-    return LightningCLI(SmallCNN, DigitsData, args=args)
+def main() -> LightningCLI:
+    return LightningCLI(SmallCNN, DigitsData)
 
 
 if __name__ == "__main__":

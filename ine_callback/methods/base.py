@@ -58,7 +58,7 @@ def checked_methods(methods: Sequence[Method], owner: str) -> list[Method]:
     Raises:
         InfluenceError: If there is none, more than one, or something else.
     """
-    if not isinstance(methods, list | tuple) or not methods:
+    if not isinstance(methods, Sequence) or not methods:
         raise InfluenceError(f"{owner}: methods={methods!r} names no method; pass [FINE()] or leave it out.")
     for method in methods:
         if not isinstance(method, Method):

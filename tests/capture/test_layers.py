@@ -53,7 +53,9 @@ def _linear() -> list[Case]:
         for bias in (True, False)
     ]
     cases.append(Case("linear-flattened-tokens", lambda: nn.Linear(5, 3), (ROWS * 6, 5), per_row=6))
-    cases += [Case(f"linear-frozen-{k}", lambda: nn.Linear(5, 3), (ROWS, 2, 5), frozen=(k,)) for k in ("weight", "bias")]
+    cases += [
+        Case(f"linear-frozen-{k}", lambda: nn.Linear(5, 3), (ROWS, 2, 5), frozen=(k,)) for k in ("weight", "bias")
+    ]
     return cases
 
 
@@ -316,7 +318,7 @@ def test_registered_layer_of_wrong_shape_is_dropped_with_its_reason() -> None:
 
 
 def test_register_layer_refuses_what_is_no_module_class() -> None:
-    with pytest.raises(TypeError, match="register_layer.*not a class of torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"register_layer.*not a class of torch.nn.Module"):
         register_layer(Tensor)
 
 

@@ -1,4 +1,4 @@
-"""Records against their definitions: moments, chunks, joins, and the one-hot identity that ties lookups to outer products."""
+"""Records against their definitions: moments, chunks, joins, and lookups as products with one-hot vectors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def one_hot(record: Lookup) -> Outer:
 
 
 @given(rows=sizes, groups=sizes, positions=sizes, out=sizes, inputs=sizes, seed=st.integers(0, 99))
-def test_outer_is_the_sum_over_positions(rows: int, groups: int, positions: int, out: int, inputs: int, seed: int) -> None:
+def test_outer_is_the_sum_over_positions(
+    rows: int, groups: int, positions: int, out: int, inputs: int, seed: int
+) -> None:
     record = outer(rows, groups, positions, out, inputs, seed)
     g = torch.zeros(rows, *record.layout, dtype=torch.float64)
     left = torch.zeros(groups, out, out, dtype=torch.float64)
@@ -73,7 +75,9 @@ def test_lookup_is_the_outer_product_with_one_hot_vectors(
         found, truth = record.moments((False, full)), twin.moments((False, full))
         # one of them averages the left side, the other the right side: only the product is defined
         torch.testing.assert_close(
-            torch.kron(found[0].flatten(), found[1].flatten()), torch.kron(truth[0].flatten(), truth[1].flatten()), **EXACT
+            torch.kron(found[0].flatten(), found[1].flatten()),
+            torch.kron(truth[0].flatten(), truth[1].flatten()),
+            **EXACT,
         )
 
 

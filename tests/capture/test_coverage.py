@@ -1,0 +1,96 @@
+"""What cannot be captured is proved, named with its share, refused or recorded slowly: never silently wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import BY_NAME, PositionTable, Setting, TimeFirst, check, cross_entropy, mlp, run
+from torch import nn
+
+from ine_callback import Recorder
+from ine_callback.errors import CaptureError
+
+NAMED = [
+    ("fallback-lstm", "lstm.weight_ih_l0"),
+    ("fallback-attention", "attention.in_proj_weight"),
+    ("fallback-bare", "token"),
+    ("fallback-borrowed", "inner.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), NAMED)
+def test_warn_names_what_is_left_out_with_its_share(name: str, parameter: str) -> None:
+    with pytest.warns(UserWarning, match=r"Recorder: .*% of the trainable parameters are not captured"):
+        result = run(BY_NAME[name], uncaptured="warn")
+    sizes = {n: p.numel() for n, p in result.model.named_parameters()}
+    coverage = result.recorder.coverage
+    assert parameter in coverage.uncaptured
+    assert f"{sizes[parameter] / sum(sizes.values()):.1%}" in coverage.uncaptured[parameter]
+    missing = sum(sizes[n] for n in coverage.uncaptured)
+    assert coverage.share == pytest.approx(1 - missing / sum(sizes.values()))
+
+
+def test_signals_leave_out_what_is_not_captured() -> None:
+    with pytest.warns(UserWarning, match="token"):
+        check(run(BY_NAME["fallback-bare"], uncaptured="warn", speed=lambda model: {model.token: 0.0}))
+
+
+@pytest.mark.parametrize(("name", "parameter"), NAMED)
+def test_raise_raises_in_the_first_step(name: str, parameter: str) -> None:
+    with pytest.raises(
+        CaptureError, match=f"Recorder: .*{parameter}.*register_layer|Recorder: .*{parameter}.*Register"
+    ):
+        run(BY_NAME[name], uncaptured="raise")
+
+
+def test_functional_use_beside_the_module_is_proved_wrong() -> None:
+    with pytest.warns(UserWarning, match="add up to something else"):
+        result = run(BY_NAME["fallback-borrowed"], uncaptured="warn")
+    assert set(result.recorder.coverage.uncaptured) == {"inner.weight", "inner.bias"}
+
+
+@pytest.mark.parametrize(
+    ("model", "setting_shape", "words", "parameter", "rows"),
+    [
+        (PositionTable, (5,), True, "place.weight", 5),
+        (PositionTable, (4,), True, "place.weight", 8),
+        (TimeFirst, (5, 4), False, "inner.weight", 5),
+        (TimeFirst, (5, 4), False, "inner.weight", 4),
+        (lambda: TimeFirst(flat=True), (5, 4), False, "inner.weight", 5),
+        (lambda: TimeFirst(flat=True), (3, 4), False, "inner.weight", 6),
+    ],
+    ids=["positions", "positions-half", "time-first", "time-first-other", "time-first-flat", "time-first-flat-other"],
+)
+def test_layers_not_led_by_rows_are_found_though_the_sizes_agree(
+    model: Callable[[], nn.Module], setting_shape: tuple[int, ...], words: bool, parameter: str, rows: int
+) -> None:
+    setting = Setting("probe", model, setting_shape, words=words, each_token=words)
+    with pytest.warns(UserWarning, match=parameter):
+        result = run(setting, batch_size=rows, steps=1, uncaptured="warn")
+    assert parameter in result.recorder.coverage.uncaptured
+    assert "head.weight" not in result.recorder.coverage.uncaptured
+    left_out = {p: 0.0 for n, p in result.model.named_parameters() if n in result.recorder.coverage.uncaptured}
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(run(setting, batch_size=rows, uncaptured="warn", speed=lambda m: _same_names(m, result.model, left_out)))
+    check(run(setting, batch_size=rows, uncaptured="fallback"))
+
+
+def _same_names(model: nn.Module, other: nn.Module, factors: dict[nn.Parameter, float]) -> dict[nn.Parameter, float]:
+    names = {n for n, p in other.named_parameters() if p in factors}
+    return {p: 0.0 for n, p in model.named_parameters() if n in names}
+
+
+def test_without_a_loss_the_missing_row_check_is_noted() -> None:
+    model, x, y = mlp(), torch.randn(4, 4), torch.randint(3, (4,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, 4, "self", on_error="raise")
+    with recorder:
+        with recorder.batch(torch.arange(4)):
+            cross_entropy(model, (x, y)).backward()
+        optimizer.step()
+    assert any("order of rows" in note for note in recorder.coverage.notes)
