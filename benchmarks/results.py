@@ -13,12 +13,13 @@ HEAD = """\
 
 Generated from JSON files by `python -m benchmarks.results FILES... > benchmarks/RESULTS.md`; do not edit. Scores
 are those of one training run recorded by `Recorder` in a bare PyTorch loop, truths those of retraining. All numbers
-are means over the seeds named. Seconds are CPU seconds on one core of a shared two-core machine without
-accelerator: good to some ten per cent, for comparison within a table only.
+are means over the seeds named. Seconds are
+CPU seconds of one thread on a two-core machine without accelerator, shared with other work: differences of less than
+a half say nothing.
 """
 
 G1_HEAD = """\
-## Protocol G1: against {runs} retrainings a group, {optimizer}
+## Protocol G1: against retraining without each group, {optimizer}
 
 ```bash
 {command}
@@ -79,7 +80,6 @@ def g1(results: dict[str, Any]) -> Iterable[str]:
         seeds, truth = results["seeds"], found["truth"]
         flags = " --sweep" if found["study"] == "sweep" else ""
         yield G1_HEAD.format(
-            runs=f"{truth['runs']:.0f}" if truth else "384-512",
             optimizer=NAMES[optimizer] + (", intervals" if flags else ""),
             data=results["data"],
             seeds=seeds,
@@ -95,8 +95,8 @@ def g1(results: dict[str, Any]) -> Iterable[str]:
 
 def of_truth(truth: dict[str, float]) -> str:
     if not truth:
-        return "The truth was read from a file."
-    out = f"Standard error of a true score: {truth['standard_error']:.2f}"
+        return "The truth was read from a file that does not say how many retrainings made it."
+    out = f"{truth['runs']:.0f} retrainings a group, standard error of a true score: {truth['standard_error']:.2f}"
     if "split_half_spearman" in truth:
         out += f"; two halves of the retrainings rank the groups alike to {truth['split_half_spearman']:.3f}"
         out += f" (reliability of the whole {truth['split_half_reliability']:.3f})"

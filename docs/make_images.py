@@ -57,7 +57,7 @@ def flow() -> Figure:
     _box(ax, columns[1], high, "capture", "each row's share of the step,\nread off the backward pass")
     _box(ax, columns[2], high, "signals", "⟨direction, share⟩: a number\nfor each row and query", BLUE)
     _box(ax, columns[3], high, "methods", "fold signals into each row's\nsums, and into a null")
-    _heading(ax, columns[0], 4.0, "Every 10 steps")
+    _heading(ax, columns[0], 4.0, "Every 20 steps")
     _box(ax, columns[1], middle, "queries", "what you ask, for instance the\nmean validation loss")
     _box(ax, columns[2], middle, "directions", "its gradient, less what the\nlater steps will undo")
     _heading(ax, columns[2], 1.4, "When training ends", align="right", shift=WIDTH)

@@ -43,6 +43,7 @@ class InfluenceCallback(Callback):
         enabled: Switches everything off without removing the callback.
         refresh_every: Optimizer steps between refreshes of the queries' gradients (docs/methods/fine.md has the
             measured price of each choice).
+        curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run.
         discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
             the scores agree with retraining). Off: the paper's first-order signal.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
@@ -70,10 +71,16 @@ class InfluenceCallback(Callback):
 
     def __init__(
         self,
-        queries: str | Query | list[str | Query] | dict[str, Any] | Callable[..., Any] = "val",
+        queries: str
+        | Query
+        | list[str | Query]
+        | dict[str, str | Query | list[int]]
+        | dict[str, Any]
+        | Callable[..., Any] = "val",
         methods: list[Method] | None = None,
         enabled: bool = True,
-        refresh_every: int = 10,
+        refresh_every: int = 20,
+        curvature_every: int = 4,
         discount: bool = True,
         max_dim: int = 1024,
         max_query_rows: int = 2000,
@@ -84,7 +91,8 @@ class InfluenceCallback(Callback):
         on_error: OnError = "warn",
     ) -> None:
         owner = type(self).__name__
-        for name, value in (("refresh_every", refresh_every), ("max_dim", max_dim), ("max_query_rows", max_query_rows)):
+        counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
+        for name, value in {**counts, "max_query_rows": max_query_rows}.items():
             if not isinstance(value, int) or value < 1:
                 raise InfluenceError(f"{owner}: {name}={value!r} must be an integer of at least 1.")
         if on_error not in ("warn", "raise"):
@@ -95,7 +103,8 @@ class InfluenceCallback(Callback):
         if methods is not None:
             checked_methods(methods, owner)
         self.queries, self.methods, self.enabled = queries, methods, enabled
-        self.refresh_every, self.discount, self.max_dim = refresh_every, discount, max_dim
+        self.refresh_every, self.curvature_every = refresh_every, curvature_every
+        self.discount, self.max_dim = discount, max_dim
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
         self.uncaptured: Uncaptured = uncaptured
         self.dirpath, self.on_error = dirpath, on_error
@@ -160,6 +169,7 @@ class InfluenceCallback(Callback):
             total_steps=_steps_ahead(trainer),
             schedulers=_schedulers(trainer),
             refresh_every=self.refresh_every,
+            curvature_every=self.curvature_every,
             discount=self.discount,
             max_dim=self.max_dim,
             uncaptured=self.uncaptured,

@@ -300,7 +300,10 @@ def _labels(batch: Batch, label: int | str, name: str) -> Tensor:
             "pass label= the position or key of the class labels."
         ) from error
     if not (isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()):
-        raise QueryError(f"PerClassQuery '{name}': the labels at {label!r} are not a vector of integer classes.")
+        raise QueryError(
+            f"PerClassQuery '{name}': the labels at {label!r} are not a vector of integer classes; "
+            "pass label= the position or key of the class labels."
+        )
     return labels
 
 

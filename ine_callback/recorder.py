@@ -28,6 +28,7 @@ from ine_callback.provenance import versions
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.rates import Clipping, known, plan, step_rate
 from ine_callback.report import InfluenceReport, RunInfo
+from ine_callback.rows import RowCheck
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
 
@@ -48,6 +49,7 @@ class Recorder:
         total_steps: Optimizer steps planned (0: unknown), for the discount.
         schedulers: Pairs (scheduler, optimizer steps between its steps), for the discount.
         refresh_every: Optimizer steps between refreshes of the directions.
+        curvature_every: Optimizer steps between observations of the curvature (they are averaged over the run).
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
         uncaptured: What to do about parameters without a capture: name them, raise, or use per-row autograd (slow).
@@ -86,7 +88,8 @@ class Recorder:
         methods: Sequence[Method] | None = None,
         total_steps: int = 0,
         schedulers: Sequence[tuple[Any, int]] = (),
-        refresh_every: int = 10,
+        refresh_every: int = 20,
+        curvature_every: int = 4,
         discount: bool = True,
         max_dim: int = 1024,
         uncaptured: Uncaptured = "warn",
@@ -100,7 +103,7 @@ class Recorder:
         self.module, self.optimizer, self.owner = module, optimizer, owner
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
-        self.refresh_every = refresh_every
+        self.refresh_every, self.curvature_every = refresh_every, curvature_every
         self.accumulate, self.on_error = accumulate, on_error
         self._loss, self._rows = loss, rows
         self._source = source or DataSource(owner, loss)
@@ -113,6 +116,7 @@ class Recorder:
             "queries": list(self.queries),
             "methods": [type(m).__name__ for m in self.methods],
             "refresh_every": refresh_every,
+            "curvature_every": curvature_every,
             "discount": discount,
             "max_dim": max_dim,
             "uncaptured": uncaptured,
@@ -150,7 +154,7 @@ class Recorder:
             self._context,
         )
         self.signals.check()
-        self._size, self._highest = self._rows or 0, -1
+        self._check, self._size = RowCheck(self.owner, self._rows), self._rows or 0
         for method in self.methods:
             method.start(self._size, self.infos, self._device)
         self._losses = RowLosses(self._size, self._device)
@@ -213,15 +217,25 @@ class Recorder:
         self._guarded(self._start_batch, rows, data)
 
     def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
-        rows = self._checked_rows(rows(data) if callable(rows) else rows)
+        rows = self._check.rows(rows(data) if callable(rows) else rows, data)
+        if self._check.count > self._size:
+            self._grow(self._check.count)
+        rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled = (rows, data), False
         if self.steps == 0 and not self._pending:
             self.coverage.probe(self._loss, data, len(rows))
         elif self.steps % self.refresh_every == 0 and not self._pending:
             self.signals.refresh()
+        self.signals.observe_curvature = self.steps % self.curvature_every == 0
         self.capture.start_batch(len(rows))
         self.signals.start_batch(len(rows), self._device)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
+
+    def _grow(self, rows: int) -> None:
+        self._size = max(rows, 2 * self._size)
+        self._losses.grow(self._size)
+        for method in self.methods:
+            method.grow(self._size)
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
@@ -325,33 +339,7 @@ class Recorder:
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
 
-    # -- rows and errors ----------------------------------------------------------------------------------------------
-
-    def _checked_rows(self, found: Any) -> Tensor:
-        rows: Tensor = torch.as_tensor(found)
-        if self._rows is None:  # unsized data: the state must grow before it is indexed
-            rows = rows.cpu()
-        if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
-            raise RowsError(
-                f"{self.owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of indices, one for "
-                "each row of the batch; pass row_fn=lambda batch: indices where the loader does not tell them."
-            )
-        if rows.device.type == "cpu":
-            low, high = int(rows.min()), int(rows.max())
-            if low < 0 or (self._rows is not None and high >= self._rows):
-                raise RowsError(
-                    f"{self.owner}: row {low if low < 0 else high} is outside of the data set of {self._rows} rows."
-                )
-            self._highest = max(self._highest, high)
-            if high >= self._size:
-                self._grow(high + 1)
-        return rows.to(self._device, torch.int64, non_blocking=True)
-
-    def _grow(self, rows: int) -> None:
-        self._size = max(rows, 2 * self._size)
-        for method in self.methods:
-            method.grow(self._size)
-        self._losses.grow(self._size)
+    # -- errors -------------------------------------------------------------------------------------------------------
 
     def _guarded(self, function: Callable[..., None], *args: Any) -> None:
         if not self.recording:
@@ -382,8 +370,7 @@ class Recorder:
     def report(self) -> InfluenceReport:
         """The report of everything recorded so far."""
         scores = replace(self.methods[0].finish(), mean_loss=self._losses.mean())
-        rows = len(scores.observations) if self._rows is not None else self._highest + 1
-        return InfluenceReport(scores.first(rows), self._run_info(rows))
+        return InfluenceReport(scores.first(self._check.count), self._run_info(self._check.count))
 
     def _run_info(self, rows: int) -> RunInfo:
         method, schedule = self.methods[0], self.schedule.summary()

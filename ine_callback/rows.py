@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from ine_callback.batches import size_of
 from ine_callback.errors import RowsError
 
 
@@ -137,6 +138,64 @@ class RowTracker:
             self.loader.__dict__.pop("_get_iterator", None)
             self.loader._iterator = None
             self.loader = None
+
+
+class RowCheck:
+    """Checks the rows named for each batch.
+
+    Args:
+        owner: Class named in messages.
+        size: Number of rows of the training set, or None where nobody knows.
+
+    Attributes:
+        count: Number of rows known to exist.
+    """
+
+    def __init__(self, owner: str, size: int | None) -> None:
+        self._owner, self._size, self.count = owner, size, size or 0
+        self._leading: bool | None = None
+
+    def rows(self, found: Any, batch: Any) -> Tensor:
+        """The rows as a vector of integers [b].
+
+        Args:
+            found: What names the rows.
+            batch: The batch, or None where it is not at hand.
+
+        Raises:
+            RowsError: If they are no vector of indices, lie outside of the training set, or do not fit the batch.
+        """
+        rows: Tensor = torch.as_tensor(found)
+        if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
+            raise RowsError(
+                f"{self._owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of indices, one for "
+                "each row of the batch; pass row_fn=lambda batch: indices where the loader does not tell them."
+            )
+        if self._size is None:  # the state must grow before it is indexed
+            rows = rows.cpu()
+        if rows.device.type == "cpu":
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or (self._size is not None and high >= self._size):
+                raise RowsError(
+                    f"{self._owner}: row {low if low < 0 else high} is outside of the data set of {self._size} rows; "
+                    "name dataset indices from 0 on."
+                )
+            self.count = max(self.count, high + 1)
+        self._fit(len(rows), batch)
+        return rows
+
+    def _fit(self, rows: int, batch: Any) -> None:
+        """Where the first batch's leading dimension was its number of rows, it must always be."""
+        try:
+            size = size_of(batch)
+        except RowsError:
+            return
+        if self._leading is None:
+            self._leading = size == rows
+        elif self._leading and size != rows:
+            raise RowsError(
+                f"{self._owner}: {rows} rows were named for a batch of {size}; check row_fn and the collate function."
+            )
 
 
 @contextmanager

@@ -32,6 +32,7 @@ EVERY_OPTION: dict[str, Any] = {
     "methods": [{"class_path": "ine_callback.FINE", "init_args": {"estimator": "auc", "null_draws": 3, "seed": 5}}],
     "enabled": False,
     "refresh_every": 2,
+    "curvature_every": 3,
     "discount": False,
     "max_dim": 33,
     "max_query_rows": 44,
@@ -154,7 +155,8 @@ def test_every_option_works_when_it_is_on(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_config_that_a_run_saves_gives_the_same_report_again(run: Run, tmp_path: Path) -> None:
-    first = callback_of(run(*FIT, *QUIET, "--trainer.callbacks.refresh_every=2")).report
+    changed = ["--trainer.callbacks.refresh_every=2", "--trainer.callbacks.queries=[val,self]"]
+    first = callback_of(run(*FIT, *QUIET, *changed)).report
     again = callback_of(run("fit", "--config", str(tmp_path / "lightning_logs/version_0/config.yaml"))).report
     assert first is not None and again is not None and again.run.config["refresh_every"] == 2
     assert first.scores.mu == pytest.approx(again.scores.mu, rel=0, abs=0, nan_ok=True)

@@ -161,6 +161,14 @@ def check_released(loader: DataLoader[Any]) -> None:
     assert "_get_iterator" not in loader.__dict__
     batch = next(iter(loader))
     assert isinstance(batch, list | dict), type(batch)
+    shut_down(loader)
+
+
+def shut_down(loader: DataLoader[Any]) -> None:
+    """Ends persistent workers at once: left to the garbage collector they hang for ten seconds."""
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
 
 
 DATA = Numbered()
@@ -235,6 +243,13 @@ def test_a_second_fit_with_the_same_loader(name: str) -> None:
     check(loader, *fit(loader))
     module, _ = fit(loader, callback=InfluenceCallback("self", enabled=False))
     assert module.numbers
+
+
+def test_a_loader_whose_workers_already_run() -> None:
+    """A look at the first batch, then the fit: persistent workers still know the plain dataset."""
+    loader = LOADERS["persistent"]()
+    next(iter(loader))
+    check(loader, *fit(loader))
 
 
 def test_a_second_fit_with_the_same_callback() -> None:

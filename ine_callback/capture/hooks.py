@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
 from ine_callback.capture.records import Record
+from ine_callback.errors import RowsError
 
 Receiver = Callable[[nn.Module, dict[str, Record]], None]
 
@@ -49,6 +50,7 @@ class Capture:
         }
         self.calls: dict[nn.Module, int] = {}
         self.unscale: Tensor | None = None
+        self._proved: set[nn.Module] = set()
         self.observe_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -108,8 +110,12 @@ class Capture:
                 a, delta = _one_dtype(a, delta.detach())
                 records = records_of(module, a, delta if self.unscale is None else delta * self.unscale, self.rows)
                 self._receive(module, records)
+                self._proved.add(module)
         except RowMismatch as error:
-            self.drop(module, str(error))
+            if module in self._proved:
+                self._fail(RowsError(f"{self.names[module]}: {error}; check row_fn and the collate function"))
+            else:
+                self.drop(module, str(error))
         except Exception as error:  # the training run is sacred: report, never raise into its backward pass
             self._fail(error)
 
