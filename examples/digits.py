@@ -150,7 +150,6 @@ def main() -> None:
     same = "the same, bit by bit" if summary["params_identical"] else "DIFFERENT: please report this"
     print(f"\nTrained again without the callback, in {seconds_plain:.1f} s: weights, optimizer and logs are {same}.")
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    report.write_html(args.out / "report.html")
     print(f"Written to {args.out}: report.html (open it in a browser), scores.parquet, summary.json")
 
 

@@ -50,20 +50,19 @@ def train(record: bool) -> tuple[nn.Module, Recorder | None]:
     recorder = None
     if record:
         queries = {"val": (x[:64], y[:64]), "self": "self"}
-        recorder = Recorder(
-            module, optimizer, rows=256, queries=queries, loss=loss_of, total_steps=32, refresh_every=8, on_error="raise"
-        )
+        options = {"rows": 256, "total_steps": 32, "refresh_every": 8, "on_error": "raise"}
+        recorder = Recorder(module, optimizer, queries=queries, loss=loss_of, **options)
         recorder.start()
     data = [(rows, x[rows].cuda(), y[rows].cuda()) for rows in torch.randperm(256, generator=g).repeat(2).split(16)]
     for step, (rows, xb, yb) in enumerate(data):
         # steps 0, 8, ... refresh the directions, which may wait; every other step must not
-        free = no_synchronisation() if step % 8 else contextlib.nullcontext()
-        with free, recorder.batch(rows, (xb, yb)) if recorder else contextlib.nullcontext():
+        guard = no_synchronisation if step % 8 else contextlib.nullcontext
+        with guard(), recorder.batch(rows, (xb, yb)) if recorder else contextlib.nullcontext():
             loss = nn.functional.cross_entropy(module(xb), yb)
             if recorder:
                 recorder.see(loss)
             loss.backward()
-        with free if step % 8 == 0 else no_synchronisation():
+        with guard():
             optimizer.step()
             optimizer.zero_grad()
     if recorder:
@@ -72,7 +71,7 @@ def train(record: bool) -> tuple[nn.Module, Recorder | None]:
 
 
 def test_recorded_steps_do_not_synchronise_and_training_is_bit_identical(tmp_path) -> None:
-    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = True
     plain, _ = train(record=False)
     recorded, recorder = train(record=True)
     assert recorder is not None

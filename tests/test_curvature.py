@@ -381,3 +381,31 @@ def test_adam_discounts_by_one_scalar_a_layer() -> None:
             cross_entropy(model, (x, y)).backward()
         adam.step()
     torch.testing.assert_close(keep.steps[0][1][:, 0], (share @ d * share).sum(1) * b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_curvature_is_observed_every_few_steps(every: int) -> None:
+    """The factors are the mean over steps 0, k, 2k, ..., made here by hand from each step's inputs and output gradients."""
+    model, b = nn.Linear(3, 3, bias=False).double(), 4
+    keep, sgd = Keep(), torch.optim.SGD(model.parameters(), lr=0.5)
+    recorder = Recorder(
+        model, sgd, b, "self", cross_entropy, [keep], total_steps=9, curvature_every=every, on_error="raise"
+    )
+    lefts, rights = [], []
+    with recorder:
+        for step in range(5):
+            x, y = draw(b, 3), torch.randint(3, (b,))
+            if step % every == 0:
+                out = model(x)
+                (delta,) = torch.autograd.grad(F.cross_entropy(out, y), [out])
+                lefts.append(delta.T @ delta * b)
+                rights.append(x.T @ x / b)
+            with recorder.batch(torch.arange(b), (x, y)):
+                cross_entropy(model, (x, y)).backward()
+            sgd.step()
+            sgd.zero_grad()
+    (own,) = recorder.signals.table
+    assert recorder.signals.curvature is not None
+    fisher = torch.kron(sum(lefts) / len(lefts), sum(rights) / len(rights))
+    found = dense(recorder.signals.curvature.discount(own, 1.0), own.layout)
+    torch.testing.assert_close(found, torch.linalg.matrix_exp(-fisher), rtol=1e-6, atol=1e-9)

@@ -233,7 +233,6 @@ def test_batches_are_moved_by_the_given_function() -> None:
         ({"rows": [1, 2, 3], "dict": {"x": X}, 7: "val"}, dict.fromkeys(["rows", "dict", "7"], LossQuery)),
         ({"class": Query.per_class((X, Y))}, {"class": PerClassQuery}),
     ],
-    ids=str,
 )
 def test_accepted_forms(queries: Any, expected: dict[str, type[Query]]) -> None:
     assert {name: type(query) for name, query in parse(queries, "Test").items()} == expected
@@ -260,7 +259,6 @@ def test_accepted_forms(queries: Any, expected: dict[str, type[Query]]) -> None:
         (["val", "val"], "two queries are called 'val'; pass a mapping"),
         ([confidence, confidence], "two queries are called 'confidence'"),
     ],
-    ids=str,
 )
 def test_refused_forms(queries: Any, words: str) -> None:
     with pytest.raises(QueryError, match=f"(?s)Test: .*{words}"):

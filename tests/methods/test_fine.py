@@ -90,7 +90,7 @@ def test_mu_equals_the_closed_form_of_gaussian_mean_estimation(recorded_mu: np.n
     noise = math.sqrt((ETA**2 * KEPT**2).sum() * X.var() / B)
     closed = shift / noise
     slope = recorded_mu @ closed / (closed @ closed)
-    # Twelve runs: slope 1.01, standard error .0075 (measured on 10 sets of twelve); 1/b = .1 (centring on the batch) would be seen.
+    # Twelve runs: slope 1.01, standard error .0075 (measured on 10 sets of twelve); 1/b = .1 would be seen.
     assert slope == pytest.approx(1.0, abs=0.04)
     assert np.corrcoef(recorded_mu, closed)[0, 1] > 0.97
 
