@@ -13,9 +13,8 @@ HEAD = """\
 
 Generated from JSON files by `python -m benchmarks.results FILES... > benchmarks/RESULTS.md`; do not edit. Scores
 are those of one training run recorded by `Recorder` in a bare PyTorch loop, truths those of retraining. All numbers
-are means over the seeds named. Seconds are
-CPU seconds of one thread on a two-core machine without accelerator, shared with other work: differences of less than
-a half say nothing.
+are means over the seeds named. Seconds are CPU seconds of one thread on a two-core machine without accelerator,
+shared with other work: differences of less than a half say nothing.
 """
 
 G1_HEAD = """\

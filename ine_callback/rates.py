@@ -81,9 +81,7 @@ def _step(optimizer: Optimizer, group: dict[str, Any]) -> float:
 def _gain(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """Sum of a gradient's future effects through SGD's momentum buffer; 1 for everything else."""
     momentum = float(group.get("momentum", 0.0)) if isinstance(optimizer, _SGD) else 0.0
-    if not momentum:
-        return 1.0
-    return 1 / (1 - momentum) if group.get("nesterov") else (1 - float(group["dampening"])) / (1 - momentum)
+    return (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0  # Nesterov's sum is the same
 
 
 def _adam_scale(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Tensor | float:

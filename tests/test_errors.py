@@ -291,7 +291,6 @@ HOOKS = [
     (Recorder, "_after_step"),
     (Clipping, "before"),
     (Clipping, "factor"),
-    (Recorder, "_checked_rows"),
     (Coverage, "prove"),
     (Coverage, "fallback"),
     (Capture, "start_batch"),

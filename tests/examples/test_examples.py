@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from conftest import ROOT
 
 from ine_callback import InfluenceCallback, InfluenceReport
 
 Load = Callable[[str], ModuleType]
+ROOT = Path(__file__).resolve().parents[2]
 
 KEYS = {
     "auroc_influence",
