@@ -1,4 +1,7 @@
-"""Renders the measurements as Markdown: ``python -m benchmarks.results FILES... > benchmarks/RESULTS.md``."""
+"""Renders the measurements as Markdown.
+
+python -m benchmarks.results FILES... --notes benchmarks/notes.md > benchmarks/RESULTS.md
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import Any
 HEAD = """\
 # How good are the scores?
 
-Generated from JSON files by `python -m benchmarks.results FILES... > benchmarks/RESULTS.md`; do not edit. Scores
-are those of one training run recorded by `Recorder` in a bare PyTorch loop, truths those of retraining. All numbers
-are means over the seeds named. Seconds are CPU seconds of one thread on a two-core machine without accelerator,
-shared with other work: differences of less than a half say nothing.
+Generated from the benchmarks' JSON files by `python -m benchmarks.results FILES... --notes benchmarks/notes.md >
+benchmarks/RESULTS.md`; edit notes.md instead. Scores are those of one training run recorded by `Recorder` in a bare
+PyTorch loop, truths those of retraining. All numbers are means over the seeds named. Seconds are CPU seconds of one
+thread on a two-core machine without accelerator, shared with other work: differences of less than a half say
+nothing.
 """
 
 G1_HEAD = """\
@@ -35,7 +39,8 @@ G2_HEAD = """\
 python -m benchmarks.lds --json lds.json --data DIR --truth truth-lds.pt
 ```
 
-Half of 5,000 rows left out, 60 times, four retrainings each; MLP 784-128-64-10, SGD .01 with momentum .9, {epochs}
+Half of the rows (5,000 for MNIST) left out, 60 times, four retrainings each; MLP 784-128-64-10, SGD .01 with
+momentum .9, {epochs}
 epochs; 50 held-out rows as queries, by their loss and by their negated margin. Linear data-modelling score, mean
 over queries; seeds {seeds}. Split-half reliability of the target: {reliability}.
 """
@@ -94,7 +99,7 @@ def g1(results: dict[str, Any]) -> Iterable[str]:
 
 def of_truth(truth: dict[str, float]) -> str:
     if not truth:
-        return "The truth was read from a file that does not say how many retrainings made it."
+        return "The truth was read from a file (see above)."
     out = f"{truth['runs']:.0f} retrainings a group, standard error of a true score: {truth['standard_error']:.2f}"
     if "split_half_spearman" in truth:
         out += f"; two halves of the retrainings rank the groups alike to {truth['split_half_spearman']:.3f}"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -224,6 +225,7 @@ class InfluenceCallback(Callback):
             self.report = self._recorder.report()
             folder = self._folder(trainer)
             if folder is not None and trainer.is_global_zero:
+                rank_zero_info(f"{type(self).__name__}: writing the influence report to {folder}")
                 self.report.save(folder)
                 if find_spec("jinja2") and find_spec("matplotlib"):  # the extra `report`
                     self.report.write_html(folder / "report.html")

@@ -48,7 +48,7 @@ class Scale:
 
 
 def read_loss(loss: Tensor, rows: int) -> LossReading | None:
-    """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants.
+    """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
     Args:
         loss: The scalar that is about to be differentiated.
@@ -67,30 +67,45 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
     """
     node: Any = loss.grad_fn
     coefficient: Tensor = _wide(torch.ones_like(loss, requires_grad=False))
+    mask: Tensor | None = None
     for _ in range(_SEARCH_DEPTH):
         if node is None:
             return None
         name = node.name()
         if name in _LOSSES:
-            return _finish(_LOSSES[name](node), node._saved_reduction, coefficient, rows)
-        if name == "DivBackward0" and node._saved_self is None and node._saved_other.dim() == 0:
-            coefficient = coefficient / node._saved_other
-        elif name == "MulBackward0" and node._saved_self is None and node._saved_other.dim() == 0:
-            coefficient = coefficient * node._saved_other
+            return _finish(_LOSSES[name](node), mask, node._saved_reduction, coefficient, rows)
+        factor = _constant_factor(node, name)
+        if factor is not None and factor.dim() == 0:
+            coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
+        elif factor is not None and mask is None and name == "MulBackward0":
+            mask = factor  # a weight for each term: (losses * mask).sum() / mask.sum()
         elif name == "MeanBackward0":
             coefficient = coefficient / node._saved_self_sym_numel
         elif name not in ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0"):
             return None
-        node = node.next_functions[0][0]
+        node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
 
 
-def _finish(terms: tuple[Tensor, Tensor], reduction: int, coefficient: Tensor, rows: int) -> LossReading | None:
+def _constant_factor(node: Any, name: str) -> Tensor | None:
+    """The constant that scales a product or quotient; autograd keeps it only for a side that has a gradient."""
+    if name == "DivBackward0" and node._saved_self is None:
+        return node._saved_other  # type: ignore[no-any-return]
+    if name == "MulBackward0" and (node._saved_self is None) != (node._saved_other is None):
+        return node._saved_other if node._saved_self is None else node._saved_self  # type: ignore[no-any-return]
+    return None
+
+
+def _finish(
+    terms: tuple[Tensor, Tensor], mask: Tensor | None, reduction: int, coefficient: Tensor, rows: int
+) -> LossReading | None:
     """Terms and their weights, both [n] with the row as leading part, to row means and the term coefficient."""
     losses, weights = terms
-    if losses.numel() % rows:
+    if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
         return None
     losses, weights = losses.reshape(rows, -1), weights.reshape(rows, -1)
+    if mask is not None:
+        weights = weights * mask.reshape(rows, -1)
     if reduction == _MEAN:
         coefficient = coefficient / weights.sum()
     row_losses = (losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)

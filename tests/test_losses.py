@@ -127,7 +127,8 @@ UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum-of-two": _two,
     "label-smoothing": lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
     "soft-labels": lambda x, y: F.cross_entropy(x, F.one_hot(y, CLASSES).double()),
-    "row-weights": lambda x, y: (F.cross_entropy(x, y, reduction="none") * torch.arange(1.0, ROWS + 1)).mean(),
+    "mask-of-a-mean": lambda x, y: (F.cross_entropy(x, y) * torch.ones(ROWS)).mean(),
+    "two-masks": lambda x, y: (F.cross_entropy(x, y, reduction="none") * torch.ones(ROWS) * torch.ones(ROWS)).sum(),
     "learned-temperature": lambda x, y: F.cross_entropy(x, y) * x.mean(),
     "exponential": lambda x, y: F.cross_entropy(x, y).exp(),
     "first-rows-only": lambda x, y: F.cross_entropy(x, y, reduction="none")[:2].mean(),
@@ -143,3 +144,18 @@ UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("make", UNKNOWN.values(), ids=UNKNOWN)
 def test_other_forms_are_not_guessed(make: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert read_loss(make(randn(ROWS, CLASSES), torch.randint(CLASSES, (ROWS,))), ROWS) is None
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_masked_mean_over_tokens(left: bool) -> None:
+    tokens = 5
+    logits, labels = randn(ROWS * tokens, CLASSES), torch.randint(CLASSES, (ROWS * tokens,))
+    mask = (torch.rand(ROWS, tokens) < 0.6).double()
+    mask[:, 0] = 1.0
+    terms = F.cross_entropy(logits, labels, reduction="none").view(ROWS, tokens)
+    loss = (mask * terms if left else terms * mask).sum() / mask.sum()
+    reading = read_loss(loss / 2, ROWS)
+    assert reading is not None
+    torch.testing.assert_close(reading.rows, (terms * mask).sum(1).detach() / mask.sum(1))
+    torch.testing.assert_close(reading.terms, 2 * mask.sum())
+    torch.testing.assert_close(reading.scale, torch.tensor(2.0 * ROWS, dtype=torch.float64))

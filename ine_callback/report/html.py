@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ine_callback.report.report import InfluenceReport
     from ine_callback.report.table import ScoreTable
 
-DETAILED = 8  # queries shown with plots and tables unless the caller names them
+DETAILED = 4  # queries shown with plots and tables unless the caller names them
 LISTED, FLAGGED = 10, 100
 _ALT = {
     "distribution": "Histogram of the scores over their permutation null",
