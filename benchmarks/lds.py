@@ -148,6 +148,7 @@ def estimate(seed: int, problem: Problem, discount: bool, refresh_every: int) ->
         loss=cross_entropy,
         total_steps=problem.epochs * problem.steps_per_epoch,
         refresh_every=refresh_every,
+        curvature_every=1,
         discount=discount,
         on_error="raise",
     )
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(results["split_half"])
     for discount, refresh in [*((True, r) for r in args.refresh), (False, args.refresh[0])]:
-        name = f"discount {'on' if discount else 'off'}, refresh every {refresh} steps"
+        name = f"discount {'on, curvature every step' if discount else 'off'}, refresh every {refresh} steps"
         runs = [estimate(seed, problem, discount, refresh) for seed in seeds]
         both = {"loss": slice(0, QUERIES), "margin": slice(QUERIES, 2 * QUERIES)}
         found: dict[str, Any] = {"seconds": float(np.median([s for _, s in runs]))}

@@ -24,4 +24,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs each test in a folder of its own (Lightning writes logs to the current one) and from the same seed."""
     monkeypatch.chdir(tmp_path)
+    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):  # what another test's seed_everything left
+        monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
