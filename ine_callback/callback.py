@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -177,8 +178,8 @@ class InfluenceCallback(Callback):
             accumulate=trainer.accumulate_grad_batches,
             on_error=self.on_error,
             source=DataSource(owner, loss, loaders[0], val, self.max_query_rows),
-            to_device=lambda batch: trainer.strategy.batch_to_device(batch, dataloader_idx=0),
-            context=lambda: _forward_context(trainer),
+            to_device=lambda batch: _transferred(trainer, batch),
+            context=lambda: _evaluating(trainer),
             owner=owner,
         )
         self._recorder.start()
@@ -307,8 +308,22 @@ def _loss_of(output: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.numel() == 1 else None
 
 
-def _forward_context(trainer: Trainer) -> AbstractContextManager[Any]:
-    return trainer.precision_plugin.forward_context()
+@contextmanager
+def _evaluating(trainer: Trainer) -> Iterator[None]:
+    """The trainer's precision, and the stage in which the module's hooks leave augmentation out."""
+    stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+    try:
+        with trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        trainer.state.stage = stage
+
+
+def _transferred(trainer: Trainer, batch: Any) -> Any:
+    """What Lightning does to a batch before a step sees it: precision, hooks, device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _unscale(trainer: Trainer) -> Tensor | None:

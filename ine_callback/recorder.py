@@ -158,6 +158,11 @@ class Recorder:
         for method in self.methods:
             method.start(self._size, self.infos, self._device)
         self._losses = RowLosses(self._size, self._device)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise InfluenceError(
+                f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
+                "Adam or AdamW, or leave the recording out."
+            )
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
             self.note(f"{kind} is not SGD, Adam or AdamW: its steps were taken as plain SGD")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
 from ine_callback.curvature import KFAC, Discount
+from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
 from ine_callback.queries import BoundQuery, gradients, scalar
@@ -66,11 +67,20 @@ class Signals:
         """Evaluates every query on its first batch.
 
         Raises:
-            QueryError: If a value is no scalar or has no gradient.
+            QueryError: If a value cannot be computed, is no scalar or has no gradient.
         """
         with isolated(self.module), self.context():
             for query in self.queries:
-                scalar(query.value(self.module, self.to_device(query.batches[0][1])), query)
+                try:
+                    value = query.value(self.module, self.to_device(query.batches[0][1]))
+                except QueryError:
+                    raise
+                except Exception as error:
+                    raise QueryError(
+                        f"Query '{query.info.name}' cannot be computed on its first batch ({type(error).__name__}: "
+                        f"{error}); its data must suit the step or function that computes it."
+                    ) from error
+                scalar(value, query)
 
     def start_batch(self, rows: int, device: torch.device) -> None:
         """Clears the buffer for a batch of ``rows`` rows."""
