@@ -126,6 +126,8 @@ class InfluenceCallback(Callback):
                 f"{owner}: {trainer.world_size} processes ({type(trainer.strategy).__name__}) are not supported yet; "
                 "train with devices=1, or pass enabled=False."
             )
+        if sum(isinstance(other, InfluenceCallback) and other.enabled for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
         self.report = None
         self._tracker = RowTracker(owner)
         if self.row_fn is None:
@@ -145,8 +147,14 @@ class InfluenceCallback(Callback):
         self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(tracker.strip(batch)))
 
     def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
+        before = {name: target.__dict__[name]} if name in target.__dict__ else {}
         target.__dict__[name] = function
-        self._undo.append(lambda: target.__dict__.pop(name, None))
+
+        def undo() -> None:
+            target.__dict__.pop(name, None)
+            target.__dict__.update(before)
+
+        self._undo.append(undo)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._tracker is None:
@@ -255,7 +263,7 @@ class InfluenceCallback(Callback):
             self._recorder.stop()
         if self._tracker is not None:
             self._tracker.release()
-        for undo in self._undo:
+        for undo in reversed(self._undo):
             undo()
         self._undo.clear()
         self._recorder = self._tracker = None

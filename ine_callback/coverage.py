@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, Record, Vector
@@ -43,9 +42,14 @@ class Coverage:
         self.approximate = dict(capture.approximate)
         self.notes: list[str] = []
         self._slow: dict[str, nn.Parameter] = {}
+        self._probed = False
+        self._dropped: set[str] = set()
 
     def probe(self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int) -> None:
-        """Drops the layers whose inputs are not led by the batch's rows."""
+        """Drops the layers whose inputs are not led by the batch's rows; later calls do nothing."""
+        if self._probed:
+            return
+        self._probed = True
         if loss is None or batch is None or rows < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return
@@ -68,10 +72,7 @@ class Coverage:
         Raises:
             CaptureError: If parameters are uncaptured under the policy ``"raise"``.
         """
-        half = torch.is_autocast_enabled() or any(
-            p.dtype in (torch.bfloat16, torch.float16) for p in self._module.parameters()
-        )
-        wrong = wrong_blocks([(block, record) for block, record, _ in held], half)
+        wrong = wrong_blocks([(block, record) for block, record, _ in held], self._capture.half)
         for block in wrong:
             table.drop(block)
         missing = uncaptured(self._module, table.captured(), self._capture.dropped)
@@ -79,6 +80,7 @@ class Coverage:
         for block, reason in wrong.items():
             missing.update({names[p]: reason for p in block.parameters})
         self._settle(missing)
+        self._dropped = set(self._capture.dropped)
         return [item for item in held if item[0] not in wrong]
 
     def _settle(self, missing: dict[str, str]) -> None:
@@ -118,6 +120,15 @@ class Coverage:
         parameters = list(self._slow.values())
         shares = row_shares(self._module, loss, batch, rows, parameters, scale)
         return [(table.vector(p), Vector(g.flatten(1))) for p, g in zip(parameters, shares, strict=True)]
+
+    def late_notes(self) -> list[str]:
+        """What was lost after the first step's proof."""
+        dropped = self._capture.dropped
+        return [
+            f"{name} was left out from some step on: {why}"
+            for name, why in dropped.items()
+            if name not in self._dropped
+        ]
 
     def first_reason(self) -> str:
         """One reason, for the message when nothing is left."""

@@ -283,9 +283,8 @@ class Recorder:
         self.signals.receive(module, records, self.capture.calls.get(module, 1))
 
     def _fall_back(self, rows: Tensor, data: Any) -> None:
-        for block, record in self.coverage.fallback(
-            self._loss, data, len(rows), self.signals.scale, self.signals.table
-        ):
+        slow = self.coverage.fallback(self._loss, data, len(rows), self.signals.scale, self.signals.table)
+        for block, record in slow:
             self.signals.take(block, record)
 
     def end_batch(self) -> None:
@@ -374,6 +373,8 @@ class Recorder:
 
     def report(self) -> InfluenceReport:
         """The report of everything recorded so far."""
+        if not hasattr(self, "infos"):
+            raise InfluenceError(f"{self.owner}: nothing was recorded; put `with recorder:` around the training loop.")
         scores = replace(self.methods[0].finish(), mean_loss=self._losses.mean())
         return InfluenceReport(scores.first(self._check.count), self._run_info(self._check.count))
 
@@ -396,5 +397,5 @@ class Recorder:
             uncaptured=self.coverage.uncaptured,
             nonfinite=lost,
             schedule=schedule,
-            notes=[*self.notes, *told, *self.coverage.notes, *self._source.notes, *ahead],
+            notes=[*self.notes, *told, *self.coverage.notes, *self.coverage.late_notes(), *self._source.notes, *ahead],
         )

@@ -163,3 +163,55 @@ def test_lbfgs_is_refused() -> None:
 def test_a_query_that_cannot_be_computed_is_named_before_training() -> None:
     with pytest.raises(QueryError, match=r"Query 'odd' cannot be computed .*its data must suit"):
         fit(Model, {}, [InfluenceCallback(queries={"odd": (torch.randn(4, 5), torch.zeros(4).long())})])
+
+
+def test_two_callbacks_are_refused() -> None:
+    with pytest.raises(InfluenceError, match="one Trainer holds two of them; give one all the queries"):
+        fit(Model, {}, [InfluenceCallback(), InfluenceCallback(queries="self")])
+
+
+def test_one_enabled_callback_among_disabled_ones_is_fine() -> None:
+    influence = InfluenceCallback(queries="self", on_error="raise")
+    fit(Model, {}, [InfluenceCallback(enabled=False), influence])
+    assert influence.report is not None
+    assert influence.report.run.steps == 3 * ROWS // BATCH
+
+
+def test_a_patch_of_somebody_else_comes_back() -> None:
+    calls = []
+
+    class Patches(L.Callback):
+        def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+            convert = trainer.precision_plugin.convert_input
+            trainer.precision_plugin.convert_input = lambda batch: (calls.append(1), convert(batch))[1]
+
+    _, trainer = fit(Model, {}, [Patches(), InfluenceCallback(on_error="raise")])
+    assert len(calls) >= 3 * ROWS // BATCH
+    assert "<lambda>" in repr(trainer.precision_plugin.__dict__["convert_input"])
+
+
+class Fickle(nn.Linear):
+    """Returns a pair from its third call in training on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += self.training
+        return (super().forward(x), None) if self.calls > 2 and self.training else super().forward(x)
+
+
+def test_a_layer_lost_after_the_first_step_is_named() -> None:
+    class Changes(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = Fickle(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.extra(super().forward(x))
+            return out[0] if isinstance(out, tuple) else out
+
+    influence = InfluenceCallback(queries="self", on_error="raise")
+    fit(Changes, {}, [influence])
+    assert influence.report is not None
+    (note,) = [note for note in influence.report.run.notes if "left out from some step on" in note]
+    assert note.startswith("extra was left out from some step on: its input or output is not a single tensor")

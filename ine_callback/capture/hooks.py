@@ -35,6 +35,7 @@ class Capture:
         dropped: Module name -> why its gradients cannot be told apart by rows.
         approximate: Module name -> why single rows are approximate.
         unscale: Factor that undoes the scaling of the loss under mixed precision.
+        half: Whether a gradient came in half precision.
         observe_call: Set by the probe: called with (name, first input) of each hooked module instead of recording.
     """
 
@@ -50,6 +51,7 @@ class Capture:
         }
         self.calls: dict[nn.Module, int] = {}
         self.unscale: Tensor | None = None
+        self.half = False
         self._proved: set[nn.Module] = set()
         self.observe_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
@@ -107,6 +109,7 @@ class Capture:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
             with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
+                self.half |= delta.dtype in (torch.float16, torch.bfloat16)
                 a, delta = _one_dtype(a, delta.detach())
                 records = records_of(module, a, delta if self.unscale is None else delta * self.unscale, self.rows)
                 self._receive(module, records)
