@@ -36,7 +36,8 @@ class Scores:
     Attributes:
         queries: The Q queries, in column order.
         mu: Gaussian influence [N, Q], in standard deviations of training randomness.
-        se: Standard error of ``mu`` within the run [N, Q], from the scatter of the row's own observations.
+        se: Standard error of ``mu`` [N, Q], from the scatter of the row's own observations within the run (of a
+            combined report: of its scores between the runs).
         p: Two-sided permutation p-value [N, Q] of "the row is exchangeable with its batch-mates".
         q: Benjamini-Hochberg q-value [N, Q] of ``p`` over the rows of a query.
         t: Moderated t statistic [N, Q] (NaN with fewer than two observations).

@@ -50,6 +50,7 @@ def page(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
     need("matplotlib", "InfluenceReport.write_html")
     names = list(report.queries[:DETAILED] if queries is None else queries)
     facts = report.summary()
+    combined = report.run.config.get("combined")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ine_callback.report"),
         autoescape=True,
@@ -67,6 +68,8 @@ def page(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
         overview=[query | {"ends": tails(query["kind"])} for query in facts["queries"]],
         sections=[_section(report, facts["queries"][report.column(name)]) for name in names],
         more=len(report.queries) - len(names),
+        runs=f"{combined} runs" if combined else "one run",
+        scatter="scatter between the runs" if combined else "row's own visits",
         run=_provenance(report),
     )
     return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from ine_callback.report import html, plots, store, view
+from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.group import GroupScore
 from ine_callback.report.optional import need
 from ine_callback.report.runinfo import RunInfo
@@ -54,6 +55,32 @@ class InfluenceReport:
     def __init__(self, scores: Scores, run: RunInfo | None = None) -> None:
         self.scores = checked(scores)
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
+
+    @classmethod
+    def combine(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
+        """Several runs of the same training set and queries with different seeds, as one report with better scores.
+
+        ``mu`` is the mean over the runs that observed the row; ``se``, ``t`` and ``p_t`` come from the scatter between
+        runs (moderated, NaN with a single observing run) and test "the row's score averaged over seeds is 0"; ``p``
+        joins the runs' signed permutation p-values (Stouffer), so that runs which disagree in sign cancel. The notes
+        tell how many findings repeat. Formulas: ``report/combine.py``.
+
+        Args:
+            reports: At least two single runs' reports, all with the same rows, and queries of the same names and kinds.
+
+        Raises:
+            ValueError: On fewer than two reports, other rows or queries, the same run twice, or a combined report.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> both = InfluenceReport.combine([example_report(seed=1), example_report(seed=2)])
+            >>> both.drop_list().tolist(), both.run.config["seeds"]
+            ([3, 17, 29], [1, 2])
+            >>> print(both.run.notes[1])
+            Query 'self': of 3 rows flagged (q ≤ 0.05) in any run, 3 are flagged in all 2 with the same sign.
+        """
+        scores = combine_scores([report.scores for report in reports])
+        return cls(scores, combine_runs([report.run for report in reports], [report.scores for report in reports]))
 
     # ---- what there is ----
 

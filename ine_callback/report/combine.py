@@ -1,0 +1,228 @@
+"""Several runs of one training set as one report: mean scores, and tests that speak about other seeds too.
+
+Per row and query, over the R runs that scored the row:
+
+    mu = mean of mu_r
+    se = sqrt(s^2 / R)                            s^2: variance of mu_r between runs, moderated
+    t  = mu / se,  d0 + R - 1 degrees of freedom  H0: the row's score, averaged over all seeds, is 0
+    p  = 2 Phi(-|sum z_r| / sqrt(R)),  z_r = sign_r Phi^-1(1 - p_r / 2)   H0: exchangeable in every run (Stouffer 1949)
+
+With R = 2 .. 5 the plain variance is noise, so it is shrunk to the other rows' as limma does (Smyth 2004), in units of
+the row's own squared standard error within the runs, for the strongest rows vary most. Measured on 30 runs (500 digits
+with 10 % wrong labels, 160 steps of SGD, three queries): ``mu +- 1.96 se`` of 3 runs covered the mean of the other 27
+for 91-93 % of the rows, and for 82-93 % of the tenth with the largest scores (73-83 % without those units). Stouffer's
+z, not Fisher's sum of logarithms: p_r are two-sided, and runs that disagree in sign must cancel, not add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+
+from ine_callback.report.runinfo import RunInfo
+from ine_callback.scores import Floats, QueryInfo, Scores
+from ine_callback.stats import hypothesis_tests as tests
+
+WHO = "InfluenceReport.combine"
+FLAG_AT = 0.05
+NOTED = 4  # queries with a note of their own, as many as the views show in full
+SMALLEST = 1e-300  # a p-value of 0 would be an infinite z
+Value = TypeVar("Value")
+
+
+def combine_scores(runs: Sequence[Scores]) -> Scores:
+    """Combines the scores of runs with different seeds; formulas above.
+
+    Of the rest, ``null_sd`` is the mean's, ``sqrt(sum of null_sd_r^2) / R``; ``null_mu`` holds draws of
+    ``mu / null_sd`` under the null, sums of one draw a run over sqrt(R); ``null_ks_p`` is the smallest of the runs
+    times their number (Bonferroni), at most 1; ``observations`` are summed; ``mean_loss`` is weighted by them.
+
+    Raises:
+        ValueError: When the runs do not belong together; see :meth:`InfluenceReport.combine`.
+    """
+    _check(runs)
+    queries = runs[0].queries
+    order = [[query.name for query in run.queries].index(one.name) for run in runs for one in queries]
+    columns = np.reshape(order, (len(runs), len(queries)))
+    observations = np.stack([run.observations for run in runs])
+    shape = (observations.shape[1], len(queries))
+    result = {name: np.full(shape, np.nan) for name in ("mu", "se", "p", "t", "p_t", "null_sd")}
+    null_mu, null_ks_p = [], np.full(len(queries), np.nan)
+    for k in range(len(queries)):
+        names = ("mu", "se", "p", "t", "null_sd")
+        of = {n: np.stack([getattr(run, n)[:, c] for run, c in zip(runs, columns[:, k], strict=True)]) for n in names}
+        scored = np.isfinite(of["mu"])
+        count = scored.sum(0)
+        mean = _mean(of["mu"], scored)
+        fit, se = _between(of["mu"], mean, count, of["se"])
+        result["mu"][:, k], result["se"][:, k], result["t"][:, k], result["p_t"][:, k] = mean, se, fit.t, fit.p
+        result["p"][:, k] = _stouffer(of["p"], np.where(np.isfinite(of["t"]), of["t"], of["mu"]))
+        squares = np.where(scored, np.square(of["null_sd"]), 0.0).sum(
+            0
+        )  # of a scored row, NaN means that there is none
+        result["null_sd"][:, k] = np.where(count > 0, np.sqrt(squares) / np.maximum(count, 1), np.nan)
+        null_mu.append(_null([run.null_mu[c] for run, c in zip(runs, columns[:, k], strict=True)]))
+        checks = np.array([run.null_ks_p[c] for run, c in zip(runs, columns[:, k], strict=True)])
+        if (known := np.isfinite(checks)).any():
+            null_ks_p[k] = min(1.0, float(checks[known].min()) * int(known.sum()))
+    loss = np.stack([run.mean_loss for run in runs])
+    return Scores(
+        queries=queries,
+        q=tests.benjamini_hochberg(result["p"]),
+        observations=observations.sum(0),
+        mean_loss=_mean(loss, np.where(np.isfinite(loss), observations, 0)),
+        null_mu=np.stack(null_mu),
+        null_ks_p=null_ks_p,
+        **result,
+    )
+
+
+def _mean(values: Floats, weights: NDArray[Any]) -> Floats:
+    """Weighted mean over the first axis; NaN without weight."""
+    total = weights.sum(0)
+    return np.where(total > 0, np.where(weights > 0, values * weights, 0.0).sum(0) / np.maximum(total, 1), np.nan)
+
+
+def _between(mu: Floats, mean: Floats, count: NDArray[np.int64], within: Floats) -> tuple[tests.ModeratedT, Floats]:
+    """Moderated t of the mean over runs and its standard error, from mu [R, N] and its error within the runs [R, N]."""
+    known = np.isfinite(mu)
+    variance = np.where(known, np.square(mu - mean), 0.0).sum(0) / np.maximum(count - 1, 1)
+    variance = np.where(count > 1, variance, np.nan)
+    unit = _mean(np.square(within), (known & np.isfinite(within)).astype(np.int64))
+    good = unit[unit > 0]
+    unit = np.where(unit > 0, unit, float(np.median(good)) if good.size else 1.0)
+    fit = tests.moderated_t(mean, variance / unit, count - 1.0, unit / np.maximum(count, 1))
+    return fit, np.sqrt(fit.variance * unit / np.maximum(count, 1))
+
+
+def _stouffer(p: Floats, direction: Floats) -> Floats:
+    """Two-sided p-value of the signed z-scores of two-sided p-values [R, N]; NaN entries are no runs."""
+    tested = np.isfinite(p) & np.isfinite(direction)
+    z = -np.sign(direction) * ndtri(np.maximum(p, SMALLEST) / 2)
+    count = tested.sum(0)
+    total = np.where(tested, z, 0.0).sum(0) / np.sqrt(np.maximum(count, 1))
+    return np.where(count > 0, np.maximum(2.0 * ndtr(-np.abs(total)), SMALLEST), np.nan)
+
+
+def _null(draws: Sequence[Floats]) -> Floats:
+    """Draws of the combined null: sums of one draw from each run, in random order, over sqrt(R)."""
+    finite = [each[np.isfinite(each)] for each in draws]
+    finite = [each for each in finite if each.size]
+    if not finite:
+        return np.full(max(map(len, draws)), np.nan)
+    random, size = np.random.default_rng(0), max(map(len, draws))
+    total = np.sum([random.permutation(np.resize(each, size)) for each in finite], axis=0)
+    return np.asarray(total / math.sqrt(len(finite)), dtype=np.float64)
+
+
+def _check(runs: Sequence[Scores]) -> None:
+    if len(runs) < 2:
+        raise ValueError(f"{WHO}: got {len(runs)} report(s); give at least two, of runs with different seeds")
+    first = runs[0]
+    for index, run in enumerate(runs[1:], start=1):
+        if len(run.observations) != len(first.observations):
+            raise ValueError(
+                f"{WHO}: report 0 has {len(first.observations):,} rows, report {index} {len(run.observations):,}; "
+                "combine runs of the same training set, in the same order"
+            )
+        here, there = ({_label(query) for query in each.queries} for each in (first, run))
+        if here != there:
+            raise ValueError(
+                f"{WHO}: report 0 and report {index} ask different queries: only report 0 has "
+                f"{sorted(here - there)}, only report {index} has {sorted(there - here)}; "
+                "give all runs the same queries"
+            )
+        for other, earlier in enumerate(runs[:index]):
+            if np.isfinite(run.mu).any() and np.array_equal(earlier.mu, run.mu, equal_nan=True):
+                raise ValueError(
+                    f"{WHO}: reports {other} and {index} are equal: the same run twice gives no error bars: "
+                    "give another seed"
+                )
+
+
+def _label(query: QueryInfo) -> str:
+    return f"{query.name} ({query.kind})"
+
+
+def combine_runs(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> RunInfo:
+    """Provenance of the combined report: sums, unions, and notes on what agrees between the runs.
+
+    Raises:
+        ValueError: When one of the reports is combined already: runs must weigh the same.
+    """
+    for index, info in enumerate(infos):
+        if "combined" in info.config:
+            raise ValueError(
+                f"{WHO}: report {index} is combined already; give the reports of the single runs, all at once"
+            )
+    first, seeds = infos[0], [info.seed for info in infos]
+    told = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
+    notes = [
+        f"Combined from {len(infos)} runs (seeds: {told}): μ is their mean; se, interval, t and p_t come from "
+        "the scatter between runs; p joins the runs' permutation p-values. "
+        "More runs see smaller differences and flag more rows that are merely hard: look at what repeats."
+    ]
+    differing = sorted({key for info in infos for key in {*info.config, *first.config} if _differs(info, first, key)})
+    if differing:
+        notes.append(f"The runs' settings differ ({', '.join(differing)}): their scatter is not that of seeds alone.")
+    nonfinite: dict[str, int] = {}
+    for info in infos:
+        for name, count in info.nonfinite.items():
+            nonfinite[name] = nonfinite.get(name, 0) + count
+    schedules = [info.schedule for info in infos]
+    return RunInfo(
+        config=first.config | {"combined": len(infos), "seeds": seeds},
+        versions={
+            name: ", ".join(dict.fromkeys(info.versions[name] for info in infos if name in info.versions))
+            for name in _union([info.versions for info in infos])
+        },
+        seed=None,
+        started=min((info.started for info in infos if info.started), default=""),
+        seconds=sum(info.seconds for info in infos),
+        steps=sum(info.steps for info in infos),
+        rows=first.rows,
+        captured_share=min(info.captured_share for info in infos),
+        approximate=_union([info.approximate for info in infos]),
+        uncaptured=_union([info.uncaptured for info in infos]),
+        nonfinite=nonfinite,
+        schedule=schedules[0] if all(each == schedules[0] for each in schedules) else {"runs": schedules},
+        notes=[*notes, *_replication(runs), *dict.fromkeys(note for info in infos for note in info.notes)],
+    )
+
+
+def _differs(one: RunInfo, other: RunInfo, key: str) -> bool:
+    missing = object()
+    return bool(one.config.get(key, missing) != other.config.get(key, missing))
+
+
+def _union(parts: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
+    """All entries; of a repeated key the first."""
+    return {key: value for part in reversed(parts) for key, value in part.items()}
+
+
+def _replication(runs: Sequence[Scores]) -> list[str]:
+    """How many findings repeat, a sentence for each of the first queries and one for the sum over many."""
+    total_any = total_all = 0
+    notes = []
+    for name in (query.name for query in runs[0].queries):
+        signs = []
+        for run in runs:
+            column = [query.name for query in run.queries].index(name)
+            signs.append(np.where(run.q[:, column] <= FLAG_AT, np.sign(run.mu[:, column]), 0.0))
+        flagged = np.stack(signs)
+        some, every = int((flagged != 0).any(0).sum()), int((np.abs(flagged.sum(0)) == len(runs)).sum())
+        total_any, total_all = total_any + some, total_all + every
+        notes.append(_found(f"Query {name!r}: of {some:,} rows", every, len(runs)))
+    if len(notes) > NOTED:
+        everything = _found(f"All {len(notes)} queries: of {total_any:,} scores", total_all, len(runs))
+        return [*notes[:NOTED], everything]
+    return notes
+
+
+def _found(whole: str, every: int, runs: int) -> str:
+    return f"{whole} flagged (q ≤ {FLAG_AT:g}) in any run, {every:,} are flagged in all {runs} with the same sign."
