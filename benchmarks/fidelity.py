@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import platform
 import time
@@ -164,6 +165,19 @@ def judge(runs: Sequence[Floats], truth: g1.Truth, problem: g1.Problem) -> dict[
     out["average_of_runs_spearman"] = agreement(np.mean(runs, 0), truth.mu, groups)["spearman_per_query"]
     out |= suspicions([-mu.mean(1) for mu in runs], problem)
     out["each_seed"] = each
+    out["by_runs"] = by_runs(runs, truth, problem)
+    return out
+
+
+def by_runs(runs: Sequence[Floats], truth: g1.Truth, problem: g1.Problem) -> dict[str, dict[str, float]]:
+    """What the mean score of R runs reaches, averaged over all choices of R of the runs."""
+    groups, bad = [group.numpy() for group in problem.groups], problem.flipped.numpy()
+    out = {}
+    for size in range(1, len(runs) + 1):
+        means = [np.mean(chosen, 0) for chosen in itertools.combinations(runs, size)]
+        spearman = [agreement(mu, truth.mu, groups)["spearman_per_query"] for mu in means]
+        found = [auroc(-mu.mean(1), bad) for mu in means]
+        out[str(size)] = {"spearman_per_query": float(np.mean(spearman)), "auroc_mislabel": float(np.mean(found))}
     return out
 
 

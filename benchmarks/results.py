@@ -45,6 +45,17 @@ epochs; 50 held-out rows as queries, by their loss and by their negated margin. 
 over queries; seeds {seeds}. Split-half reliability of the target: {reliability}.
 """
 
+RUNS_HEAD = """\
+## Several runs: intervals and flags
+
+```bash
+python -m benchmarks.runs --json runs.json
+```
+
+{runs} runs on 500 digits of scikit-learn, {wrong} of them with a wrong label, 160 steps of SGD. Combinations of R runs
+against the mean of all the others: how often μ ± 1.96 se holds it, and what self-influence lists at q ≤ .05.
+"""
+
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
 COLUMNS = {
     "spearman_per_query": "Spearman per query",
@@ -95,6 +106,11 @@ def g1(results: dict[str, Any]) -> Iterable[str]:
         head = ["", *(COLUMNS[key].format(seeds=seeds) for key in keys)]
         yield table(head, ([name, *(number(row.get(key)) for key in keys)] for name, row in found["rows"].items()))
         yield LEGEND.format(plain=found["seconds_without_recorder"])
+        curve = found["rows"].get("default", {}).get("by_runs", {})
+        if curve:
+            yield "The mean score of R runs of the default, over all choices of R of the seeds:"
+            head = ["R", *(COLUMNS[key] for key in ("spearman_per_query", "auroc_mislabel"))]
+            yield table(head, ([size, *map(number, row.values())] for size, row in curve.items()))
 
 
 def of_truth(truth: dict[str, float]) -> str:
@@ -119,6 +135,16 @@ def g2(results: dict[str, Any]) -> Iterable[str]:
     yield table(["", *keys, "seconds"], rows)
 
 
+def runs(results: dict[str, Any]) -> Iterable[str]:
+    """The section of a file of ``benchmarks.runs``."""
+    yield RUNS_HEAD.format(runs=results["runs"], wrong=results["wrong"])
+    sizes = list(results["rows"])
+    names = list(results["rows"][sizes[0]])
+    yield table(
+        ["", *(f"R = {s}" for s in sizes)], ([n, *(number(results["rows"][s][n]) for s in sizes)] for n in names)
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks, in the order wanted")
@@ -129,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.append(args.notes.read_text())
     for file in args.files:
         results = json.loads(file.read_text())
-        parts += list((g1 if results["protocol"] == "g1" else g2)(results))
+        parts += list({"g1": g1, "g2": g2, "runs": runs}[results["protocol"]](results))
     print("\n".join(part.rstrip("\n") + "\n" for part in parts), end="")
 
 
