@@ -94,3 +94,22 @@ def test_without_a_loss_the_missing_row_check_is_noted() -> None:
             cross_entropy(model, (x, y)).backward()
         optimizer.step()
     assert any("order of rows" in note for note in recorder.coverage.notes)
+
+
+def test_biases_whose_rows_cancel_are_not_taken_for_wrong() -> None:
+    """The gradient of a bias before BatchNorm is zero but for rounding; its rows' gradients are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 49, 2))
+    x, y = torch.randn(16, 2, 5, 5), torch.randint(2, (16,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss_of(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    recorder = Recorder(model, optimizer, 16, "self", loss_of, on_error="raise")
+    with recorder:
+        with recorder.batch(torch.arange(16), (x, y)):
+            loss_of(model, (x, y)).backward()
+        assert float(model[0].bias.grad.norm()) < 1e-6
+        optimizer.step()
+    assert recorder.coverage.share == 1.0
