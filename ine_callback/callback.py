@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ine_callback.coverage import Uncaptured
 from ine_callback.errors import InfluenceError, QueryError
 from ine_callback.methods import Method, checked_methods
+from ine_callback.options import OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
-from ine_callback.recorder import OnError, Recorder
+from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.rows import RowTracker
 from ine_callback.sources import DataSource
@@ -94,13 +94,7 @@ class InfluenceCallback(Callback):
     ) -> None:
         owner = type(self).__name__
         counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
-        for name, value in {**counts, "max_query_rows": max_query_rows}.items():
-            if not isinstance(value, int) or value < 1:
-                raise InfluenceError(f"{owner}: {name}={value!r} must be an integer of at least 1.")
-        if on_error not in ("warn", "raise"):
-            raise InfluenceError(f"{owner}: on_error={on_error!r} is unknown; pass 'warn' or 'raise'.")
-        if uncaptured not in ("warn", "fallback", "raise"):
-            raise InfluenceError(f"{owner}: uncaptured={uncaptured!r} is unknown; pass 'warn', 'fallback' or 'raise'.")
+        check_options(owner, on_error, uncaptured, **counts, max_query_rows=max_query_rows)
         parse(queries, owner)
         if methods is not None:
             checked_methods(methods, owner)

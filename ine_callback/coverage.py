@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,8 +14,7 @@ from ine_callback.capture.probe import row_order_faults
 from ine_callback.capture.verify import share_of, uncaptured, wrong_blocks
 from ine_callback.errors import CaptureError
 from ine_callback.losses import Scale
-
-Uncaptured = Literal["warn", "fallback", "raise"]
+from ine_callback.options import Uncaptured
 
 
 class Coverage:
@@ -34,8 +33,6 @@ class Coverage:
     """
 
     def __init__(self, module: nn.Module, capture: Capture, policy: Uncaptured, owner: str) -> None:
-        if policy not in ("warn", "fallback", "raise"):
-            raise CaptureError(f"{owner}: uncaptured={policy!r} is unknown; pass 'warn', 'fallback' or 'raise'.")
         self._module, self._capture, self._policy, self._owner = module, capture, policy, owner
         self.share = 0.0
         self.uncaptured: dict[str, str] = {}

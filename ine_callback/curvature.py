@@ -14,7 +14,7 @@ their Fishers. A dimension over ``max_dim`` falls back to its diagonal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +77,7 @@ class _Factors:
     left: Tensor | None = None
     right: Tensor | None = None
     diagonal: Tensor | None = None
-    uses: Tensor | float = field(default=0.0)
+    uses: int = 0
     steps: int = 0
 
 
@@ -127,7 +127,7 @@ class KFAC:
             assert factors.right is not None
             factors.left.add_(left)
             factors.right.add_(right)
-        factors.uses += 1.0
+        factors.uses += 1
         self._seen.add(block.name)
 
     def end_step(self) -> None:

@@ -23,16 +23,15 @@ Restore = Callable[[], None]
 
 
 @contextlib.contextmanager
-def isolated(module: nn.Module, training: bool = False) -> Iterator[None]:
+def isolated(module: nn.Module) -> Iterator[None]:
     """Everything inside may call the module's steps; afterwards module, metrics, buffers, logs and RNG are as before.
 
     Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
     arrays, generators) and the random number generators of Python, NumPy and torch are restored; ``self.log`` and
-    ``self.log_dict`` do nothing meanwhile.
+    ``self.log_dict`` do nothing meanwhile. The mode is evaluation.
 
     Args:
         module: The model.
-        training: Mode to run it in; evaluation by default.
     """
     modules = [m for m in module.modules() if not isinstance(m, _METRICS)]
     modes = [(m, m.training) for m in module.modules()]
@@ -43,11 +42,10 @@ def isolated(module: nn.Module, training: bool = False) -> Iterator[None]:
     _mute(module)
     try:
         for m, _ in modes:
-            m.training = training
+            m.training = False
         with torch.enable_grad():
             yield
     finally:
-        _unmute(module)
         for parent, name, metric in swapped:
             parent._modules[name] = metric
         for m, mode in modes:
@@ -60,7 +58,7 @@ def isolated(module: nn.Module, training: bool = False) -> Iterator[None]:
 
 def _remember_module(module: nn.Module, seen: set[int]) -> list[Restore]:
     """How to restore a module's own attributes and buffers: first their contents, then which object each name holds."""
-    own = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL and k not in ("log", "log_dict")}
+    own = {k: v for k, v in module.__dict__.items() if k not in _INTERNAL}
     buffers = dict(module._buffers)
     contents = [r for v in (*own.values(), *buffers.values()) for r in _remember(v, seen)]
 
@@ -152,8 +150,3 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _mute(module: nn.Module) -> None:
     if hasattr(module, "log_dict"):
         module.__dict__["log"] = module.__dict__["log_dict"] = _nothing
-
-
-def _unmute(module: nn.Module) -> None:
-    module.__dict__.pop("log", None)
-    module.__dict__.pop("log_dict", None)

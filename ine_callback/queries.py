@@ -288,7 +288,8 @@ def _describe(data: Any) -> str:
 
 def _weighted(batches: Sequence[Batch]) -> tuple[tuple[float, Batch], ...]:
     sizes = [size_of(batch) for batch in batches]
-    return tuple((size / sum(sizes), batch) for size, batch in zip(sizes, batches, strict=True))
+    total = sum(sizes)
+    return tuple((size / total, batch) for size, batch in zip(sizes, batches, strict=True))
 
 
 def _labels(batch: Batch, label: int | str, name: str) -> Tensor:

@@ -210,13 +210,12 @@ def plan(
     plateau = [s for s, _ in schedulers if isinstance(s, torch.optim.lr_scheduler.ReduceLROnPlateau)]
     note = "a plateau scheduler cannot be foreseen: the learning rate of each refresh was taken to stay to the end"
     try:
-        copies = _stand_ins(optimizer, schedulers, keep)
+        stand_in, movers = _stand_ins(optimizer, schedulers, keep)
     except Exception as error:
         note = (
             f"the learning-rate scheduler could not be read ahead ({type(error).__name__}: {error}): taken as constant"
         )
         return Schedule([lr] * steps, note)
-    stand_in, movers = copies
     planned = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -12,18 +12,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture, Record
-from ine_callback.coverage import Coverage, Uncaptured
+from ine_callback.coverage import Coverage
 from ine_callback.curvature import KFAC
 from ine_callback.errors import CaptureError, InfluenceError, RowsError
 from ine_callback.losses import RowLosses, Scale, read_loss
 from ine_callback.methods import FINE, Method, checked_methods
+from ine_callback.options import OnError, Uncaptured, check_options
 from ine_callback.provenance import versions
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.rates import Clipping, known, plan, step_rate
@@ -31,8 +32,6 @@ from ine_callback.report import InfluenceReport, RunInfo
 from ine_callback.rows import RowCheck
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
-
-OnError = Literal["warn", "raise"]
 
 
 class Recorder:
@@ -100,6 +99,8 @@ class Recorder:
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         owner: str = "Recorder",
     ) -> None:
+        counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
+        check_options(owner, on_error, uncaptured, **counts, accumulate=accumulate)
         self.module, self.optimizer, self.owner = module, optimizer, owner
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
@@ -138,6 +139,11 @@ class Recorder:
         Raises:
             InfluenceError: About anything that can be known before the first step.
         """
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise InfluenceError(
+                f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
+                "Adam or AdamW, or leave the recording out."
+            )
         self._device = next(self.module.parameters()).device
         bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
@@ -158,11 +164,6 @@ class Recorder:
         for method in self.methods:
             method.start(self._size, self.infos, self._device)
         self._losses = RowLosses(self._size, self._device)
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise InfluenceError(
-                f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
-                "Adam or AdamW, or leave the recording out."
-            )
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
             self.note(f"{kind} is not SGD, Adam or AdamW: its steps were taken as plain SGD")
@@ -350,8 +351,10 @@ class Recorder:
             return
         try:
             function(*args)
-        except CaptureError:  # the user asked for it with uncaptured="raise", and no step was taken yet
-            self.stop()
+        except CaptureError as error:
+            if self.steps:  # a batch that went missing later must not end the training
+                return self._fail(error)
+            self.stop()  # before the first step: the user asked for it with uncaptured="raise" or "fallback"
             raise
         except Exception as error:  # the training run is sacred
             self._fail(error)

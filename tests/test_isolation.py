@@ -151,7 +151,8 @@ def test_modes(fail: bool) -> None:
     modes = {k: m.training for k, m in module.named_modules()}
     with isolated(module):
         assert not any(m.training for m in (module, *module.part.modules(), module.head))
-    with isolated(module, training=True):
+    with isolated(module):
+        module.train()
         assert all(m.training for m in (module, *module.part.modules(), module.head))
     run(module, fail)
     assert {k: m.training for k, m in module.named_modules()} == modes
@@ -200,7 +201,8 @@ def test_gradients_are_left_alone_and_can_be_taken() -> None:
 def test_plain_modules_without_logging() -> None:
     module = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
     before = tensors(module)
-    with isolated(module, training=True):
+    with isolated(module):
+        module.train()
         module(torch.randn(4, 3))
         assert not torch.equal(before["0.running_mean"], module[0].running_mean)
     assert all(torch.equal(before[k], v) for k, v in tensors(module).items())
@@ -211,8 +213,22 @@ def test_nesting() -> None:
     before = attributes(module)
     with isolated(module):
         module.validation_step(BATCH)
-        with isolated(module, training=True):
+        with isolated(module):
+            module.train()
             module.validation_step(BATCH)
         assert module.count == 1 and not module.training
         module.log("still", 1.0)
     assert attributes(module) == before
+
+
+def test_a_log_of_the_users_own_comes_back_and_stays_muted_when_nested() -> None:
+    module, told = nn.Linear(2, 2), []
+    module.log_dict = lambda values: None
+    module.log = own = lambda name, value: told.append(name)
+    with isolated(module):
+        module.log("one", 1.0)
+        with isolated(module):
+            module.log("two", 2.0)
+        module.log("three", 3.0)
+    assert not told
+    assert module.log is own

@@ -77,7 +77,8 @@ class BlockTable:
         if isinstance(weight, Outer) and isinstance(bias, Outer):
             parameters = (module.get_parameter("weight"), module.get_parameter("bias"))
             if not self._shared.intersection(parameters) and self._joinable(*parameters):
-                pairs.append((self._block(parameters, weight.join(bias)), weight.join(bias)))
+                joined = weight.join(bias)
+                pairs.append((self._block(parameters, joined), joined))
                 del records["weight"], records["bias"]
         for name, record in records.items():
             pairs.append((self._block((module.get_parameter(name),), record), record))

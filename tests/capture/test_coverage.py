@@ -11,7 +11,7 @@ from oracle import BY_NAME, PositionTable, Setting, TimeFirst, check, cross_entr
 from torch import nn
 
 from ine_callback import Recorder
-from ine_callback.errors import CaptureError
+from ine_callback.errors import CaptureError, InfluenceError
 
 NAMED = [
     ("fallback-lstm", "lstm.weight_ih_l0"),
@@ -113,3 +113,35 @@ def test_biases_whose_rows_cancel_are_not_taken_for_wrong() -> None:
         assert float(model[0].bias.grad.norm()) < 1e-6
         optimizer.step()
     assert recorder.coverage.share == 1.0
+
+
+def test_a_batch_missing_later_ends_the_recording_not_the_training() -> None:
+    model, x, y = nn.Sequential(nn.Linear(3, 2), nn.PReLU()), torch.randn(8, 3), torch.randint(2, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss_of(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    recorder = Recorder(model, optimizer, 8, "self", loss_of, uncaptured="fallback")
+
+    def step(data: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        with recorder.batch(torch.arange(8), data):
+            loss_of(model, (x, y)).backward()
+        optimizer.step()
+
+    with recorder:
+        step((x, y))
+        with pytest.warns(
+            UserWarning, match="recording stopped after 1 steps: CaptureError: .*needs loss= and the batch"
+        ):
+            step(None)
+    assert recorder.report().run.steps == 1
+
+
+@pytest.mark.parametrize(
+    "option", [{"refresh_every": 0}, {"uncaptured": "maybe"}, {"on_error": "ignore"}, {"accumulate": 0}]
+)
+def test_the_recorder_checks_its_options(option: dict[str, object]) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(InfluenceError, match=rf"Recorder: {next(iter(option))}="):
+        Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), 4, **option)
