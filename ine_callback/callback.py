@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ine_callback.errors import InfluenceError, QueryError
 from ine_callback.methods import Method, checked_methods
-from ine_callback.options import OnError, Uncaptured, check_options
+from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
@@ -49,6 +49,10 @@ class InfluenceCallback(Callback):
         discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
             the scores agree with retraining). Off: the paper's first-order signal.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
+        reservoir: Rows whose captured gradients are kept (at most 256 MB) for the part of the discount that sees across
+            layers; 0: none.
+        initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
+            randomness, the scale of mu; ``fixed`` (fine-tuning) only the order of the rows.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
         row_fn: Maps a batch to the dataset index of each of its rows [b]; needed for iterable datasets only.
         num_rows: Number of training rows, where the dataset has no length.
@@ -85,6 +89,8 @@ class InfluenceCallback(Callback):
         curvature_every: int = 4,
         discount: bool = True,
         max_dim: int = 1024,
+        reservoir: int = 800,
+        initial_weights: InitialWeights = "random",
         max_query_rows: int = 2000,
         row_fn: Callable[[Any], Tensor] | None = None,
         num_rows: int | None = None,
@@ -94,7 +100,7 @@ class InfluenceCallback(Callback):
     ) -> None:
         owner = type(self).__name__
         counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
-        check_options(owner, on_error, uncaptured, **counts, max_query_rows=max_query_rows)
+        check_options(owner, on_error, uncaptured, initial_weights, **counts, max_query_rows=max_query_rows)
         parse(queries, owner)
         if methods is not None:
             checked_methods(methods, owner)
@@ -102,7 +108,8 @@ class InfluenceCallback(Callback):
         self.refresh_every, self.curvature_every = refresh_every, curvature_every
         self.discount, self.max_dim = discount, max_dim
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
-        self.uncaptured: Uncaptured = uncaptured
+        self.reservoir, self.uncaptured = reservoir, uncaptured
+        self.initial_weights: InitialWeights = initial_weights
         self.dirpath, self.on_error = dirpath, on_error
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
@@ -176,6 +183,8 @@ class InfluenceCallback(Callback):
             curvature_every=self.curvature_every,
             discount=self.discount,
             max_dim=self.max_dim,
+            reservoir=self.reservoir,
+            initial_weights=self.initial_weights,
             uncaptured=self.uncaptured,
             accumulate=trainer.accumulate_grad_batches,
             on_error=self.on_error,

@@ -8,22 +8,26 @@ from ine_callback.errors import InfluenceError
 
 OnError = Literal["warn", "raise"]
 Uncaptured = Literal["warn", "fallback", "raise"]
+InitialWeights = Literal["random", "fixed"]
 
 
-def check_options(owner: str, on_error: OnError, uncaptured: Uncaptured, **counts: int) -> None:
+def check_options(
+    owner: str, on_error: OnError, uncaptured: Uncaptured, initial_weights: InitialWeights, **counts: int
+) -> None:
     """Checks options before anything is built from them.
 
     Args:
         owner: Class named in messages.
         on_error: What to do about an error of ours.
         uncaptured: What to do about parameters without a capture.
+        initial_weights: Whether another run would start from other weights.
         counts: Options that are integers of at least 1, by name.
 
     Raises:
         InfluenceError: Naming the option, its value and what it may be.
 
     Example:
-        >>> check_options("Recorder", "warn", "raise", refresh_every=0)
+        >>> check_options("Recorder", "warn", "raise", "random", refresh_every=0)
         Traceback (most recent call last):
         ine_callback.errors.InfluenceError: Recorder: refresh_every=0 must be an integer of at least 1.
     """
@@ -34,3 +38,8 @@ def check_options(owner: str, on_error: OnError, uncaptured: Uncaptured, **count
         raise InfluenceError(f"{owner}: on_error={on_error!r} is unknown; pass 'warn' or 'raise'.")
     if uncaptured not in get_args(Uncaptured):
         raise InfluenceError(f"{owner}: uncaptured={uncaptured!r} is unknown; pass 'warn', 'fallback' or 'raise'.")
+    if initial_weights not in get_args(InitialWeights):
+        raise InfluenceError(
+            f"{owner}: initial_weights={initial_weights!r} is unknown; pass 'random' where another run would draw them "
+            "anew, or 'fixed' where it would start from the same ones (fine-tuning)."
+        )

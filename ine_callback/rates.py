@@ -27,6 +27,7 @@ class Rate:
         curvature: What a unit of summed learning rate contributes to the discount's exponent: 1 / (1 - momentum) for
             SGD, one scalar 1 / rms(sqrt(v) + eps) for Adam's layers (element-wise scaling destroys the ranking, see
             docs/methods/fine.md).
+        weight: What a share is multiplied with in a step of size ``step``: Adam's scalar, 1 for SGD.
         decay: What a unit of summed learning rate contributes through weight decay.
     """
 
@@ -34,6 +35,7 @@ class Rate:
     step: float
     curvature: Tensor | float
     decay: Tensor | float
+    weight: Tensor | float = 1.0
 
 
 def known(optimizer: Optimizer) -> bool:
@@ -56,7 +58,7 @@ def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Rate:
     if isinstance(optimizer, _ADAM):
         scale = _adam_scale(optimizer, group, parameters)
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
-        return Rate(lr, step, scale, weight_decay if decoupled else weight_decay * scale)
+        return Rate(lr, step, scale, weight_decay if decoupled else weight_decay * scale, scale)
     return Rate(lr, step, gain, weight_decay * gain if isinstance(optimizer, _SGD) else 0.0)
 
 

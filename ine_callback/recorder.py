@@ -24,11 +24,13 @@ from ine_callback.curvature import KFAC
 from ine_callback.errors import CaptureError, InfluenceError, RowsError
 from ine_callback.losses import RowLosses, Scale, read_loss
 from ine_callback.methods import FINE, Method, checked_methods
-from ine_callback.options import OnError, Uncaptured, check_options
+from ine_callback.noise import InitialNoise
+from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.provenance import versions
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.rates import Clipping, known, plan, step_rate
 from ine_callback.report import InfluenceReport, RunInfo
+from ine_callback.reservoir import Reservoir
 from ine_callback.rows import RowCheck
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
@@ -51,6 +53,10 @@ class Recorder:
         curvature_every: Optimizer steps between observations of the curvature (they are averaged over the run).
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
+        reservoir: Rows whose captured gradients are kept for the part of the discount that sees across layers (0:
+            none).
+        initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
+            randomness; ``fixed`` (fine-tuning) only the order of the rows.
         uncaptured: What to do about parameters without a capture: name them, raise, or use per-row autograd (slow).
         accumulate: Micro-batches whose losses are averaged into one step.
         on_error: ``"warn"`` stops the recording and lets training go on; ``"raise"`` is for tests.
@@ -91,6 +97,8 @@ class Recorder:
         curvature_every: int = 4,
         discount: bool = True,
         max_dim: int = 1024,
+        reservoir: int = 800,
+        initial_weights: InitialWeights = "random",
         uncaptured: Uncaptured = "warn",
         accumulate: int = 1,
         on_error: OnError = "warn",
@@ -100,7 +108,7 @@ class Recorder:
         owner: str = "Recorder",
     ) -> None:
         counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
-        check_options(owner, on_error, uncaptured, **counts, accumulate=accumulate)
+        check_options(owner, on_error, uncaptured, initial_weights, **counts, accumulate=accumulate)
         self.module, self.optimizer, self.owner = module, optimizer, owner
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
@@ -110,6 +118,8 @@ class Recorder:
         self._source = source or DataSource(owner, loss)
         self._horizon = (total_steps, schedulers)
         self._max_dim = max_dim if discount else None
+        self._reservoir = Reservoir(reservoir if discount else 0)
+        self._initial_weights: InitialWeights = initial_weights
         self._to_device, self._context = to_device or (lambda batch: batch), context
         self.capture = Capture(module, self._receive, self._fail)
         self.coverage = Coverage(module, self.capture, uncaptured, owner)
@@ -120,6 +130,8 @@ class Recorder:
             "curvature_every": curvature_every,
             "discount": discount,
             "max_dim": max_dim,
+            "reservoir": reservoir,
+            "initial_weights": initial_weights,
             "uncaptured": uncaptured,
         }
         self.notes: list[str] = []
@@ -149,6 +161,7 @@ class Recorder:
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
         self.infos = (*(query.info for query in bound), *((SELF,) if has_self else ()))
         self.schedule = plan(self.optimizer, *self._horizon, keep=[self.module])
+        noise = InitialNoise(self.module, self._initial_weights)
         self.signals = Signals(
             self.module,
             bound,
@@ -156,13 +169,16 @@ class Recorder:
             self.optimizer,
             self.schedule,
             KFAC(self._max_dim) if self._max_dim is not None else None,
+            self._reservoir,
+            noise,
             self._to_device,
             self._context,
         )
         self.signals.check()
+        initial = torch.tensor([float(noise.random)] * len(bound) + [0.0] * has_self, device=self._device)
         self._check, self._size = RowCheck(self.owner, self._rows), self._rows or 0
         for method in self.methods:
-            method.start(self._size, self.infos, self._device)
+            method.start(self._size, self.infos, self._device, initial)
         self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
@@ -234,7 +250,7 @@ class Recorder:
             self.signals.refresh()
         self.signals.observe_curvature = self.steps % self.curvature_every == 0
         self.capture.start_batch(len(rows))
-        self.signals.start_batch(len(rows), self._device)
+        self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
 
     def _grow(self, rows: int) -> None:
@@ -339,7 +355,7 @@ class Recorder:
         self._pending.clear()
         with torch.no_grad():
             for method in self.methods:
-                method.fold(rows, signals, step_rate(self.optimizer))
+                method.fold(rows, signals, step_rate(self.optimizer), self.signals.unit)
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
@@ -400,5 +416,5 @@ class Recorder:
             uncaptured=self.coverage.uncaptured,
             nonfinite=lost,
             schedule=schedule,
-            notes=[*self.notes, *told, *self.coverage.notes, *self.coverage.late_notes(), *self._source.notes, *ahead],
+            notes=[*self.notes, *told, *self.coverage.notes, *self.coverage.late_notes(), *self._source.notes, *ahead, *self.signals.notes()],
         )

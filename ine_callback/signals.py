@@ -16,17 +16,31 @@ from ine_callback.curvature import KFAC, Discount
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
+from ine_callback.noise import InitialNoise
 from ine_callback.queries import BoundQuery, gradients, scalar
 from ine_callback.rates import Schedule, rate_of, same_rate, step_rate
+from ine_callback.reservoir import Reservoir
 
 
 @dataclass
 class _Direction:
-    """What a refresh leaves for one block: U of every query [Q, *layout], and the map D for self-influence."""
+    """What a refresh leaves for one block: U of every query [Q, *layout], and the map D for self-influence.
+
+    Self-influence is discounted by K-FAC alone: the reservoir's discount would need each row's own projections.
+    """
 
     queries: Tensor | None
     discount: Discount
-    weight: float
+    weight: Tensor | float
+
+
+@dataclass
+class _Plan:
+    """What one block's direction is made of: the K-FAC discount, its weight, the exponents of both discounts."""
+
+    discount: Discount
+    weight: Tensor | float
+    exponents: tuple[Tensor | float, Tensor | float]
 
 
 @dataclass
@@ -40,6 +54,8 @@ class Signals:
         optimizer: Its rates enter the discount.
         schedule: The learning rate that remains.
         curvature: Source of the discount, or None for the first-order signal (D = I).
+        reservoir: A second source, averaged with the first: it sees across layers.
+        noise: Sizes of the initial weights, for :attr:`unit`.
         to_device: Moves a query batch to the module's device.
         context: Precision context for query evaluation.
     """
@@ -50,6 +66,8 @@ class Signals:
     optimizer: Optimizer
     schedule: Schedule
     curvature: KFAC | None
+    reservoir: Reservoir
+    noise: InitialNoise
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
@@ -62,6 +80,7 @@ class Signals:
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
         self.observe_curvature = True
+        self.unit = torch.ones(self.columns)
 
     def check(self) -> None:
         """Evaluates every query on its first batch.
@@ -82,9 +101,11 @@ class Signals:
                     ) from error
                 scalar(value, query)
 
-    def start_batch(self, rows: int, device: torch.device) -> None:
-        """Clears the buffer for a batch of ``rows`` rows."""
+    def start_batch(self, rows: int, device: torch.device, window: int) -> None:
+        """Clears the buffer for a batch of ``rows`` rows, of ``window`` rows in the whole step."""
+        self.window = window
         self._out = torch.zeros(rows, self.columns, device=device, dtype=self._dtype)
+        self._drawn = False
 
     def receive(self, module: nn.Module, records: dict[str, Record], calls: int) -> None:
         """Takes the records of one module call, in the backward pass."""
@@ -99,7 +120,16 @@ class Signals:
             return
         if self.curvature is not None and self.observe_curvature:
             self.curvature.observe(block, record, self.scale.terms)
+        self._keep(block, record, self.scale)
         self._contract(block, record, self.scale)
+
+    def _keep(self, block: Block, record: Record, scale: Scale) -> None:
+        if self.reservoir.full and not self.observe_curvature:
+            return
+        if not self._drawn:
+            self.reservoir.draw(record.rows, scale.terms, self.window)
+            self._drawn = True
+        self.reservoir.observe(block, record)
 
     def _contract(self, block: Block, record: Record, scale: Scale) -> None:
         direction = self._directions.get(block)
@@ -124,6 +154,10 @@ class Signals:
         if self.curvature is not None:
             for block, record, scale in held:
                 self.curvature.observe(block, record, scale.terms)
+        self.reservoir.open([(block, record) for block, record, _ in held])
+        for block, record, scale in held:
+            self._keep(block, record, scale)
+        self.reservoir.commit()
         self.refresh()
         for block, record, scale in held:
             self._contract(block, record, scale)
@@ -136,28 +170,45 @@ class Signals:
                 direction = self._directions[block]
                 self._add_self(direction, direction.discount.norms_of_sum(block.waiting), self.scale)
                 block.waiting.clear()
+        self.reservoir.commit()
+        self._drawn = False
         out, self._out = self._out, torch.zeros_like(self._out)
         return out
 
     def refresh(self) -> None:
-        """New directions ``U = D P v`` at the present weights."""
+        """New directions ``U = P D v`` at the present weights, and their :attr:`unit`."""
         blocks = list(self.table)
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         remaining = self.schedule.remaining(float(self.optimizer.param_groups[0]["lr"]))
         with torch.no_grad():
-            for block in blocks:
-                v = block.to_layout([next(found) for _ in block.parameters]) if self.queries else None
-                self._directions[block] = self._direction(block, v, remaining)
+            v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in blocks} if self.queries else {}
+            plans = {block: self._plan(block, remaining) for block in blocks}
+            across = self.reservoir.apply(v, {b: p.exponents for b, p in plans.items()})
+            variance = torch.zeros(len(self.queries), device=parameters[0].device)
+            for block, plan in plans.items():
+                if not self.queries:
+                    self._directions[block] = _Direction(None, plan.discount, plan.weight)
+                    continue
+                u = plan.discount.apply(v[block])
+                if block in across:
+                    u = (u + across[block]) / 2
+                variance += self.noise.variance(block, u)
+                self._directions[block] = _Direction(u * plan.weight, plan.discount, plan.weight)
+            unit = torch.where(variance > 0, variance.sqrt(), 1.0)
+            self.unit = torch.cat([unit, unit.new_ones(int(self.self_query))])
 
-    def _direction(self, block: Block, v: Tensor | None, remaining: float) -> _Direction:
-        """U of one block; parameter groups with other learning rates weigh in relative to the first group's."""
+    def notes(self) -> list[str]:
+        """Sentences for the report about what was left out."""
+        return [note for note in (self.reservoir.note, self.noise.note) if note]
+
+    def _plan(self, block: Block, remaining: float) -> _Plan:
+        """A block's discount and weight; parameter groups with other learning rates weigh in relative to the first's."""
         rate, step = rate_of(self.optimizer, block.parameters), step_rate(self.optimizer)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        weight = rate.step / step if step else 1.0
-        discount = Discount()
-        if self.curvature is not None:
-            ahead = remaining * (rate.lr / lr if lr else 1.0)
-            discount = self.curvature.discount(block, ahead * rate.curvature, ahead * rate.decay)
-        return _Direction(None if v is None else discount.apply(v) * weight, discount, weight)
+        weight = rate.weight * (rate.step / step if step else 1.0)
+        ahead = remaining * (rate.lr / lr if lr else 1.0)
+        exponents = ahead * rate.curvature, ahead * rate.decay
+        discount = Discount() if self.curvature is None else self.curvature.discount(block, *exponents)
+        return _Plan(discount, weight, exponents)

@@ -35,6 +35,8 @@ EVERY_OPTION: dict[str, Any] = {
     "curvature_every": 3,
     "discount": False,
     "max_dim": 33,
+    "reservoir": 99,
+    "initial_weights": "fixed",
     "max_query_rows": 44,
     "row_fn": "test_cli.first_rows",
     "num_rows": 77,

@@ -36,9 +36,11 @@ class TwoLayers(nn.Module):
 def recorded(
     model: nn.Module, batch: Batch, lr: float, total: int, queries: Any, **optimizer: Any
 ) -> tuple[Tensor, Recorder]:
-    """One recorded step of SGD out of ``total``."""
+    """One recorded step of SGD out of ``total``, discounted by K-FAC alone."""
     sgd, keep = torch.optim.SGD(model.parameters(), lr=lr, **optimizer), Keep()
-    recorder = Recorder(model, sgd, len(batch[0]), queries, cross_entropy, [keep], total_steps=total, on_error="raise")
+    recorder = Recorder(
+        model, sgd, len(batch[0]), queries, cross_entropy, [keep], total_steps=total, reservoir=0, on_error="raise"
+    )
     with recorder:
         with recorder.batch(torch.arange(len(batch[0])), batch):
             loss = cross_entropy(model, batch)
@@ -127,7 +129,10 @@ def test_the_last_step_is_not_discounted() -> None:
 
 
 def test_adam_discounts_by_one_scalar_a_layer() -> None:
-    """The exponent of a layer is R times its Fisher over rms(sqrt(v)), here v = the present squared gradient."""
+    """The exponent of a layer is R times its Fisher over rms(sqrt(v)), here v = the present squared gradient.
+
+    The same scalar weighs the layer's signals: a step moves it by so much.
+    """
     model, b, lr, total = nn.Linear(3, 3, bias=False).double(), 6, 0.01, 4
     x, y = draw(b, 3), torch.randint(3, (b,))
     out = model(x)
@@ -142,7 +147,7 @@ def test_adam_discounts_by_one_scalar_a_layer() -> None:
         with recorder.batch(torch.arange(b), (x, y)):
             cross_entropy(model, (x, y)).backward()
         adam.step()
-    torch.testing.assert_close(keep.steps[0][1][:, 0], (share @ d * share).sum(1) * b, rtol=1e-5, atol=0)
+    torch.testing.assert_close(keep.steps[0][1][:, 0], (share @ d * share).sum(1) * b / (rms + 1e-8), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

@@ -20,11 +20,21 @@ class Method(ABC):
     """
 
     @abstractmethod
-    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: device) -> None:
-        """Allocates the state for ``rows`` rows (dataset indices 0 .. rows - 1) and ``Q = len(queries)`` queries."""
+    def start(
+        self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None
+    ) -> None:
+        """Allocates the state for ``rows`` rows (dataset indices 0 .. rows - 1) and ``Q = len(queries)`` queries.
+
+        Args:
+            rows: Number of rows.
+            queries: The queries.
+            device: Where the state lives.
+            initial: Variance [Q] that random initial weights leave in each query, in squared units of ``fold`` (1, or
+                0 where the initial weights are no part of training randomness, as for self-influence); None: 0.
+        """
 
     @abstractmethod
-    def fold(self, rows: Tensor, signals: Tensor, rate: float) -> None:
+    def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:
         """Takes one optimizer step.
 
         Args:
@@ -33,6 +43,8 @@ class Method(ABC):
                 to the applied gradient, so for a mean loss a share is the row's gradient divided by b. Non-finite
                 signals are left out.
             rate: Effective learning rate of the step: lr / (1 - momentum) for SGD, lr for Adam.
+            unit: Standard deviation [Q] that random initial weights leave in each query along its present direction;
+                None: 1. Directions of different times are compared in these units.
         """
 
     @abstractmethod

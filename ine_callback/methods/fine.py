@@ -100,7 +100,9 @@ class FINE(Method):
         """Number of signals left out as non-finite (or beyond 1e15 in size, times the rate) per query [Q], int64."""
         return self._started("nonfinite")["nonfinite"]
 
-    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: torch.device) -> None:
+    def start(
+        self, rows: int, queries: tuple[QueryInfo, ...], device: torch.device, initial: Tensor | None = None
+    ) -> None:
         """Allocates the state; see :class:`~ine_callback.methods.base.Method`."""
         if not queries:
             raise ValueError("FINE.start: queries is empty; give at least one query")
@@ -112,6 +114,7 @@ class FINE(Method):
         for name in ("observations", "informative"):
             self._state[name] = torch.zeros(rows, dtype=torch.int64, device=device)
         self._state["noise"] = torch.zeros(q, device=device)
+        self._state["initial"] = torch.zeros(q, device=device) if initial is None else initial.to(device)
         self._state["nonfinite"] = torch.zeros(q, dtype=torch.int64, device=device)
         # Draw 0 is held out for the check of the null; the last row takes what rows without a null are dealt.
         self._state["null"] = torch.zeros(-(-rows // self._stride) + 1, self._draws + 1, q, device=device)
@@ -121,7 +124,7 @@ class FINE(Method):
             self._state["trend"] = torch.zeros(q, device=device)
 
     @torch.no_grad()
-    def fold(self, rows: Tensor, signals: Tensor, rate: float) -> None:
+    def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:
         """Takes one optimizer step; see :class:`~ine_callback.methods.base.Method`."""
         state = self._started("fold")
         if rows.ndim != 1 or signals.shape != (rows.shape[0], len(self._queries)):
@@ -135,6 +138,8 @@ class FINE(Method):
         once = torch.ones_like(rows)
         state["observations"].index_add_(0, rows, once)
         predicted = signals.to(torch.float32) * rate
+        if unit is not None:
+            predicted = predicted / unit.to(torch.float32)
         usable = predicted.abs() < LARGEST  # False for NaN and infinities too
         state["nonfinite"] += (~usable).sum(0)
         if rows.shape[0] < 2 or rate == 0.0:
@@ -193,7 +198,7 @@ class FINE(Method):
         noise = _host(state["noise"])
         df = state["informative"].cpu().numpy() - 1.0
         with np.errstate(divide="ignore", invalid="ignore"):
-            scale = np.where(noise > 0, 1 / np.sqrt(noise), np.nan)
+            scale = np.where(noise > 0, 1 / np.sqrt(_randomness(noise, _host(state["initial"]), observations)), np.nan)
             z = shift / np.where(variance > 0, np.sqrt(variance), np.nan)
             residual = np.maximum(scatter - z**2, 0.0) / np.where(df > 0, df, np.nan)[:, None]
         p, t, p_t, se = (np.full_like(z, np.nan) for _ in range(4))
@@ -313,6 +318,17 @@ def _plan_null(rows: int, draws: int, stride: int) -> tuple[int, int]:
     """Returns draws and stride (a multiple of ``stride``) that keep ``rows / stride x draws`` near the cap."""
     draws = min(draws, max(2, NULL_CAP // max(rows, 1)))
     return draws, stride * max(1, -(-rows * draws // (NULL_CAP * stride)))
+
+
+def _randomness(noise: Floats, initial: Floats, observations: NDArray[np.int64]) -> Floats:
+    """Returns the variance [Q] of each query over training runs.
+
+    ``noise`` takes the draws of the batches as independent. Where the initial weights are random, it counts by the
+    rows' index of dispersion (variance of the number of visits over its mean, at most 1): a loader that shuffles
+    visits all rows alike, and what the order alone then does is a tenth of the initial weights' (docs/methods/fine.md).
+    """
+    dispersion = min(1.0, float(observations.var() / max(observations.mean(), 1e-12)))
+    return np.where(initial > 0, initial + dispersion * noise, noise)
 
 
 def _enlarged(tensor: Tensor, rows: int) -> Tensor:

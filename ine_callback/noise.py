@@ -1,0 +1,43 @@
+"""Training randomness that one run cannot show: what other initial weights would leave in a query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture import Block
+from ine_callback.options import InitialWeights
+
+
+class InitialNoise:
+    """How much of a query's change random initial weights leave: the scale of training randomness.
+
+    Each parameter's entries count as independent with the variance that they have at the start of the run (zero for
+    constants such as a norm's ones or zeroed biases). A change of the weights by such noise moves a query by
+    ``unit = ||sigma * U||`` (one standard deviation) along a direction U.
+
+    Args:
+        module: The model at the start of the run.
+        weights: ``random`` if another run would draw them anew; ``fixed`` (fine-tuning) if not: every entry then has
+            sigma = 1, a scale without meaning of its own.
+    """
+
+    def __init__(self, module: nn.Module, weights: InitialWeights) -> None:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        found = {p: p.detach().float().var(unbiased=False) for p in parameters}
+        spread = bool(torch.stack([v > 0 for v in found.values()]).any()) if found else False
+        self.random = weights == "random" and spread
+        self.note = ""
+        if weights == "random" and not spread:
+            self.note = "the initial weights are all alike: only the order of the rows counts as training randomness"
+        self._variances = found if self.random else {}
+
+    def variance(self, block: Block, u: Tensor) -> Tensor:
+        """Variance [Q] of <u, noise> for u [Q, *layout]."""
+        sigma2 = [self._variances.get(p, torch.zeros((), device=u.device)) for p in block.parameters]
+        squared = u.float().square()
+        if not self.random:
+            return squared.flatten(1).sum(1)
+        if len(sigma2) == 1:
+            return squared.flatten(1).sum(1) * sigma2[0]
+        return squared[..., :-1].flatten(1).sum(1) * sigma2[0] + squared[..., -1].flatten(1).sum(1) * sigma2[1]
