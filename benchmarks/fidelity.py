@@ -30,6 +30,7 @@ from benchmarks.data import folder
 from benchmarks.metrics import Floats, agreement, auroc, over_seeds
 from ine_callback import Recorder
 from ine_callback.methods.fine import FINE, Estimator
+from ine_callback.options import InitialWeights
 from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
 from ine_callback.scores import QueryInfo
 
@@ -67,11 +68,27 @@ class Setting:
     curvature_every: int = 4
     estimator: Estimator = "gaussian"
     self_query: bool = False
+    reservoir: int = 800
+    initial_weights: InitialWeights = "random"
+    each_step_alone: bool = False
+
+    def method(self) -> FINE:
+        return StepwiseFINE() if self.each_step_alone else FINE(self.estimator)
+
+
+class StepwiseFINE(FINE):
+    """Every step's shifts in units of that step's own noise, summed and divided by sqrt(T): no step weighs more."""
+
+    def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:
+        super().fold(rows, signals / signals.std(0), 1.0)
 
 
 ALTERNATIVES = {
     "default": Setting(self_query=True),
-    "discount off": Setting(discount=False),
+    "discount by K-FAC alone": Setting(reservoir=0),
+    "noise of the rows' order alone": Setting(initial_weights="fixed"),
+    "discount off (first order)": Setting(discount=False),
+    "each step in its own noise": Setting(initial_weights="fixed", each_step_alone=True),
     "estimator auc": Setting(estimator="auc"),
     "estimator max_threshold": Setting(estimator="max_threshold"),
 }
@@ -136,12 +153,14 @@ def make_recorder(model: nn.Module, optimizer: Any, scheduler: Any, problem: g1.
         rows=g1.ROWS,
         queries=queries,
         loss=cross_entropy,
-        methods=[FINE(setting.estimator)],
+        methods=[setting.method()],
         total_steps=g1.STEPS,
         schedulers=[] if scheduler is None else [(scheduler, 1)],
         refresh_every=setting.refresh_every,
         curvature_every=setting.curvature_every,
         discount=setting.discount,
+        reservoir=setting.reservoir,
+        initial_weights=setting.initial_weights,
         on_error="raise",
     )
 

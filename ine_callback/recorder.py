@@ -416,5 +416,13 @@ class Recorder:
             uncaptured=self.coverage.uncaptured,
             nonfinite=lost,
             schedule=schedule,
-            notes=[*self.notes, *told, *self.coverage.notes, *self.coverage.late_notes(), *self._source.notes, *ahead, *self.signals.notes()],
+            notes=[
+                *self.notes,
+                *told,
+                *self.coverage.notes,
+                *self.coverage.late_notes(),
+                *self._source.notes,
+                *ahead,
+                *self.signals.notes(),
+            ],
         )

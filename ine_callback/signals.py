@@ -204,7 +204,7 @@ class Signals:
         return [note for note in (self.reservoir.note, self.noise.note) if note]
 
     def _plan(self, block: Block, remaining: float) -> _Plan:
-        """A block's discount and weight; parameter groups with other learning rates weigh in relative to the first's."""
+        """A block's discount and weight; parameter groups with their own learning rates count relative to the first."""
         rate, step = rate_of(self.optimizer, block.parameters), step_rate(self.optimizer)
         lr = float(self.optimizer.param_groups[0]["lr"])
         weight = rate.weight * (rate.step / step if step else 1.0)

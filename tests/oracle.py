@@ -27,9 +27,7 @@ class Keep(Method):
     def __init__(self) -> None:
         self.steps: list[tuple[Tensor, Tensor, float]] = []
 
-    def start(
-        self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None
-    ) -> None:
+    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None) -> None:
         self.queries = queries
 
     def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:

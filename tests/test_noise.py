@@ -12,12 +12,20 @@ from ine_callback.options import InitialWeights
 from ine_callback.queries import CallableQuery
 
 
-def unit_of(model: nn.Module, weights: InitialWeights, query: object) -> tuple[Tensor, Recorder]:
+def unit_of(model: nn.Module, weights: InitialWeights, query: object, width: int = 4) -> tuple[Tensor, Recorder]:
     """The unit at a run's only step: no training remains, so U = v."""
-    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    x, y = torch.randn(6, width), torch.randint(3, (6,))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(
-        model, sgd, 6, {"q": query, "self": "self"}, cross_entropy, [Keep()], 1, initial_weights=weights, on_error="raise"
+        model,
+        sgd,
+        6,
+        {"q": query, "self": "self"},
+        cross_entropy,
+        [Keep()],
+        1,
+        initial_weights=weights,
+        on_error="raise",
     )
     with recorder:
         with recorder.batch(torch.arange(6), (x, y)):
@@ -28,12 +36,11 @@ def unit_of(model: nn.Module, weights: InitialWeights, query: object) -> tuple[T
 
 def test_unit_is_the_spread_over_initial_weights() -> None:
     """A query linear in the weights: its standard deviation over 4,000 drawn networks, to 12 %."""
-    x = torch.randn(1, 4)
+    x = torch.randn(1, 64)
     query = CallableQuery(lambda module, batch: module(batch[0]).sum(), (x, x))
-    unit, _ = unit_of(nn.Linear(4, 64), "random", query)
-    torch.manual_seed(1)
-    drawn = torch.stack([nn.Linear(4, 64)(x).sum().detach() for _ in range(4000)])
-    # the run knows one draw of the weights: 256 and 64 entries tell their variance to a few per cent
+    unit, _ = unit_of(nn.Linear(64, 3, bias=False), "random", query, 64)
+    drawn = torch.stack([nn.Linear(64, 3, bias=False)(x).sum().detach() for _ in range(4000)])
+    # one draw of the weights: 192 uniform entries tell their standard deviation to 3 %
     assert float(unit[0]) == pytest.approx(float(drawn.std()), rel=0.12)
     assert float(unit[1]) == 1.0
 

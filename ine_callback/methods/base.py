@@ -20,9 +20,7 @@ class Method(ABC):
     """
 
     @abstractmethod
-    def start(
-        self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None
-    ) -> None:
+    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None) -> None:
         """Allocates the state for ``rows`` rows (dataset indices 0 .. rows - 1) and ``Q = len(queries)`` queries.
 
         Args:

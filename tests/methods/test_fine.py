@@ -526,3 +526,39 @@ def test_command_line_configuration_builds_the_method() -> None:
     assert (built.estimator, built.null_draws, built.seed) == ("auc", 5, 0)
     with pytest.raises(Exception, match="estimator"):
         parser.parse_args(["--fine.estimator=mean"])
+
+
+# ---- units and initial weights ---------------------------------------------------------------------------------------
+
+
+def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
+    """mu = sum(d / unit) / sqrt(1 + dispersion x sum(w / unit^2)), dispersion = variance / mean of the visits."""
+    run = list(steps(30, 6, 40))
+    units = [torch.tensor([0.5 + t / 40, 2.0]) for t in range(40)]
+    fine, plain = FINE(), FINE()
+    fine.start(30, infos(2), CPU, torch.tensor([1.0, 0.0]))
+    plain.start(30, infos(2), CPU)
+    for (rows, signals, rate), unit in zip(run, units, strict=True):
+        fine.fold(rows, signals, rate, unit)
+        plain.fold(rows, signals / unit, rate)
+    found, expected = fine.finish(), plain.finish()
+    visits = expected.observations
+    dispersion = min(1.0, visits.var() / visits.mean())
+    assert 0.2 < dispersion <= 1.0
+    noise = plain._state["noise"].double().numpy()
+    np.testing.assert_allclose(
+        found.mu[:, 0], expected.mu[:, 0] * np.sqrt(noise[0] / (1 + dispersion * noise[0])), rtol=1e-5
+    )
+    np.testing.assert_allclose(found.mu[:, 1], expected.mu[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(found.se / found.mu, expected.se / expected.mu, rtol=1e-5)
+    np.testing.assert_array_equal(found.p, expected.p)
+
+
+def test_shuffled_epochs_leave_the_initial_weights_as_the_only_noise() -> None:
+    """Every row is visited alike: the order alone moves a query by little, and mu is the shift in units."""
+    fine, g = FINE(), torch.Generator().manual_seed(0)
+    fine.start(20, infos(1), CPU, torch.ones(1))
+    for _ in range(4):
+        for rows in torch.randperm(20, generator=g).split(5):
+            fine.fold(rows, torch.randn(5, 1, generator=g), 0.1, torch.full((1,), 3.0))
+    np.testing.assert_allclose(fine.finish().mu, fine._state["shift"].numpy(), rtol=1e-6)
