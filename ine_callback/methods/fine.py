@@ -2,9 +2,12 @@
 
 At a step with rows [b], signals c [b, Q] (of the rows' shares) and rate r,
 
-    d_i  = r (c_i - mean of the others)  shift of the query if row i is drawn rather than one of its batch-mates
-    w    = r^2 b Var(c)                  variance of the query's change over the draw of the batch
-    mu_i = sum d_i / sqrt(sum w)         sums over the row's steps and over all steps
+    d_i  = r (c_i - mean of the others) / u   shift of the query if row i is drawn rather than one of its batch-mates
+    w    = r^2 b Var(c) / u^2                 variance of the query's change over the draw of the batch
+    mu_i = sum d_i / sqrt(initial + dispersion x sum w)       sums over the row's steps and over all steps
+
+in units u of what random initial weights leave in the query (``initial`` = 1). The dispersion (variance / mean of the
+rows' visits) is 0 where a loader shuffles. Without random initial weights mu = sum d_i / sqrt(sum w).
 
 The query falls by ``r c_i`` to first order, so **mu > 0: training on the row lowers the query (helpful)**. Rows add up:
 the mu of a group is the sum of its rows' mu. The mean is over the other rows of the batch, for the alternative to row i
@@ -60,7 +63,7 @@ class FINE(Method):
     and ``se`` need two informative steps of the row: a prior alone is no test.
 
     Args:
-        estimator: ``gaussian``: ``sum d / sqrt(sum w)``, the default. ``auc`` and ``max_threshold`` follow the paper:
+        estimator: ``gaussian``: as above, the default. ``auc`` and ``max_threshold`` follow the paper:
             they compare the whole step's predicted decrease of the query, less its recent trend ("difference in
             differences") and in units of sqrt(w), between steps with and without the row. They see a row through the
             noise of its b - 1 batch-mates (standard error sqrt(b) times larger) and ``max_threshold`` is biased away
