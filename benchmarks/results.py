@@ -94,13 +94,15 @@ def g1(results: dict[str, Any]) -> Iterable[str]:
     for optimizer, found in results["optimizers"].items():
         seeds, truth = results["seeds"], found["truth"]
         flags = " --sweep" if found["study"] == "sweep" else ""
+        data = "" if results["data"].startswith("scikit") else " --data DIR"
+        many = f" --runs {truth['runs']:.0f}" if truth and truth["runs"] != 512 else ""
         yield G1_HEAD.format(
-            optimizer=NAMES[optimizer] + (", intervals" if flags else ""),
+            optimizer=NAMES[optimizer] + (", intervals" if flags else "") + ("" if data else ", second data set"),
             data=results["data"],
             seeds=seeds,
             truth=of_truth(truth),
-            command=f"python -m benchmarks.fidelity --json fidelity.json --data DIR --truth 'truth-{{optimizer}}.pt' "
-            f"--optimizers {optimizer} --seeds {seeds}{flags}",
+            command=f"python -m benchmarks.fidelity --json fidelity.json{data} --truth 'truth-{{optimizer}}.pt' "
+            f"--optimizers {optimizer} --seeds {seeds}{many}{flags}",
         )
         keys = [key for key in COLUMNS if any(key in row for row in found["rows"].values())]
         head = ["", *(COLUMNS[key].format(seeds=seeds) for key in keys)]
