@@ -56,6 +56,18 @@ python -m benchmarks.runs --json runs.json
 against the mean of all the others: how often μ ± 1.96 se holds it, and what self-influence lists at q ≤ .05.
 """
 
+MISLABEL_HEAD = """\
+## Wrong labels: {problem}
+
+```bash
+python -m benchmarks.mislabel --json mislabel.json --data DIR
+```
+
+{rows} rows, {noise:.1%} of the labels wrong, {seeds} seeds, ± half a 95 % interval over seeds. Self-influence less this: the
+paired difference of the AUROCs. A small multilayer perceptron for digits, a small convolutional network for CIFAR-10N
+at 16 x 16 pixels; SGD with momentum, cosine.
+"""
+
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
 COLUMNS = {
     "spearman_per_query": "Spearman per query",
@@ -147,6 +159,24 @@ def runs(results: dict[str, Any]) -> Iterable[str]:
     )
 
 
+def mislabel(results: dict[str, Any]) -> Iterable[str]:
+    """The sections of a file of ``benchmarks.mislabel``."""
+    columns = {"auroc": "AUROC", "average_precision": "average precision", "recall_at_noise_rate": "recall"}
+    columns |= {"self_minus_this": "self-influence less this"}
+    stable = {"seed_spearman": "Spearman of seeds", "jaccard_top10": "Jaccard 10 %", "jaccard_top20": "Jaccard 20 %"}
+    for problem, found in results["problems"].items():
+        yield MISLABEL_HEAD.format(problem=problem, seeds=results["seeds"], rows=found["rows"], noise=found["noise"])
+        yield table(
+            ["", *columns.values(), *stable.values()],
+            (
+                [name]
+                + [f"{row[c]:.3f} ± {row[f'{c}_half_width']:.3f}" for c in columns]
+                + [f"{row[c]:.2f}" for c in stable]
+                for name, row in found["scores"].items()
+            ),
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks, in the order wanted")
@@ -157,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts.append(args.notes.read_text())
     for file in args.files:
         results = json.loads(file.read_text())
-        parts += list({"g1": g1, "g2": g2, "runs": runs}[results["protocol"]](results))
+        parts += list({"g1": g1, "g2": g2, "runs": runs, "mislabel": mislabel}[results["protocol"]](results))
     print("\n".join(part.rstrip("\n") + "\n" for part in parts), end="")
 
 

@@ -174,5 +174,8 @@ def _diagonal(moment: Tensor, size: int) -> Tensor:
 def _eigen(moment: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
     if not full:
         return moment.clamp_min(0), None
-    values, vectors = torch.linalg.eigh(moment)
+    try:
+        values, vectors = torch.linalg.eigh(moment)
+    except torch.linalg.LinAlgError:  # single precision may not converge where many inputs are always zero
+        values, vectors = (x.to(moment.dtype) for x in torch.linalg.eigh(moment.double()))
     return values.clamp_min(0), vectors

@@ -28,6 +28,7 @@ def run(module: str, *arguments: str) -> str:
     ("module", "title"),
     [
         ("runs", "## Several runs"),
+        ("mislabel", "## Wrong labels"),
         pytest.param("lds", "## Protocol G2", marks=pytest.mark.long),
         pytest.param("fidelity", "## Protocol G1", marks=pytest.mark.long),
     ],

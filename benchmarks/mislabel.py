@@ -1,0 +1,206 @@
+"""Which score finds wrong labels: human ones (CIFAR-10N) and synthetic flips, beside the free baselines.
+
+    python -m benchmarks.mislabel --json mislabel.json --data DIR
+
+Every run is recorded once with the package's defaults. A score is judged by AUROC, average precision and recall at the
+noise rate; and by how alike two seeds rank and choose (Spearman, Jaccard of the most suspicious 10 % and 20 %).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from rich.progress import track
+from scipy import stats
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+
+from benchmarks.data import digits, folder
+from benchmarks.fidelity import machine
+from benchmarks.metrics import Floats, auroc
+from ine_callback import Query, Recorder
+
+HUMAN = {"cifar10n-aggre": "aggre_label", "cifar10n-random1": "random_label1", "cifar10n-worse": "worse_label"}
+SELF = "self-influence"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows x with labels y, of which ``wrong`` are not the true ones; held-out xq with true labels yq."""
+
+    x: Tensor
+    y: Tensor
+    wrong: NDArray[np.bool_]
+    xq: Tensor
+    yq: Tensor
+    epochs: int
+    lr: float
+
+
+def flipped(where: Path | None, share: float = 0.2) -> Problem:
+    """Digits with a share of the labels replaced by another class."""
+    x, true = digits(where)
+    g = torch.Generator().manual_seed(5)
+    order = torch.randperm(len(x), generator=g)
+    n = min(5000, len(x) * 2 // 3)
+    rows, held_out = order[:n], order[n : n + 500]
+    wrong = torch.rand(n, generator=g) < share
+    y = torch.where(wrong, (true[rows] + torch.randint(1, 10, (n,), generator=g)) % 10, true[rows])
+    return Problem(x[rows], y, wrong.numpy(), x[held_out], true[held_out], 10, 0.05)
+
+
+def human(where: Path, column: str, rows: int = 4000, held_out: int = 500) -> Problem:
+    """CIFAR-10 images with labels by people (CIFAR-10N), at half the resolution: 16 x 16."""
+    raw = np.load(where / "cifar10n.npz")
+    clean = torch.tensor(raw["clean_label"][:rows]).long()
+    y = torch.tensor(raw[column][:rows]).long()
+    x, xq = (
+        images(raw["train_jpeg"], raw["train_offsets"], rows),
+        images(raw["test_jpeg"], raw["test_offsets"], held_out),
+    )
+    yq = torch.tensor(raw["test_label"][:held_out]).long()
+    return Problem(x, y, (y != clean).numpy(), xq, yq, 12, 0.05)
+
+
+def images(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], count: int) -> Tensor:
+    """Decoded images [count, 3, 16, 16], centred and scaled."""
+    from PIL import Image
+
+    out = np.stack(
+        [np.asarray(Image.open(io.BytesIO(jpeg[offsets[k] : offsets[k + 1]].tobytes()))) for k in range(count)]
+    )
+    return F.avg_pool2d((torch.tensor(out, dtype=torch.float32).permute(0, 3, 1, 2) / 255 - 0.47) / 0.25, 2)
+
+
+def network(x: Tensor) -> nn.Module:
+    """A multilayer perceptron for digits, a small convolutional network for images."""
+    if x.dim() == 2:
+        return nn.Sequential(*(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)))
+    return nn.Sequential(
+        *(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(24, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(48, 48, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(768, 10)),
+    )
+
+
+def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def one_run(seed: int, problem: Problem) -> dict[str, Floats]:
+    """Suspicions [N] of every score, from one training."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    model, n, b = network(problem.x), len(problem.y), 64
+    optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr, momentum=0.9)
+    total = problem.epochs * -(-n // b)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    held_out = (problem.xq, problem.yq)
+    queries = {"loss": held_out, "margin": Query.margin(held_out), "self": "self"}
+    recorder = Recorder(
+        model,
+        optimizer,
+        n,
+        queries,
+        cross_entropy,
+        total_steps=total,
+        schedulers=[(cosine, 1)],
+        on_error="raise",
+    )
+    margins = torch.zeros(n)
+    with recorder:
+        for _ in range(problem.epochs):
+            for rows in torch.randperm(n, generator=g).split(b):
+                with recorder.batch(rows, (problem.x[rows], problem.y[rows])):
+                    logits = model(problem.x[rows])
+                    loss = F.cross_entropy(logits, problem.y[rows])
+                    recorder.see(loss)
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                cosine.step()
+                own = problem.y[rows, None]
+                other = logits.detach().scatter(1, own, -torch.inf).amax(1)
+                margins[rows] += logits.detach().gather(1, own)[:, 0] - other
+    scores = recorder.report().scores
+    with torch.no_grad():
+        final = F.cross_entropy(model(problem.x), problem.y, reduction="none").double().numpy()
+    return {
+        SELF: scores.mu[:, 2],
+        "harm to the mean margin": -scores.mu[:, 1],
+        "harm to the mean loss": -scores.mu[:, 0],
+        "final loss": final,
+        "mean loss in the run": scores.mean_loss,
+        "area under the margin": -margins.double().numpy(),
+    }
+
+
+def judge(runs: Sequence[Floats], wrong: NDArray[np.bool_]) -> dict[str, Any]:
+    """Quality of one score over seeds, with the half width of its 95 % interval (t over seeds), and stability."""
+    count = int(wrong.sum())
+    each = {
+        "auroc": [auroc(s, wrong) for s in runs],
+        "average_precision": [float(average_precision_score(wrong, s)) for s in runs],
+        "recall_at_noise_rate": [float(wrong[np.argsort(-s)[:count]].mean()) for s in runs],
+    }
+    out: dict[str, Any] = {"each_seed": each}
+    for name, values in each.items():
+        out[name], out[f"{name}_half_width"] = mean_and_half_width(values)
+    pairs = list(itertools.combinations(runs, 2))
+    out["seed_spearman"] = float(np.mean([stats.spearmanr(a, b)[0] for a, b in pairs]))
+    for share in (10, 20):
+        out[f"jaccard_top{share}"] = float(np.mean([jaccard(a, b, share / 100) for a, b in pairs]))
+    return out
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval."""
+    error = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return float(np.mean(values)), float(error)
+
+
+def jaccard(one: Floats, two: Floats, share: float) -> float:
+    size = round(share * len(one))
+    a, b = (set(np.argsort(-s)[:size].tolist()) for s in (one, two))
+    return len(a & b) / len(a | b)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--data", help="folder with mnist10k.npz and cifar10n.npz (or INE_DATA); else digits alone")
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each problem (at least 2)")
+    parser.add_argument("--quick", action="store_true", help="synthetic flips alone, 2 seeds: to see it work")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    where = folder(args.data)
+    seeds = 2 if args.quick else args.seeds
+    problems = ["flips"] if args.quick or where is None else ["flips", *HUMAN]
+    results: dict[str, Any] = {"protocol": "mislabel", "machine": machine(), "seeds": seeds, "problems": {}}
+    for name in problems:
+        problem = flipped(where) if where is None or name == "flips" else human(where, HUMAN[name])
+        runs = [one_run(seed, problem) for seed in track(range(seeds), description=name)]
+        rows = {score: judge([run[score] for run in runs], problem.wrong) for score in runs[0]}
+        for row in rows.values():
+            differences = np.subtract(rows[SELF]["each_seed"]["auroc"], row["each_seed"]["auroc"])
+            row["self_minus_this"], row["self_minus_this_half_width"] = mean_and_half_width(differences.tolist())
+        results["problems"][name] = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "scores": rows}
+        args.json.write_text(json.dumps(results, indent=1))
+        for score, row in rows.items():
+            found = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float))
+            print(f"{name:18s}{score:26s}{found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
