@@ -63,9 +63,9 @@ MISLABEL_HEAD = """\
 python -m benchmarks.mislabel --json mislabel.json --data DIR
 ```
 
-{rows} rows, {noise:.1%} of the labels wrong, {seeds} seeds, ± half a 95 % interval over seeds. Self-influence less this: the
-paired difference of the AUROCs. A small multilayer perceptron for digits, a small convolutional network for CIFAR-10N
-at 16 x 16 pixels; SGD with momentum, cosine.
+{rows} rows, {noise:.1%} of the labels wrong, {seeds} seeds, ± half a 95 % interval over seeds. Self-influence less
+this: the paired difference of the AUROCs. A small multilayer perceptron for digits, a small convolutional network for
+CIFAR-10N at 16 x 16 pixels; SGD with momentum, cosine.
 """
 
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}

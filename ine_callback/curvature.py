@@ -176,6 +176,6 @@ def _eigen(moment: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
         return moment.clamp_min(0), None
     try:
         values, vectors = torch.linalg.eigh(moment)
-    except torch.linalg.LinAlgError:  # single precision may not converge where many inputs are always zero
+    except RuntimeError:  # single precision may not converge where many inputs are always zero
         values, vectors = (x.to(moment.dtype) for x in torch.linalg.eigh(moment.double()))
     return values.clamp_min(0), vectors
