@@ -1,4 +1,4 @@
-"""Digits for the benchmarks: 10,000 MNIST images from a folder given by the user, else scikit-learn's small ones."""
+"""Digits and text for the benchmarks: from a folder given by the user, else what scikit-learn brings along."""
 
 from __future__ import annotations
 
@@ -38,3 +38,12 @@ def digits(path: Path | None) -> tuple[Tensor, Tensor]:
         return torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y).long()
     raw = np.load(path / MNIST)
     return torch.tensor(raw["x"], dtype=torch.float32).flatten(1) / 255, torch.tensor(raw["y"]).long()
+
+
+def text(path: Path | None) -> str:
+    """Shakespeare (1.1 MB) from the folder, or the descriptions of scikit-learn's data sets where path is None."""
+    if path is not None:
+        return (path / "tinyshakespeare.txt").read_text()
+    from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
+
+    return "".join(load().DESCR for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine))

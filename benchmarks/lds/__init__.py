@@ -1,0 +1,1 @@
+"""Do scores foretell retraining? Halves of the rows and single rows left out, beside dattri and traker."""

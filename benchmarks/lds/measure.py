@@ -1,0 +1,48 @@
+"""CPU seconds and peak memory of a computation, in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.metrics import Floats
+
+STATUS = Path("/proc/self/status")
+
+
+class Measured(NamedTuple):
+    """Scores with their CPU seconds, and the megabytes at the peak above the start (NaN where not told)."""
+
+    scores: Floats
+    seconds: float
+    peak_mb: float
+
+
+def measure(function: Callable[[], Floats]) -> Measured:
+    """Runs ``function`` in a process of its own, so that its peak of memory can be told."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, function).result()
+
+
+def _measure(function: Callable[[], Floats]) -> Measured:
+    torch.set_num_threads(1)
+    started, before = time.process_time(), _memory("VmRSS")
+    if STATUS.is_file():
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
+    scores = function()
+    return Measured(scores, time.process_time() - started, _memory("VmHWM") - before)
+
+
+def _memory(key: str) -> float:
+    """Resident memory of this process (VmRSS) or its peak (VmHWM) in MB; NaN where the system does not tell."""
+    if not STATUS.is_file():
+        return float("nan")
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return float(line.split()[1]) / 1e3
