@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.stats import rankdata, spearmanr
 
 Floats = NDArray[np.float64]
@@ -48,11 +49,23 @@ def auroc(suspicion: Floats, bad: NDArray[np.bool_]) -> float:
 
 def over_seeds(suspicions: Sequence[Floats]) -> dict[str, float]:
     """Rank agreement and overlap of the top tenth between seeds, mean over pairs (NaN for one seed)."""
-    spearman, jaccard = [], []
+    spearman, overlap = [], []
     for one, two in itertools.combinations(suspicions, 2):
         spearman.append(spearmanr(one, two)[0])
-        top = [set(np.argsort(-s)[: len(s) // 10].tolist()) for s in (one, two)]
-        jaccard.append(len(top[0] & top[1]) / len(top[0] | top[1]))
+        overlap.append(jaccard(one, two, 0.1))
     if not spearman:
         return {"seed_spearman": float("nan"), "jaccard_top10": float("nan")}
-    return {"seed_spearman": float(np.mean(spearman)), "jaccard_top10": float(np.mean(jaccard))}
+    return {"seed_spearman": float(np.mean(spearman)), "jaccard_top10": float(np.mean(overlap))}
+
+
+def jaccard(one: Floats, two: Floats, share: float) -> float:
+    """Overlap of the highest ``share`` of both: size of the intersection over that of the union."""
+    size = round(share * len(one))
+    a, b = (set(np.argsort(-s)[:size].tolist()) for s in (one, two))
+    return len(a & b) / len(a | b)
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval, by Student's t."""
+    error = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return float(np.mean(values)), float(error)

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.progress import track
-from scipy import stats
+from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 from benchmarks.data import digits, folder
 from benchmarks.fidelity import machine
-from benchmarks.metrics import Floats, auroc
+from benchmarks.metrics import Floats, auroc, jaccard, mean_and_half_width
 from ine_callback import Query, Recorder
 
 HUMAN = {"cifar10n-aggre": "aggre_label", "cifar10n-random1": "random_label1", "cifar10n-worse": "worse_label"}
@@ -158,22 +158,10 @@ def judge(runs: Sequence[Floats], wrong: NDArray[np.bool_]) -> dict[str, Any]:
     for name, values in each.items():
         out[name], out[f"{name}_half_width"] = mean_and_half_width(values)
     pairs = list(itertools.combinations(runs, 2))
-    out["seed_spearman"] = float(np.mean([stats.spearmanr(a, b)[0] for a, b in pairs]))
+    out["seed_spearman"] = float(np.mean([spearmanr(a, b)[0] for a, b in pairs]))
     for share in (10, 20):
         out[f"jaccard_top{share}"] = float(np.mean([jaccard(a, b, share / 100) for a, b in pairs]))
     return out
-
-
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
-    error = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
-    return float(np.mean(values)), float(error)
-
-
-def jaccard(one: Floats, two: Floats, share: float) -> float:
-    size = round(share * len(one))
-    a, b = (set(np.argsort(-s)[:size].tolist()) for s in (one, two))
-    return len(a & b) / len(a | b)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,7 @@ from benchmarks.lds.problems import Problem
 from benchmarks.metrics import Floats, per_query_spearman
 
 KINDS = ("loss", "margin")
-METHODS = {"ours": "ine_callback", "dattri": "dattri", "traker": "trak"}  # with the module to import
+LIBRARIES = {"dattri": "dattri", "traker": "trak"}  # with the module to import
 LEFT_OUT, CHECKPOINTS = 50, 10
 
 
@@ -105,7 +105,7 @@ def row(name: str, models: int, found: Measured, judge: Callable[[Floats], dict[
 
 
 def others(
-    problem: Problem, sizes: Sequence[int], libraries: Sequence[str], judge: Callable[[Floats], dict[str, float]]
+    problem: Problem, sizes: Sequence[int], wanted: Callable[[str], bool], judge: Callable[[Floats], dict[str, float]]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table for the other libraries; those for one model all judge the same one."""
     keep = torch.arange(len(problem.x)).expand(max(sizes), -1)
@@ -129,7 +129,7 @@ def others(
         *((f"traker TRAK-{m}", m, partial(peers.traker, problem, end, m)) for m in sizes[:2]),
     ]
     for name, models, method in methods:
-        if name.split()[0] not in libraries:
+        if not wanted(name):
             continue
         try:
             found = measure(method)
@@ -159,14 +159,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--left-out", type=int, default=0, help="trainings without each of 50 rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="seeds of the one-run estimates")
     parser.add_argument("--models", type=int, nargs="+", default=[1, 10, 50], help="ensembles of TRAK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="whose scores to judge")
+    parser.add_argument("--only", default="", help="part of the names of the scores wanted, e.g. ine_callback or TRAK")
     parser.add_argument("--quick", action="store_true", help="few epochs, one seed, no kept truth: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     where = folder(args.data)
-    libraries = [m for m in args.methods if m != "ours" and importlib.util.find_spec(METHODS[m])]
-    if missing := set(args.methods) - {"ours", *libraries}:
-        print(f'not installed, and left out: {", ".join(sorted(missing))} (pip install -e ".[peers]")')
+    missing = [name for name, module in LIBRARIES.items() if not importlib.util.find_spec(module)]
+    if missing:
+        print(f'not installed, and left out: {", ".join(missing)} (pip install -e ".[peers]")')
+    sizes = args.models[:1] if args.quick else args.models
     results: dict[str, Any] = {
         "protocol": "lds",
         "data": "scikit-learn's" if where is None else "MNIST, Shakespeare",
@@ -189,10 +190,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(name, results["problems"][name])
         judge = partial(truth.judge, subsets=problem.subsets)
         found = []
-        if "ours" in args.methods:
+        if args.only in "ine_callback":
             found.append(ours(problem, args.seeds[:1] if args.quick else args.seeds, judge))
-        if libraries:
-            found.append(others(problem, args.models[:1] if args.quick else args.models, libraries, judge))
+        if args.only != "ine_callback":
+            found.append(
+                others(problem, sizes, lambda name: args.only in name and name.split()[0] not in missing, judge)
+            )
         for line in (line for lines in found for line in lines):
             results["rows"].append({"protocol": name, **line})
             show(results["rows"][-1])

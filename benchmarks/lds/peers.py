@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -123,9 +124,12 @@ def influence_cg(problem: Problem, stacked: Stacked, damping: float) -> Floats:
 def influence_ekfac(problem: Problem, stacked: Stacked, damping: float) -> Floats:
     """Influence functions, the Fisher matrix of the linear layers by EK-FAC.
 
-    dattri 0.3.0 tears a layer's weight from its bias when it inverts, so biases are passed as weights of an input of 1.
+    Two faults of dattri 0.3.0 are mended here, so that the method is judged and not they: it tears a layer's weight
+    from its bias when it inverts (biases are passed as weights of an input of 1), and takes the rows of the matrices of
+    eigenvectors for the eigenvectors, which are the columns.
     """
     from dattri.algorithm.influence_function import IFAttributorEKFAC
+    from dattri.func.fisher import estimate_eigenvector
     from dattri.task import AttributionTask
 
     f = Functions(problem)
@@ -133,7 +137,12 @@ def influence_ekfac(problem: Problem, stacked: Stacked, damping: float) -> Float
     f.model = without_biases(f.model)
     task = AttributionTask(f.loss, f.model, [f.model.state_dict()], target_func=f.query)
     attributor = IFAttributorEKFAC(task, damping=damping)
-    attributor.cache(rows(problem, 64))
+
+    def eigenvectors(covariances: Any) -> Any:
+        return {name: (a.mT, g.mT) for name, (a, g) in estimate_eigenvector(covariances).items()}
+
+    with mock.patch("dattri.func.fisher.estimate_eigenvector", eigenvectors):
+        attributor.cache(rows(problem, 64))
     return by_kind(problem, attributor.attribute(rows(problem, chunk(problem)), queries(problem, 2 * len(problem.xq))))
 
 

@@ -96,7 +96,8 @@ class Attention(nn.Module):
         weight = q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5
         ahead = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
         mixed = weight.masked_fill(ahead, float("-inf")).softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).reshape(b, t, width))
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(b, t, width))
+        return out
 
 
 class Block(nn.Module):
@@ -110,7 +111,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class Transformer(nn.Module):
@@ -124,7 +126,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.characters(x) + self.position(torch.arange(x.shape[1], device=x.device).expand_as(x))
-        return self.out(self.norm(self.blocks(h))).transpose(1, 2)
+        out: Tensor = self.out(self.norm(self.blocks(h))).transpose(1, 2)
+        return out
 
 
 def sgd(parameters: Iterable[Tensor], lr: float, momentum: float) -> Optimizer:
@@ -147,6 +150,8 @@ def of_digits(path: Path | None, name: str, quick: bool) -> Problem:
     x, y = digits(path)
     x = (x - 0.1307) / 0.3081
     side = round(x.shape[1] ** 0.5)
+    what: str
+    network: Callable[[], nn.Module]
     what, network, lr, momentum, rows, queries, epochs = {
         "g2": ("MLP 784-128-64-10, SGD .01, momentum .9", partial(mlp, side * side, 0.0), 0.01, 0.9, 5000, 50, 50),
         "mlp": ("the same with dropout .1 (dattri's)", partial(mlp, side * side, 0.1), 0.01, 0.9, 5000, 50, 50),
@@ -164,17 +169,22 @@ def of_digits(path: Path | None, name: str, quick: bool) -> Problem:
     n = min(rows, len(x) * 2 // 3)
     g = torch.Generator().manual_seed(11)
     order = torch.randperm(len(x), generator=g)
-    kept = halves(n, g)
+    subsets = halves(n, g)
     train, held_out = order[:n], order[n : n + queries]
     return Problem(
-        *(name, what, x[train], y[train], x[held_out], y[held_out], kept, network),
-        *(
-            partial(sgd, lr=lr, momentum=momentum),
-            lr / (1 - momentum),
-            64,
-            3 if quick else epochs,
-            500 if name == "cnn" else n,
-        ),
+        name=name,
+        what=what,
+        x=x[train],
+        y=y[train],
+        xq=x[held_out],
+        yq=y[held_out],
+        subsets=subsets,
+        network=network,
+        optimizer=partial(sgd, lr=lr, momentum=momentum),
+        lr=lr / (1 - momentum),
+        batch=64,
+        epochs=3 if quick else epochs,
+        hessian_rows=500 if name == "cnn" else n,
     )
 
 
@@ -189,9 +199,19 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
     pieces = codes[starts[:, None] + torch.arange(context + 1)]
     x, y = pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
     return Problem(
-        *("transformer", "character transformer, 2 blocks of width 32, 32 characters a row, AdamW 3e-3"),
-        *(x[:rows], y[:rows], x[rows:], y[rows:], halves(rows, g), partial(Transformer, len(letters), context)),
-        *(partial(adamw, lr=3e-3), 3e-3, 25, 2 if quick else 15, 500),
+        name="transformer",
+        what=f"character transformer, 2 blocks of width 32, {context} characters a row, AdamW 3e-3",
+        x=x[:rows],
+        y=y[:rows],
+        xq=x[rows:],
+        yq=y[rows:],
+        subsets=halves(rows, g),
+        network=partial(Transformer, len(letters), context),
+        optimizer=partial(adamw, lr=3e-3),
+        lr=3e-3,
+        batch=25,
+        epochs=2 if quick else 15,
+        hessian_rows=500,
     )
 
 
