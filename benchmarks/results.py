@@ -1,6 +1,6 @@
 """Renders the measurements as Markdown.
 
-python -m benchmarks.results FILES... --notes benchmarks/notes.md > benchmarks/RESULTS.md
+python -m benchmarks.results FILES... --notes benchmarks/notes.md --plots benchmarks/plots > benchmarks/RESULTS.md
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import PLOTS
+
 HEAD = """\
 # How good are the scores?
 
-Generated from the benchmarks' JSON files by `python -m benchmarks.results FILES... --notes benchmarks/notes.md >
-benchmarks/RESULTS.md`; edit notes.md instead. Scores are those of one training run recorded by `Recorder` in a bare
-PyTorch loop, truths those of retraining. All numbers are means over the seeds named. Seconds are CPU seconds of one
-thread on a two-core machine without accelerator, shared with other work: differences of less than a half say
-nothing.
+Generated from the benchmarks' JSON files by `python -m benchmarks.results FILES... --notes benchmarks/notes.md --plots
+benchmarks/plots > benchmarks/RESULTS.md`; edit notes.md instead. Scores are those of one training run recorded by
+`Recorder` in a bare PyTorch loop, truths those of retraining. All numbers are means over the seeds named. Seconds are
+CPU seconds of one thread on a two-core machine without accelerator, shared with other work: differences of less than a
+half say nothing.
 """
 
 G1_HEAD = """\
@@ -32,17 +34,30 @@ G1_HEAD = """\
 (random, classes, flipped rows) and 200 queries, each the loss of one held-out row. {truth}
 """
 
-G2_HEAD = """\
-## Protocol G2: long training, {data}
+LDS_HEAD = """\
+## {title}: {what}
 
 ```bash
-python -m benchmarks.lds --json lds.json --data DIR --truth truth-lds.pt
+python -m benchmarks.lds --problems {problem} --json lds.json{data} --truth 'truth-{{problem}}.pt'{left_out}
 ```
 
-Half of the rows (5,000 for MNIST) left out, 60 times, four retrainings each; MLP 784-128-64-10, SGD .01 with
-momentum .9, {epochs}
-epochs; 50 held-out rows as queries, by their loss and by their negated margin. Linear data-modelling score, mean
-over queries; seeds {seeds}. Split-half reliability of the target: {reliability}.
+{rows} rows, {queries} queries posed by their loss and by their negated margin, {epochs} epochs. Half of the rows left
+out, 60 times, {runs} retrainings each: linear data-modelling score (LDS), mean over queries.{loo} Two halves of the
+retrainings agree to {reliability}. Seconds of one thread with the training of the models needed; MB at the peak, above
+the start.
+"""
+
+RANDOMNESS_HEAD = """\
+## Stability of one run's scores ({data})
+
+```bash
+python -m benchmarks.randomness --json randomness.json{flag} --seeds {seeds}
+```
+
+G1's rows and network, {seeds} runs of each training setting. One run against the mean of the others (multi-run),
+against another run (pairs), and the mean of a setting's runs against the mean of the base's. Jaccard: of the 10 % and
+20 % most suspicious rows. Same sign of flagged: of the rows with q ≤ .05 in one run, in another. Coverage: how often one run's
+μ ± 1.96 se holds the mean of the other runs. ± half a 95 % interval over runs.
 """
 
 RUNS_HEAD = """\
@@ -63,9 +78,10 @@ MISLABEL_HEAD = """\
 python -m benchmarks.mislabel --json mislabel.json --data DIR
 ```
 
-{rows} rows, {noise:.1%} of the labels wrong, {seeds} seeds, ± half a 95 % interval over seeds. Self-influence less
-this: the paired difference of the AUROCs. A small multilayer perceptron for digits, a small convolutional network for
-CIFAR-10N at 16 x 16 pixels; SGD with momentum, cosine.
+{rows} rows, {noise:.1%} of the labels wrong, {seeds} seeds, ± half a 95 % interval over seeds. Mean loss less this: the
+paired difference of the AUROCs, the mean loss in the run being the score that the package recommends for labels. A
+small multilayer perceptron for digits, a small convolutional network for CIFAR-10N at 16 x 16 pixels; SGD with
+momentum, cosine.
 """
 
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
@@ -137,16 +153,68 @@ def of_truth(truth: dict[str, float]) -> str:
     return out + "."
 
 
-def g2(results: dict[str, Any]) -> Iterable[str]:
-    """The section of a file of ``benchmarks.lds``."""
-    reliability = ", ".join(f"{name} {value:.2f}" for name, value in results["split_half"].items())
-    seeds = results["seeds"]
-    yield G2_HEAD.format(
-        data=results["data"], epochs=results["epochs"], seeds=", ".join(map(str, seeds)), reliability=reliability
-    )
-    keys = [key for key in next(iter(results["rows"].values())) if key != "seconds"]
-    rows = ([name, *(numbers(row[k]) for k in keys), f"{row['seconds']:.0f}"] for name, row in results["rows"].items())
-    yield table(["", *keys, "seconds"], rows)
+def merged(found: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The files with those of ``benchmarks.lds`` put together; of equal rows the later file's counts."""
+    parts = [results for results in found if results["protocol"] == "lds"]
+    for results in found:
+        if results["protocol"] != "lds":
+            yield results
+        elif results is parts[0]:
+            rows = {(row["protocol"], row["name"]): row for part in parts for row in part["rows"]}
+            problems = {name: one for part in parts for name, one in part["problems"].items()}
+            yield {**results, "problems": problems, "rows": list(rows.values())}
+
+
+def lds(results: dict[str, Any]) -> Iterable[str]:
+    """One section for each problem of ``benchmarks.lds``."""
+    names = {"lds_loss": "LDS, losses", "lds_margin": "LDS, margins"}
+    names |= {"loo_loss": "left out, losses", "loo_margin": "left out, margins"}
+    for problem, about in results["problems"].items():
+        rows = [row for row in results["rows"] if row["protocol"] == problem]
+        keys = [key for key in names if any(key in row for row in rows)]
+        yield LDS_HEAD.format(
+            title="Protocol G2" if problem == "g2" else f"Retraining, {problem}",
+            problem=problem,
+            data="" if results["data"].startswith("scikit") else " --data DIR",
+            left_out=f" --left-out {about['left_out']}" if about["left_out"] else "",
+            loo=" 50 rows left out one at a time, paired: Spearman over them." if about["left_out"] else "",
+            reliability=", ".join(f"{names[k]} {v:.2f}" for k, v in about["reliability"].items()),
+            **{key: about[key] for key in ("what", "rows", "queries", "epochs", "runs")},
+        )
+        yield table(
+            ["", "models", *(names[key] for key in keys), "seconds", "MB"],
+            (
+                [row["name"], str(row["models"])]
+                + ([row["failed"].splitlines()[0][:80]] if "failed" in row else [number(row.get(key)) for key in keys])
+                + ([] if "failed" in row else [f"{row['seconds']:.0f}", f"{row['peak_mb']:.0f}"])
+                for row in rows
+            ),
+        )
+
+
+def randomness(results: dict[str, Any]) -> Iterable[str]:
+    """The section of a file of ``benchmarks.randomness``, one table for each query."""
+    flag = "" if results["data"].startswith("scikit") else " --data DIR"
+    yield RANDOMNESS_HEAD.format(data=results["data"], flag=flag, seeds=results["seeds"])
+    columns = {
+        "spearman_mean_of_others": "Spearman, multi-run",
+        "spearman": "Spearman, pairs",
+        "jaccard_10": "Jaccard 10 %",
+        "jaccard_20": "Jaccard 20 %",
+        "same_sign": "same sign",
+        "same_sign_flagged": "same sign of flagged",
+        "coverage": "coverage",
+    }
+    for query in next(iter(results["settings"].values())):
+        yield f"Query: {query}\n"
+        head = ["", *columns.values(), "Spearman to base", "Jaccard 10 % to base"]
+        rows = []
+        for name, queries in results["settings"].items():
+            row = queries[query]
+            base = row["to_base"]
+            rows.append([name, *(f"{row[c][0]:.2f} ± {row[c][1]:.2f}" for c in columns)])
+            rows[-1] += [f"{base['spearman']:.2f}", f"{base['jaccard_10']:.2f}"]
+        yield table(head, rows)
 
 
 def runs(results: dict[str, Any]) -> Iterable[str]:
@@ -162,7 +230,7 @@ def runs(results: dict[str, Any]) -> Iterable[str]:
 def mislabel(results: dict[str, Any]) -> Iterable[str]:
     """The sections of a file of ``benchmarks.mislabel``."""
     columns = {"auroc": "AUROC", "average_precision": "average precision", "recall_at_noise_rate": "recall"}
-    columns |= {"self_minus_this": "self-influence less this"}
+    columns |= {"mean_loss_minus_this": "mean loss less this"}
     stable = {"seed_spearman": "Spearman of seeds", "jaccard_top10": "Jaccard 10 %", "jaccard_top20": "Jaccard 20 %"}
     for problem, found in results["problems"].items():
         yield MISLABEL_HEAD.format(problem=problem, seeds=results["seeds"], rows=found["rows"], noise=found["noise"])
@@ -181,13 +249,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks, in the order wanted")
     parser.add_argument("--notes", type=Path, help="Markdown put after the introduction")
+    parser.add_argument("--plots", type=Path, help="folder for the pictures, beside the Markdown file")
     args = parser.parse_args(argv)
     parts = [HEAD]
     if args.notes:
         parts.append(args.notes.read_text())
-    for file in args.files:
-        results = json.loads(file.read_text())
-        parts += list({"g1": g1, "g2": g2, "runs": runs, "mislabel": mislabel}[results["protocol"]](results))
+    sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness}
+    for results in merged([json.loads(file.read_text()) for file in args.files]):
+        parts += list(sections[results["protocol"]](results))
+        if args.plots and results["protocol"] in PLOTS:
+            file = args.plots / f"{results['protocol']}.png"
+            PLOTS[results["protocol"]](results, file)
+            parts.append(f"![{results['protocol']}]({args.plots.name}/{file.name})")
     print("\n".join(part.rstrip("\n") + "\n" for part in parts), end="")
 
 

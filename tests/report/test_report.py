@@ -72,6 +72,14 @@ def test_drop_list_takes_the_suspect_end() -> None:
     assert InfluenceReport(tiny(("loss", "custom"))).recommended_query == "val"
 
 
+def test_labels_are_suspected_by_the_mean_loss() -> None:
+    report = InfluenceReport(tiny(mean_loss=np.array([0.1, 2.0, 2.0, np.nan, 9.0, 0.2])))
+    assert report.suspect_labels().tolist() == [4, 1, 2, 5, 0]  # a tie in order of row id, no row without a loss
+    assert report.suspect_labels(2).tolist() == [4, 1]
+    with pytest.raises(ValueError, match="suspect_labels: the run knew no losses"):
+        InfluenceReport(tiny(mean_loss=np.full(6, np.nan))).suspect_labels()
+
+
 def test_a_row_carries_all_its_numbers(report: InfluenceReport) -> None:
     one = report.bottom(1)[0]
     assert (one.row, one.query, one.mu, one.se, one.q, one.p, one.t, one.p_t) == (
