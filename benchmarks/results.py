@@ -56,7 +56,7 @@ python -m benchmarks.randomness --json randomness.json{flag} --seeds {seeds}
 
 G1's rows and network, {seeds} runs of each training setting. One run against the mean of the others (multi-run),
 against another run (pairs), and the mean of a setting's runs against the mean of the base's. Jaccard: of the 10 % and
-20 % most suspicious rows. Same sign of flagged: of the rows with q ≤ .05 in one run, in another. Coverage: how often one run's
+20 % most suspicious rows. Same sign of flagged: of the rows with q ≤ .05 in one run. Coverage: how often one run's
 μ ± 1.96 se holds the mean of the other runs. ± half a 95 % interval over runs.
 """
 
