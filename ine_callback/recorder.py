@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture, Record
+from ine_callback.contrasts import CONTRASTS, Contrasts
 from ine_callback.coverage import Coverage
 from ine_callback.curvature import KFAC
 from ine_callback.errors import CaptureError, InfluenceError, RowsError
@@ -171,6 +172,7 @@ class Recorder:
             KFAC(self._max_dim) if self._max_dim is not None else None,
             self._reservoir,
             noise,
+            Contrasts(CONTRASTS if noise.random else 0),
             self._to_device,
             self._context,
         )
@@ -178,7 +180,7 @@ class Recorder:
         initial = torch.tensor([float(noise.random)] * len(bound) + [0.0] * has_self, device=self._device)
         self._check, self._size = RowCheck(self.owner, self._rows), self._rows or 0
         for method in self.methods:
-            method.start(self._size, self.infos, self._device, initial)
+            method.start(self._size, self.infos, self._device, initial, self.signals.contrasts.count)
         self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
@@ -355,7 +357,7 @@ class Recorder:
         self._pending.clear()
         with torch.no_grad():
             for method in self.methods:
-                method.fold(rows, signals, step_rate(self.optimizer), self.signals.unit)
+                method.fold(rows, signals[..., 0], step_rate(self.optimizer), self.signals.unit, signals[..., 1:])
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()

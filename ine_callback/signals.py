@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
+from ine_callback.contrasts import Contrasts
 from ine_callback.curvature import KFAC, Discount
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
@@ -56,6 +57,7 @@ class Signals:
         curvature: Source of the discount, or None for the first-order signal (D = I).
         reservoir: A second source, averaged with the first: it sees across layers.
         noise: Sizes of the initial weights, for :attr:`unit`.
+        contrasts: Signs of the layers' units.
         to_device: Moves a query batch to the module's device.
         context: Precision context for query evaluation.
     """
@@ -68,6 +70,7 @@ class Signals:
     curvature: KFAC | None
     reservoir: Reservoir
     noise: InitialNoise
+    contrasts: Contrasts
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
@@ -104,7 +107,7 @@ class Signals:
     def start_batch(self, rows: int, device: torch.device, window: int) -> None:
         """Clears the buffer for a batch of ``rows`` rows, of ``window`` rows in the whole step."""
         self.window = window
-        self._out = torch.zeros(rows, self.columns, device=device, dtype=self._dtype)
+        self._out = torch.zeros(rows, self.columns, 1 + self.contrasts.count, device=device, dtype=self._dtype)
         self._drawn = False
 
     def receive(self, module: nn.Module, records: dict[str, Record], calls: int) -> None:
@@ -137,7 +140,8 @@ class Signals:
             return
         assert self._out is not None
         if direction.queries is not None:
-            self._out[:, : len(self.queries)] += record.signals(direction.queries)
+            signs = self.contrasts.signs(block, record).to(direction.queries.dtype)
+            self._out[:, : len(self.queries)] += record.parts(direction.queries, signs)
         if self.self_query:
             if block.reused:
                 block.waiting.append(record)
@@ -146,7 +150,7 @@ class Signals:
 
     def _add_self(self, direction: _Direction, norms: Tensor, scale: Scale) -> None:
         assert self._out is not None
-        self._out[:, -1] += norms * (direction.weight * scale.rows)
+        self._out[:, -1, 0] += norms * (direction.weight * scale.rows)
 
     def release(self) -> None:
         """Ends holding back: makes the first directions from all records held, then contracts those."""
@@ -163,7 +167,7 @@ class Signals:
             self._contract(block, record, scale)
 
     def settle(self) -> Tensor:
-        """The batch's signals [b, Q] once its backward pass is over."""
+        """The batch's signals and contrasts [b, Q, 1 + J] once its backward pass is over; self-influence has none."""
         assert self._out is not None
         for block in self.table:
             if block.waiting:

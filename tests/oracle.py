@@ -27,10 +27,19 @@ class Keep(Method):
     def __init__(self) -> None:
         self.steps: list[tuple[Tensor, Tensor, float]] = []
 
-    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None) -> None:
+    def start(
+        self,
+        rows: int,
+        queries: tuple[QueryInfo, ...],
+        device: device,
+        initial: Tensor | None = None,
+        contrasts: int = 0,
+    ) -> None:
         self.queries = queries
 
-    def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:
+    def fold(
+        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
+    ) -> None:
         self.steps.append((rows.clone(), signals.clone(), rate))
 
     def finish(self) -> Scores:

@@ -7,6 +7,7 @@ parameter seen as a batch of matrices ``[G, O, I]`` (:class:`Outer`, :class:`Loo
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,9 +39,23 @@ class Record(ABC):
     def layout(self) -> tuple[int, ...]:
         """Shape of one row's gradient: ``(G, O, I)`` or ``(D,)``."""
 
+    @property
     @abstractmethod
+    def units(self) -> tuple[int, ...]:
+        """The part of :attr:`layout` that counts output units: ``(G, O)``, ``(E,)`` or ``(D,)``."""
+
+    @abstractmethod
+    def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
+        """Inner products by output unit, weighted: ``sum_o w_co <U_qo, g_io>`` [b, Q, C].
+
+        Args:
+            direction: Directions U [Q, *layout].
+            weights: A weight for each unit, in C ways [C, units].
+        """
+
     def signals(self, direction: Tensor) -> Tensor:
         """Inner products <U_q, g_i> [b, Q] with directions U [Q, *layout]."""
+        return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
     @abstractmethod
     def gradient(self, rows: slice) -> Tensor:
@@ -91,18 +106,22 @@ class Outer(Record):
     def layout(self) -> tuple[int, ...]:
         return (self.a.shape[1], self.delta.shape[3], self.a.shape[3])
 
-    def signals(self, direction: Tensor) -> Tensor:
+    @property
+    def units(self) -> tuple[int, ...]:
+        return self.layout[:2]
+
+    def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         queries, positions = direction.shape[0], self.a.shape[2]
         if positions == 1:
             # never forms a gradient: contract the inputs first, then the output gradients
             inner = torch.einsum("bgi,qgoi->bqgo", self.a[:, :, 0], direction)
-            return torch.einsum("bqgo,bgo->bq", inner, self.delta[:, :, 0])
+            return (inner * self.delta[:, None, :, 0]).flatten(2) @ weights.T
         if queries == 1:
             inner = self.a @ direction[0].transpose(-1, -2)
-            return (inner * self.delta).sum((1, 2, 3))[:, None]
-        flat = direction.flatten(1).T
-        parts = [self.gradient(s).flatten(1) @ flat for s in row_chunks(self.rows, flat.shape[0])]
-        return torch.cat(parts)
+            return (inner * self.delta).sum(2).flatten(1)[:, None] @ weights.T
+        chunks = row_chunks(self.rows, direction[0].numel())
+        each = [torch.einsum("bgoi,qgoi->bqgo", self.gradient(s), direction).flatten(2) @ weights.T for s in chunks]
+        return torch.cat(each)
 
     def gradient(self, rows: slice) -> Tensor:
         return self.delta[rows].transpose(-1, -2) @ self.a[rows]
@@ -156,8 +175,12 @@ class Lookup(Record):
     def layout(self) -> tuple[int, ...]:
         return (1, self.entries, self.delta.shape[-1])
 
-    def signals(self, direction: Tensor) -> Tensor:
-        return torch.stack([(u[0][self.ids] * self.delta).sum((1, 2)) for u in direction], 1)
+    @property
+    def units(self) -> tuple[int, ...]:
+        return self.layout[2:]
+
+    def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
+        return torch.stack([(u[0][self.ids] * self.delta).sum(1) for u in direction], 1) @ weights.T
 
     def gradient(self, rows: slice) -> Tensor:
         ids, delta = self.ids[rows], self.delta[rows]
@@ -203,8 +226,12 @@ class Vector(Record):
     def layout(self) -> tuple[int, ...]:
         return (self.g.shape[1],)
 
-    def signals(self, direction: Tensor) -> Tensor:
-        return self.g @ direction.T
+    @property
+    def units(self) -> tuple[int, ...]:
+        return self.layout
+
+    def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
+        return torch.einsum("bd,qcd->bqc", self.g, direction[:, None] * weights)
 
     def gradient(self, rows: slice) -> Tensor:
         return self.g[rows]

@@ -20,7 +20,14 @@ class Method(ABC):
     """
 
     @abstractmethod
-    def start(self, rows: int, queries: tuple[QueryInfo, ...], device: device, initial: Tensor | None = None) -> None:
+    def start(
+        self,
+        rows: int,
+        queries: tuple[QueryInfo, ...],
+        device: device,
+        initial: Tensor | None = None,
+        contrasts: int = 0,
+    ) -> None:
         """Allocates the state for ``rows`` rows (dataset indices 0 .. rows - 1) and ``Q = len(queries)`` queries.
 
         Args:
@@ -29,10 +36,18 @@ class Method(ABC):
             device: Where the state lives.
             initial: Variance [Q] that random initial weights leave in each query, in squared units of ``fold`` (1, or
                 0 where the initial weights are no part of training randomness, as for self-influence); None: 0.
+            contrasts: Contrasts J that ``fold`` will be given.
         """
 
     @abstractmethod
-    def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:
+    def fold(
+        self,
+        rows: Tensor,
+        signals: Tensor,
+        rate: float,
+        unit: Tensor | None = None,
+        contrasts: Tensor | None = None,
+    ) -> None:
         """Takes one optimizer step.
 
         Args:
@@ -43,6 +58,8 @@ class Method(ABC):
             rate: Effective learning rate of the step: lr / (1 - momentum) for SGD, lr for Adam.
             unit: Standard deviation [Q] that random initial weights leave in each query along its present direction;
                 None: 1. Directions of different times are compared in these units.
+            contrasts: The signals with half of each layer's units turned [b, Q, J], see
+                :mod:`ine_callback.contrasts`; 0 for a query that has none.
         """
 
     @abstractmethod

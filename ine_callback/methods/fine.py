@@ -13,6 +13,11 @@ The query falls by ``r c_i`` to first order, so **mu > 0: training on the row lo
 the mu of a group is the sum of its rows' mu. The mean is over the other rows of the batch, for the alternative to row i
 is not itself: centring on the whole batch's mean would shrink mu by (1 - 1/b), half of it at b = 2.
 
+**se** is over training runs: where initial weights are random, the root mean square of the row's contrasts, its shift
+with half of each layer's units turned (:mod:`ine_callback.contrasts`), shrunk to the other rows'; the scatter of its
+visits alone would leave out all that lasts through one training and differs in the next. Self-influence, and ``fixed``
+weights, have the visits' scatter alone.
+
 Tests, always of the row's shift, whichever estimator gives ``mu``:
 
 * **p**: every step's d is also dealt to the batch's rows in random order. Dealt shifts are draws from "the row is
@@ -50,7 +55,7 @@ TREND_DECAY = 0.9
 LARGEST = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
 CHUNK = 4096  # rows per histogram conversion
 
-PER_ROW = ("shift", "scatter", "variance", "observations", "informative", "histogram")
+PER_ROW = ("shift", "contrast", "scatter", "variance", "observations", "informative", "histogram")
 
 
 class FINE(Method):
@@ -104,7 +109,12 @@ class FINE(Method):
         return self._started("nonfinite")["nonfinite"]
 
     def start(
-        self, rows: int, queries: tuple[QueryInfo, ...], device: torch.device, initial: Tensor | None = None
+        self,
+        rows: int,
+        queries: tuple[QueryInfo, ...],
+        device: torch.device,
+        initial: Tensor | None = None,
+        contrasts: int = 0,
     ) -> None:
         """Allocates the state; see :class:`~ine_callback.methods.base.Method`."""
         if not queries:
@@ -114,6 +124,7 @@ class FINE(Method):
         self._generator = torch.Generator(device).manual_seed(self.seed)
         q = len(queries)
         self._state = {name: torch.zeros(rows, q, device=device) for name in ("shift", "scatter", "variance")}
+        self._state["contrast"] = torch.zeros(rows, q, contrasts, device=device)
         for name in ("observations", "informative"):
             self._state[name] = torch.zeros(rows, dtype=torch.int64, device=device)
         self._state["noise"] = torch.zeros(q, device=device)
@@ -127,7 +138,14 @@ class FINE(Method):
             self._state["trend"] = torch.zeros(q, device=device)
 
     @torch.no_grad()
-    def fold(self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None) -> None:
+    def fold(
+        self,
+        rows: Tensor,
+        signals: Tensor,
+        rate: float,
+        unit: Tensor | None = None,
+        contrasts: Tensor | None = None,
+    ) -> None:
         """Takes one optimizer step; see :class:`~ine_callback.methods.base.Method`."""
         state = self._started("fold")
         if rows.ndim != 1 or signals.shape != (rows.shape[0], len(self._queries)):
@@ -140,9 +158,8 @@ class FINE(Method):
         rows = rows.to(torch.int64)
         once = torch.ones_like(rows)
         state["observations"].index_add_(0, rows, once)
-        predicted = signals.to(torch.float32) * rate
-        if unit is not None:
-            predicted = predicted / unit.to(torch.float32)
+        factor = torch.ones_like(state["noise"]) * rate if unit is None else rate / unit.to(torch.float32)
+        predicted = signals.to(torch.float32) * factor
         usable = predicted.abs() < LARGEST  # False for NaN and infinities too
         state["nonfinite"] += (~usable).sum(0)
         if rows.shape[0] < 2 or rate == 0.0:
@@ -156,6 +173,11 @@ class FINE(Method):
         sigma2 = d.square().sum(0) / rows.shape[0]
         self._fold_shifts(rows, d, sigma2)
         self._deal(rows, d)
+        if contrasts is not None:
+            turned = torch.where(usable[..., None], contrasts.to(torch.float32) * factor[:, None], 0.0)
+            count = finite.clamp(min=1)[:, None]
+            centred = (turned - turned.sum(0) / count) * (count / (count - 1).clamp(min=1))
+            state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
         state["noise"] += noise
         self._steps += 1
         if self.estimator != "gaussian":
@@ -213,7 +235,8 @@ class FINE(Method):
             null_ks_p[k] = tests.uniformity_p(tests.permutation_p(held_out, draws), known)
             v = np.where(variance[:, k] > 0, variance[:, k], np.nan)
             fit = tests.moderated_t(shift[:, k], residual[:, k], df, v)
-            t[:, k], p_t[:, k], se[:, k] = fit.t, fit.p, np.sqrt(fit.variance * v) * scale[k]
+            t[:, k], p_t[:, k] = fit.t, fit.p
+            se[:, k] = np.sqrt(_between_runs(fit.variance * v, _host(state["contrast"][:, k]))) * scale[k]
             nulls.append(draws.ravel()[_spread(draws.size, NULL_SHOWN)])
         null_sd = np.sqrt(variance) * scale
         mu = shift * scale
@@ -321,6 +344,19 @@ def _plan_null(rows: int, draws: int, stride: int) -> tuple[int, int]:
     """Returns draws and stride (a multiple of ``stride``) that keep ``rows / stride x draws`` near the cap."""
     draws = min(draws, max(2, NULL_CAP // max(rows, 1)))
     return draws, stride * max(1, -(-rows * draws // (NULL_CAP * stride)))
+
+
+def _between_runs(within: Floats, contrasts: Floats) -> Floats:
+    """Returns the variance [N] of the shifts over training runs, from that of a row's visits [N] and contrasts [N, J].
+
+    The mean square of a row's J contrasts has few degrees of freedom: it is shrunk to the other rows' (in units of the
+    visits' variance), as limma does.
+    """
+    if not contrasts.any():
+        return within
+    known = np.where(within > 0, within, np.nan)
+    df = np.full(len(known), float(contrasts.shape[1]))
+    return tests.moderated_t(np.zeros(len(known)), np.square(contrasts).mean(1) / known, df, known).variance * known
 
 
 def _randomness(noise: Floats, initial: Floats, observations: NDArray[np.int64]) -> Floats:

@@ -189,7 +189,7 @@ class InfluenceReport:
         return rows[np.argsort(-mu[rows], kind="stable")]
 
     def suspect_labels(self, k: int | None = None) -> NDArray[np.int64]:
-        """Rows whose label to check, most suspicious first: by :attr:`Scores.mean_loss`, the score recommended for that.
+        """Rows whose label to check, most suspicious first: by their mean loss, the score recommended for that.
 
         The training loss averaged over a row's visits found more wrong labels than any influence score on every data
         set tried (``python -m benchmarks.mislabel``), and costs nothing. It has no test: where to stop reading, say
