@@ -3,7 +3,8 @@
     python -m benchmarks.fidelity --json fidelity.json --data DIR --truth 'truth-{optimizer}.pt'
 
 A bare PyTorch loop with a Recorder, 200 queries (each the loss of one held-out row), SGD and AdamW: the default beside
-its alternatives, or with ``--sweep`` how often the directions are refreshed and how often the curvature is observed.
+its alternatives, and self-influence against leaving single rows out; or with ``--sweep`` how often the directions are
+refreshed and how often the curvature is observed.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from rich.progress import track
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.metrics import Floats, agreement, auroc, over_seeds
 from ine_callback import Recorder
-from ine_callback.methods.fine import FINE, Estimator
+from ine_callback.methods.fine import FINE
 from ine_callback.options import InitialWeights
 from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
 from ine_callback.scores import QueryInfo
@@ -66,14 +69,10 @@ class Setting:
     refresh_every: int = 20
     discount: bool = True
     curvature_every: int = 4
-    estimator: Estimator = "gaussian"
     self_query: bool = False
     reservoir: int = 800
     initial_weights: InitialWeights = "random"
-    each_step_alone: bool = False
-
-    def method(self) -> FINE:
-        return StepwiseFINE() if self.each_step_alone else FINE(self.estimator)
+    method: Callable[[], FINE] = FINE
 
 
 class StepwiseFINE(FINE):
@@ -85,14 +84,29 @@ class StepwiseFINE(FINE):
         super().fold(rows, signals / signals.std(0), 1.0)
 
 
+class SummedFINE(FINE):
+    """Self-influence as the plain sum over the steps, in units: no ratio to the batch."""
+
+    def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
+        level = torch.ones_like(self._state["noise"])
+        self._state["profile"].index_add_(0, rows, level[self._own].expand(rows.shape[0], -1))
+        return level
+
+
 ALTERNATIVES = {
     "default": Setting(self_query=True),
     "discount by K-FAC alone": Setting(reservoir=0),
     "noise of the rows' order alone": Setting(initial_weights="fixed"),
     "discount off (first order)": Setting(discount=False),
-    "each step in its own noise": Setting(initial_weights="fixed", each_step_alone=True),
-    "estimator auc": Setting(estimator="auc"),
-    "estimator max_threshold": Setting(estimator="max_threshold"),
+    "each step in its own noise": Setting(initial_weights="fixed", method=StepwiseFINE),
+    "estimator auc": Setting(method=functools.partial(FINE, "auc")),
+    "estimator max_threshold": Setting(method=functools.partial(FINE, "max_threshold")),
+}
+SELF = "self-influence"
+OWN = {
+    SELF: Setting(self_query=True),
+    f"{SELF}, discount off": Setting(discount=False, self_query=True),
+    f"{SELF}, summed over steps": Setting(self_query=True, method=SummedFINE),
 }
 
 
@@ -174,7 +188,7 @@ def read(recorder: Recorder, model: nn.Module, problem: g1.Problem, setting: Set
         final = F.cross_entropy(model(problem.x), problem.y, reduction="none").double().numpy()
     suspicion = {"final loss": final, "mean loss in the run": scores.mean_loss}
     if setting.self_query:
-        suspicion["self-influence"] = scores.mu[:, -1]
+        suspicion[SELF] = scores.mu[:, -1]
     return Run(scores.mu[:, : g1.QUERIES], suspicion, seconds)
 
 
@@ -220,6 +234,31 @@ def side_by_side(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem) ->
     return {"study": "estimators", "rows": out, "seconds_without_recorder": float(np.median(plain))}
 
 
+def own_study(kind: str, seeds: int, rows: Tensor, truth: Tensor, problem: g1.Problem) -> dict[str, Any]:
+    """Self-influence and losses against the true influence [2, rows] of rows on their own loss, mean over seeds."""
+    out, (true, error) = {}, truth.numpy()
+    for name, setting in track(OWN.items(), description=f"{kind}: self-influence"):
+        runs = [train(kind, seed, problem, setting).suspicion for seed in range(seeds)]
+        scores = {name: [run[SELF] for run in runs]}
+        if name == SELF:
+            scores |= {other: [run[other] for run in runs] for other in runs[0] if other != SELF}
+        for each, found in scores.items():
+            judged = [of_own(s[rows.numpy()], true, problem.flipped[rows].numpy()) for s in found]
+            out[each] = {key: float(np.mean([j[key] for j in judged])) for key in judged[0]}
+    return {"count": len(rows), "standard_error": float(error.mean()), "rows": out}
+
+
+def of_own(score: Floats, truth: Floats, bad: NDArray[np.bool_]) -> dict[str, float]:
+    """Agreement over rows; the slope has an intercept, for scores of self-influence are differences to the average."""
+    return {
+        "spearman": float(spearmanr(score, truth)[0]),
+        "spearman_flipped": float(spearmanr(score[bad], truth[bad])[0]),
+        "spearman_others": float(spearmanr(score[~bad], truth[~bad])[0]),
+        "pearson": float(np.corrcoef(score, truth)[0, 1]),
+        "slope": float(np.polyfit(score, truth, 1)[0]),
+    }
+
+
 def sweep(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bool = False) -> dict[str, Any]:
     """Refreshing seldom, observing the curvature seldom."""
     refreshes = REFRESHES[2:4] if quick else REFRESHES
@@ -247,7 +286,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else scikit-learn's digits")
     parser.add_argument("--truth", help="file that keeps the truth; {optimizer} in its name is replaced")
-    parser.add_argument("--runs", type=int, default=512, help="trainings a group for the truth")
+    parser.add_argument("--runs", type=int, default=512, help="trainings a group for the truth (a quarter a row)")
     parser.add_argument("--seeds", type=int, default=3, help="one-run estimates (5: smoother)")
     parser.add_argument("--optimizers", nargs="+", choices=g1.OPTIMIZERS, default=g1.OPTIMIZERS)
     parser.add_argument("--sweep", action="store_true", help="intervals of refresh and curvature instead")
@@ -269,9 +308,12 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
         truth = g1.truth(kind, runs, problem, file)
         study = functools.partial(sweep, quick=args.quick) if args.sweep else side_by_side
         found = study(kind, seeds, truth, problem)
+        if not args.sweep:
+            rows = g1.single_rows(problem)[:: 10 if args.quick else 1]
+            found["own"] = own_study(kind, seeds, rows, g1.own_truth(kind, runs // 4, problem, file, rows), problem)
         results["optimizers"][kind] = {"truth": truth.reliability(), **found}
         args.json.write_text(json.dumps(results, indent=1))
-        for name, row in found["rows"].items():
+        for name, row in [*found["rows"].items(), *found.get("own", {"rows": {}})["rows"].items()]:
             report(f"{kind:6s}{name:45s}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float)))
 
 

@@ -54,18 +54,21 @@ class Discount:
         return v if self.left is None else self.left @ v
 
     def norms(self, record: Record) -> Tensor:
-        """<D g_i, g_i> [b] for every row of a record."""
-        return record.rotated(self.left, self.right).norms(self.weight)
+        """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
+        if self.weight is None:
+            return record.squared_norms()[:, None].expand(-1, 2)
+        return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
 
     def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
-        """<D g_i, g_i> [b] where g_i is the sum over several uses of the same parameters."""
+        """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
         out = []
         elements = int(torch.Size(records[0].layout).numel())
         for rows in row_chunks(records[0].rows, elements):
             g = records[0].gradient(rows)
             for record in records[1:]:
                 g = g + record.gradient(rows)
-            out.append((self.apply(g) * g).flatten(1).sum(1))
+            changed = self.apply(g)
+            out.append(torch.stack([(changed * g).flatten(1).sum(1), changed.flatten(1).square().sum(1)], 1))
         return torch.cat(out)
 
 

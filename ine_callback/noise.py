@@ -32,6 +32,10 @@ class InitialNoise:
             self.note = "the initial weights are all alike: only the order of the rows counts as training randomness"
         self._variances = found if self.random else {}
 
+    def of_weight(self, block: Block) -> Tensor | float:
+        """sigma^2 of the block's first parameter (a layer's weight), as a common one of all its entries."""
+        return self._variances.get(block.parameters[0], 0.0) if self.random else 1.0
+
     def variance(self, block: Block, u: Tensor) -> Tensor:
         """Variance [Q] of <u, noise> for u [Q, *layout]."""
         sigma2 = [self._variances.get(p, torch.zeros((), device=u.device)) for p in block.parameters]

@@ -138,7 +138,7 @@ class Recorder:
         self.notes: list[str] = []
         self.steps, self.running, self.recording = 0, False, False
         self._handles: list[Any] = []
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._batch: tuple[Tensor, Any] | None = None
         self._received = self._settled = self._failed = False
         self._clipping = Clipping(optimizer)
@@ -177,10 +177,9 @@ class Recorder:
             self._context,
         )
         self.signals.check()
-        initial = torch.tensor([float(noise.random)] * len(bound) + [0.0] * has_self, device=self._device)
         self._check, self._size = RowCheck(self.owner, self._rows), self._rows or 0
         for method in self.methods:
-            method.start(self._size, self.infos, self._device, initial, self.signals.contrasts.count)
+            method.start(self._size, self.infos, self._device, noise.random, self.signals.contrasts.count)
         self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
@@ -328,10 +327,11 @@ class Recorder:
             else:
                 self._fall_back(rows, data)
         with torch.no_grad():
-            signals = self.signals.settle()
+            signals, own = self.signals.settle()
             if self._pending and self._pending[-1][0] is rows:  # a further backward pass of the same batch
-                signals = self._pending.pop()[1] + signals
-            self._pending.append((rows, signals))
+                _, earlier, earlier_own = self._pending.pop()
+                signals, own = earlier + signals, earlier_own + own
+            self._pending.append((rows, signals, own))
         self._received, self._settled = False, True
 
     def discard(self) -> None:
@@ -352,12 +352,12 @@ class Recorder:
         self.schedule.advance(lr)
         if not self._pending:
             return
-        rows = torch.cat([r for r, _ in self._pending])
-        signals = torch.cat([s for _, s in self._pending]) * self._clipping.factor()
+        rows, signals, own = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
         with torch.no_grad():
+            signals, units = signals * self._clipping.factor(), self.signals.units(own)
             for method in self.methods:
-                method.fold(rows, signals[..., 0], step_rate(self.optimizer), self.signals.unit, signals[..., 1:])
+                method.fold(rows, signals[..., 0], step_rate(self.optimizer), units, signals[..., 1:])
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
@@ -421,6 +421,7 @@ class Recorder:
             notes=[
                 *self.notes,
                 *told,
+                *method.notes(),
                 *self.coverage.notes,
                 *self.coverage.late_notes(),
                 *self._source.notes,

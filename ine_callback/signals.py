@@ -56,7 +56,7 @@ class Signals:
         schedule: The learning rate that remains.
         curvature: Source of the discount, or None for the first-order signal (D = I).
         reservoir: A second source, averaged with the first: it sees across layers.
-        noise: Sizes of the initial weights, for :attr:`unit`.
+        noise: Sizes of the initial weights, for the units of signals.
         contrasts: Signs of the layers' units.
         to_device: Moves a query batch to the module's device.
         context: Precision context for query evaluation.
@@ -80,10 +80,11 @@ class Signals:
         self.columns = len(self.queries) + int(self.self_query)
         self._directions: dict[Block, _Direction] = {}
         self._out: Tensor | None = None
+        self._own_variance: Tensor | None = None
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
         self.observe_curvature = True
-        self.unit = torch.ones(self.columns)
+        self._variance = torch.ones(len(self.queries))
 
     def check(self) -> None:
         """Evaluates every query on its first batch.
@@ -108,6 +109,7 @@ class Signals:
         """Clears the buffer for a batch of ``rows`` rows, of ``window`` rows in the whole step."""
         self.window = window
         self._out = torch.zeros(rows, self.columns, 1 + self.contrasts.count, device=device, dtype=self._dtype)
+        self._own_variance = self._out.new_zeros(rows)
         self._drawn = False
 
     def receive(self, module: nn.Module, records: dict[str, Record], calls: int) -> None:
@@ -146,11 +148,13 @@ class Signals:
             if block.reused:
                 block.waiting.append(record)
             else:
-                self._add_self(direction, direction.discount.norms(record), scale)
+                self._add_self(block, direction, direction.discount.norms(record), scale)
 
-    def _add_self(self, direction: _Direction, norms: Tensor, scale: Scale) -> None:
-        assert self._out is not None
-        self._out[:, -1, 0] += norms * (direction.weight * scale.rows)
+    def _add_self(self, block: Block, direction: _Direction, norms: Tensor, scale: Scale) -> None:
+        """Adds a block's part of <P D g_i, s_i> and of |sigma D g_i|^2; a row's own gradient is rows x its share."""
+        assert self._out is not None and self._own_variance is not None
+        self._out[:, -1, 0] += norms[:, 0] * (direction.weight * scale.rows)
+        self._own_variance += norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
 
     def release(self) -> None:
         """Ends holding back: makes the first directions from all records held, then contracts those."""
@@ -166,21 +170,31 @@ class Signals:
         for block, record, scale in held:
             self._contract(block, record, scale)
 
-    def settle(self) -> Tensor:
-        """The batch's signals and contrasts [b, Q, 1 + J] once its backward pass is over; self-influence has none."""
-        assert self._out is not None
+    def settle(self) -> tuple[Tensor, Tensor]:
+        """What a backward pass left: signals and contrasts [b, Q, 1 + J], and each row's own squared unit [b].
+
+        Self-influence has no contrasts; its unit is that of the row's own loss.
+        """
+        assert self._out is not None and self._own_variance is not None
         for block in self.table:
             if block.waiting:
                 direction = self._directions[block]
-                self._add_self(direction, direction.discount.norms_of_sum(block.waiting), self.scale)
+                self._add_self(block, direction, direction.discount.norms_of_sum(block.waiting), self.scale)
                 block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
-        out, self._out = self._out, torch.zeros_like(self._out)
-        return out
+        out, own = self._out, self._own_variance
+        self._out, self._own_variance = torch.zeros_like(out), torch.zeros_like(own)
+        return out, own
+
+    def units(self, own: Tensor) -> Tensor:
+        """Standard deviations [b, Q] that random initial weights leave in each query, from :meth:`settle`'s own."""
+        columns = [self._variance.expand(len(own), -1), *([own[:, None]] if self.self_query else [])]
+        variance = torch.cat(columns, 1)
+        return torch.where(variance > 0, variance.sqrt(), 1.0)
 
     def refresh(self) -> None:
-        """New directions ``U = P D v`` at the present weights, and their :attr:`unit`."""
+        """New directions ``U = P D v`` at the present weights, and their units ``|sigma D v|``."""
         blocks = list(self.table)
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.context():
@@ -200,8 +214,7 @@ class Signals:
                     u = (u + across[block]) / 2
                 variance += self.noise.variance(block, u)
                 self._directions[block] = _Direction(u * plan.weight, plan.discount, plan.weight)
-            unit = torch.where(variance > 0, variance.sqrt(), 1.0)
-            self.unit = torch.cat([unit, unit.new_ones(int(self.self_query))])
+            self._variance = variance.to(self._dtype)
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""

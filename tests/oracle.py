@@ -26,13 +26,14 @@ class Keep(Method):
 
     def __init__(self) -> None:
         self.steps: list[tuple[Tensor, Tensor, float]] = []
+        self.units: list[Tensor] = []
 
     def start(
         self,
         rows: int,
         queries: tuple[QueryInfo, ...],
         device: device,
-        initial: Tensor | None = None,
+        random_weights: bool = False,
         contrasts: int = 0,
     ) -> None:
         self.queries = queries
@@ -41,6 +42,8 @@ class Keep(Method):
         self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
     ) -> None:
         self.steps.append((rows.clone(), signals.clone(), rate))
+        assert unit is not None
+        self.units.append(unit.clone())
 
     def finish(self) -> Scores:
         raise NotImplementedError

@@ -63,7 +63,7 @@ def test_a_single_unit_has_no_contrast() -> None:
 def scores(contrasts: Tensor | None) -> Scores:
     """Two steps of 2,000 rows each; the shift's standard error is told by ``contrasts`` alone."""
     fine, rows = FINE(), torch.arange(2000)
-    fine.start(2000, (QueryInfo("q", "loss", "?"),), torch.device("cpu"), torch.ones(1), 4)
+    fine.start(2000, (QueryInfo("q", "loss", "?"),), torch.device("cpu"), True, 4)
     for step in range(2):
         signals = torch.randn(2000, 1, generator=torch.Generator().manual_seed(step))
         fine.fold(rows, signals, 0.1, torch.full((1,), 2.0), contrasts)

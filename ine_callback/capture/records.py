@@ -82,8 +82,12 @@ class Record(ABC):
         """The same gradients in the bases with columns ``left`` [G, O, O] and ``right`` [G, I, I] (None: as is)."""
 
     @abstractmethod
-    def norms(self, weight: Tensor | None) -> Tensor:
-        """``sum weight * g_i^2`` [b] with an elementwise weight [*layout] (None: the squared norm)."""
+    def norms(self, weights: Tensor) -> Tensor:
+        """``sum weight * g_i^2`` [b, C] with C elementwise weights [C, *layout]."""
+
+    @abstractmethod
+    def squared_norms(self) -> Tensor:
+        """``|g_i|^2`` [b]."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +139,18 @@ class Outer(Record):
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Outer:
         return Outer(self.a if right is None else self.a @ right, self.delta if left is None else self.delta @ left)
 
-    def norms(self, weight: Tensor | None) -> Tensor:
+    def norms(self, weights: Tensor) -> Tensor:
         if self.a.shape[2] == 1:
             a, delta = self.a[:, :, 0].square(), self.delta[:, :, 0].square()
-            if weight is None:
-                return (a.sum(-1) * delta.sum(-1)).sum(-1)
-            return (torch.einsum("bgo,goi->bgi", delta, weight) * a).sum((1, 2))
-        per_row = self.layout[0] * self.layout[1] * self.layout[2]
-        parts = []
-        for s in row_chunks(self.rows, per_row):
-            squared = self.gradient(s).square_()
-            parts.append((squared if weight is None else squared.mul_(weight)).sum((1, 2, 3)))
-        return torch.cat(parts)
+            return (torch.einsum("bgo,cgoi->bcgi", delta, weights) * a[:, None]).sum((2, 3))
+        flat = weights.flatten(1).T
+        return torch.cat([self.gradient(s).square_().flatten(1) @ flat for s in row_chunks(self.rows, flat.shape[0])])
+
+    def squared_norms(self) -> Tensor:
+        if self.a.shape[2] == 1:
+            return (self.a.square().sum((2, 3)) * self.delta.square().sum((2, 3))).sum(1)
+        chunks = row_chunks(self.rows, math.prod(self.layout))
+        return torch.cat([self.gradient(s).square_().sum((1, 2, 3)) for s in chunks])
 
     def join(self, bias: Outer) -> Outer:
         """Weight and bias as one matrix whose last column is the bias (the homogeneous coordinate of K-FAC)."""
@@ -205,11 +209,16 @@ class Lookup(Record):
             raise ValueError("Lookup.rotated: the left basis of an embedding is the identity; pass left=None.")
         return self if right is None else Lookup(self.ids, self.delta @ right, self.entries)
 
-    def norms(self, weight: Tensor | None) -> Tensor:
+    def norms(self, weights: Tensor) -> Tensor:
+        return torch.stack([self._norms(self.delta * weight[0].sqrt()[self.ids]) for weight in weights], 1)
+
+    def squared_norms(self) -> Tensor:
+        return self._norms(self.delta)
+
+    def _norms(self, delta: Tensor) -> Tensor:
         # equal ids add up before squaring: sum over pairs of positions that looked up the same entry
-        scaled = self.delta if weight is None else self.delta * weight[0].sqrt()[self.ids]
-        same = (self.ids[:, :, None] == self.ids[:, None, :]).to(scaled.dtype)
-        return ((scaled @ scaled.transpose(1, 2)) * same).sum((1, 2))
+        same = (self.ids[:, :, None] == self.ids[:, None, :]).to(delta.dtype)
+        return ((delta @ delta.transpose(1, 2)) * same).sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -245,9 +254,11 @@ class Vector(Record):
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Vector:
         return self
 
-    def norms(self, weight: Tensor | None) -> Tensor:
-        squared = self.g.square()
-        return (squared if weight is None else squared * weight).sum(1)
+    def norms(self, weights: Tensor) -> Tensor:
+        return self.g.square() @ weights.T
+
+    def squared_norms(self) -> Tensor:
+        return self.g.square().sum(1)
 
 
 def _moment(x: Tensor, full: bool) -> Tensor:

@@ -28,7 +28,7 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool) -> dict[Block
     squares: dict[Block, Tensor] = {}
     for block, record in held:
         totals[block] = totals[block] + record.total() if block in totals else record.total()
-        squares[block] = squares.get(block, 0) + record.norms(None).sum()
+        squares[block] = squares.get(block, 0) + record.squared_norms().sum()
     pairs = {}
     for block, total in totals.items():
         grads = [p.grad for p in block.parameters]

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, device
 
 from ine_callback.errors import InfluenceError
-from ine_callback.scores import QueryInfo, Scores
+from ine_callback.scores import Floats, QueryInfo, Scores
 
 
 class Method(ABC):
@@ -25,7 +26,7 @@ class Method(ABC):
         rows: int,
         queries: tuple[QueryInfo, ...],
         device: device,
-        initial: Tensor | None = None,
+        random_weights: bool = False,
         contrasts: int = 0,
     ) -> None:
         """Allocates the state for ``rows`` rows (dataset indices 0 .. rows - 1) and ``Q = len(queries)`` queries.
@@ -34,8 +35,8 @@ class Method(ABC):
             rows: Number of rows.
             queries: The queries.
             device: Where the state lives.
-            initial: Variance [Q] that random initial weights leave in each query, in squared units of ``fold`` (1, or
-                0 where the initial weights are no part of training randomness, as for self-influence); None: 0.
+            random_weights: Whether initial weights are part of training randomness: they leave a variance of 1 in
+                every query, in squared units of ``fold``.
             contrasts: Contrasts J that ``fold`` will be given.
         """
 
@@ -56,8 +57,9 @@ class Method(ABC):
                 to the applied gradient, so for a mean loss a share is the row's gradient divided by b. Non-finite
                 signals are left out.
             rate: Effective learning rate of the step: lr / (1 - momentum) for SGD, lr for Adam.
-            unit: Standard deviation [Q] that random initial weights leave in each query along its present direction;
-                None: 1. Directions of different times are compared in these units.
+            unit: Standard deviation [b, Q] that random initial weights leave in each query along its present direction
+                (the same for all rows, but for self-influence); None: 1. Directions of different times are compared in
+                these units.
             contrasts: The signals with half of each layer's units turned [b, Q, J], see
                 :mod:`ine_callback.contrasts`; 0 for a query that has none.
         """
@@ -65,6 +67,10 @@ class Method(ABC):
     @abstractmethod
     def finish(self) -> Scores:
         """Returns the scores; the state stays valid, so training may go on and ``finish`` be called again."""
+
+    def notes(self) -> list[str]:
+        """Sentences for the report about the scores."""
+        return []
 
     @abstractmethod
     def grow(self, rows: int) -> None:
@@ -77,6 +83,11 @@ class Method(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, after :meth:`start`."""
+
+
+def host(tensor: Tensor) -> Floats:
+    """Returns a float64 copy on the host."""
+    return np.array(tensor.cpu().numpy(), dtype=np.float64)
 
 
 def checked_methods(methods: Sequence[Method], owner: str) -> list[Method]:

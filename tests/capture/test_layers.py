@@ -186,13 +186,17 @@ def check_record(record: Record, truth: Tensor) -> None:
         u = torch.randn(queries, *record.layout, dtype=g.dtype)
         expected = torch.stack([torch.stack([(g[i] * u[q]).sum() for q in range(queries)]) for i in range(rows)])
         torch.testing.assert_close(record.signals(u), expected, **EXACT)
-    torch.testing.assert_close(record.norms(None), g.flatten(1).square().sum(1), **EXACT)
-    weight = torch.rand(record.layout, dtype=g.dtype)
-    torch.testing.assert_close(record.norms(weight), (weight * g.square()).flatten(1).sum(1), **EXACT)
-    check_rotation(record, g, weight)
+    torch.testing.assert_close(record.squared_norms(), g.flatten(1).square().sum(1), **EXACT)
+    weights = torch.rand(2, *record.layout, dtype=g.dtype)
+    torch.testing.assert_close(record.norms(weights), weighted_squares(g, weights), **EXACT)
+    check_rotation(record, g, weights)
 
 
-def check_rotation(record: Record, g: Tensor, weight: Tensor) -> None:
+def weighted_squares(g: Tensor, weights: Tensor) -> Tensor:
+    return torch.stack([(weight * g.square()).flatten(1).sum(1) for weight in weights], 1)
+
+
+def check_rotation(record: Record, g: Tensor, weights: Tensor) -> None:
     if isinstance(record, Vector):
         assert record.rotated(None, None) is record
         return
@@ -201,9 +205,7 @@ def check_rotation(record: Record, g: Tensor, weight: Tensor) -> None:
     right = torch.linalg.qr(torch.randn(groups, inputs, inputs, dtype=g.dtype)).Q
     rotated = (g if left is None else left.mT @ g) @ right
     torch.testing.assert_close(record.rotated(left, right).gradient(slice(0, len(g))), rotated, **EXACT)
-    torch.testing.assert_close(
-        record.rotated(left, right).norms(weight), (weight * rotated.square()).flatten(1).sum(1), **EXACT
-    )
+    torch.testing.assert_close(record.rotated(left, right).norms(weights), weighted_squares(rotated, weights), **EXACT)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -68,9 +68,9 @@ def test_lookup_is_the_outer_product_with_one_hot_vectors(
     torch.testing.assert_close(record.total(), twin.total(), **EXACT)
     u = torch.randn(3, *record.layout, dtype=torch.float64)
     torch.testing.assert_close(record.signals(u), twin.signals(u), **EXACT)
-    weight = torch.rand(record.layout, dtype=torch.float64)
-    torch.testing.assert_close(record.norms(weight), twin.norms(weight), **EXACT)
-    torch.testing.assert_close(record.norms(None), twin.norms(None), **EXACT)
+    weights = torch.rand(2, *record.layout, dtype=torch.float64)
+    torch.testing.assert_close(record.norms(weights), twin.norms(weights), **EXACT)
+    torch.testing.assert_close(record.squared_norms(), twin.squared_norms(), **EXACT)
     for full in (True, False):
         found, truth = record.moments((False, full)), twin.moments((False, full))
         # one of them averages the left side, the other the right side: only the product is defined
@@ -92,11 +92,11 @@ def test_vector_moments_and_norms() -> None:
     "record", [outer(5, 2, 3, 2, 4), outer(5, 1, 1, 3, 4), lookup(5, 3, 4, 2), Vector(torch.randn(5, 3).double())]
 )
 def test_chunks_change_nothing(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    u, weight = torch.randn(3, *record.layout).double(), torch.rand(record.layout).double()
-    whole = record.signals(u), record.norms(weight), record.norms(None)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * weight.numel() + 1)
-    assert len(list(module.row_chunks(5, weight.numel()))) == 3
-    for a, b in zip(whole, (record.signals(u), record.norms(weight), record.norms(None)), strict=True):
+    u, weights = torch.randn(3, *record.layout).double(), torch.rand(2, *record.layout).double()
+    whole = record.signals(u), record.norms(weights), record.squared_norms()
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", weights.numel() + 1)
+    assert len(list(module.row_chunks(5, weights[0].numel()))) == 3
+    for a, b in zip(whole, (record.signals(u), record.norms(weights), record.squared_norms()), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
 

@@ -536,7 +536,7 @@ def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
     run = list(steps(30, 6, 40))
     units = [torch.tensor([0.5 + t / 40, 2.0]) for t in range(40)]
     fine, plain = FINE(), FINE()
-    fine.start(30, infos(2), CPU, torch.tensor([1.0, 0.0]))
+    fine.start(30, infos(2), CPU, random_weights=True)
     plain.start(30, infos(2), CPU)
     for (rows, signals, rate), unit in zip(run, units, strict=True):
         fine.fold(rows, signals, rate, unit)
@@ -546,10 +546,7 @@ def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
     dispersion = min(1.0, visits.var() / visits.mean())
     assert 0.2 < dispersion <= 1.0
     noise = plain._state["noise"].double().numpy()
-    np.testing.assert_allclose(
-        found.mu[:, 0], expected.mu[:, 0] * np.sqrt(noise[0] / (1 + dispersion * noise[0])), rtol=1e-5
-    )
-    np.testing.assert_allclose(found.mu[:, 1], expected.mu[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(found.mu, expected.mu * np.sqrt(noise / (1 + dispersion * noise)), rtol=1e-5)
     np.testing.assert_allclose(found.se / found.mu, expected.se / expected.mu, rtol=1e-5)
     np.testing.assert_array_equal(found.p, expected.p)
 
@@ -557,8 +554,73 @@ def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
 def test_shuffled_epochs_leave_the_initial_weights_as_the_only_noise() -> None:
     """Every row is visited alike: the order alone moves a query by little, and mu is the shift in units."""
     fine, g = FINE(), torch.Generator().manual_seed(0)
-    fine.start(20, infos(1), CPU, torch.ones(1))
+    fine.start(20, infos(1), CPU, random_weights=True)
     for _ in range(4):
         for rows in torch.randperm(20, generator=g).split(5):
             fine.fold(rows, torch.randn(5, 1, generator=g), 0.1, torch.full((1,), 3.0))
     np.testing.assert_allclose(fine.finish().mu, fine._state["shift"].numpy(), rtol=1e-6)
+
+
+# ---- self-influence --------------------------------------------------------------------------------------------------
+
+
+def own_run(random_weights: bool = True) -> tuple[FINE, list[tuple[Tensor, Tensor, Tensor]]]:
+    """12 rows, 4 shuffled epochs in batches of 4; the signals shrink tenfold an epoch, each row has its own unit."""
+    own = QueryInfo("self", "self", "?")
+    fine, g = FINE(), torch.Generator().manual_seed(0)
+    fine.start(12, (*infos(1), own), CPU, random_weights)
+    run = []
+    for epoch in range(4):
+        for rows in torch.randperm(12, generator=g).split(4):
+            signals = torch.rand(4, 2, generator=g) / 10**epoch
+            units = torch.rand(4, 2, generator=g) + 0.5
+            units[:, 0] = 2.0
+            fine.fold(rows, signals, 0.1, units)
+            run.append((rows, signals, units))
+    return fine, run
+
+
+def test_self_influence_is_the_mean_ratio_to_the_batch_on_the_rows_own_profile() -> None:
+    fine, run = own_run()
+    ratios, profile, others = torch.zeros(12), torch.zeros(12), torch.zeros(12)
+    for rows, signals, units in run:
+        predicted = 0.1 * signals[:, 1] / units[:, 1]
+        mean = predicted.mean()
+        for k, row in enumerate(rows):
+            rest = (predicted.sum() - predicted[k]) / 3
+            ratios[row] += (predicted[k] - rest) / mean / 4
+            profile[row] += mean
+        d = 0.1 * signals[:, 0] / 2.0
+        others[rows] += d - (d.sum() - d) / 3
+    found = fine.finish()
+    np.testing.assert_allclose(found.mu[:, 1], ratios * profile, rtol=2e-5)
+    np.testing.assert_allclose(found.mu[:, 0], others, rtol=2e-5, atol=1e-7)
+    (note,) = fine.notes()
+    assert f"{float(profile.mean()):.2g} standard deviations" in note
+
+
+def test_self_influence_does_not_depend_on_how_signals_shrink() -> None:
+    """Its tests and its ranking are those of ratios: a common factor of a step drops out of t."""
+    fine, run = own_run()
+    other = FINE()
+    other.start(12, (*infos(1), QueryInfo("self", "self", "?")), CPU, True)
+    for step, (rows, signals, units) in enumerate(run):
+        other.fold(rows, signals * (1 + step), 0.1, units)
+    np.testing.assert_allclose(other.finish().t[:, 1], fine.finish().t[:, 1], rtol=1e-4)
+    assert not np.allclose(other.finish().t[:, 0], fine.finish().t[:, 0], rtol=1e-2)
+
+
+def test_self_influence_survives_a_checkpoint_and_growth() -> None:
+    fine, _ = own_run()
+    again = FINE()
+    again.start(20, (*infos(1), QueryInfo("self", "self", "?")), CPU, True)
+    again.load_state_dict(fine.state_dict())
+    np.testing.assert_array_equal(again.finish().mu[:12], fine.finish().mu)
+    assert np.isnan(again.finish().mu[12:]).all()
+
+
+def test_only_self_influence_from_random_weights_has_a_note() -> None:
+    fine = FINE()
+    fine.start(3, infos(1), CPU, True)
+    assert fine.notes() == []
+    assert own_run(random_weights=False)[0].notes() == []
