@@ -6,17 +6,22 @@ random parts, and parts of other signs tell how far the sum scatters: for balanc
     shift = sum_o c_o        contrast_j = sum_o e_jo c_o        Var(shift) ~ mean_j contrast_j^2
 
 c_o being the sum over the run, so that what stays the same in one training and changes in the next is counted. The
-scatter of a row's own visits cannot show that. A layer with a single unit has no contrast and adds nothing.
+scatter of a row's own visits cannot show that. The units of the last layer are classes, no draws: there the inputs are
+turned. A layer with a single unit has no contrast and adds nothing.
+
+Self-influence is quadratic in the row's gradient: a layer's part is shared out among its units by their squared
+gradients.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, Record
+from ine_callback.capture import Block, Outer, Record
 
 CONTRASTS = 4  # four degrees of freedom a row and query, shrunk to those of all rows
 
@@ -52,3 +57,23 @@ class Contrasts:
             signs = (keys.argsort(1) % 2) * 2.0 - 1.0 if units > 1 else torch.zeros_like(keys)
             self._signs[key] = torch.cat([torch.ones(1, units), signs]).to(block.parameters[0].device)
         return self._signs[key]
+
+    def of_queries(self, block: Block, record: Record, direction: Tensor) -> Tensor:
+        """A layer's part of the signals and their contrasts [b, Q, 1 + J] for directions U [Q, *layout]."""
+        turned = _by_draws(block, record)
+        if turned is not record:
+            direction = direction.transpose(-1, -2)
+        return turned.parts(direction, self.signs(block, turned).to(direction.dtype))
+
+    def of_self(self, block: Block, records: Sequence[Record]) -> Tensor:
+        """Factors [b, 1 + J] that turn a layer's self-influence into itself and its contrasts."""
+        turned = [_by_draws(block, record) for record in records]
+        energies = [record.energies() for record in turned]
+        parts = [e @ self.signs(block, r).to(e.dtype).T for e, r in zip(energies, turned, strict=True)]
+        total = torch.stack(parts).sum(0)
+        return total / total[:, :1].clamp_min(torch.finfo(total.dtype).tiny)  # no gradient at all: 0 of 0
+
+
+def _by_draws(block: Block, record: Record) -> Record:
+    """The record whose units are draws of the initial weights."""
+    return record.transposed() if block.outputs and isinstance(record, Outer) else record

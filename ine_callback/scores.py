@@ -36,9 +36,8 @@ class Scores:
     Attributes:
         queries: The Q queries, in column order.
         mu: Gaussian influence [N, Q], in standard deviations of training randomness.
-        se: Standard error of ``mu`` over training runs [N, Q], from the contrasts between a layer's units; of
-            self-influence and with fixed initial weights from the row's own visits, too small for other trainings (of a
-            combined report: from its scores between the runs).
+        se: Standard error of ``mu`` over training runs [N, Q], from the contrasts between a layer's units; with fixed
+            initial weights from the row's own visits (of a combined report: from its scores between the runs).
         p: Two-sided permutation p-value [N, Q] of "the row is exchangeable with its batch-mates".
         q: Benjamini-Hochberg q-value [N, Q] of ``p`` over the rows of a query.
         t: Moderated t statistic [N, Q] (NaN with fewer than two observations).

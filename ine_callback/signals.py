@@ -111,12 +111,15 @@ class Signals:
         self._out = torch.zeros(rows, self.columns, 1 + self.contrasts.count, device=device, dtype=self._dtype)
         self._own_variance = self._out.new_zeros(rows)
         self._drawn = False
+        self._first = True  # the backward pass meets the network's last layer first
 
     def receive(self, module: nn.Module, records: dict[str, Record], calls: int) -> None:
         """Takes the records of one module call, in the backward pass."""
         for block, record in self.table.sort(module, records):
             block.reused |= calls > 1 or block.shared
+            block.outputs |= self._first
             self.take(block, record)
+        self._first = False
 
     def take(self, block: Block, record: Record) -> None:
         """Takes one record; before the first refresh it is held back until the backward pass is over."""
@@ -142,18 +145,18 @@ class Signals:
             return
         assert self._out is not None
         if direction.queries is not None:
-            signs = self.contrasts.signs(block, record).to(direction.queries.dtype)
-            self._out[:, : len(self.queries)] += record.parts(direction.queries, signs)
+            self._out[:, : len(self.queries)] += self.contrasts.of_queries(block, record, direction.queries)
         if self.self_query:
             if block.reused:
                 block.waiting.append(record)
             else:
-                self._add_self(block, direction, direction.discount.norms(record), scale)
+                self._add_self(block, [record], direction.discount.norms(record), scale)
 
-    def _add_self(self, block: Block, direction: _Direction, norms: Tensor, scale: Scale) -> None:
+    def _add_self(self, block: Block, records: Sequence[Record], norms: Tensor, scale: Scale) -> None:
         """Adds a block's part of <P D g_i, s_i> and of |sigma D g_i|^2; a row's own gradient is rows x its share."""
         assert self._out is not None and self._own_variance is not None
-        self._out[:, -1, 0] += norms[:, 0] * (direction.weight * scale.rows)
+        signals = norms[:, :1] * (self._directions[block].weight * scale.rows)
+        self._out[:, -1] += signals * self.contrasts.of_self(block, records)
         self._own_variance += norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
 
     def release(self) -> None:
@@ -173,13 +176,13 @@ class Signals:
     def settle(self) -> tuple[Tensor, Tensor]:
         """What a backward pass left: signals and contrasts [b, Q, 1 + J], and each row's own squared unit [b].
 
-        Self-influence has no contrasts; its unit is that of the row's own loss.
+        The unit of self-influence is that of the row's own loss.
         """
         assert self._out is not None and self._own_variance is not None
         for block in self.table:
             if block.waiting:
-                direction = self._directions[block]
-                self._add_self(block, direction, direction.discount.norms_of_sum(block.waiting), self.scale)
+                norms = self._directions[block].discount.norms_of_sum(block.waiting)
+                self._add_self(block, block.waiting, norms, self.scale)
                 block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False

@@ -21,6 +21,7 @@ class Block:
         layout: Shape of one row's gradient, see :mod:`ine_callback.capture.records`.
         shared: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
+        outputs: Whether its units are the network's outputs.
         waiting: Records of the current batch that wait for the sum.
     """
 
@@ -29,6 +30,7 @@ class Block:
     layout: tuple[int, ...]
     shared: bool = False
     reused: bool = False
+    outputs: bool = False
     waiting: list[Record] = field(default_factory=list)
 
     def to_layout(self, gradients: Sequence[Tensor]) -> Tensor:

@@ -58,6 +58,10 @@ class Record(ABC):
         return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
     @abstractmethod
+    def energies(self) -> Tensor:
+        """Squared gradients of each output unit [b, units], products of different positions left out."""
+
+    @abstractmethod
     def gradient(self, rows: slice) -> Tensor:
         """The materialised gradients of a slice of rows [len, *layout]."""
 
@@ -127,6 +131,9 @@ class Outer(Record):
         each = [torch.einsum("bgoi,qgoi->bqgo", self.gradient(s), direction).flatten(2) @ weights.T for s in chunks]
         return torch.cat(each)
 
+    def energies(self) -> Tensor:
+        return (self.delta.square() * self.a.square().sum(3, keepdim=True)).sum(2).flatten(1)
+
     def gradient(self, rows: slice) -> Tensor:
         return self.delta[rows].transpose(-1, -2) @ self.a[rows]
 
@@ -151,6 +158,10 @@ class Outer(Record):
             return (self.a.square().sum((2, 3)) * self.delta.square().sum((2, 3))).sum(1)
         chunks = row_chunks(self.rows, math.prod(self.layout))
         return torch.cat([self.gradient(s).square_().sum((1, 2, 3)) for s in chunks])
+
+    def transposed(self) -> Outer:
+        """The transposed gradients: units are inputs."""
+        return Outer(self.delta, self.a)
 
     def join(self, bias: Outer) -> Outer:
         """Weight and bias as one matrix whose last column is the bias (the homogeneous coordinate of K-FAC)."""
@@ -185,6 +196,9 @@ class Lookup(Record):
 
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.delta).sum(1) for u in direction], 1) @ weights.T
+
+    def energies(self) -> Tensor:
+        return self.delta.square().sum(1)
 
     def gradient(self, rows: slice) -> Tensor:
         ids, delta = self.ids[rows], self.delta[rows]
@@ -241,6 +255,9 @@ class Vector(Record):
 
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("bd,qcd->bqc", self.g, direction[:, None] * weights)
+
+    def energies(self) -> Tensor:
+        return self.g.square()
 
     def gradient(self, rows: slice) -> Tensor:
         return self.g[rows]

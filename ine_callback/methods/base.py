@@ -61,7 +61,7 @@ class Method(ABC):
                 (the same for all rows, but for self-influence); None: 1. Directions of different times are compared in
                 these units.
             contrasts: The signals with half of each layer's units turned [b, Q, J], see
-                :mod:`ine_callback.contrasts`; 0 for a query that has none.
+                :mod:`ine_callback.contrasts`.
         """
 
     @abstractmethod

@@ -24,8 +24,8 @@ out .74 instead of .81 under AdamW on G1 (``python -m benchmarks.fidelity``).
 
 **se** is over training runs: where initial weights are random, the root mean square of the row's contrasts, its shift
 with half of each layer's units turned (:mod:`ine_callback.contrasts`), shrunk to the other rows'; the scatter of its
-visits alone would leave out all that lasts through one training and differs in the next. Self-influence, and ``fixed``
-weights, have the visits' scatter alone.
+visits alone would leave out all that lasts through one training and differs in the next. ``fixed`` weights have the
+visits' scatter alone.
 
 Tests, always of the row's shift, whichever estimator gives ``mu``:
 
@@ -176,13 +176,14 @@ class FINE(Method):
         finite = usable.sum(0)
         d = torch.where(usable, predicted - predicted.sum(0) / finite.clamp(min=1), 0.0)
         noise = d.square().sum(0) / (finite - 1).clamp(min=1) * rows.shape[0]
-        d = d / self._level(rows, predicted, finite)
+        level = self._level(rows, predicted, finite)
+        d = d / level
         d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
         sigma2 = d.square().sum(0) / rows.shape[0]
         self._fold_shifts(rows, d, sigma2)
         self._deal(rows, d)
         if contrasts is not None:
-            turned = torch.where(usable[..., None], contrasts.to(torch.float32) * factor[..., None], 0.0)
+            turned = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
             count = finite.clamp(min=1)[:, None]
             centred = (turned - turned.sum(0) / count) * (count / (count - 1).clamp(min=1))
             state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
