@@ -108,11 +108,10 @@ class InfluenceReport:
     def recommended_query(self) -> str:
         """The query to look for label errors with: the first ``"self"`` query, else ``"margin"``, else the first.
 
-        Of the queries, self-influence (how hard a row pulls on its own loss) finds label errors best: AUROC .998 on
-        digits with flipped labels. Margins answer what helps or hurts the validation set (.94). The mean validation
-        loss asks the wrong question for label errors (.62): flipped labels act as label smoothing and lower the loss
-        of wrong, over-confident predictions. The row's mean loss, free in every table, is as good (.998) and on
-        other data better (docs/methods/fine.md): see :meth:`suspect_labels`.
+        For label errors :meth:`suspect_labels`, the row's mean loss, ranks best; of the queries, self-influence does, and
+        it has a test. Margins answer what helps or hurts the validation set. The mean validation loss asks the wrong
+        question for label errors: flipped labels act as label smoothing and lower the loss of wrong, over-confident
+        predictions. Numbers: docs/methods/fine.md.
         """
         for kind in ("self", "margin"):
             for query in self.scores.queries:

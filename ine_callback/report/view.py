@@ -98,11 +98,11 @@ def advice(report: InfluenceReport, facts: dict[str, Any]) -> str:
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     found = f"{count:,} row{'' if count == 1 else 's'} at q ≤ {FLAG_AT:g}"
     where = f"report.drop_list(), query {plain(name)!r}: {found}."
+    losses = bool(np.isfinite(report.scores.mean_loss).any())
+    labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
     if kind == "self":
-        return f"To look for label errors: {where}"
-    if kind == "margin":
-        return f"To look for harmful rows: {where} Self-influence finds label errors better."
-    return f"To look for harmful rows: {where} A loss is the wrong question for label errors; use self-influence."
+        return f"To look for label errors: {labels + '; where to stop says ' if labels else ''}{where}"
+    return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
 
 
 def terminal(report: InfluenceReport) -> Group:
