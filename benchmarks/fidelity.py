@@ -290,10 +290,10 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--seeds", type=int, default=3, help="one-run estimates (5: smoother)")
     parser.add_argument("--optimizers", nargs="+", choices=g1.OPTIMIZERS, default=g1.OPTIMIZERS)
     parser.add_argument("--sweep", action="store_true", help="intervals of refresh and curvature instead")
-    parser.add_argument("--quick", action="store_true", help="32 trainings a group, 2 seeds, short: to see it work")
+    parser.add_argument("--quick", action="store_true", help="8 trainings a group, 2 seeds: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
-    seeds, runs = (min(args.seeds, 2), min(args.runs, 32)) if args.quick else (args.seeds, args.runs)
+    seeds, runs = (min(args.seeds, 2), min(args.runs, 8)) if args.quick else (args.seeds, args.runs)
     where = folder(args.data)
     problem = g1.load(where)
     results: dict[str, Any] = {

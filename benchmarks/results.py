@@ -85,10 +85,10 @@ momentum, cosine.
 """
 
 OWN_HEAD = """\
-Influence of a row on its own loss: {count} rows left out one at a time (two fifths of them flipped), in trainings that
-share initial weights and order with one that has them; standard error of a true score {error:.3f}. Spearman over all rows
-and over each kind; the slope has an intercept, for scores of self-influence are differences to an average row. Losses
-have no units: their slopes mean nothing.
+Influence of a row on its own loss: {count} rows left out one at a time (two fifths of them flipped), in trainings
+that share initial weights and order with one that has them; standard error of a true score {error:.3f}. Spearman over
+all rows and each kind. The slope has an intercept, for scores of self-influence are differences to an average row; a
+loss has other units, so its slope means nothing.
 """
 
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}

@@ -25,16 +25,20 @@ def run(module: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("module", "title"),
+    ("call", "title"),
     [
         ("runs", "## Several runs"),
         ("mislabel", "## Wrong labels"),
+        ("randomness", "## Stability"),
+        ("fidelity --optimizers sgd", "Influence of a row on its own loss"),
+        ("lds --problems logistic transformer", "## Retraining, transformer"),
         pytest.param("lds", "## Protocol G2", marks=pytest.mark.long),
         pytest.param("fidelity", "## Protocol G1", marks=pytest.mark.long),
+        pytest.param("fidelity --sweep", "## Protocol G1", marks=pytest.mark.long),
     ],
 )
-def test_quick_form_runs_and_renders(module: str, title: str, tmp_path: Path) -> None:
-    file = tmp_path / "found.json"
-    run(module, "--quick", "--json", str(file))
+def test_quick_form_runs_and_renders(call: str, title: str, tmp_path: Path) -> None:
+    file, plots = tmp_path / "found.json", tmp_path / "plots"
+    run(*call.split(), "--quick", "--json", str(file))
     assert json.loads(file.read_text())["protocol"]
-    assert title in run("results", str(file))
+    assert title in run("results", str(file), "--plots", str(plots))

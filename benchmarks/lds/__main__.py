@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="seeds of the one-run estimates")
     parser.add_argument("--models", type=int, nargs="+", default=[1, 10, 50], help="ensembles of TRAK")
     parser.add_argument("--only", default="", help="part of the names of the scores wanted, e.g. ine_callback or TRAK")
-    parser.add_argument("--quick", action="store_true", help="few epochs, one seed, no kept truth: to see it work")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows and epochs, one seed, no kept truth: to see it work"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     where = folder(args.data)

@@ -16,6 +16,7 @@ from benchmarks.data import digits, text
 from ine_callback.queries import margins
 
 SUBSETS = 60
+QUICK_ROWS, QUICK_SUBSETS = 256, 12
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ def adamw(parameters: Iterable[Tensor], lr: float) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
-def halves(n: int, g: torch.Generator) -> Tensor:
-    """Random halves of n rows, [SUBSETS, n / 2]."""
-    return torch.stack([torch.randperm(n, generator=g)[: n // 2] for _ in range(SUBSETS)])
+def halves(n: int, count: int, g: torch.Generator) -> Tensor:
+    """Random halves of n rows, [count, n / 2]."""
+    return torch.stack([torch.randperm(n, generator=g)[: n // 2] for _ in range(count)])
 
 
 def of_digits(path: Path | None, name: str, quick: bool) -> Problem:
@@ -166,10 +167,10 @@ def of_digits(path: Path | None, name: str, quick: bool) -> Problem:
             15,
         ),
     }[name]
-    n = min(rows, len(x) * 2 // 3)
+    n = min(QUICK_ROWS if quick else rows, len(x) * 2 // 3)
     g = torch.Generator().manual_seed(11)
     order = torch.randperm(len(x), generator=g)
-    subsets = halves(n, g)
+    subsets = halves(n, QUICK_SUBSETS if quick else SUBSETS, g)
     train, held_out = order[:n], order[n : n + queries]
     return Problem(
         name=name,
@@ -184,7 +185,7 @@ def of_digits(path: Path | None, name: str, quick: bool) -> Problem:
         lr=lr / (1 - momentum),
         batch=64,
         epochs=3 if quick else epochs,
-        hessian_rows=500 if name == "cnn" else n,
+        hessian_rows=min(n, 500) if name == "cnn" else n,
     )
 
 
@@ -193,7 +194,7 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
     written = text(path)
     letters = {c: k for k, c in enumerate(sorted(set(written)))}
     codes = torch.tensor([letters[c] for c in written])
-    rows = min(rows, len(codes) // context * 2 // 3)
+    rows = min(QUICK_ROWS if quick else rows, len(codes) // context * 2 // 3)
     g = torch.Generator().manual_seed(12)
     starts = torch.randperm(len(codes) // context - 1, generator=g)[: rows + queries] * context
     pieces = codes[starts[:, None] + torch.arange(context + 1)]
@@ -205,18 +206,18 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
         y=y[:rows],
         xq=x[rows:],
         yq=y[rows:],
-        subsets=halves(rows, g),
+        subsets=halves(rows, QUICK_SUBSETS if quick else SUBSETS, g),
         network=partial(Transformer, len(letters), context),
         optimizer=partial(adamw, lr=3e-3),
         lr=3e-3,
         batch=25,
         epochs=2 if quick else 15,
-        hessian_rows=500,
+        hessian_rows=min(rows, 500),
     )
 
 
 def load(path: Path | None, name: str, quick: bool) -> Problem:
-    """The problem of that name; ``quick`` cuts its epochs."""
+    """The problem of that name; ``quick`` cuts its rows, halves and epochs."""
     return of_text(path, quick) if name == "transformer" else of_digits(path, name, quick)
 
 

@@ -108,10 +108,10 @@ class InfluenceReport:
     def recommended_query(self) -> str:
         """The query to look for label errors with: the first ``"self"`` query, else ``"margin"``, else the first.
 
-        For label errors :meth:`suspect_labels`, the row's mean loss, ranks best; of the queries, self-influence does, and
-        it has a test. Margins answer what helps or hurts the validation set. The mean validation loss asks the wrong
-        question for label errors: flipped labels act as label smoothing and lower the loss of wrong, over-confident
-        predictions. Numbers: docs/methods/fine.md.
+        For label errors the row's mean loss ranks best (:meth:`suspect_labels`); of the queries self-influence does,
+        and it has a test. Margins answer what helps or hurts the validation set. The mean validation loss asks the
+        wrong question for label errors: flipped labels act as label smoothing and lower the loss of wrong,
+        over-confident predictions. Numbers: docs/methods/fine.md.
         """
         for kind in ("self", "margin"):
             for query in self.scores.queries:
