@@ -190,14 +190,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--data", help="folder with mnist10k.npz and cifar10n.npz (or INE_DATA); else digits alone")
+    parser.add_argument("--problems", nargs="+", choices=["flips", *HUMAN], help="some of them; by default all")
     parser.add_argument("--seeds", type=int, default=4, help="runs of each problem (at least 2)")
     parser.add_argument("--quick", action="store_true", help="synthetic flips alone, 2 seeds: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     where = folder(args.data)
     seeds = 2 if args.quick else args.seeds
-    problems = ["flips"] if args.quick or where is None else ["flips", *HUMAN]
-    results: dict[str, Any] = {"protocol": "mislabel", "machine": machine(), "seeds": seeds, "problems": {}}
+    problems = ["flips"] if args.quick or where is None else args.problems or ["flips", *HUMAN]
+    results: dict[str, Any] = {"protocol": "mislabel", "machine": machine(), "problems": {}}
     for name in problems:
         problem = flipped(where) if where is None or name == "flips" else human(where, HUMAN[name])
         runs = [one_run(seed, problem) for seed in track(range(seeds), description=name)]
@@ -207,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             row["mean_loss_minus_this"], row["mean_loss_minus_this_half_width"] = mean_and_half_width(
                 differences.tolist()
             )
-        results["problems"][name] = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "scores": rows}
+        about = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "seeds": seeds}
+        results["problems"][name] = {**about, "scores": rows}
         args.json.write_text(json.dumps(results, indent=1))
         for score, row in rows.items():
             found = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float))

@@ -75,7 +75,7 @@ MISLABEL_HEAD = """\
 ## Wrong labels: {problem}
 
 ```bash
-python -m benchmarks.mislabel --json mislabel.json --data DIR
+python -m benchmarks.mislabel --problems {problem} --seeds {seeds} --json mislabel.json --data DIR
 ```
 
 {rows} rows, {noise:.1%} of the labels wrong, {seeds} seeds, ± half a 95 % interval over seeds. Mean loss less this: the
@@ -250,7 +250,7 @@ def mislabel(results: dict[str, Any]) -> Iterable[str]:
     columns |= {"mean_loss_minus_this": "mean loss less this"}
     stable = {"seed_spearman": "Spearman of seeds", "jaccard_top10": "Jaccard 10 %", "jaccard_top20": "Jaccard 20 %"}
     for problem, found in results["problems"].items():
-        yield MISLABEL_HEAD.format(problem=problem, seeds=results["seeds"], rows=found["rows"], noise=found["noise"])
+        yield MISLABEL_HEAD.format(problem=problem, **{key: found[key] for key in ("seeds", "rows", "noise")})
         yield table(
             ["", *columns.values(), *stable.values()],
             (
