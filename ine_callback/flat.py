@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 Batch = Any
 Function = Callable[[nn.Module, Batch], Tensor]
@@ -69,11 +69,23 @@ class Flat:
         rows = [torch.autograd.grad(value, vector, retain_graph=True)[0] for value in values]
         return torch.stack(rows) if rows else vector.new_zeros(0, len(vector))
 
+    def products(self, directions: Tensor, function: Function, batch: Batch) -> Tensor:
+        """Change of ``function(module, batch)`` [k] along each of the directions [C, P] at the trained weights, [C, k].
+
+        A directional derivative costs about two evaluations and needs no gradient of a single row.
+        """
+
+        def along(direction: Tensor) -> Tensor:
+            change: Tensor = jvp(lambda v: self._at(v, function, batch), (self.weights,), (direction,))[1]
+            return change
+
+        return self._map(along, directions)
+
     def _map(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         """All vectors in one batched pass; one by one where the module has an operation that cannot be batched."""
         if self._batched:
             try:
-                return vmap(function)(vectors).detach()
+                return vmap(function, randomness="different")(vectors).detach()
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 # only what fails batched and works alone is vmap's fault; anything else is raised by the next line
                 single = torch.stack([function(vector).detach() for vector in vectors])

@@ -40,6 +40,22 @@ class Quadratic:
         self.values = values + localization
         self.localization = torch.tensor(localization, dtype=torch.float64, device=gradients.device)
 
+    def measured(self, curvature: Callable[[Tensor], Tensor], n_beta: float) -> Quadratic:
+        """The same directions with the loss's own curvature along each, in place of the Fisher's eigenvalues.
+
+        The Fisher knows directions, but its scale is right only for a likelihood that fits: for a squared error it is
+        off by the residual variance.
+
+        Args:
+            curvature: Maps displacements d [k, P] to d · H d / ‖d‖² [k]; asked at a posterior standard deviation.
+            n_beta: Weight of the mean loss.
+        """
+        found = Quadratic.__new__(Quadratic)
+        found.directions, found.localization = self.directions, self.localization
+        displacement = self.directions / self.values.sqrt().to(self.directions.dtype)[:, None]
+        found.values = self.localization + n_beta * curvature(displacement).double().clamp_min(0)
+        return found
+
     @property
     def largest(self) -> float:
         """The largest eigenvalue."""

@@ -4,8 +4,8 @@
     chain       z ← z − (ε/2) Sᵀ ∇U(w* + S z) + √ε ξ,     ∇U = n_beta ∇L_B + γ (w − w*)
     twin        z′ ← (I − (ε/2) H) z′ + √ε ξ,             H = Sᵀ A S, the same ξ
 
-S are the coordinates. ``power = 0`` is plain SGLD (Welling and Teh 2011), ``power = -1/2`` takes A^(-1/2), in which every
-direction of the quadratic posterior relaxes at one rate. A :class:`Diagonal` S is RMSprop-SGLD (Li et al., arXiv
+S are the coordinates. ``power = 0`` is plain SGLD (Welling and Teh 2011), ``power = -1/2`` takes A^(-1/2), in which
+every direction of the quadratic posterior relaxes at one rate. A :class:`Diagonal` S is RMSprop-SGLD (Li et al., arXiv
 1512.07666) with its preconditioner frozen, which leaves the posterior as stated.
 
 The twin is the chain of the quadratic posterior N(0, A⁻¹), driven by the chain's own noise. Started from its stationary
@@ -90,15 +90,9 @@ class Curved(Coordinates):
         rest = self.quadratic.apply(normal(shape), lambda a: (law.variance(self.curvature(a)) - law.step / 4).sqrt())
         return rest + 0.5 * math.sqrt(law.step) * noise, noise
 
-    def covariance(self, vectors: Tensor, law: Law, draws: int, thinning: int) -> Tensor:
-        """V x for vectors x [Q, P]: u · V x is the *expected sample* covariance of u · δ′ and x · δ′ over the draws."""
-        s = self.power
-
-        def entry(a: Tensor) -> Tensor:
-            h = self.curvature(a)
-            return a ** (2 * s) * law.variance(h) * law.centring(h, draws, thinning)
-
-        return self.quadratic.apply(vectors, entry)
+    def covariance(self, vectors: Tensor, law: Law) -> Tensor:
+        """V x for vectors x [Q, P]: u · V x is the covariance of u · δ′ and x · δ′ under the twin's law."""
+        return self.quadratic.apply(vectors, lambda a: a ** (2 * self.power) * law.variance(self.curvature(a)))
 
 
 @dataclass(frozen=True)
@@ -121,20 +115,6 @@ class Law:
     def variance(self, h: Tensor) -> Tensor:
         """1/h with averaged noise, else 1 / (h − ε h²/4)."""
         return 1 / h if self.averaged else 1 / (h - self.step * h**2 / 4)
-
-    def autocorrelation(self, h: Tensor, lag: Tensor) -> Tensor:
-        """Correlation of two values ``lag`` >= 1 steps apart."""
-        r = 1 - self.step * h / 2
-        return r ** (lag - 1) * (r + self.step * h / 4) if self.averaged else r**lag
-
-    def centring(self, h: Tensor, draws: int, thinning: int) -> Tensor:
-        """Expected sample variance over the true one: below 1, since the draws' own mean is taken off.
-
-        1 − 2/(n(n−1)) Σ_k (n − k) ρ(k · thinning), for the sample variance with divisor n − 1.
-        """
-        k = torch.arange(1, draws, dtype=h.dtype, device=h.device)
-        rho = self.autocorrelation(h[..., None], k * thinning)
-        return 1 - 2 * ((draws - k) * rho).sum(-1) / (draws * (draws - 1))
 
 
 class State(NamedTuple):

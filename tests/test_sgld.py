@@ -44,28 +44,13 @@ def test_without_gradients_a_is_gamma() -> None:
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_scalar_law_solves_its_own_recursion(averaged: bool) -> None:
-    """Variance and autocorrelation against the impulse response of the chain, summed numerically."""
+    """Variance against the impulse response of the chain, summed numerically."""
     step, h = 0.3, torch.tensor(2.0, dtype=torch.float64)
     r, noise = 1 - step * 2.0 / 2, math.sqrt(step)
-    response = [0.0] * 400
+    response = torch.zeros(400, dtype=torch.float64)
     for k, kick in enumerate([0.5, 0.5] if averaged else [1.0]):
-        for t in range(k, 400):
-            response[t] += noise * kick * r ** (t - k)
-    full = torch.tensor(response, dtype=torch.float64)
-    law = Law(step, averaged)
-    assert law.variance(h) == pytest.approx(float(full @ full), rel=1e-9)
-    for lag in (1, 2, 5):
-        expected = float(full[lag:] @ full[:-lag]) / float(full @ full)
-        assert float(law.autocorrelation(h, torch.tensor(lag))) == pytest.approx(expected, rel=1e-9)
-
-
-def test_centring_is_the_expected_sample_variance() -> None:
-    h, law, draws, thinning = torch.tensor(2.0, dtype=torch.float64), Law(0.3, False), 7, 2
-    lags = (torch.arange(draws)[:, None] - torch.arange(draws)).abs() * thinning
-    correlation = (1 - 0.3) ** lags.double()
-    centre = torch.eye(draws, dtype=torch.float64) - 1 / draws
-    expected = float((centre @ correlation).trace()) / (draws - 1)
-    assert float(law.centring(h, draws, thinning)) == pytest.approx(expected, rel=1e-9)
+        response[k:] += noise * kick * r ** torch.arange(400 - k, dtype=torch.float64)
+    assert float(Law(step, averaged).variance(h)) == pytest.approx(float(response @ response), rel=1e-9)
 
 
 @pytest.mark.parametrize("power", [0.0, -0.5])
@@ -86,9 +71,9 @@ def test_quadratic_posterior_at_finite_step_size(power: float, averaged: bool) -
         assert error < 0.02  # Monte Carlo: sqrt(2 / 60,000) = .006 for one entry
         assert state.twin is not None and torch.allclose(state.twin, state.z, atol=1e-9)  # exact on its own posterior
     assert torch.allclose(
-        sampler.coordinates.covariance(torch.eye(P, dtype=torch.float64), sampler.law, 10**6, 1),  # type: ignore[attr-defined]
+        sampler.coordinates.covariance(torch.eye(P, dtype=torch.float64), sampler.law),  # type: ignore[attr-defined]
         exact,
-        atol=1e-4 * float(exact.abs().max()),
+        atol=1e-9,
     )
 
 

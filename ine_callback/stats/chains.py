@@ -61,7 +61,7 @@ def effective_size(chains: ArrayLike) -> float:
     pairs = rho[: draws // 2 * 2].reshape(-1, 2).sum(1)
     stop = int(np.argmax(pairs <= 0)) if bool((pairs <= 0).any()) else len(pairs)
     time = max(1.0, 2 * float(np.minimum.accumulate(pairs[:stop]).sum()) - 1)
-    return count * draws / time
+    return float(count * draws / time)
 
 
 def drift(chains: ArrayLike) -> float:

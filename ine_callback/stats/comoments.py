@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -103,6 +105,6 @@ class Traces:
         The product of a row's and a query's is what the two have in common by drifting alone.
         """
         n = max(1, self.count - 1)
-        covariance = (self._trend - self._sum * self._time / self.count) / n
+        covariance: Tensor = (self._trend - self._sum * self._time / self.count) / n
         time_variance = (self._time_square - self._time**2 / self.count) / n
-        return covariance / max(time_variance, torch.finfo(torch.float64).tiny) ** 0.5
+        return covariance / math.sqrt(max(time_variance, 1e-300))

@@ -54,7 +54,7 @@ def test_minibatch_bias_is_the_largest_eigenvalue() -> None:
 
 @pytest.mark.parametrize(("one", "other"), [(0.0, 0.0), (0.8, 0.8), (0.9, 0.3)])
 def test_fisher_z_is_uniform_under_the_null(one: float, other: float) -> None:
-    """4 chains of 300 draws, 1,500 independent pairs; without the effective size the test would reject far too often."""
+    """4 chains of 300 draws, 1,500 independent pairs; without the effective size it would reject far too often."""
     a, b = autoregression(one, (4, 1500, 300)), autoregression(other, (4, 1500, 300))
     traces = [Traces(300), Traces(300)]
     for series, trace in zip((a, b), traces, strict=True):
