@@ -46,7 +46,8 @@ class LocalPosterior:
         few = min(settings.curvature_rows, self.count, max(1, LIMIT // parameters))
         order = self._order()
         self._sample = cut(data, order[:few], self.count)
-        self._others = cut(data, order[few:][:few] if self.count >= 2 * few else order, self.count)
+        others = order[few:] if self.count >= 2 * few else order
+        self._others = cut(data, others[: settings.eval_rows], self.count)
         self.gradients = jacobian(flat, losses, self._sample)
         fisher = Quadratic(self.gradients, settings.n_beta, self.localization)
         self.quadratic = fisher.measured(self._curvature, settings.n_beta)

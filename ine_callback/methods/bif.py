@@ -60,11 +60,11 @@ class BIF:
     step_size: float | None = None
     n_beta: float = 100.0
     localization: float | None = None
-    batch_size: int = 100
+    batch_size: int = 256
     preconditioner: Preconditioner = "curvature"
     reduced: bool = True
     rows: Sequence[int] | int | None = None
-    curvature_rows: int = 256
+    curvature_rows: int = 512
     eval_rows: int = 256
     seed: int = 0
 
