@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from rich.progress import Progress
 from torch import nn
+from torchmetrics import Metric
 
 from ine_callback.batches import cut, size_of
 from ine_callback.bif_scores import BIFScores
@@ -20,10 +21,11 @@ from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF
 from ine_callback.posterior import LocalPosterior, initial_state
 from ine_callback.readout import Readout, chosen_rows, groups, taken
-from ine_callback.rowloss import RowLoss, row_losses
+from ine_callback.rowloss import RowLoss, note_on, row_losses
 from ine_callback.sgld import SGLD, Curved, State
 
 MAX_ROWS = 2000
+Track = Callable[[int], Iterable[int]]
 
 
 def run_bif(
@@ -32,7 +34,7 @@ def run_bif(
     queries: Any,
     bif: BIF | None = None,
     loss_fn: RowLoss | None = None,
-    progress: bool = True,
+    progress: bool | Track = True,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     owner: str = "run_bif",
 ) -> BIFScores:
@@ -49,7 +51,7 @@ def run_bif(
         bif: Settings.
         loss_fn: ``(module, batch) -> losses [b]``; by default the module's ``influence_loss``, else the standard loss
             in its ``training_step``.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar, or a function that turns the number of draws into an iterable of them.
         context: Surrounds every evaluation, e.g. with autocast.
         owner: Class named in messages.
 
@@ -70,6 +72,7 @@ def run_bif(
     """
     bif = bif or BIF()
     with isolated(module), context():
+        _mute_metrics(module)
         flat = Flat(module)
         train = move_data_to_device(train, flat.weights.device)
         losses = row_losses(module, cut(train, torch.arange(min(64, size_of(train))), size_of(train)), loss_fn, owner)
@@ -79,7 +82,7 @@ def run_bif(
         posterior = LocalPosterior(flat, losses, train, bif, generator)
         sampler = posterior.sampler()
         tally = Tally(readout, sampler, bif)
-        notes = [note] if note else []
+        notes = [each for each in (note, note_on(losses)) if each]
         state = _run(posterior, sampler, tally, progress, notes)
         if tally.draws < 4:
             raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
@@ -94,6 +97,13 @@ def run_bif(
         return tally.finish(index.numpy(), bias, settings, notes + flat.notes)
 
 
+def _mute_metrics(module: nn.Module) -> None:
+    """Metrics that a step updates before its loss do nothing; they are ``isolated``'s copies, and are thrown away."""
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            metric.__dict__["forward"] = metric.__dict__["update"] = lambda *_, **__: torch.zeros(())
+
+
 def _on(flat: Flat, queries: list[Any]) -> list[Any]:
     """Queries with their batches on the module's device."""
     return [
@@ -102,13 +112,13 @@ def _on(flat: Flat, queries: list[Any]) -> list[Any]:
     ]
 
 
-def _run(posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool, notes: list[str]) -> State:
+def _run(posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str]) -> State:
     """All draws; ends early on Ctrl-C or when a chain leaves the finite numbers."""
     settings, weights = posterior.settings, posterior.weights
     state = sampler.init(settings.chains, posterior.mean_gradient)
     try:
         state = initial_state(posterior, sampler)
-        for draw in _track(settings.draws, progress):
+        for draw in progress(settings.draws) if callable(progress) else _track(settings.draws, progress):
             for _ in range(settings.thinning):
                 state = sampler.step(state, posterior.gradient)
             twin = None

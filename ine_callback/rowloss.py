@@ -7,7 +7,7 @@ function of the weights, many weights at once. So here the reduction inside the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,22 +46,29 @@ _LOSSES: dict[Any, str] = {
         "triplet_margin_loss",
     )
 }
-_STEPS = ("training_step", "validation_step")
 _TOLERANCE = 1e-3  # relative; the terms may be in half precision
 REMEDY = "pass loss_fn=lambda module, batch: losses of shape [rows], or give the module a method influence_loss(batch)"
 
 
-def row_losses(module: nn.Module, batch: Batch, loss_fn: RowLoss | None = None, owner: str = "BIF") -> RowLoss:
+def row_losses(
+    module: nn.Module,
+    batch: Batch,
+    loss_fn: RowLoss | None = None,
+    owner: str = "BIF",
+    steps: Sequence[str] = ("training_step", "validation_step"),
+) -> RowLoss:
     """Finds out how to get each row's loss, and proves it on a batch.
 
     First choice is ``loss_fn``, then the module's ``influence_loss(batch)``; else the standard loss inside the module's
-    ``training_step`` (or ``validation_step``) is asked for its terms, which are averaged over each row.
+    ``training_step`` (or ``validation_step``) is asked for its terms, which are averaged over each row. The step must
+    return their mean: weights of classes or rows are refused.
 
     Args:
         module: The model, isolated and in evaluation mode (:func:`ine_callback.isolation.isolated`).
         batch: At least one row, on the module's device.
         loss_fn: ``(module, batch) -> losses [b]``.
         owner: Class named in messages.
+        steps: Steps to look for a loss in, best first.
 
     Returns:
         ``(module, batch) -> losses [b]``.
@@ -83,8 +90,8 @@ def row_losses(module: nn.Module, batch: Batch, loss_fn: RowLoss | None = None, 
     if hasattr(module, "influence_loss"):
         return _checked(_offered, "influence_loss", module, batch, owner)
     reasons = []
-    for name in _STEPS:
-        if name == _STEPS[0] and not getattr(module, "automatic_optimization", True):
+    for name in steps:
+        if name == "training_step" and not getattr(module, "automatic_optimization", True):
             reasons.append("training_step optimizes by hand")
             continue
         if not callable(getattr(module, name, None)):
@@ -95,6 +102,13 @@ def row_losses(module: nn.Module, batch: Batch, loss_fn: RowLoss | None = None, 
         reasons.append(f"{name} {found}")
     why = "; ".join(reasons) or f"{type(module).__name__} has no training_step"
     raise InfluenceError(f"{owner}: the losses of single rows are unknown ({why}); {REMEDY}.")
+
+
+def note_on(losses: RowLoss) -> str | None:
+    """What the report should say about where the row losses come from."""
+    if isinstance(losses, _Derived) and losses.name == "validation_step":
+        return "row losses are those of validation_step, for training_step's are not the mean of a standard loss"
+    return None
 
 
 def _offered(module: Any, batch: Batch) -> Tensor:

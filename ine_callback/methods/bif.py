@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.base import EndMethod
 
 Preconditioner = Literal["curvature", "none", "rmsprop"]
 
 
 @dataclass(frozen=True)
-class BIF:
+class BIF(EndMethod):
     """Settings of the chains; the defaults need no tuning on small networks.
 
     Args:
