@@ -1,16 +1,22 @@
 """Which training rows made the model what it is, recorded during the one run you do anyway."""
 
 from ine_callback._version import __version__
+from ine_callback.bif_run import run_bif
+from ine_callback.bif_scores import BIFScores
 from ine_callback.callback import InfluenceCallback
 from ine_callback.capture.layers import register_layer
-from ine_callback.methods import FINE
+from ine_callback.methods import BIF, FINE
 from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
+from ine_callback.readout import EachRow
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
 
 __all__ = [
+    "BIF",
     "FINE",
+    "BIFScores",
     "CallableQuery",
+    "EachRow",
     "InfluenceCallback",
     "InfluenceReport",
     "LossQuery",
@@ -21,4 +27,5 @@ __all__ = [
     "SelfQuery",
     "__version__",
     "register_layer",
+    "run_bif",
 ]

@@ -6,20 +6,22 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ine_callback.ending import run_chains
 from ine_callback.errors import InfluenceError, QueryError
-from ine_callback.methods import Method, checked_methods
+from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
@@ -83,7 +85,7 @@ class InfluenceCallback(Callback):
         | dict[str, str | Query | list[int]]
         | dict[str, Any]
         | Callable[..., Any] = "val",
-        methods: list[Method] | None = None,
+        methods: list[Method | EndMethod] | None = None,
         enabled: bool = True,
         refresh_every: int = 20,
         curvature_every: int = 4,
@@ -103,7 +105,7 @@ class InfluenceCallback(Callback):
         check_options(owner, on_error, uncaptured, initial_weights, **counts, max_query_rows=max_query_rows)
         parse(queries, owner)
         if methods is not None:
-            checked_methods(methods, owner)
+            split_methods(methods, owner)
         self.queries, self.methods, self.enabled = queries, methods, enabled
         self.refresh_every, self.curvature_every = refresh_every, curvature_every
         self.discount, self.max_dim = discount, max_dim
@@ -114,6 +116,7 @@ class InfluenceCallback(Callback):
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
+        self._chains: EndMethod | None = None
         self._undo: list[Callable[[], None]] = []
 
     # -- setting up ---------------------------------------------------------------------------------------------------
@@ -169,14 +172,16 @@ class InfluenceCallback(Callback):
         if self.row_fn is None and len(loaders) != 1:
             raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
         loss = _ModuleLoss(pl_module)
+        folding, self._chains = (None, None) if self.methods is None else split_methods(self.methods, owner)
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
+        self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
             pl_module,
             trainer.optimizers[0],
             rows=self.num_rows or self._tracker.size,
             queries=self.queries,
             loss=loss.training,
-            methods=self.methods,
+            methods=folding,
             total_steps=_steps_ahead(trainer),
             schedulers=_schedulers(trainer),
             refresh_every=self.refresh_every,
@@ -188,7 +193,7 @@ class InfluenceCallback(Callback):
             uncaptured=self.uncaptured,
             accumulate=trainer.accumulate_grad_batches,
             on_error=self.on_error,
-            source=DataSource(owner, loss, loaders[0], val, self.max_query_rows),
+            source=self._source,
             to_device=lambda batch: _transferred(trainer, batch),
             context=lambda: _evaluating(trainer),
             owner=owner,
@@ -235,6 +240,8 @@ class InfluenceCallback(Callback):
         self._recorder.stop()
         try:
             self.report = self._recorder.report()
+            if self._chains is not None and trainer.state.status != TrainerStatus.INTERRUPTED:
+                self.report = self._with_chains(trainer, pl_module, self.report)
             folder = self._folder(trainer)
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{type(self).__name__}: writing the influence report to {folder}")
@@ -245,6 +252,31 @@ class InfluenceCallback(Callback):
             if self.on_error == "raise":
                 raise
             warnings.warn(f"{type(self).__name__}: the report was lost: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _with_chains(self, trainer: Trainer, pl_module: LightningModule, report: InfluenceReport) -> InfluenceReport:
+        """The report with BIF's part; without it where the chains could not run."""
+        assert isinstance(self._chains, BIF) and self._recorder is not None
+        owner = type(self).__name__
+        try:
+            chains = run_chains(
+                self._chains,
+                pl_module,
+                self._source,
+                self._recorder.bound,
+                report.scores.mu,
+                lambda batch: _transferred(trainer, batch),
+                lambda: _evaluating(trainer),
+                trainer.progress_bar_callback,
+                owner,
+            )
+        except Exception as error:  # f-INE's report must not be lost to BIF
+            if self.on_error == "raise":
+                raise
+            message = f"BIF failed: {type(error).__name__}: {error}"
+            warnings.warn(f"{owner}: {message} The report holds the rest.", stacklevel=2)
+            run = replace(report.run, notes=[*report.run.notes, message])
+            return InfluenceReport(report.scores, run)
+        return InfluenceReport(report.scores, report.run, chains)
 
     def _folder(self, trainer: Trainer) -> Path | None:
         if self.dirpath is not None:

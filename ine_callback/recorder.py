@@ -158,7 +158,7 @@ class Recorder:
                 "Adam or AdamW, or leave the recording out."
             )
         self._device = next(self.module.parameters()).device
-        bound = self._bind()
+        bound = self.bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
         self.infos = (*(query.info for query in bound), *((SELF,) if has_self else ()))
         self.schedule = plan(self.optimizer, *self._horizon, keep=[self.module])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,12 @@ class DataSource(QuerySource):
         return batches
 
     def _rows(self, rows: list[int]) -> list[Batch]:
+        dataset = self._indexed(rows)
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            return _load(dataset, rows, self._train)
+
+    def _indexed(self, rows: list[int]) -> Any:
+        """The training set, if it has these rows."""
         dataset: Any = getattr(self._train, "dataset", None)
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise QueryError(
@@ -105,8 +111,17 @@ class DataSource(QuerySource):
             raise QueryError(
                 f"{self._owner}: rows {unknown[:5]} are not in the training set; valid are 0 to {len(dataset) - 1}."
             )
+        return dataset
+
+    def training(self, rows: Sequence[int]) -> Batch:
+        """Rows of the training set as one batch, by the loader's own collate function.
+
+        Raises:
+            QueryError: If the training set cannot be indexed, or has no such rows.
+        """
+        dataset = self._indexed(list(rows))
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            return _load(dataset, rows, self._train)
+            return next(iter(_load(dataset, rows, self._train, len(rows))))
 
     def _checked(self, batches: list[Batch], data: Any) -> list[Batch]:
         if not batches:
@@ -116,9 +131,9 @@ class DataSource(QuerySource):
         return batches
 
 
-def _load(dataset: Any, rows: Iterable[int], loader: DataLoader[Any]) -> list[Batch]:
+def _load(dataset: Any, rows: Iterable[int], loader: DataLoader[Any], size: int = LARGEST_BATCH) -> list[Batch]:
     """Reads rows in this process with the loader's own collate function (its workers may be busy)."""
-    return list(DataLoader(Subset(dataset, list(rows)), batch_size=LARGEST_BATCH, collate_fn=loader.collate_fn))
+    return list(DataLoader(Subset(dataset, list(rows)), batch_size=size, collate_fn=loader.collate_fn))
 
 
 def _is_stream(data: Any) -> bool:

@@ -90,6 +90,42 @@ def host(tensor: Tensor) -> Floats:
     return np.array(tensor.cpu().numpy(), dtype=np.float64)
 
 
+class EndMethod(ABC):
+    """A way to score rows after training, from the trained weights alone; run by the callback, not by the recorder.
+
+    Nothing but its settings lives here: there is no state to fold steps into, to checkpoint or to resume.
+    """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain types, for the report."""
+
+
+def split_methods(methods: Sequence[Method | EndMethod], owner: str) -> tuple[list[Method], EndMethod | None]:
+    """The method that folds steps, and the one that runs when training has ended.
+
+    Raises:
+        InfluenceError: If there is none of the first kind, or two of either.
+
+    Example:
+        >>> from ine_callback import BIF, FINE
+        >>> split_methods([FINE(), BIF()], "InfluenceCallback")[1].draws
+        200
+    """
+    if not isinstance(methods, Sequence):
+        return checked_methods(methods, owner), None
+    ending = [method for method in methods if isinstance(method, EndMethod)]
+    if len(ending) > 1:
+        raise InfluenceError(
+            f"{owner}: {len(ending)} methods run at the end of training; give one, e.g. [FINE(), BIF()]."
+        )
+    folding = [method for method in methods if not isinstance(method, EndMethod)]
+    if ending and not folding:
+        kind = type(ending[0]).__name__
+        raise InfluenceError(f"{owner}: {kind} needs f-INE beside it: pass [FINE(), {kind}()]; run_bif runs it alone.")
+    return checked_methods(folding, owner), ending[0] if ending else None
+
+
 def checked_methods(methods: Sequence[Method], owner: str) -> list[Method]:
     """The methods to run.
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from ine_callback.report import html, plots, store, view
+from ine_callback.bif_scores import BIFScores
+from ine_callback.report import bif_store, html, plots, store, view
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.group import GroupScore
 from ine_callback.report.optional import need
@@ -39,6 +40,7 @@ class InfluenceReport:
     Args:
         scores: What a method's ``finish()`` returned.
         run: Provenance.
+        bif: Bayesian influence, where chains were run.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -52,8 +54,8 @@ class InfluenceReport:
         (3, -0.43, True, 9)
     """
 
-    def __init__(self, scores: Scores, run: RunInfo | None = None) -> None:
-        self.scores = checked(scores)
+    def __init__(self, scores: Scores, run: RunInfo | None = None, bif: BIFScores | None = None) -> None:
+        self.scores, self.bif = checked(scores), bif
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
 
     @classmethod
@@ -288,9 +290,13 @@ class InfluenceReport:
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
+        With :attr:`bif` also ``bif.parquet`` and ``bif.json``.
+
         An interrupted save leaves the former report, or one that does not load; never a mixture.
         """
-        return store.save(self.scores, self.run, Path(folder))
+        path = store.save(self.scores, self.run, Path(folder))
+        bif_store.save(self.bif, path)
+        return path
 
     @classmethod
     def load(cls, folder: str | Path) -> InfluenceReport:
@@ -308,7 +314,7 @@ class InfluenceReport:
             True
         """
         try:
-            return cls(*store.load(Path(folder)))
+            return cls(*store.load(Path(folder)), bif_store.load(Path(folder)))
         except store.ReportError:
             raise
         except ValueError as error:

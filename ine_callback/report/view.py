@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ine_callback.report import bif_view
 from ine_callback.report.words import BLUE, NULL_ALARM, null_check, plain, tails
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def terminal(report: InfluenceReport) -> Group:
         parts += _extremes(report, query)
     if len(facts["queries"]) > DETAILED:
         parts.append(Text(f"… and {len(facts['queries']) - DETAILED} more queries: report.top(query=…)", "dim"))
+    if report.bif is not None:
+        parts += bif_view.section(report.bif, report.scores)
     parts += [Text(f"Note: {plain(note)}", "dim") for note in facts["notes"]]
     return Group(*parts)
 

@@ -1,0 +1,137 @@
+"""Runs the chains of a :class:`~ine_callback.methods.bif.BIF` around a trained module and leaves no trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from rich.progress import Progress
+from torch import nn
+from torchmetrics import Metric
+
+from ine_callback.batches import cut, size_of
+from ine_callback.bif_scores import BIFScores
+from ine_callback.bif_tally import Tally
+from ine_callback.errors import InfluenceError
+from ine_callback.flat import Flat
+from ine_callback.isolation import isolated
+from ine_callback.methods.bif import BIF
+from ine_callback.posterior import LocalPosterior, initial_state
+from ine_callback.readout import Readout, chosen_rows, groups, taken
+from ine_callback.rowloss import RowLoss, note_on, row_losses
+from ine_callback.sgld import SGLD, Curved, State
+
+MAX_ROWS = 2000
+Track = Callable[[int], Iterable[int]]
+
+
+def run_bif(
+    module: nn.Module,
+    train: Any,
+    queries: Any,
+    bif: BIF | None = None,
+    loss_fn: RowLoss | None = None,
+    progress: bool | Track = True,
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    owner: str = "run_bif",
+) -> BIFScores:
+    """Bayesian influence of training rows on queries, from chains around the module's present weights.
+
+    Afterwards parameters, buffers, gradients, grad flags, modes and all random states are bit for bit as before. Ctrl-C
+    ends the chains early; the scores so far come back with a note.
+
+    Args:
+        module: The trained model.
+        train: All training rows as one batch of any structure, row k being dataset index k.
+        queries: As for :class:`~ine_callback.InfluenceCallback` with explicit data, e.g. ``{"val": (x, y)}``, or
+            ``{"row": EachRow((x, y))}`` for each row's own loss.
+        bif: Settings.
+        loss_fn: ``(module, batch) -> losses [b]``; by default the module's ``influence_loss``, else the standard loss
+            in its ``training_step``.
+        progress: Whether to show a progress bar, or a function that turns the number of draws into an iterable of them.
+        context: Surrounds every evaluation, e.g. with autocast.
+        owner: Class named in messages.
+
+    Returns:
+        The scores; score > 0: training on the row lowers the query.
+
+    Raises:
+        InfluenceError: If row losses, rows or queries cannot be had.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.randn(40, 3), torch.randn(40)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> squared = lambda module, batch: (module(batch[0])[:, 0] - batch[1]).square()
+        >>> scores = run_bif(model, (x, y), {"first": (x[:5], y[:5])}, BIF(draws=20), squared, progress=False)
+        >>> scores.scores.shape
+        (40, 1)
+    """
+    bif = bif or BIF()
+    with isolated(module), context():
+        _mute_metrics(module)
+        flat = Flat(module)
+        train = move_data_to_device(train, flat.weights.device)
+        losses = row_losses(module, cut(train, torch.arange(min(64, size_of(train))), size_of(train)), loss_fn, owner)
+        index, note = chosen_rows(bif.rows, size_of(train), MAX_ROWS, owner)
+        readout = Readout(flat, losses, taken(train, index), _on(flat, groups(queries, losses, owner)), bif.eval_rows)
+        generator = torch.Generator(flat.weights.device).manual_seed(bif.seed)
+        posterior = LocalPosterior(flat, losses, train, bif, generator)
+        sampler = posterior.sampler()
+        tally = Tally(readout, sampler, bif)
+        notes = [each for each in (note, note_on(losses)) if each]
+        state = _run(posterior, sampler, tally, progress, notes)
+        if tally.draws < 4:
+            raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
+        deviation = sampler.coordinates.deviation(state.z)[0]
+        bias = posterior.bias(sampler, deviation) if bool(torch.isfinite(deviation).all()) else float("inf")
+        settings = bif.to_dict() | {
+            "step_size": sampler.step_size,
+            "localization": posterior.localization,
+            "rows": len(index),
+            "parameters": len(flat.weights),
+        }
+        return tally.finish(index.numpy(), bias, settings, notes + flat.notes)
+
+
+def _mute_metrics(module: nn.Module) -> None:
+    """Metrics that a step updates before its loss do nothing; they are ``isolated``'s copies, and are thrown away."""
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            metric.__dict__["forward"] = metric.__dict__["update"] = lambda *_, **__: torch.zeros(())
+
+
+def _on(flat: Flat, queries: list[Any]) -> list[Any]:
+    """Queries with their batches on the module's device."""
+    return [
+        type(q)(q.infos, q.function, tuple((w, move_data_to_device(b, flat.weights.device)) for w, b in q.batches))
+        for q in queries
+    ]
+
+
+def _run(posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str]) -> State:
+    """All draws; ends early on Ctrl-C or when a chain leaves the finite numbers."""
+    settings, weights = posterior.settings, posterior.weights
+    state = sampler.init(settings.chains, posterior.mean_gradient)
+    try:
+        state = initial_state(posterior, sampler)
+        for draw in progress(settings.draws) if callable(progress) else _track(settings.draws, progress):
+            for _ in range(settings.thinning):
+                state = sampler.step(state, posterior.gradient)
+            twin = None
+            if state.twin is not None and isinstance(sampler.coordinates, Curved):
+                twin = sampler.coordinates.deviation(state.twin)
+            if not tally.take(weights + sampler.coordinates.deviation(state.z), twin):
+                notes.append(f"the chains diverged at draw {draw + 1} of {settings.draws}")
+                break
+    except KeyboardInterrupt:
+        notes.append(f"interrupted after {tally.draws} of {settings.draws} draws: the scores are partial")
+    return state
+
+
+def _track(draws: int, progress: bool) -> Iterator[int]:
+    with Progress(disable=not progress, transient=True) as bar:
+        yield from bar.track(range(draws), description="BIF chains")

@@ -1,0 +1,151 @@
+"""What the chains hand to users and reports: covariances of row losses with queries, their errors, and screens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.scores import Floats, QueryInfo
+
+
+@dataclass(frozen=True)
+class Screen:
+    """One check of the chains.
+
+    Attributes:
+        name: What was checked.
+        value: What was found (NaN: could not be told).
+        limit: What it may be, as text.
+        passed: Whether it is.
+        remedy: Which knob to turn if not.
+    """
+
+    name: str
+    value: float
+    limit: str
+    passed: bool
+    remedy: str
+
+
+@dataclass(frozen=True)
+class BIFScores:
+    """Bayesian influence of R rows on Q queries; a positive score means that training on the row lowers the query.
+
+    A score is the covariance of the row's loss and the query over the local posterior, in squared units of the loss.
+    Scores of rows add up to the score of their group.
+
+    Attributes:
+        rows: Dataset index of each row [R].
+        queries: The Q queries, in column order.
+        scores: Covariance [R, Q], by the best unbiased estimator there was.
+        se: Monte-Carlo standard error of ``scores`` [R, Q].
+        p: Two-sided p-value [R, Q] of "the score is 0" given the posterior (not over trainings).
+        q: Benjamini-Hochberg q-value [R, Q] of ``p`` over the rows of a query.
+        plain: The chains' own covariance [R, Q], the published estimator.
+        plain_se: Its standard error [R, Q].
+        laplace: Covariance under the quadratic posterior, gᵢᵀ V v [R, Q]: no noise, but only to first order (NaN
+            without a twin).
+        row_sd: Standard deviation of each row's loss over the draws [R].
+        query_sd: Standard deviation of each query over the draws [Q].
+        loss: Mean loss of the rows at every draw [C, T], the chains' trace.
+        screens: The checks, failed ones included.
+        settings: Settings as used, calibrated ones filled in.
+        notes: Sentences for the reader.
+
+    Example:
+        >>> scores = example_bif_scores()
+        >>> scores.top(2, "val"), scores.reliable
+        (array([4, 1]), True)
+    """
+
+    rows: NDArray[np.int64]
+    queries: tuple[QueryInfo, ...]
+    scores: Floats
+    se: Floats
+    p: Floats
+    q: Floats
+    plain: Floats
+    plain_se: Floats
+    laplace: Floats
+    row_sd: Floats
+    query_sd: Floats
+    loss: Floats
+    screens: tuple[Screen, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reliable(self) -> bool:
+        """Whether every screen was passed."""
+        return all(screen.passed for screen in self.screens)
+
+    @property
+    def reasons(self) -> list[str]:
+        """What failed, and which knob to turn."""
+        return [f"{s.name} is {s.value:.3g} (should be {s.limit}): {s.remedy}" for s in self.screens if not s.passed]
+
+    @property
+    def correlation(self) -> Floats:
+        """Scores divided by both standard deviations [R, Q]: comparable between rows and queries, not additive."""
+        scale = self.row_sd[:, None] * self.query_sd
+        return np.divide(self.scores, scale, out=np.full_like(self.scores, np.nan), where=scale > 0)
+
+    @property
+    def noise_share(self) -> Floats:
+        """Share of the scores' variance over the rows that is Monte-Carlo noise, per query [Q]."""
+        return noise_share(self.scores, self.se)
+
+    @property
+    def shrunk(self) -> Floats:
+        """Scores drawn towards the Laplace term by as much as their noise asks for [R, Q]: biased, less error.
+
+        laplace + k (scores − laplace), k = 1 − mean(se²) / mean((scores − laplace)²) per query, at least 0 (James and
+        Stein 1961). Without a twin there is no Laplace term, and nothing is shrunk.
+        """
+        apart = self.scores - self.laplace
+        if np.isnan(apart).all():
+            return self.scores
+        keep = np.clip(1 - (self.se**2).mean(0) / np.maximum((apart**2).mean(0), np.finfo(np.float64).tiny), 0, 1)
+        return np.asarray(self.laplace + keep * apart, dtype=np.float64)
+
+    def column(self, query: str | None = None) -> int:
+        """Column of a query, the first by default.
+
+        Raises:
+            KeyError: When there is no such query.
+        """
+        names = [info.name for info in self.queries]
+        if query is None:
+            return 0
+        if query not in names:
+            raise KeyError(f"BIFScores: no query {query!r}; choose one of {', '.join(map(repr, names))}")
+        return names.index(query)
+
+    def top(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
+        """Dataset indices of the ``k`` most helpful rows, best first."""
+        return self.rows[np.argsort(-self.scores[:, self.column(query)], kind="stable")][:k]
+
+    def bottom(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
+        """Dataset indices of the ``k`` most harmful rows, worst first."""
+        return self.rows[np.argsort(self.scores[:, self.column(query)], kind="stable")][:k]
+
+
+def noise_share(scores: Floats, se: Floats) -> Floats:
+    """Mean squared standard error over the variance of the scores, per query [Q]."""
+    variance = scores.var(0)
+    noise = (se**2).mean(0)
+    out: Floats = np.divide(noise, variance, out=np.full_like(noise, np.nan), where=variance > 0)
+    return out
+
+
+def example_bif_scores() -> BIFScores:
+    """Five rows on one query, for examples."""
+    scores = np.array([[0.1], [0.5], [-0.3], [0.0], [0.9]])
+    flat = np.full((5, 1), 0.1)
+    info = QueryInfo("val", "loss", "Does training on this row lower the mean loss on the validation set?")
+    screen = Screen("drift", 0.1, "below 0.5", True, "raise burn_in")
+    sd, loss = np.ones(5), np.zeros((2, 3))
+    return BIFScores(np.arange(5), (info,), scores, flat, flat, flat, scores, flat, scores, sd, sd[:1], loss, (screen,))

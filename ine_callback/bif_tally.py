@@ -1,0 +1,208 @@
+"""Folds draws into covariances, standard errors, tests and screens, keeping no draw of a row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import special
+from torch import Tensor
+
+from ine_callback.bif_scores import BIFScores, Screen, noise_share
+from ine_callback.methods.bif import BIF
+from ine_callback.readout import Readout
+from ine_callback.scores import Floats
+from ine_callback.sgld import SGLD, Curved
+from ine_callback.stats.chains import drift, effective_size, fisher_z, paired_size, split_rhat
+from ine_callback.stats.comoments import Comoments, Traces
+from ine_callback.stats.hypothesis_tests import benjamini_hochberg
+
+BLOCKS = 4  # parts of a chain whose scatter gives the standard error
+_SMALLEST_BLOCK = 8
+RHAT, SIZE, DRIFT, BIAS, SURVIVES, BALANCE, NOISE = 1.1, 50.0, 0.5, 0.25, 0.7, 0.98, 0.5
+
+
+class Scatter:
+    """Running mean and variance of equally weighted samples [n, R, Q]: what the blocks' covariances scatter by."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = self._squares = torch.zeros(())
+
+    def add(self, samples: Tensor) -> None:
+        """Takes n samples."""
+        for sample in samples:
+            self.count += 1
+            apart = sample - self._mean
+            self._mean = self._mean + apart / self.count
+            self._squares = self._squares + apart * (sample - self._mean)
+
+    def error(self) -> Tensor:
+        """Standard error of the samples' mean [R, Q]; NaN with fewer than two."""
+        if self.count < 2:
+            return torch.full_like(self._squares, math.nan)
+        return (self._squares / (self.count - 1) / self.count).sqrt()
+
+
+class Tally:
+    """Everything that is kept of the draws.
+
+    Args:
+        readout: Rows and queries.
+        sampler: The chains' sampler.
+        settings: Their settings.
+    """
+
+    def __init__(self, readout: Readout, sampler: SGLD, settings: BIF) -> None:
+        self.readout, self.sampler, self.settings = readout, sampler, settings
+        # without `reduced` the twin is only asked for its Laplace term, which no draw enters
+        self.twins = settings.reduced and isinstance(sampler.coordinates, Curved)
+        if isinstance(sampler.coordinates, Curved):
+            readout.linearise()
+        self._block = max(_SMALLEST_BLOCK, settings.draws // BLOCKS)
+        self._plain, self._twin = Comoments(), Comoments()
+        self._plain_block, self._twin_block = Comoments(), Comoments()
+        self._plain_scatter, self._scatter = Scatter(), Scatter()
+        self._rows, self._queries = Traces(settings.draws), Traces(settings.draws)
+        self._loss: list[Tensor] = []
+
+    @property
+    def draws(self) -> int:
+        """Draws taken."""
+        return self._rows.count
+
+    def take(self, weights: Tensor, twin: Tensor | None) -> bool:
+        """Reads one draw: weights [C, P] and the twins' deviations [C, P]. False: it was not finite and is left out."""
+        rows, queries = self.readout.rows(weights), self.readout.queries(weights)
+        if not bool(torch.isfinite(rows).all() & torch.isfinite(queries).all()):
+            return False
+        self._rows.update(rows)
+        self._queries.update(queries)
+        self._loss.append(rows.mean(1).cpu())
+        self._plain_block.update(rows[None], queries[None])
+        if self.twins and twin is not None:
+            self._twin_block.update(self.readout.row_changes(twin)[None], self.readout.query_changes(twin)[None])
+        if self._plain_block.count == self._block:
+            self._close()
+        return True
+
+    def _close(self) -> None:
+        """Ends a block: its covariances are one sample of the scatter for every independent chain."""
+        plain = self._independent(self._plain_block.covariance())
+        self._plain_scatter.add(plain)
+        if self.twins:
+            self._scatter.add(plain - self._independent(self._twin_block.covariance()))
+        self._merge()
+
+    def _merge(self) -> None:
+        self._plain.merge(self._plain_block)
+        self._twin.merge(self._twin_block)
+        self._plain_block, self._twin_block = Comoments(), Comoments()
+
+    def _independent(self, covariance: Tensor) -> Tensor:
+        """Mirrored chains [C, R, Q] averaged to their pairs [C/2, R, Q]."""
+        return covariance.unflatten(0, (2, -1)).mean(0) if self.sampler.antithetic else covariance
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def finish(self, rows: NDArray[np.int64], bias: float, settings: dict[str, Any], notes: list[str]) -> BIFScores:
+        """The scores.
+
+        Args:
+            rows: Dataset index of every row [R].
+            bias: See :func:`ine_callback.stats.chains.minibatch_bias`.
+            settings: As used.
+            notes: Sentences for the reader.
+        """
+        self._merge()
+        plain = self._plain.covariance().mean(0)
+        laplace = torch.full_like(plain, math.nan)
+        scores = plain
+        se = plain_se = self._error(self._plain_scatter, self._plain.covariance())
+        if isinstance(self.sampler.coordinates, Curved):
+            laplace = self.readout.covariance(self.sampler.coordinates, self.sampler.law)
+        if self.twins:
+            # the Laplace term is the twins' true covariance, not that of a sample of so many draws: so the bias that
+            # comes from taking off the sample's own means cancels to first order too
+            scores = plain - (self._twin.covariance().mean(0) - laplace)
+            se = self._error(self._scatter, self._plain.covariance() - self._twin.covariance())
+        p = self._p(scores, se)
+        found = {"scores": scores, "se": se, "plain": plain, "plain_se": plain_se, "laplace": laplace}
+        arrays = {name: _array(value) for name, value in found.items()}
+        loss = torch.stack(self._loss, 1).double().numpy()
+        screens = self._screens(arrays["scores"], arrays["se"], loss, bias)
+        return BIFScores(
+            rows=rows,
+            queries=self.readout.infos,
+            p=p,
+            q=benjamini_hochberg(p),
+            row_sd=_array(self._rows.variance().mean(0).sqrt()),
+            query_sd=_array(self._queries.variance().mean(0).sqrt()),
+            loss=loss,
+            screens=tuple(screens),
+            settings=settings,
+            notes=tuple(notes),
+            **arrays,
+        )
+
+    def _error(self, blocks: Scatter, chains: Tensor) -> Tensor:
+        """Standard errors by the blocks' scatter, enlarged where whole chains [C, R, Q] scatter more.
+
+        Blocks are many, so each cell's error is known; but neighbours in a slow chain are alike. Chains are independent
+        but few, so of them only the mean over all cells is used.
+        """
+        error = blocks.error()
+        chains = self._independent(chains)
+        if len(chains) < 2 or not bool(torch.isfinite(error).all()):
+            return chains.std(0) / len(chains) ** 0.5 if len(chains) > 1 else error
+        between = (chains.var(0) / len(chains)).mean().sqrt()
+        return error * (between / error.square().mean().sqrt().clamp_min(1e-30)).clamp_min(1)
+
+    def _p(self, scores: Tensor, se: Tensor) -> Floats:
+        """Fisher's z over the chains; for the reduced estimator, no correlation, Student's t over the blocks."""
+        if self.twins:
+            t = _array(scores / se)
+            return np.asarray(2 * special.stdtr(max(1, self._scatter.count - 1), -np.abs(t)), dtype=np.float64)
+        scale = self._rows.variance().sqrt()[:, :, None] * self._queries.variance().sqrt()[:, None, :]
+        correlation = _array(self._plain.covariance() / scale.clamp_min(torch.finfo(scale.dtype).tiny))
+        memory = (_array(trace.autocorrelation()) for trace in (self._rows, self._queries))
+        rows, queries = memory
+        return fisher_z(correlation, paired_size(self.draws, rows[:, :, None], queries[:, None, :]))
+
+    def _survives(self) -> float:
+        """Share of the absolute covariances that is left when both series lose their linear trend."""
+        covariance = self._plain.covariance()
+        trend = self._rows.trend()[:, :, None] * self._queries.trend()[:, None, :]
+        whole = float(covariance.mean(0).abs().sum())
+        return float((covariance - trend).mean(0).abs().sum()) / whole if whole > 0 else math.nan
+
+    def _screens(self, scores: Floats, se: Floats, loss: Floats, bias: float) -> list[Screen]:
+        complete = loss.shape[1] == self.settings.draws
+        rhat, size, slope = split_rhat(loss), effective_size(loss), drift(loss)
+        survives, positive = self._survives(), float((scores > 0).mean())
+        balance = max(positive, 1 - positive)
+        noise = float(np.nanmedian(noise_share(scores, se))) if np.isfinite(se).any() and len(scores) > 2 else math.nan
+        slower = "raise burn_in, or step_size where the chains are stable"
+        return [
+            Screen("draws", loss.shape[1], f"{self.settings.draws}", complete, "lower step_size or raise localization"),
+            Screen("split R-hat of the loss", rhat, f"below {RHAT}", rhat < RHAT, slower),
+            Screen("effective draws of the loss", size, f"above {SIZE:g}", size > SIZE, "raise draws or thinning"),
+            Screen("drift of the loss", slope, f"within ±{DRIFT}", not abs(slope) > DRIFT, slower),
+            Screen("covariance left without trend", survives, f"above {SURVIVES}", not survives < SURVIVES, slower),
+            Screen("minibatch bias", bias, f"below {BIAS}", not bias > BIAS, "raise batch_size or lower step_size"),
+            Screen(
+                "share of scores with one sign",
+                balance,
+                f"below {BALANCE}",
+                scores.size < 20 or balance < BALANCE,
+                "look for drift; raise localization, so that chains do not all climb together",
+            ),
+            Screen("noise share of the scores", noise, f"below {NOISE}", not noise > NOISE, "raise draws or chains"),
+        ]
+
+
+def _array(tensor: Tensor) -> Floats:
+    return tensor.detach().cpu().double().numpy()

@@ -1,0 +1,108 @@
+"""A module as a function of one flat vector of its trainable parameters, evaluated for many vectors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+Batch = Any
+Function = Callable[[nn.Module, Batch], Tensor]
+
+
+class Flat:
+    """Weights [P] in float32 or better, whatever the module's dtypes; the module's own parameters are never written.
+
+    Args:
+        module: The model, in evaluation mode. Its trainable parameters make up the vector, each once (tied ones too).
+
+    Attributes:
+        weights: The trained weights w* [P].
+        notes: What the report should say about how the module was run.
+
+    Example:
+        >>> import torch
+        >>> flat = Flat(torch.nn.Linear(1, 1, bias=False))
+        >>> vectors = torch.tensor([[2.0], [3.0]])
+        >>> flat.values(vectors, lambda module, x: module(x)[:, 0], torch.ones(1, 1))
+        tensor([[2.],
+                [3.]])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._call = _Call(module)
+        self._parameters = {name: p for name, p in self._call.named_parameters() if p.requires_grad}
+        parts = [p.detach().flatten() for p in self._parameters.values()]
+        widest = torch.float32
+        for part in parts:
+            widest = torch.promote_types(widest, part.dtype)
+        self.weights = torch.cat([part.to(widest) for part in parts])
+        self.notes: list[str] = []
+        self._batched = True
+
+    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector [P] as the parameters it stands for."""
+        parts = vector.split([p.numel() for p in self._parameters.values()])
+        named = zip(self._parameters.items(), parts, strict=True)
+        return {name: part.view(p.shape).to(p.dtype) for (name, p), part in named}
+
+    def _at(self, vector: Tensor, function: Function, batch: Batch) -> Tensor:
+        value: Tensor = functional_call(self._call, self._named(vector), (function, batch))
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+
+    def values(self, vectors: Tensor, function: Function, batch: Batch) -> Tensor:
+        """``function(module, batch)`` [k] at each of the vectors [C, P], as [C, k], without a gradient."""
+        with torch.no_grad():
+            return self._map(lambda v: self._at(v, function, batch), vectors)
+
+    def gradients(self, vectors: Tensor, function: Function, batch: Batch) -> Tensor:
+        """Gradient [C, P] of the mean of ``function(module, batch)`` at each of the vectors [C, P]."""
+        return self._map(grad(lambda v: self._at(v, function, batch).mean()), vectors)
+
+    def jacobian(self, vector: Tensor, function: Function, batch: Batch) -> Tensor:
+        """Gradient [k, P] of every entry of ``function(module, batch)`` [k] at one vector [P]."""
+        vector = vector.detach().requires_grad_()
+        values = self._at(vector, function, batch)
+        rows = [torch.autograd.grad(value, vector, retain_graph=True)[0] for value in values]
+        return torch.stack(rows) if rows else vector.new_zeros(0, len(vector))
+
+    def products(self, directions: Tensor, function: Function, batch: Batch) -> Tensor:
+        """Change of ``function(module, batch)`` [k] along each of the directions [C, P] at the trained weights, [C, k].
+
+        A directional derivative costs about two evaluations and needs no gradient of a single row.
+        """
+
+        def along(direction: Tensor) -> Tensor:
+            change: Tensor = jvp(lambda v: self._at(v, function, batch), (self.weights,), (direction,))[1]
+            return change
+
+        return self._map(along, directions)
+
+    def _map(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+        """All vectors in one batched pass; one by one where the module has an operation that cannot be batched."""
+        if self._batched:
+            try:
+                return vmap(function, randomness="different")(vectors).detach()
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                # only what fails batched and works alone is vmap's fault; anything else is raised by the next line
+                single = torch.stack([function(vector).detach() for vector in vectors])
+                self._batched = False
+                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                self.notes.append(f"chains ran one by one, which is slower: the model cannot be batched ({first})")
+                return single
+        return torch.stack([function(vector).detach() for vector in vectors])
+
+
+class _Call(nn.Module):
+    """Lets ``functional_call`` run any function of a module, not only its forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+    def forward(self, function: Function, batch: Batch) -> Tensor:
+        return function(self.module, batch)

@@ -1,0 +1,227 @@
+"""Each row's loss [b] of a module on a batch, differentiable and under ``torch.func``: given, offered, or derived.
+
+:mod:`ine_callback.losses` reads losses off the autograd graph of a training step. Chains need more: the losses as a
+function of the weights, many weights at once. So here the reduction inside the module's own step is intercepted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ine_callback.batches import cut, size_of
+from ine_callback.errors import InfluenceError
+
+Batch = Any
+RowLoss = Callable[[nn.Module, Batch], Tensor]
+
+# Losses that can be asked for their unreduced terms. All take `reduction`, all reduce over terms led by the row.
+_LOSSES: dict[Any, str] = {
+    getattr(F, name): name
+    for name in (
+        "cross_entropy",
+        "nll_loss",
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "kl_div",
+        "poisson_nll_loss",
+        "gaussian_nll_loss",
+        "soft_margin_loss",
+        "hinge_embedding_loss",
+        "multi_margin_loss",
+        "multilabel_margin_loss",
+        "multilabel_soft_margin_loss",
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+        "triplet_margin_loss",
+    )
+}
+_TOLERANCE = 1e-3  # relative; the terms may be in half precision
+REMEDY = "pass loss_fn=lambda module, batch: losses of shape [rows], or give the module a method influence_loss(batch)"
+
+
+def row_losses(
+    module: nn.Module,
+    batch: Batch,
+    loss_fn: RowLoss | None = None,
+    owner: str = "BIF",
+    steps: Sequence[str] = ("training_step", "validation_step"),
+) -> RowLoss:
+    """Finds out how to get each row's loss, and proves it on a batch.
+
+    First choice is ``loss_fn``, then the module's ``influence_loss(batch)``; else the standard loss inside the module's
+    ``training_step`` (or ``validation_step``) is asked for its terms, which are averaged over each row. The step must
+    return their mean: weights of classes or rows are refused.
+
+    Args:
+        module: The model, isolated and in evaluation mode (:func:`ine_callback.isolation.isolated`).
+        batch: At least one row, on the module's device.
+        loss_fn: ``(module, batch) -> losses [b]``.
+        owner: Class named in messages.
+        steps: Steps to look for a loss in, best first.
+
+    Returns:
+        ``(module, batch) -> losses [b]``.
+
+    Raises:
+        InfluenceError: If none of the three works; the message says what to pass.
+
+    Example:
+        >>> import torch
+        >>> class Model(torch.nn.Linear):
+        ...     def training_step(self, batch, batch_idx):
+        ...         return torch.nn.functional.mse_loss(self(batch[0]), batch[1])
+        >>> model, batch = Model(3, 1), (torch.randn(4, 3), torch.randn(4, 1))
+        >>> row_losses(model, batch)(model, batch).shape
+        torch.Size([4])
+    """
+    if loss_fn is not None:
+        return _checked(loss_fn, "loss_fn", module, batch, owner)
+    if hasattr(module, "influence_loss"):
+        return _checked(_offered, "influence_loss", module, batch, owner)
+    reasons = []
+    for name in steps:
+        if name == "training_step" and not getattr(module, "automatic_optimization", True):
+            reasons.append("training_step optimizes by hand")
+            continue
+        if not callable(getattr(module, name, None)):
+            continue
+        found = _derive(module, name, batch)
+        if not isinstance(found, str):
+            return found
+        reasons.append(f"{name} {found}")
+    why = "; ".join(reasons) or f"{type(module).__name__} has no training_step"
+    raise InfluenceError(f"{owner}: the losses of single rows are unknown ({why}); {REMEDY}.")
+
+
+def note_on(losses: RowLoss) -> str | None:
+    """What the report should say about where the row losses come from."""
+    if isinstance(losses, _Derived) and losses.name == "validation_step":
+        return "row losses are those of validation_step, for training_step's are not the mean of a standard loss"
+    return None
+
+
+def _offered(module: Any, batch: Batch) -> Tensor:
+    losses: Tensor = module.influence_loss(batch)
+    return losses
+
+
+def _checked(function: RowLoss, name: str, module: nn.Module, batch: Batch, owner: str) -> RowLoss:
+    with torch.no_grad():
+        losses = function(module, batch)
+    rows = size_of(batch)
+    if not isinstance(losses, Tensor) or losses.shape != (rows,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InfluenceError(f"{owner}: {name} returned {got} for a batch of {rows} rows; return losses [{rows}].")
+    return function
+
+
+def _derive(module: nn.Module, name: str, batch: Batch) -> RowLoss | str:
+    """A function that intercepts the one standard loss in the module's step, or why it cannot."""
+    recorder = _Intercept(None)
+    with torch.no_grad(), recorder:
+        output = _step(module, name, batch)
+    value = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return "returned no loss"
+    if not recorder.calls:
+        return "computes its loss without a standard loss of torch.nn.functional"
+    rows = size_of(batch)
+    fitting = [k for k, terms in enumerate(recorder.calls) if _explains(terms, value, rows)]
+    if len(fitting) != 1:
+        return f"returned {float(value):.6g}, which is the mean of none of its {len(recorder.calls)} standard losses"
+    derived = _Derived(name, fitting[0])
+    # the mean over rows must be the step's own loss on other rows too: weights and masks may differ from batch to batch
+    part = cut(batch, torch.arange((rows + 1) // 2), rows)
+    with torch.no_grad():
+        whole, half = (float(derived(module, each).mean()) for each in (batch, part))
+        expected = _scalar(_step(module, name, part))
+    if abs(whole - float(value)) > _allowed(float(value)) or abs(half - expected) > _allowed(expected):
+        return "weighs its rows unequally (class weights, a mask, ignored targets)"
+    return derived
+
+
+def _scalar(output: Any) -> float:
+    return float(output["loss"] if isinstance(output, Mapping) else output)
+
+
+def _allowed(value: float) -> float:
+    return _TOLERANCE * max(abs(value), 1e-6)
+
+
+def _explains(terms: Tensor, value: Tensor, rows: int) -> bool:
+    if terms.dim() == 0 or terms.numel() % rows:
+        return False
+    return abs(float(terms.float().mean()) - float(value)) <= _allowed(float(value))
+
+
+class _Derived:
+    """The losses of the rows from the ``number``-th standard loss of the module's step, the rest of which is not run.
+
+    What comes after the loss (metrics, logging) has no part in it, and often cannot run under ``vmap``.
+    """
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name, self.number = name, number
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+        try:
+            with _Intercept(self.number):
+                _step(module, self.name, batch)
+        except _Found as found:
+            return found.terms.reshape(size_of(batch), -1).mean(1)
+        raise InfluenceError(
+            f"BIF: {self.name} did not reach its loss number {self.number + 1} on this batch; {REMEDY}."
+        )
+
+
+class _Found(BaseException):
+    """Carries the terms out of the step; no ``except Exception`` of a user's step may swallow it."""
+
+    def __init__(self, terms: Tensor) -> None:
+        super().__init__()
+        self.terms = terms
+
+
+class _Intercept(TorchFunctionMode):
+    """Asks standard losses for their unreduced terms.
+
+    Args:
+        stop_at: Number of the call at which the step is left with its terms; None keeps all calls and runs on.
+    """
+
+    def __init__(self, stop_at: int | None) -> None:
+        super().__init__()
+        self.stop_at, self.calls, self._count = stop_at, list[Tensor](), 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _LOSSES:
+            return func(*args, **kwargs)
+        number, self._count = self._count, self._count + 1
+        if self.stop_at is None or number == self.stop_at:
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound.arguments.update(reduction="none", **dict.fromkeys({"size_average", "reduce"} & {*bound.arguments}))
+            terms = func(*bound.args, **bound.kwargs)
+            if self.stop_at is not None:
+                raise _Found(terms)
+            self.calls.append(terms)
+        return func(*args, **kwargs)
+
+
+def _step(module: Any, name: str, batch: Batch) -> Any:
+    step = getattr(module, name)
+    parameters = list(inspect.signature(step).parameters.values())[1:]
+    # batch_idx and dataloader_idx, whatever the user calls them
+    indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return step(batch, *indices)

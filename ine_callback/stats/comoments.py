@@ -1,0 +1,110 @@
+"""Streaming covariances between the losses of R rows and Q queries over the draws of C chains: no draw is kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Comoments:
+    """Means and sums of centred products per chain, merged block by block (Chan, Golub and LeVeque 1983).
+
+    Attributes:
+        count: Draws n seen so far.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.randn(10, 2, 3), torch.randn(10, 2, 4)  # 10 draws, 2 chains, 3 rows, 4 queries
+        >>> moments = Comoments()
+        >>> for block in range(0, 10, 5):
+        ...     moments.update(a[block : block + 5], b[block : block + 5])
+        >>> direct = torch.einsum("tcr,tcq->crq", a - a.mean(0), b - b.mean(0)) / 9
+        >>> bool(torch.allclose(moments.covariance(), direct, atol=1e-6))
+        True
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._a = self._b = self._products = torch.zeros(())
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Takes n draws of the rows [n, C, R] and of the queries [n, C, Q]."""
+        block = Comoments()
+        block.count = len(a)
+        block._a, block._b = a.mean(0), b.mean(0)
+        block._products = torch.einsum("tcr,tcq->crq", a - block._a, b - block._b)
+        self.merge(block)
+
+    def merge(self, other: Comoments) -> None:
+        """Takes all draws that the other has seen."""
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self._a, self._b, self._products = other.count, other._a, other._b, other._products
+            return
+        total = self.count + other.count
+        apart_a, apart_b = other._a - self._a, other._b - self._b
+        weight = self.count * other.count / total
+        self._products = self._products + other._products + weight * apart_a[..., :, None] * apart_b[..., None, :]
+        self._a = self._a + apart_a * (other.count / total)
+        self._b = self._b + apart_b * (other.count / total)
+        self.count = total
+
+    def covariance(self) -> Tensor:
+        """Sample covariance of each chain [C, R, Q], with divisor n − 1 (0 with a single draw)."""
+        return self._products / max(1, self.count - 1)
+
+
+class Traces:
+    """What there is to know of a single series: mean, variance, lag-1 autocorrelation, trend; each [C, K].
+
+    Args:
+        draws: Draws planned; only the origin of the draw index, which keeps the sums small.
+    """
+
+    def __init__(self, draws: int) -> None:
+        self._origin = draws / 2
+        self.count = 0
+        self._offset = self._last = self._sum = self._square = self._lagged = self._trend = torch.zeros(())
+        self._time = self._time_square = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Takes one draw [C, K]."""
+        x = values.double()
+        if not self.count:
+            self._offset = x  # sums of deviations from the first draw do not cancel
+        x = x - self._offset
+        time = self.count - self._origin
+        if self.count:
+            self._lagged = self._lagged + x * self._last
+        self._sum, self._square, self._trend = self._sum + x, self._square + x**2, self._trend + x * time
+        self._time, self._time_square = self._time + time, self._time_square + time**2
+        self._last, self.count = x, self.count + 1
+
+    def mean(self) -> Tensor:
+        """Mean of each series."""
+        return self._offset + self._sum / self.count
+
+    def variance(self) -> Tensor:
+        """Sample variance of each series, with divisor n − 1."""
+        return ((self._square - self._sum**2 / self.count) / max(1, self.count - 1)).clamp_min(0)
+
+    def autocorrelation(self) -> Tensor:
+        """Correlation of neighbouring draws, 0 for a constant series."""
+        mean = self._sum / self.count
+        total = self._square - self.count * mean**2
+        # the two ends appear once in the lagged products and twice in the mean's share of them
+        lagged = self._lagged - mean * (2 * self._sum - self._last) + (self.count - 1) * mean**2
+        return torch.where(total > 0, lagged / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(-1, 1)
+
+    def trend(self) -> Tensor:
+        """Covariance with the draw index over the index's standard deviation: squared, the trend's part of a variance.
+
+        The product of a row's and a query's is what the two have in common by drifting alone.
+        """
+        n = max(1, self.count - 1)
+        covariance: Tensor = (self._trend - self._sum * self._time / self.count) / n
+        time_variance = (self._time_square - self._time**2 / self.count) / n
+        return covariance / math.sqrt(max(time_variance, 1e-300))

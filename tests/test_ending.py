@@ -1,0 +1,147 @@
+"""Chains at the end of a fit: a part of the report, and of nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport, Query
+from ine_callback.errors import InfluenceError
+from ine_callback.report import ReportError
+
+ROWS, FEW = 96, {"draws": 24, "chains": 4, "batch_size": 32}
+
+
+class Model(L.LightningModule):
+    def __init__(self, train_extra: float = 0.0, val_extra: float = 0.0) -> None:
+        super().__init__()
+        self.train_extra, self.val_extra = train_extra, val_extra
+        self.net = nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 3))
+        self.accuracy = MulticlassAccuracy(3)
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("accuracy", self.accuracy(logits, batch[1]), on_epoch=True)
+        self.seen.append(float(loss.detach())) if self.training else None
+        return loss + self.train_extra * logits.square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        self.accuracy.update(logits, batch[1])
+        loss = F.cross_entropy(logits, batch[1]) + self.val_extra * logits.square().mean()
+        self.log("val", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(methods: Any, model: Model | None = None, queries: Any = "val", **kwargs: Any) -> tuple[Model, Any, L.Trainer]:
+    torch.manual_seed(0)
+    x = torch.randn(ROWS + 24, 5)
+    y = x[:, :3].argmax(1)
+    torch.manual_seed(1)
+    model = Model() if model is None else model
+    influence = InfluenceCallback(queries, methods, dirpath=kwargs.pop("dirpath", None), on_error="raise")
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_epochs=3, callbacks=[influence, *kwargs.pop("callbacks", [])], **options, **kwargs)
+    train = DataLoader(TensorDataset(x[:ROWS], y[:ROWS]), batch_size=16, shuffle=True)
+    trainer.fit(model, train, DataLoader(TensorDataset(x[ROWS:], y[ROWS:]), batch_size=24))
+    return model, influence.report, trainer
+
+
+QUIET = {"enable_progress_bar": False}
+
+
+def test_chains_change_nothing_else() -> None:
+    alone, report, one = fit([FINE()], **QUIET)
+    model, both, other = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), model.state_dict().values(), strict=True))
+    assert torch.equal(torch.rand(3), torch.rand(3)) is False and alone.seen == model.seen
+    assert one.callback_metrics.keys() == other.callback_metrics.keys()
+    assert all(torch.equal(one.callback_metrics[key], other.callback_metrics[key]) for key in one.callback_metrics)
+    assert np.array_equal(report.scores.mu, both.scores.mu) and report.bif is None
+    assert both.bif.scores.shape == (ROWS, 1) and np.isfinite(both.bif.scores).all()
+    assert not [note for note in both.bif.notes if "one by one" in note]  # metrics before and after the loss do not run
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_rows_are_dataset_indices_and_queries_the_callbacks() -> None:
+    queries = {"val": "val", "m": Query.margin("val"), "self": "self"}
+    _, report, _ = fit([FINE(), BIF(**FEW, rows=[90, 4, 17])], queries=queries, **QUIET)  # type: ignore[arg-type]
+    _, whole, _ = fit([FINE(), BIF(**FEW)], queries=queries, **QUIET)  # type: ignore[arg-type]
+    assert report.bif.rows.tolist() == [90, 4, 17] and [q.name for q in report.bif.queries] == ["val", "m"]
+    assert np.allclose(report.bif.scores, whole.bif.scores[[90, 4, 17]], atol=1e-5)
+    _, some, _ = fit([FINE(), BIF(**FEW, rows=10)], **QUIET)  # type: ignore[arg-type]
+    extreme = np.argsort(-np.abs(some.scores.mu[:, 0]), kind="stable")[:5]
+    assert len(some.bif.rows) == 10 and set(extreme) <= set(some.bif.rows)
+    assert "10 of 96 rows" in some.bif.notes[0]
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_progress_is_shown_in_the_trainers_bar(bar: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    _, report, _ = fit([FINE(), BIF(**FEW)], callbacks=[bar()])  # type: ignore[arg-type]
+    assert report.bif is not None
+    if bar is TQDMProgressBar:
+        assert "BIF chains" in "".join(capfd.readouterr())
+
+
+def test_what_cannot_run_leaves_the_rest_of_the_report() -> None:
+    with pytest.raises(InfluenceError, match="losses of single rows are unknown.*loss_fn="):
+        fit([FINE(), BIF(**FEW)], Model(0.01, 0.01), **QUIET)  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**FEW)], Model(0.01), **QUIET)  # type: ignore[arg-type]
+    assert "row losses are those of validation_step" in report.bif.notes[0]
+    with pytest.raises(InfluenceError, match="needs f-INE beside it"):
+        InfluenceCallback(methods=[BIF()])
+    with pytest.raises(InfluenceError, match="2 methods run at the end"):
+        InfluenceCallback(methods=[FINE(), BIF(), BIF()])
+    with pytest.raises(InfluenceError, match="BIF has no query"):
+        fit([FINE(), BIF(**FEW)], queries="self", **QUIET)  # type: ignore[arg-type]
+
+
+class Stop(L.Callback):
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_runs_no_chains() -> None:
+    with pytest.raises(SystemExit):
+        fit([FINE(), BIF(draws=10**6)], callbacks=[Stop()], **QUIET)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    _, report, _ = fit([FINE(), BIF(**FEW)], dirpath=tmp_path / "it", **QUIET)  # type: ignore[arg-type]
+    again = InfluenceReport.load(tmp_path / "it").bif
+    assert again is not None
+    for name, value in vars(report.bif).items():
+        loaded = getattr(again, name)
+        if isinstance(value, np.ndarray):
+            assert np.array_equal(value, loaded, equal_nan=True) and value.dtype == loaded.dtype, name
+        else:
+            assert loaded == value, name
+    console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
+    console.print(report)
+    text = console.export_text()
+    assert "Bayesian influence (BIF)" in text and "rank agreement" in text and "Most harmful" in text
+    (tmp_path / "it" / "bif.parquet").write_bytes(b"x")
+    with pytest.raises(ReportError, match="bif"):
+        InfluenceReport.load(tmp_path / "it")
+    InfluenceReport(report.scores, report.run).save(tmp_path / "it")  # a report without chains leaves none behind
+    assert InfluenceReport.load(tmp_path / "it").bif is None and not (tmp_path / "it" / "bif.parquet").exists()
