@@ -1,13 +1,13 @@
 """Which training rows made the model what it is, recorded during the one run you do anyway."""
 
 from ine_callback._version import __version__
-from ine_callback.bif_run import run_bif
-from ine_callback.bif_scores import BIFScores
+from ine_callback.bif.readout import EachRow
+from ine_callback.bif.run import run_bif
+from ine_callback.bif.scores import BIFScores
 from ine_callback.callback import InfluenceCallback
 from ine_callback.capture.layers import register_layer
 from ine_callback.methods import BIF, FINE
 from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
-from ine_callback.readout import EachRow
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
 

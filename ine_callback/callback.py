@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ine_callback.ending import run_chains
+from ine_callback.bif.stage import run_chains
 from ine_callback.errors import InfluenceError, QueryError
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options

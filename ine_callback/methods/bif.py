@@ -1,4 +1,4 @@
-"""BIF, the Bayesian influence function (arXiv 2509.26544): its settings. The chains run in ``bif_run.py``.
+"""BIF, the Bayesian influence function (arXiv 2509.26544): its settings. The chains run in ``bif/run.py``.
 
     posterior   p(w) ∝ exp(−n_beta L(w) − (γ/2) ‖w − w*‖²) around the trained weights w*
     score       + Cov_p(ℓ_i(w), φ(w))         > 0: training on row i lowers the query φ (helpful)

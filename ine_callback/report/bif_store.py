@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ine_callback.bif_scores import BIFScores, Screen
+from ine_callback.bif.scores import BIFScores, Screen
 from ine_callback.report.runinfo import jsonable
 from ine_callback.report.store import ReportError
 from ine_callback.scores import QueryInfo

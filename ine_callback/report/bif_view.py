@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from ine_callback.bif_scores import BIFScores
+from ine_callback.bif.scores import BIFScores
 from ine_callback.report.words import BLUE, ORANGE, plain, probability
 from ine_callback.scores import Scores
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from ine_callback.bif_scores import BIFScores
+from ine_callback.bif.scores import BIFScores
 from ine_callback.report import bif_store, html, plots, store, view
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.group import GroupScore

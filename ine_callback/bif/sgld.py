@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ine_callback.quadratic import Quadratic
+from ine_callback.bif.quadratic import Quadratic
 
 Gradient = Callable[[Tensor], Tensor]
 

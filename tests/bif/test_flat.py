@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.flat import Flat
+from ine_callback.bif.flat import Flat
 
 
 def loss(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ine_callback.bif_run import MAX_ROWS, run_bif
-from ine_callback.bif_scores import BIFScores
+from ine_callback.bif.rowloss import row_losses
+from ine_callback.bif.run import MAX_ROWS, run_bif
+from ine_callback.bif.scores import BIFScores
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF
 from ine_callback.queries import Batch, BoundQuery
-from ine_callback.rowloss import row_losses
 from ine_callback.scores import Floats
 from ine_callback.sources import DataSource
 

@@ -104,7 +104,7 @@ def test_progress_is_shown_in_the_trainers_bar(bar: Any, capfd: pytest.CaptureFi
 
 
 def test_what_cannot_run_leaves_the_rest_of_the_report() -> None:
-    with pytest.raises(InfluenceError, match="losses of single rows are unknown.*loss_fn="):
+    with pytest.raises(InfluenceError, match=r"losses of single rows are unknown.*loss_fn="):
         fit([FINE(), BIF(**FEW)], Model(0.01, 0.01), **QUIET)  # type: ignore[arg-type]
     _, report, _ = fit([FINE(), BIF(**FEW)], Model(0.01), **QUIET)  # type: ignore[arg-type]
     assert "row losses are those of validation_step" in report.bif.notes[0]

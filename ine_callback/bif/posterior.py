@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ine_callback.batches import cut, micro_batches, size_of
-from ine_callback.flat import Batch, Flat, Function
+from ine_callback.bif.flat import Batch, Flat, Function
+from ine_callback.bif.quadratic import Quadratic
+from ine_callback.bif.sgld import SGLD, Coordinates, Curved, Diagonal, State
 from ine_callback.methods.bif import BIF
-from ine_callback.quadratic import Quadratic
-from ine_callback.sgld import SGLD, Coordinates, Curved, Diagonal, State
 from ine_callback.stats.chains import minibatch_bias
 
 LIMIT = 2**28  # numbers held for the rows' gradients: 1 GiB in float32

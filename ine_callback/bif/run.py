@@ -13,16 +13,16 @@ from torch import nn
 from torchmetrics import Metric
 
 from ine_callback.batches import cut, size_of
-from ine_callback.bif_scores import BIFScores
-from ine_callback.bif_tally import Tally
+from ine_callback.bif.flat import Flat
+from ine_callback.bif.posterior import LocalPosterior, initial_state
+from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
+from ine_callback.bif.rowloss import RowLoss, note_on, row_losses
+from ine_callback.bif.scores import BIFScores
+from ine_callback.bif.sgld import SGLD, Curved, State
+from ine_callback.bif.tally import Tally
 from ine_callback.errors import InfluenceError
-from ine_callback.flat import Flat
 from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF
-from ine_callback.posterior import LocalPosterior, initial_state
-from ine_callback.readout import Readout, chosen_rows, groups, taken
-from ine_callback.rowloss import RowLoss, note_on, row_losses
-from ine_callback.sgld import SGLD, Curved, State
 
 MAX_ROWS = 2000
 Track = Callable[[int], Iterable[int]]

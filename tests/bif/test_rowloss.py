@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from ine_callback.bif.flat import Flat
+from ine_callback.bif.rowloss import row_losses
 from ine_callback.errors import InfluenceError
-from ine_callback.flat import Flat
 from ine_callback.isolation import isolated
-from ine_callback.rowloss import row_losses
 
 BATCH = (torch.randn(7, 4), torch.arange(7) % 3)
 

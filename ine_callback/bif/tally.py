@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
-from ine_callback.bif_scores import BIFScores, Screen, noise_share
+from ine_callback.bif.readout import Readout
+from ine_callback.bif.scores import BIFScores, Screen, noise_share
+from ine_callback.bif.sgld import SGLD, Curved
 from ine_callback.methods.bif import BIF
-from ine_callback.readout import Readout
 from ine_callback.scores import Floats
-from ine_callback.sgld import SGLD, Curved
 from ine_callback.stats.chains import drift, effective_size, fisher_z, paired_size, split_rhat
 from ine_callback.stats.comoments import Comoments, Traces
 from ine_callback.stats.hypothesis_tests import benjamini_hochberg

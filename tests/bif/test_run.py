@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
-from ine_callback.bif_run import run_bif
-from ine_callback.bif_scores import BIFScores
+from ine_callback.bif.readout import EachRow
+from ine_callback.bif.run import run_bif
+from ine_callback.bif.scores import BIFScores
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif import BIF
 from ine_callback.queries import CallableQuery, MarginQuery
-from ine_callback.readout import EachRow
 
 WHOLE = 10**6  # a batch size that takes all rows: no minibatch noise
 PLAIN = {"preconditioner": "none", "reduced": False}

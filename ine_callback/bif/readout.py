@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.batches import cut, micro_batches, size_of
+from ine_callback.bif.flat import Batch, Flat, Function
+from ine_callback.bif.posterior import LIMIT, jacobian
+from ine_callback.bif.sgld import Curved, Law
 from ine_callback.errors import QueryError
-from ine_callback.flat import Batch, Flat, Function
-from ine_callback.posterior import LIMIT, jacobian
 from ine_callback.queries import BoundQuery, parse
 from ine_callback.scores import QueryInfo
-from ine_callback.sgld import Curved, Law
 from ine_callback.sources import DataSource
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ine_callback.quadratic import Quadratic
-from ine_callback.sgld import SGLD, Curved, Diagonal, Law
+from ine_callback.bif.quadratic import Quadratic
+from ine_callback.bif.sgld import SGLD, Curved, Diagonal, Law
 
 P, N_BETA, GAMMA = 6, 20.0, 3.0
 GRADIENTS = torch.randn(4, P, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
