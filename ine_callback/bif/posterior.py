@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -108,6 +110,16 @@ class LocalPosterior:
             gradients = gradients - self.gradients
         pulled = sampler.coordinates.pull(gradients)
         return minibatch_bias(pulled.cpu().numpy(), sampler.step_size, sampler.n_beta, self.settings.batch_size)
+
+    def inflation(self, sampler: SGLD) -> float:
+        """Relative inflation of the variance by the step size in the steepest direction; infinite where unstable.
+
+        The stationary variance is 1 / (h − ε h²/4) instead of 1/h, and right for averaged noise.
+        """
+        quarter = sampler.step_size * self._largest() / 4
+        if quarter >= 1:
+            return math.inf
+        return 0.0 if sampler.averaged else quarter / (1 - quarter)
 
     def calibrate(self) -> float:
         """The largest step size at which trial chains stay where those of the quadratic posterior stay.

@@ -94,7 +94,7 @@ def run_bif(
             "rows": len(index),
             "parameters": len(flat.weights),
         }
-        return tally.finish(index.numpy(), bias, settings, notes + flat.notes)
+        return tally.finish(index.numpy(), bias, posterior.inflation(sampler), settings, notes + flat.notes)
 
 
 def _mute_metrics(module: nn.Module) -> None:

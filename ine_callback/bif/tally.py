@@ -22,7 +22,7 @@ from ine_callback.stats.hypothesis_tests import benjamini_hochberg
 
 BLOCKS = 4  # parts of a chain whose scatter gives the standard error
 _SMALLEST_BLOCK = 8
-RHAT, SIZE, DRIFT, BIAS, SURVIVES, BALANCE, NOISE = 1.1, 50.0, 0.5, 0.25, 0.7, 0.98, 0.5
+RHAT, SIZE, DRIFT, BIAS, INFLATION, SURVIVES, BALANCE, NOISE = 1.1, 50.0, 0.5, 0.25, 0.5, 0.7, 0.98, 0.5
 
 
 class Scatter:
@@ -108,12 +108,15 @@ class Tally:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def finish(self, rows: NDArray[np.int64], bias: float, settings: dict[str, Any], notes: list[str]) -> BIFScores:
+    def finish(
+        self, rows: NDArray[np.int64], bias: float, inflation: float, settings: dict[str, Any], notes: list[str]
+    ) -> BIFScores:
         """The scores.
 
         Args:
             rows: Dataset index of every row [R].
             bias: See :func:`ine_callback.stats.chains.minibatch_bias`.
+            inflation: Of the variance by the step size, see :meth:`.posterior.LocalPosterior.inflation`.
             settings: As used.
             notes: Sentences for the reader.
         """
@@ -133,7 +136,7 @@ class Tally:
         found = {"scores": scores, "se": se, "plain": plain, "plain_se": plain_se, "laplace": laplace}
         arrays = {name: _array(value) for name, value in found.items()}
         loss = torch.stack(self._loss, 1).double().numpy()
-        screens = self._screens(arrays["scores"], arrays["se"], loss, bias)
+        screens = self._screens(arrays["scores"], arrays["se"], loss, bias, inflation)
         return BIFScores(
             rows=rows,
             queries=self.readout.infos,
@@ -179,7 +182,7 @@ class Tally:
         whole = float(covariance.mean(0).abs().sum())
         return float((covariance - trend).mean(0).abs().sum()) / whole if whole > 0 else math.nan
 
-    def _screens(self, scores: Floats, se: Floats, loss: Floats, bias: float) -> list[Screen]:
+    def _screens(self, scores: Floats, se: Floats, loss: Floats, bias: float, inflation: float) -> list[Screen]:
         complete = loss.shape[1] == self.settings.draws
         rhat, size, slope = split_rhat(loss), effective_size(loss), drift(loss)
         survives, positive = self._survives(), float((scores > 0).mean())
@@ -192,6 +195,7 @@ class Tally:
             Screen("effective draws of the loss", size, f"above {SIZE:g}", size > SIZE, "raise draws or thinning"),
             Screen("drift of the loss", slope, f"within ±{DRIFT}", not abs(slope) > DRIFT, slower),
             Screen("covariance left without trend", survives, f"above {SURVIVES}", not survives < SURVIVES, slower),
+            Screen("step-size bias", inflation, f"below {INFLATION}", inflation < INFLATION, "lower step_size"),
             Screen("minibatch bias", bias, f"below {BIAS}", not bias > BIAS, "raise batch_size or lower step_size"),
             Screen(
                 "share of scores with one sign",

@@ -248,8 +248,24 @@ def test_diverging_chains_are_caught() -> None:
     bif = BIF(step_size=0.5, draws=100, **PLAIN)  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match=r"only . draws before the chains ended; the chains diverged at draw"):
         run_bif(model, rows, {"q": EachRow(query)}, bif, steep, progress=False)
-    slowly = run_bif(model, rows, {"q": query}, BIF(step_size=0.006, draws=100, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
-    assert not slowly.reliable
+    wide = run_bif(model, rows, {"q": query}, BIF(step_size=0.03, draws=100, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
+    assert any("step-size bias" in reason and "lower step_size" in reason for reason in wide.reasons)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
+    """L = ½ Σ h w², h = 1 .. 5: at a step of 4 share / h the variance is 1 / (1 - share) times too large."""
+    h = torch.arange(1.0, 6.0, dtype=torch.float64)
+    rows = torch.cat([torch.diag(h.sqrt()), -torch.diag(h.sqrt())]) * 5**0.5
+
+    def loss(module: Any, batch: Tensor) -> Tensor:
+        return 0.5 * (h * module.w.square()).sum() + batch @ module.w
+
+    step = 4 * share / (5.0 + 1.0)
+    bif = BIF(8, 4, step_size=step, n_beta=1.0, localization=1.0, batch_size=WHOLE, **PLAIN)
+    scores = run_bif(Point(torch.zeros(5).double()), rows, {"q": rows[:1]}, bif, loss, progress=False)
+    (screen,) = (s for s in scores.screens if s.name == "step-size bias")
+    assert screen.value == pytest.approx(share / (1 - share), rel=0.02)
 
 
 def test_noise_is_named() -> None:
