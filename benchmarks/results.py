@@ -91,6 +91,18 @@ all rows and each kind. The slope has an intercept, for scores of self-influence
 loss has other units, so its slope means nothing.
 """
 
+BIF_HEAD = """\
+## BIF by the number of draws
+
+```bash
+python -m benchmarks.bif --json bif.json{data} --truth truth-sgd.pt
+```
+
+Protocol G1 under SGD ({data_name}): 8 chains around a trained network, n_beta = localization = 100, mean over two
+networks. Per-query Spearman of group sums with the truth; ms: CPU milliseconds of a draw (8 chains, 1,000 rows, 200
+queries). Shrunk: drawn towards the Laplace term, whose own agreement is {laplace:.3f}.
+"""
+
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
 COLUMNS = {
     "spearman_per_query": "Spearman per query",
@@ -168,6 +180,20 @@ def of_truth(truth: dict[str, float]) -> str:
         out += f"; two halves of the retrainings rank the groups alike to {truth['split_half_spearman']:.3f}"
         out += f" (reliability of the whole {truth['split_half_reliability']:.3f})"
     return out + "."
+
+
+def bif(results: dict[str, Any]) -> Iterable[str]:
+    """The section of ``benchmarks.bif``."""
+    variants = results["variants"]
+    draws = sorted({d for row in variants.values() for d in row if d.isdigit()}, key=int)
+    mnist = results["data"].startswith("10,000")
+    laplace = next(iter(variants.values()))[draws[0]]["laplace"]
+    yield BIF_HEAD.format(data=" --data DIR" if mnist else "", data_name=results["data"], laplace=laplace)
+    rows = []
+    for name, row in variants.items():
+        for key, words in (("spearman_per_query", name), ("shrunk", f"{name}, shrunk")):
+            rows.append([words, *(number(row.get(d, {}).get(key)) for d in draws), number(row["milliseconds_a_draw"])])
+    yield table(["", *(f"{d} draws" for d in draws), "ms"], rows)
 
 
 def merged(found: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -271,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [HEAD]
     if args.notes:
         parts.append(args.notes.read_text())
-    sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness}
+    sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

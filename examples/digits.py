@@ -130,7 +130,7 @@ def main() -> None:
     mu = {query: report.scores.mu[:, report.column(query)] for query in report.queries}
     ranking = mu[report.recommended_query]
     candidates = {  # the higher, the more suspect
-        "auroc_influence": ("self-influence, recommended: how hard a row pulls on its own loss", ranking),
+        "auroc_influence": ("self-influence, whose test says where to stop", ranking),
         "auroc_margin": ("harm to the margin on the validation set", -mu["margin"]),
         "auroc_loss": ("loss of the trained model, for free", final_loss),
         "auroc_mean_loss": ("loss averaged over the run, for free in every report", report.scores.mean_loss),

@@ -30,6 +30,7 @@ def run(module: str, *arguments: str) -> str:
         ("runs", "## Several runs"),
         ("mislabel", "## Wrong labels"),
         ("randomness", "## Stability"),
+        ("bif", "## BIF by the number of draws"),
         ("fidelity --optimizers sgd", "Influence of a row on its own loss"),
         ("lds --problems logistic transformer", "## Retraining, transformer"),
         pytest.param("lds", "## Protocol G2", marks=pytest.mark.long),
