@@ -1,4 +1,4 @@
-"""BIF's part of a report in the terminal: whether the chains can be believed, then the extreme rows."""
+"""BIF's part of a report: whether the chains can be believed, then the extreme rows; in words, and in a terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTREMES, DETAILED = 5, 4
+HEAD = ("row", "BIF", "±", "q")
 LEGEND = """\
 BIF > 0: training on the row lowers the query. It is the covariance of the row's loss and the query over the chains;
 ± is its Monte-Carlo error, and q tests "the covariance is 0" in this posterior, not over other trainings."""
@@ -27,50 +28,65 @@ def section(found: BIFScores, scores: Scores) -> list[Any]:
     from rich.rule import Rule
     from rich.text import Text
 
-    chains, draws = found.loss.shape
-    head = Text(
-        f"{chains} chains x {draws} draws · {len(found.rows):,} rows · step {found.settings.get('step_size', 0):.3g} · "
-        f"n_beta {found.settings.get('n_beta', 0):g} · localization {found.settings.get('localization', 0):.3g}"
-    )
-    verdict = "all screens passed" if found.reliable else "UNRELIABLE: do not use this ranking"
-    head.append(f"\n{verdict}", "green" if found.reliable else "bold red")
+    head = Text(headline(found))
+    head.append(f"\n{verdict(found)}", "green" if found.reliable else "bold red")
     border = BLUE if found.reliable else "red"
     parts: list[Any] = [Panel(head, title="Bayesian influence (BIF)", title_align="left", border_style=border)]
     parts += [Text(f" ✗ {plain(reason)}", "bold white on red") for reason in found.reasons]
     parts.append(Text(LEGEND, "dim"))
     for column, query in enumerate(found.queries[:DETAILED]):
-        agreement = agreement_with_fine(found, scores, query.name)
-        words = f"{plain(query.name)} · rank agreement with μ {agreement:.2f}"
+        words = f"{plain(query.name)} · {agreement(found, scores, query.name)}"
         parts.append(Rule(Text(words, "bold"), align="left", style="dim"))
-        order = np.argsort(-found.scores[:, column], kind="stable")
-        sides = [("Most helpful", order[:EXTREMES], BLUE), ("Most harmful", order[::-1][:EXTREMES], ORANGE)]
-        parts.append(Columns([_table(found, column, *side) for side in sides], padding=(0, 3)))
+        parts.append(Columns([_table(*side) for side in ends(found, column, EXTREMES)], padding=(0, 3)))
     return parts + [Text(f"Note: {plain(note)}", "dim") for note in found.notes]
 
 
-def _table(found: BIFScores, column: int, title: str, which: Any, color: str) -> Table:
+def headline(found: BIFScores) -> str:
+    """The chains in numbers."""
+    chains, draws = found.loss.shape
+    return (
+        f"{chains} chains x {draws} draws · {len(found.rows):,} rows · step {found.settings.get('step_size', 0):.3g} · "
+        f"n_beta {found.settings.get('n_beta', 0):g} · localization {found.settings.get('localization', 0):.3g}"
+    )
+
+
+def verdict(found: BIFScores) -> str:
+    """Whether the ranking can be believed."""
+    return "all screens passed" if found.reliable else "UNRELIABLE: do not use this ranking"
+
+
+def ends(found: BIFScores, column: int, k: int) -> list[tuple[str, str, list[tuple[str, ...]]]]:
+    """Title, colour and lines (:data:`HEAD`) of a query's most helpful and most harmful rows."""
+    order = np.argsort(-found.scores[:, column], kind="stable")
+    return [
+        ("Most helpful", BLUE, [_line(found, column, row) for row in order[:k]]),
+        ("Most harmful", ORANGE, [_line(found, column, row) for row in order[::-1][:k]]),
+    ]
+
+
+def _line(found: BIFScores, column: int, k: int) -> tuple[str, ...]:
+    score, se = found.scores[k, column], found.se[k, column]
+    return str(found.rows[k]), f"{score:+.3g}".replace("-", "−"), f"{se:.1g}", probability(found.q[k, column])
+
+
+def _table(title: str, color: str, lines: list[tuple[str, ...]]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title), title_style=f"bold {color}")
-    for name in ("row", "BIF", "±", "q"):
+    for name in HEAD:
         table.add_column(name, justify="right", no_wrap=True)
-    for k in which:
-        score, se = found.scores[k, column], found.se[k, column]
-        table.add_row(
-            str(found.rows[k]), f"{score:+.3g}".replace("-", "−"), f"{se:.1g}", probability(found.q[k, column])
-        )
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
-def agreement_with_fine(found: BIFScores, scores: Scores, query: str) -> float:
-    """Spearman correlation of BIF and f-INE's μ over the rows that both have scored; NaN if f-INE lacks the query."""
+def agreement(found: BIFScores, scores: Scores, query: str) -> str:
+    """Rank correlation of BIF and f-INE's μ over the rows that both have scored, in words."""
     names = [info.name for info in scores.queries]
-    if query not in names:
-        return float("nan")
-    mu = scores.mu[found.rows, names.index(query)]
+    mu = scores.mu[found.rows, names.index(query)] if query in names else np.empty(0)
     both = np.isfinite(mu)
     if both.sum() < 3:
-        return float("nan")
-    return float(spearmanr(mu[both], found.scores[both, found.column(query)])[0])
+        return "not scored by f-INE"
+    return f"rank agreement with μ {spearmanr(mu[both], found.scores[both, found.column(query)])[0]:.2f}"

@@ -11,12 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report import plots
+from ine_callback.report import bif_view, plots
 from ine_callback.report.optional import need
 from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnings
 from ine_callback.report.words import ORANGE, null_check, plain, tails
 
 if TYPE_CHECKING:
+    from ine_callback.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
     from ine_callback.report.table import ScoreTable
 
@@ -69,7 +70,8 @@ def page(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
         sections=[_section(report, facts["queries"][report.column(name)]) for name in names],
         more=len(report.queries) - len(names),
         runs=f"{combined} runs" if combined else "one run",
-        scatter="scatter between the runs" if combined else "row's own visits",
+        scatter=_scatter(report),
+        chains=None if report.bif is None else _chains(report, report.bif),
         run=_provenance(report),
     )
     return text
@@ -108,6 +110,32 @@ def _section(report: InfluenceReport, query: dict[str, Any]) -> dict[str, Any]:
         ],
         "tables": [_table(upper, ends.upper, longest), _table(lower, ends.lower, longest)],
         "flagged": _table(flagged, f"All flagged rows, q ≤ {FLAG_AT:g}{more}", longest, FLAGGED),
+    }
+
+
+def _scatter(report: InfluenceReport) -> str:
+    """What the scores' intervals come from."""
+    if report.run.config.get("combined"):
+        return "scatter between the runs"
+    fixed = report.run.config.get("initial_weights") == "fixed"
+    return "row's own visits" if fixed else "contrasts between each layer's units: it is about other trainings"
+
+
+def _chains(report: InfluenceReport, found: BIFScores) -> dict[str, Any]:
+    return {
+        "headline": bif_view.headline(found),
+        "verdict": bif_view.verdict(found),
+        "legend": bif_view.LEGEND,
+        "head": bif_view.HEAD,
+        "found": found,
+        "sections": [
+            {
+                "name": query.name,
+                "agreement": bif_view.agreement(found, report.scores, query.name),
+                "tables": bif_view.ends(found, column, LISTED),
+            }
+            for column, query in enumerate(found.queries[:DETAILED])
+        ],
     }
 
 

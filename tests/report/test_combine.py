@@ -308,6 +308,6 @@ def test_a_combined_report_saves_and_shows_like_any_other(tmp_path: Path) -> Non
     text = report.write_html(tmp_path / "report.html").read_text(encoding="utf-8")
     assert "recorded in 3 runs." in text and "from the scatter between the runs." in text
     single = example_report().write_html(tmp_path / "single.html").read_text(encoding="utf-8")
-    assert "recorded in one run." in single and "from the row's own visits." in single.replace("&#39;", "'")
+    assert "recorded in one run." in single and "contrasts between each layer's units" in single.replace("&#39;", "'")
     assert "Combined from 3 runs" in report._repr_html_()
     assert report.group([3, 17, 29], "self").p < 1e-9
