@@ -9,7 +9,7 @@ Per row and query, over the R runs that scored the row:
 
 With R = 2 .. 5 the plain variance is noise, so it is shrunk to the other rows' as limma does (Smyth 2004), in units of
 the row's own squared standard error within the runs, for the strongest rows vary most. On digits ``mu +- 1.96 se`` of
-3 runs holds the mean of 27 others for 90-93 % of the rows, and for 81-95 % of the tenth with the largest scores
+3 runs holds the mean of 27 others for 91-93 % of the rows, and for 88-89 % of the tenth with the largest scores
 (``python -m benchmarks.runs``). Stouffer's z, not Fisher's sum of logarithms: p_r are two-sided, and runs that disagree
 in sign must cancel, not add up.
 """
