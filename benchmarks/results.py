@@ -43,8 +43,8 @@ python -m benchmarks.lds --problems {problem} --json lds.json{data} --truth 'tru
 
 {rows} rows, {queries} queries posed by their loss and by their negated margin, {epochs} epochs. Half of the rows left
 out, 60 times, {runs} retrainings each: linear data-modelling score (LDS), mean over queries.{loo} Two halves of the
-retrainings agree to {reliability}. Seconds of one thread with the training of the models needed; MB at the peak, above
-the start.
+retrainings agree to: {reliability}. Seconds of one thread with the training of the models needed; MB at the peak,
+above the start.
 """
 
 RANDOMNESS_HEAD = """\
@@ -219,7 +219,8 @@ def lds(results: dict[str, Any]) -> Iterable[str]:
             title="Protocol G2" if problem == "g2" else f"Retraining, {problem}",
             problem=problem,
             data="" if results["data"].startswith("scikit") else " --data DIR",
-            left_out=f" --left-out {about['left_out']}" if about["left_out"] else "",
+            left_out=(f" --runs {about['runs']}" if about["runs"] != 4 else "")
+            + (f" --left-out {about['left_out']}" if about["left_out"] else ""),
             loo=" 50 rows left out one at a time, paired: Spearman over them." if about["left_out"] else "",
             reliability=", ".join(f"{names[k]} {v:.2f}" for k, v in about["reliability"].items()),
             **{key: about[key] for key in ("what", "rows", "queries", "epochs", "runs")},

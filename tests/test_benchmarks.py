@@ -32,7 +32,7 @@ def run(module: str, *arguments: str) -> str:
         ("randomness", "## Stability"),
         ("bif", "## BIF by the number of draws"),
         ("fidelity --optimizers sgd", "Influence of a row on its own loss"),
-        ("lds --problems logistic transformer", "## Retraining, transformer"),
+        ("lds --problems logistic transformer --only ine_callback", "## Retraining, transformer"),
         pytest.param("lds", "## Protocol G2", marks=pytest.mark.long),
         pytest.param("fidelity", "## Protocol G1", marks=pytest.mark.long),
         pytest.param("fidelity --sweep", "## Protocol G1", marks=pytest.mark.long),
