@@ -20,7 +20,7 @@ rows alike. So each step is read in units of its rows' mean m, and the mean rati
 
 the shift of the row's own loss against that of an average row (whose own is :meth:`FINE.notes`'s to tell). The sum of
 r c_i / u_i itself is ruled by the earliest steps, where rows are told apart worst: Spearman against leaving single rows
-out .74 instead of .81 under AdamW on G1 (``python -m benchmarks.fidelity``).
+out .72 instead of .80 under AdamW on G1 (``python -m benchmarks.fidelity``).
 
 **se** is over training runs: where initial weights are random, the root mean square of the row's contrasts, its shift
 with half of each layer's units turned (:mod:`ine_callback.contrasts`), shrunk to the other rows'; the scatter of its
@@ -67,7 +67,7 @@ PER_ROW = ("shift", "contrast", "scatter", "variance", "profile", "observations"
 class FINE(Method):
     """f-INE scores from one run; ``mu > 0`` means that training on the row lowers the query (helpful).
 
-    State: 12 N Q bytes, at most about 2**17 Q null draws (4 bytes each), and 256 N Q bytes of histograms for ``auc``
+    State: 28 N Q bytes (16 of them for contrasts), at most about 2**17 Q null draws (4 bytes each), and 256 N Q bytes of histograms for ``auc``
     and ``max_threshold``. A row that appears twice in a step (padding samplers) counts twice. Steps with a single row
     or rate 0 count as observations and carry no information; so does a non-finite signal, which is set to its batch's
     mean and counted in :attr:`nonfinite`. A query whose signals never vary has no scale: its mu is NaN. ``t``, ``p_t``
@@ -193,10 +193,10 @@ class FINE(Method):
             histograms.fold(state, rows, predicted.sum(0), noise, self._steps - 1)
 
     def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
-        """The mean [Q] of the rows' own signals, added to their profiles; 1 for queries."""
+        """Size of the mean [Q] of the rows' own signals, added to their profiles; 1 for queries."""
         level = torch.ones_like(self._state["noise"])
         if len(self._own):
-            mean = (predicted.sum(0) / finite.clamp(min=1))[self._own]
+            mean = (predicted.sum(0) / finite.clamp(min=1))[self._own].abs()  # of a climbing step it is negative
             self._state["profile"].index_add_(0, rows, mean.expand(rows.shape[0], -1))
             level[self._own] = torch.where(mean > 0, mean, 1.0)
         return level

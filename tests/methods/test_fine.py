@@ -564,7 +564,7 @@ def test_shuffled_epochs_leave_the_initial_weights_as_the_only_noise() -> None:
 # ---- self-influence --------------------------------------------------------------------------------------------------
 
 
-def own_run(random_weights: bool = True) -> tuple[FINE, list[tuple[Tensor, Tensor, Tensor]]]:
+def own_run(random_weights: bool = True, rate: float = 0.1) -> tuple[FINE, list[tuple[Tensor, Tensor, Tensor]]]:
     """12 rows, 4 shuffled epochs in batches of 4; the signals shrink tenfold an epoch, each row has its own unit."""
     own = QueryInfo("self", "self", "?")
     fine, g = FINE(), torch.Generator().manual_seed(0)
@@ -575,7 +575,7 @@ def own_run(random_weights: bool = True) -> tuple[FINE, list[tuple[Tensor, Tenso
             signals = torch.rand(4, 2, generator=g) / 10**epoch
             units = torch.rand(4, 2, generator=g) + 0.5
             units[:, 0] = 2.0
-            fine.fold(rows, signals, 0.1, units)
+            fine.fold(rows, signals, rate, units)
             run.append((rows, signals, units))
     return fine, run
 
@@ -608,6 +608,12 @@ def test_self_influence_does_not_depend_on_how_signals_shrink() -> None:
         other.fold(rows, signals * (1 + step), 0.1, units)
     np.testing.assert_allclose(other.finish().t[:, 1], fine.finish().t[:, 1], rtol=1e-4)
     assert not np.allclose(other.finish().t[:, 0], fine.finish().t[:, 0], rtol=1e-2)
+
+
+def test_self_influence_of_a_climbing_run_is_the_negative() -> None:
+    found, climbing = own_run()[0].finish(), own_run(rate=-0.1)[0].finish()
+    np.testing.assert_array_equal(climbing.mu, -found.mu)
+    np.testing.assert_array_equal(climbing.t, -found.t)
 
 
 def test_self_influence_survives_a_checkpoint_and_growth() -> None:
