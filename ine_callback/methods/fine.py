@@ -67,11 +67,11 @@ PER_ROW = ("shift", "contrast", "scatter", "variance", "profile", "observations"
 class FINE(Method):
     """f-INE scores from one run; ``mu > 0`` means that training on the row lowers the query (helpful).
 
-    State: 28 N Q bytes (16 of them for contrasts), at most about 2**17 Q null draws (4 bytes each), and 256 N Q bytes of histograms for ``auc``
-    and ``max_threshold``. A row that appears twice in a step (padding samplers) counts twice. Steps with a single row
-    or rate 0 count as observations and carry no information; so does a non-finite signal, which is set to its batch's
-    mean and counted in :attr:`nonfinite`. A query whose signals never vary has no scale: its mu is NaN. ``t``, ``p_t``
-    and ``se`` need two informative steps of the row: a prior alone is no test.
+    State: 28 N Q bytes (16 of them for contrasts), at most about 2**17 Q null draws (4 bytes each), and 256 N Q bytes
+    of histograms for ``auc`` and ``max_threshold``. A row that appears twice in a step (padding samplers) counts twice.
+    Steps with a single row or rate 0 count as observations and carry no information; so does a non-finite signal, which
+    is set to its batch's mean and counted in :attr:`nonfinite`. A query whose signals never vary has no scale: its mu
+    is NaN. ``t``, ``p_t`` and ``se`` need two informative steps of the row: a prior alone is no test.
 
     Args:
         estimator: ``gaussian``: as above, the default. ``auc`` and ``max_threshold`` follow the paper:
