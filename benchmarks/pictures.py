@@ -64,8 +64,7 @@ def randomness(results: dict[str, Any], file: Path) -> None:
         ax.grid(axis="x", alpha=0.3)
         if key == "coverage":
             ax.axvline(0.95, color="#c0392b", linewidth=1, linestyle="--")
-        else:
-            ax.legend(fontsize=8, frameon=False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, dpi=110)
 
