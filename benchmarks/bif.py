@@ -26,7 +26,7 @@ from benchmarks.data import folder
 from benchmarks.fidelity import machine, network
 from benchmarks.metrics import Floats, auroc, per_query_spearman
 from ine_callback.bif.readout import EachRow
-from ine_callback.bif.run import run_bif
+from ine_callback.bif.run import bif_scores
 from ine_callback.bif.scores import BIFScores
 from ine_callback.methods.bif import BIF
 
@@ -86,7 +86,7 @@ def study(name: str, draws: Sequence[int], seeds: int, truth: g1.Truth, problem:
             model, started = trained(seed, problem), time.process_time()
             bif = BIF(draws=count, seed=seed, **(COMMON | VARIANTS[name]))
             queries = {"row": EachRow((problem.xq, problem.yq))}
-            found = run_bif(model, (problem.x, problem.y), queries, bif, row_entropies, progress=False)
+            found = bif_scores(model, (problem.x, problem.y), queries, bif, row_entropies, progress=False)
             runs.append(measure(found, time.process_time() - started, truth, problem))
         out[str(count)] = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
         print(f"{name:42s}{count:6d}  " + "  ".join(f"{key} {value:.3g}" for key, value in out[str(count)].items()))

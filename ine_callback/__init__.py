@@ -2,7 +2,7 @@
 
 from ine_callback._version import __version__
 from ine_callback.bif.readout import EachRow
-from ine_callback.bif.run import run_bif
+from ine_callback.bif.run import bif_scores
 from ine_callback.bif.scores import BIFScores
 from ine_callback.callback import InfluenceCallback
 from ine_callback.capture.layers import register_layer
@@ -26,6 +26,6 @@ __all__ = [
     "Recorder",
     "SelfQuery",
     "__version__",
+    "bif_scores",
     "register_layer",
-    "run_bif",
 ]

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from ine_callback.bif.stage import run_chains
-from ine_callback.errors import InfluenceError, QueryError
+from ine_callback.bif.stage import Stages
+from ine_callback.errors import InfluenceError
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
+from ine_callback.methods.bif import Stage
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.rows import RowTracker
 from ine_callback.sources import DataSource
+from ine_callback.trainer import ModuleLoss, evaluating, schedulers_of, steps_ahead, transferred, unscale
 
 
 class InfluenceCallback(Callback):
@@ -116,7 +114,7 @@ class InfluenceCallback(Callback):
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
-        self._chains: EndMethod | None = None
+        self._stages: Stages | None = None
         self._undo: list[Callable[[], None]] = []
 
     # -- setting up ---------------------------------------------------------------------------------------------------
@@ -171,8 +169,8 @@ class InfluenceCallback(Callback):
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
             raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
-        loss = _ModuleLoss(pl_module)
-        folding, self._chains = (None, None) if self.methods is None else split_methods(self.methods, owner)
+        loss = ModuleLoss(pl_module)
+        folding, chains = (None, None) if self.methods is None else split_methods(self.methods, owner)
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
         self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
@@ -182,8 +180,8 @@ class InfluenceCallback(Callback):
             queries=self.queries,
             loss=loss.training,
             methods=folding,
-            total_steps=_steps_ahead(trainer),
-            schedulers=_schedulers(trainer),
+            total_steps=steps_ahead(trainer),
+            schedulers=schedulers_of(trainer),
             refresh_every=self.refresh_every,
             curvature_every=self.curvature_every,
             discount=self.discount,
@@ -194,11 +192,12 @@ class InfluenceCallback(Callback):
             accumulate=trainer.accumulate_grad_batches,
             on_error=self.on_error,
             source=self._source,
-            to_device=lambda batch: _transferred(trainer, batch),
-            context=lambda: _evaluating(trainer),
+            to_device=lambda batch: transferred(trainer, batch),
+            context=lambda: evaluating(trainer),
             owner=owner,
         )
         self._recorder.start()
+        self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
         if trainer.global_step:
             self._recorder.note(
                 f"recording began at step {trainer.global_step} of a resumed run; earlier steps are missing"
@@ -209,7 +208,7 @@ class InfluenceCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is not None:
             assert self._tracker is not None
-            self._recorder.capture.unscale = _unscale(trainer)
+            self._recorder.capture.unscale = unscale(trainer)
             self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -232,6 +231,38 @@ class InfluenceCallback(Callback):
             if not trainer.fit_loop._should_accumulate():
                 self._recorder.discard()
 
+    # -- chains -------------------------------------------------------------------------------------------------------
+
+    def _stages_of(self, trainer: Trainer, pl_module: LightningModule, chains: EndMethod) -> Stages:
+        assert isinstance(chains, BIF) and self._recorder is not None
+        return Stages(
+            chains,
+            pl_module,
+            self._source,
+            self._recorder.bound,
+            lambda batch: transferred(trainer, batch),
+            lambda: evaluating(trainer),
+            trainer.progress_bar_callback,
+            type(self).__name__,
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is not None and self._stages is not None:
+            with self._recorder.capture.paused():
+                self._run_chains(trainer.current_epoch + 1)
+
+    def _run_chains(self, at: Stage, report: InfluenceReport | None = None) -> None:
+        """A stage's chains; a note where they could not run, for nothing else must be lost to them."""
+        assert self._stages is not None and self._recorder is not None
+        try:
+            self._stages.run(at, None if report is None else report.scores.mu)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            message = f"BIF failed: {type(error).__name__}: {error}"
+            warnings.warn(f"{type(self).__name__}: {message} The report holds the rest.", stacklevel=2)
+            self._recorder.note(message)
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,8 +271,8 @@ class InfluenceCallback(Callback):
         self._recorder.stop()
         try:
             self.report = self._recorder.report()
-            if self._chains is not None and trainer.state.status != TrainerStatus.INTERRUPTED:
-                self.report = self._with_chains(trainer, pl_module, self.report)
+            if self._stages is not None:
+                self.report = self._with_chains(trainer, self._stages, self.report)
             folder = self._folder(trainer)
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{type(self).__name__}: writing the influence report to {folder}")
@@ -253,30 +284,14 @@ class InfluenceCallback(Callback):
                 raise
             warnings.warn(f"{type(self).__name__}: the report was lost: {type(error).__name__}: {error}", stacklevel=2)
 
-    def _with_chains(self, trainer: Trainer, pl_module: LightningModule, report: InfluenceReport) -> InfluenceReport:
-        """The report with BIF's part; without it where the chains could not run."""
-        assert isinstance(self._chains, BIF) and self._recorder is not None
-        owner = type(self).__name__
-        try:
-            chains = run_chains(
-                self._chains,
-                pl_module,
-                self._source,
-                self._recorder.bound,
-                report.scores.mu,
-                lambda batch: _transferred(trainer, batch),
-                lambda: _evaluating(trainer),
-                trainer.progress_bar_callback,
-                owner,
-            )
-        except Exception as error:  # f-INE's report must not be lost to BIF
-            if self.on_error == "raise":
-                raise
-            message = f"BIF failed: {type(error).__name__}: {error}"
-            warnings.warn(f"{owner}: {message} The report holds the rest.", stacklevel=2)
-            run = replace(report.run, notes=[*report.run.notes, message])
-            return InfluenceReport(report.scores, run)
-        return InfluenceReport(report.scores, report.run, chains)
+    def _with_chains(self, trainer: Trainer, stages: Stages, report: InfluenceReport) -> InfluenceReport:
+        assert self._recorder is not None
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._run_chains("end", report)
+        missed = stages.missed()
+        if missed is not None:
+            self._recorder.note(missed)
+        return InfluenceReport(report.scores, self._recorder.report().run, stages.found)
 
     def _folder(self, trainer: Trainer) -> Path | None:
         if self.dirpath is not None:
@@ -301,94 +316,4 @@ class InfluenceCallback(Callback):
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        self._recorder = self._tracker = None
-
-
-class _ModuleLoss:
-    """The module's own loss of a batch: ``validation_step`` where it returns one, else ``training_step``."""
-
-    def __init__(self, module: LightningModule) -> None:
-        self._step: Literal["validation_step", "training_step"] | None = None
-        self._automatic = module.automatic_optimization
-
-    def __call__(self, module: Any, batch: Any) -> Tensor:
-        if self._step is None:
-            self._step = "training_step"
-            found = _loss_of(self._call(module, "validation_step", batch))
-            if found is not None and found.requires_grad:
-                self._step = "validation_step"
-                return found
-        found = _loss_of(self._call(module, self._step, batch))
-        if found is None:
-            raise QueryError(
-                f"InfluenceCallback: neither validation_step nor training_step of {type(module).__name__} returns a "
-                "loss; return it, or pass a callable query (module, batch) -> scalar."
-            )
-        return found
-
-    def training(self, module: Any, batch: Any) -> Tensor:
-        """The training loss of a batch."""
-        found = _loss_of(self._call(module, "training_step", batch))
-        if found is None:
-            raise QueryError(f"InfluenceCallback: training_step of {type(module).__name__} returned no loss.")
-        return found
-
-    def _call(self, module: Any, name: str, batch: Any) -> Any:
-        if name == "training_step" and not self._automatic:
-            raise QueryError(
-                f"InfluenceCallback: {type(module).__name__} optimizes by hand: its training_step cannot be asked for "
-                "a loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
-            )
-        step = getattr(module, name)
-        parameters = list(inspect.signature(step).parameters.values())[1:]
-        # batch_idx and dataloader_idx, whatever the user calls them
-        indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        return step(batch, *indices)
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    value = output.get("loss") if isinstance(output, Mapping) else output
-    return value if isinstance(value, Tensor) and value.numel() == 1 else None
-
-
-@contextmanager
-def _evaluating(trainer: Trainer) -> Iterator[None]:
-    """The trainer's precision, and the stage in which the module's hooks leave augmentation out."""
-    stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
-    try:
-        with trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        trainer.state.stage = stage
-
-
-def _transferred(trainer: Trainer, batch: Any) -> Any:
-    """What Lightning does to a batch before a step sees it: precision, hooks, device."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _unscale(trainer: Trainer) -> Tensor | None:
-    """The inverse loss scale under float16, on the device."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return None
-    scale = scaler._scale if scaler._scale is not None else torch.tensor(scaler._init_scale)
-    return 1.0 / scale
-
-
-def _steps_ahead(trainer: Trainer) -> int:
-    """Optimizer steps planned from here on; 0 where nobody knows."""
-    steps = trainer.estimated_stepping_batches
-    return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
-
-
-def _schedulers(trainer: Trainer) -> Sequence[tuple[Any, int]]:
-    """Each scheduler with the number of optimizer steps between its own steps."""
-    batches = trainer.num_training_batches
-    per_epoch = 1 if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
-    return [
-        (config.scheduler, config.frequency * (per_epoch if config.interval == "epoch" else 1))
-        for config in trainer.lr_scheduler_configs
-    ]
+        self._recorder = self._tracker = self._stages = None

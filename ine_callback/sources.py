@@ -113,6 +113,15 @@ class DataSource(QuerySource):
             )
         return dataset
 
+    @property
+    def training_rows(self) -> int:
+        """Rows of the training set.
+
+        Raises:
+            QueryError: If it cannot be indexed.
+        """
+        return len(self._indexed([]))
+
     def training(self, rows: Sequence[int]) -> Batch:
         """Rows of the training set as one batch, by the loader's own collate function.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ine_callback.batches import cut, micro_batches, size_of
 from ine_callback.bif.flat import Batch, Flat, Function
 from ine_callback.bif.posterior import LIMIT, jacobian
+from ine_callback.bif.rowloss import RowLosses
 from ine_callback.bif.sgld import Curved, Law
 from ine_callback.errors import QueryError
 from ine_callback.queries import BoundQuery, parse
@@ -73,18 +74,28 @@ def _single(bound: BoundQuery) -> Group:
 class Readout:
     """Values and first-order changes of R rows and Q queries.
 
+    Each row makes a line of ``width`` values: its loss, and with ``per_token`` what each of its T terms adds to it.
+
     Args:
         flat: The module.
         losses: Its row losses.
         rows: The rows to score, as one batch.
         queries: The queries.
         eval_rows: Rows evaluated at a time.
+        terms: T to read each row's terms too, else 0.
+
+    Attributes:
+        width: 1 + T.
+        count: R (1 + T).
     """
 
-    def __init__(self, flat: Flat, losses: Function, rows: Batch, queries: list[Group], eval_rows: int) -> None:
-        self.flat, self.losses = flat, losses
-        self.count = size_of(rows)
-        self._rows, self._eval_rows = rows, eval_rows
+    def __init__(
+        self, flat: Flat, losses: RowLosses, rows: Batch, queries: list[Group], eval_rows: int, terms: int = 0
+    ) -> None:
+        self.flat, self.width = flat, 1 + terms
+        self.losses: Function = _Lines(losses) if terms else losses
+        self.count = size_of(rows) * self.width
+        self._rows = rows
         self._parts = micro_batches(rows, eval_rows)
         self._queries = queries
         self.infos = tuple(info for group in queries for info in group.infos)
@@ -92,7 +103,7 @@ class Readout:
         self._query_gradients = flat.weights.new_zeros(0, len(flat.weights))
 
     def rows(self, weights: Tensor) -> Tensor:
-        """Losses [C, R] at weights [C, P]."""
+        """Lines [C, R (1 + T)] at weights [C, P]."""
         return torch.cat([self.flat.values(weights, self.losses, part) for part in self._parts], 1)
 
     def queries(self, weights: Tensor) -> Tensor:
@@ -119,7 +130,7 @@ class Readout:
             self._row_gradients = jacobian(self.flat, self.losses, self._rows)
 
     def row_changes(self, deviations: Tensor) -> Tensor:
-        """First-order changes of the rows' losses [C, R] for deviations [C, P]: ⟨gᵢ, δ⟩."""
+        """First-order changes of the lines [C, R (1 + T)] for deviations [C, P]: ⟨gᵢ, δ⟩."""
         if self._row_gradients is not None:
             return deviations @ self._row_gradients.T
         return torch.cat([self.flat.products(deviations, self.losses, part) for part in self._parts], 1)
@@ -129,9 +140,20 @@ class Readout:
         return deviations @ self._query_gradients.T
 
     def covariance(self, coordinates: Curved, law: Law) -> Tensor:
-        """Covariance [R, Q] of the first-order changes under the twin's law: gᵢᵀ V v, the Laplace term."""
+        """Covariance [R (1 + T), Q] of first-order changes under the twin's law: gᵢᵀ V v, the Laplace term."""
         spread = coordinates.covariance(self._query_gradients, law)
         return torch.cat([self.row_changes(part) for part in spread.split(8)]).T
+
+
+class _Lines:
+    """A row's loss followed by what its terms add to it, as one flat tensor [b (1 + T)]."""
+
+    def __init__(self, losses: RowLosses) -> None:
+        self._losses = losses
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+        terms = self._losses.terms(module, batch)
+        return torch.cat([terms.sum(1, keepdim=True), terms], 1).flatten()
 
 
 def chosen_rows(rows: Any, count: int, most: int, owner: str) -> tuple[Tensor, str | None]:

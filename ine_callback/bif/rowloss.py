@@ -1,4 +1,4 @@
-"""Each row's loss [b] of a module on a batch, differentiable and under ``torch.func``: given, offered, or derived.
+"""Each row's loss of a module on a batch, differentiable and under ``torch.func``: given, offered, or derived.
 
 :mod:`ine_callback.losses` reads losses off the autograd graph of a training step. Chains need more: the losses as a
 function of the weights, many weights at once. So here the reduction inside the module's own step is intercepted.
@@ -7,6 +7,7 @@ function of the weights, many weights at once. So here the reduction inside the 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,13 +51,24 @@ _TOLERANCE = 1e-3  # relative; the terms may be in half precision
 REMEDY = "pass loss_fn=lambda module, batch: losses of shape [rows], or give the module a method influence_loss(batch)"
 
 
+class RowLosses(ABC):
+    """Losses [b] of a batch's rows: ``losses(module, batch)``."""
+
+    @abstractmethod
+    def terms(self, module: nn.Module, batch: Batch) -> Tensor:
+        """What each term (the token of a sequence) adds to its row's loss [b, T]; T is 1 for rows of one term."""
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self.terms(module, batch).sum(1)
+
+
 def row_losses(
     module: nn.Module,
     batch: Batch,
     loss_fn: RowLoss | None = None,
     owner: str = "BIF",
     steps: Sequence[str] = ("training_step", "validation_step"),
-) -> RowLoss:
+) -> RowLosses:
     """Finds out how to get each row's loss, and proves it on a batch.
 
     First choice is ``loss_fn``, then the module's ``influence_loss(batch)``; else the standard loss inside the module's
@@ -66,12 +78,9 @@ def row_losses(
     Args:
         module: The model, isolated and in evaluation mode (:func:`ine_callback.isolation.isolated`).
         batch: At least one row, on the module's device.
-        loss_fn: ``(module, batch) -> losses [b]``.
+        loss_fn: ``(module, batch) -> losses [b]``, or [b, T] for rows of T terms, whose mean is the row's loss.
         owner: Class named in messages.
         steps: Steps to look for a loss in, best first.
-
-    Returns:
-        ``(module, batch) -> losses [b]``.
 
     Raises:
         InfluenceError: If none of the three works; the message says what to pass.
@@ -104,7 +113,7 @@ def row_losses(
     raise InfluenceError(f"{owner}: the losses of single rows are unknown ({why}); {REMEDY}.")
 
 
-def note_on(losses: RowLoss) -> str | None:
+def note_on(losses: RowLosses) -> str | None:
     """What the report should say about where the row losses come from."""
     if isinstance(losses, _Derived) and losses.name == "validation_step":
         return "row losses are those of validation_step, for training_step's are not the mean of a standard loss"
@@ -116,17 +125,30 @@ def _offered(module: Any, batch: Batch) -> Tensor:
     return losses
 
 
-def _checked(function: RowLoss, name: str, module: nn.Module, batch: Batch, owner: str) -> RowLoss:
+def _checked(function: RowLoss, name: str, module: nn.Module, batch: Batch, owner: str) -> RowLosses:
     with torch.no_grad():
         losses = function(module, batch)
     rows = size_of(batch)
-    if not isinstance(losses, Tensor) or losses.shape != (rows,):
+    if not isinstance(losses, Tensor) or losses.dim() not in (1, 2) or len(losses) != rows:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise InfluenceError(f"{owner}: {name} returned {got} for a batch of {rows} rows; return losses [{rows}].")
-    return function
+        raise InfluenceError(
+            f"{owner}: {name} returned {got} for a batch of {rows} rows; return losses [{rows}], or [{rows}, terms]."
+        )
+    return _Given(function)
 
 
-def _derive(module: nn.Module, name: str, batch: Batch) -> RowLoss | str:
+class _Given(RowLosses):
+    """Losses of a user's function."""
+
+    def __init__(self, function: RowLoss) -> None:
+        self._function = function
+
+    def terms(self, module: nn.Module, batch: Batch) -> Tensor:
+        losses = self._function(module, batch)
+        return losses[:, None] if losses.dim() == 1 else losses / losses.shape[1]
+
+
+def _derive(module: nn.Module, name: str, batch: Batch) -> RowLosses | str:
     """A function that intercepts the one standard loss in the module's step, or why it cannot."""
     recorder = _Intercept(None)
     with torch.no_grad(), recorder:
@@ -159,13 +181,27 @@ def _allowed(value: float) -> float:
     return _TOLERANCE * max(abs(value), 1e-6)
 
 
-def _explains(terms: Tensor, value: Tensor, rows: int) -> bool:
-    if terms.dim() == 0 or terms.numel() % rows:
+def _explains(found: _Terms, value: Tensor, rows: int) -> bool:
+    if found.losses.dim() == 0 or found.losses.numel() % rows:
         return False
-    return abs(float(terms.float().mean()) - float(value)) <= _allowed(float(value))
+    return abs(float(found.of_rows(rows).float().sum(1).mean()) - float(value)) <= _allowed(float(value))
 
 
-class _Derived:
+class _Terms:
+    """Unreduced terms of a loss, and which of them count (None: all)."""
+
+    def __init__(self, losses: Tensor, counted: Tensor | None) -> None:
+        self.losses, self.counted = losses, counted
+
+    def of_rows(self, rows: int) -> Tensor:
+        """What each term adds to its row's mean over the terms that count [b, T]; the others are 0."""
+        losses = self.losses.reshape(rows, -1)
+        if self.counted is None:
+            return losses / losses.shape[1]
+        return losses / self.counted.reshape(rows, -1).sum(1, keepdim=True).clamp_min(1)
+
+
+class _Derived(RowLosses):
     """The losses of the rows from the ``number``-th standard loss of the module's step, the rest of which is not run.
 
     What comes after the loss (metrics, logging) has no part in it, and often cannot run under ``vmap``.
@@ -174,12 +210,12 @@ class _Derived:
     def __init__(self, name: str, number: int) -> None:
         self.name, self.number = name, number
 
-    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
+    def terms(self, module: nn.Module, batch: Batch) -> Tensor:
         try:
             with _Intercept(self.number):
                 _step(module, self.name, batch)
         except _Found as found:
-            return found.terms.reshape(size_of(batch), -1).mean(1)
+            return found.terms.of_rows(size_of(batch))
         raise InfluenceError(
             f"BIF: {self.name} did not reach its loss number {self.number + 1} on this batch; {REMEDY}."
         )
@@ -188,7 +224,7 @@ class _Derived:
 class _Found(BaseException):
     """Carries the terms out of the step; no ``except Exception`` of a user's step may swallow it."""
 
-    def __init__(self, terms: Tensor) -> None:
+    def __init__(self, terms: _Terms) -> None:
         super().__init__()
         self.terms = terms
 
@@ -202,7 +238,7 @@ class _Intercept(TorchFunctionMode):
 
     def __init__(self, stop_at: int | None) -> None:
         super().__init__()
-        self.stop_at, self.calls, self._count = stop_at, list[Tensor](), 0
+        self.stop_at, self.calls, self._count = stop_at, list[_Terms](), 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,11 +248,20 @@ class _Intercept(TorchFunctionMode):
         if self.stop_at is None or number == self.stop_at:
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.arguments.update(reduction="none", **dict.fromkeys({"size_average", "reduce"} & {*bound.arguments}))
-            terms = func(*bound.args, **bound.kwargs)
+            terms = _Terms(func(*bound.args, **bound.kwargs), _counted(bound))
             if self.stop_at is not None:
                 raise _Found(terms)
             self.calls.append(terms)
         return func(*args, **kwargs)
+
+
+def _counted(bound: inspect.BoundArguments) -> Tensor | None:
+    """Which terms count, where a loss of class indices may ignore some."""
+    target = bound.arguments.get("target")
+    if "ignore_index" not in bound.signature.parameters or not isinstance(target, Tensor) or target.is_floating_point():
+        return None
+    ignored = bound.arguments.get("ignore_index", bound.signature.parameters["ignore_index"].default)
+    return target.ne(ignored)
 
 
 def _step(module: Any, name: str, batch: Batch) -> Any:

@@ -16,19 +16,19 @@ from ine_callback.batches import cut, size_of
 from ine_callback.bif.flat import Flat
 from ine_callback.bif.posterior import LocalPosterior, initial_state
 from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
-from ine_callback.bif.rowloss import RowLoss, note_on, row_losses
+from ine_callback.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
 from ine_callback.bif.scores import BIFScores
 from ine_callback.bif.sgld import SGLD, Curved, State
 from ine_callback.bif.tally import Tally
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
-from ine_callback.methods.bif import BIF
+from ine_callback.methods.bif import BIF, Stage
 
-MAX_ROWS = 2000
+MAX_ROWS, MAX_TOKENS = 2000, 50_000
 Track = Callable[[int], Iterable[int]]
 
 
-def run_bif(
+def bif_scores(
     module: nn.Module,
     train: Any,
     queries: Any,
@@ -36,7 +36,8 @@ def run_bif(
     loss_fn: RowLoss | None = None,
     progress: bool | Track = True,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    owner: str = "run_bif",
+    owner: str = "bif_scores",
+    at: Stage = "end",
 ) -> BIFScores:
     """Bayesian influence of training rows on queries, from chains around the module's present weights.
 
@@ -49,11 +50,12 @@ def run_bif(
         queries: As for :class:`~ine_callback.InfluenceCallback` with explicit data, e.g. ``{"val": (x, y)}``, or
             ``{"row": EachRow((x, y))}`` for each row's own loss.
         bif: Settings.
-        loss_fn: ``(module, batch) -> losses [b]``; by default the module's ``influence_loss``, else the standard loss
-            in its ``training_step``.
+        loss_fn: ``(module, batch) -> losses [b]``, or [b, T] for rows of T terms whose mean is the row's loss; by
+            default the module's ``influence_loss``, else the standard loss in its ``training_step``.
         progress: Whether to show a progress bar, or a function that turns the number of draws into an iterable of them.
         context: Surrounds every evaluation, e.g. with autocast.
         owner: Class named in messages.
+        at: Finished epochs, where training is not at its end.
 
     Returns:
         The scores; score > 0: training on the row lowers the query.
@@ -66,7 +68,7 @@ def run_bif(
         >>> x, y = torch.randn(40, 3), torch.randn(40)
         >>> model = torch.nn.Linear(3, 1)
         >>> squared = lambda module, batch: (module(batch[0])[:, 0] - batch[1]).square()
-        >>> scores = run_bif(model, (x, y), {"first": (x[:5], y[:5])}, BIF(draws=20), squared, progress=False)
+        >>> scores = bif_scores(model, (x, y), {"first": (x[:5], y[:5])}, BIF(draws=20), squared, progress=False)
         >>> scores.scores.shape
         (40, 1)
     """
@@ -75,15 +77,18 @@ def run_bif(
         _mute_metrics(module)
         flat = Flat(module)
         train = move_data_to_device(train, flat.weights.device)
-        losses = row_losses(module, cut(train, torch.arange(min(64, size_of(train))), size_of(train)), loss_fn, owner)
-        index, note = chosen_rows(bif.rows, size_of(train), MAX_ROWS, owner)
-        readout = Readout(flat, losses, taken(train, index), _on(flat, groups(queries, losses, owner)), bif.eval_rows)
+        sample = cut(train, torch.arange(min(64, size_of(train))), size_of(train))
+        losses = row_losses(module, sample, loss_fn, owner)
+        terms, most = term_limit(losses, module, sample, owner) if bif.per_token else (0, MAX_ROWS)
+        index, note = chosen_rows(bif.rows, size_of(train), most, owner)
+        asked = _on(flat, groups(queries, losses, owner))
+        readout = Readout(flat, losses, taken(train, index), asked, bif.eval_rows, terms)
         generator = torch.Generator(flat.weights.device).manual_seed(bif.seed)
         posterior = LocalPosterior(flat, losses, train, bif, generator)
         sampler = posterior.sampler()
         tally = Tally(readout, sampler, bif)
         notes = [each for each in (note, note_on(losses)) if each]
-        state = _run(posterior, sampler, tally, progress, notes)
+        state, interrupted = _run(posterior, sampler, tally, progress, notes)
         if tally.draws < 4:
             raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
         deviation = sampler.coordinates.deviation(state.z)[0]
@@ -94,7 +99,21 @@ def run_bif(
             "rows": len(index),
             "parameters": len(flat.weights),
         }
-        return tally.finish(index.numpy(), bias, posterior.inflation(sampler), settings, notes + flat.notes)
+        described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
+        return tally.finish(index.numpy(), bias, posterior.inflation(sampler), settings, described)
+
+
+def term_limit(losses: RowLosses, module: nn.Module, sample: Any, owner: str) -> tuple[int, int]:
+    """Terms T of a row of an isolated module, and how many rows are scored where nothing is said.
+
+    Raises:
+        InfluenceError: If rows have one term only.
+    """
+    with torch.no_grad():
+        terms = losses.terms(module, sample).shape[1]
+    if terms == 1:
+        raise InfluenceError(f"{owner}: per_token=True has nothing to split: every row's loss is one term.")
+    return terms, max(1, min(MAX_ROWS, MAX_TOKENS // terms))
 
 
 def _mute_metrics(module: nn.Module) -> None:
@@ -112,8 +131,10 @@ def _on(flat: Flat, queries: list[Any]) -> list[Any]:
     ]
 
 
-def _run(posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str]) -> State:
-    """All draws; ends early on Ctrl-C or when a chain leaves the finite numbers."""
+def _run(
+    posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str]
+) -> tuple[State, bool]:
+    """All draws; ends early on Ctrl-C (then True) or when a chain leaves the finite numbers."""
     settings, weights = posterior.settings, posterior.weights
     state = sampler.init(settings.chains, posterior.mean_gradient)
     try:
@@ -129,7 +150,8 @@ def _run(posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool 
                 break
     except KeyboardInterrupt:
         notes.append(f"interrupted after {tally.draws} of {settings.draws} draws: the scores are partial")
-    return state
+        return state, True
+    return state, False
 
 
 def _track(draws: int, progress: bool) -> Iterator[int]:

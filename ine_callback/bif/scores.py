@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.methods.bif import Stage
 from ine_callback.scores import Floats, QueryInfo
+
+SIZE, SURVIVES = 50.0, 0.7  # effective draws, and share of a covariance that is no trend, at least
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,21 @@ class Screen:
 
 
 @dataclass(frozen=True)
+class TermScores:
+    """Scores of the terms of each row's loss, such as the tokens of a sequence; a row's terms add up to its score.
+
+    Attributes:
+        scores: Covariance of what the term adds to the row's loss with the query [R, T, Q].
+        se: Its Monte-Carlo standard error [R, T, Q].
+        q: Benjamini-Hochberg q-value [R, T, Q] of "the score is 0" over all terms of a query.
+    """
+
+    scores: Floats
+    se: Floats
+    q: Floats
+
+
+@dataclass(frozen=True)
 class BIFScores:
     """Bayesian influence of R rows on Q queries; a positive score means that training on the row lowers the query.
 
@@ -48,12 +66,17 @@ class BIFScores:
         plain_se: Its standard error [R, Q].
         laplace: Covariance under the quadratic posterior, gᵢᵀ V v [R, Q]: no noise, but only to first order (NaN
             without a twin).
+        trend: Part of ``plain`` that is there because loss and query both drift with the draw index [R, Q].
+        size: Effective number of draws behind ``plain`` [R, Q].
         row_sd: Standard deviation of each row's loss over the draws [R].
         query_sd: Standard deviation of each query over the draws [Q].
         loss: Mean loss of the rows at every draw [C, T], the chains' trace.
         screens: The checks, failed ones included.
         settings: Settings as used, calibrated ones filled in.
         notes: Sentences for the reader.
+        at: Finished epochs when the chains ran, or ``"end"``.
+        terms: Scores of the rows' terms, with ``per_token``.
+        interrupted: Whether Ctrl-C ended the chains early.
 
     Example:
         >>> scores = example_bif_scores()
@@ -70,12 +93,17 @@ class BIFScores:
     plain: Floats
     plain_se: Floats
     laplace: Floats
+    trend: Floats
+    size: Floats
     row_sd: Floats
     query_sd: Floats
     loss: Floats
     screens: tuple[Screen, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    at: Stage = "end"
+    terms: TermScores | None = None
+    interrupted: bool = False
 
     @property
     def reliable(self) -> bool:
@@ -86,6 +114,21 @@ class BIFScores:
     def reasons(self) -> list[str]:
         """What failed, and which knob to turn."""
         return [f"{s.name} is {s.value:.3g} (should be {s.limit}): {s.remedy}" for s in self.screens if not s.passed]
+
+    @property
+    def doubtful(self) -> NDArray[np.bool_]:
+        """Pairs [R, Q] whose chains say little, whatever the screens of the whole run say.
+
+        Either more than 30 % of the pair's covariance is common drift, beyond two standard errors, or fewer than 50
+        effective draws are behind it.
+        """
+        drifting = np.abs(self.trend) > np.fmax((1 - SURVIVES) * np.abs(self.plain), 2 * self.plain_se)
+        return np.asarray(drifting | (self.size < SIZE))
+
+    @property
+    def ranking(self) -> Floats:
+        """What rows are ranked by [R, Q]: the scores, or with ``BIF(normalized=True)`` the correlations."""
+        return self.correlation if self.settings.get("normalized") else self.scores
 
     @property
     def correlation(self) -> Floats:
@@ -126,11 +169,11 @@ class BIFScores:
 
     def top(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
         """Dataset indices of the ``k`` most helpful rows, best first."""
-        return self.rows[np.argsort(-self.scores[:, self.column(query)], kind="stable")][:k]
+        return self.rows[np.argsort(-self.ranking[:, self.column(query)], kind="stable")][:k]
 
     def bottom(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
         """Dataset indices of the ``k`` most harmful rows, worst first."""
-        return self.rows[np.argsort(self.scores[:, self.column(query)], kind="stable")][:k]
+        return self.rows[np.argsort(self.ranking[:, self.column(query)], kind="stable")][:k]
 
 
 def noise_share(scores: Floats, se: Floats) -> Floats:
@@ -148,4 +191,6 @@ def example_bif_scores() -> BIFScores:
     info = QueryInfo("val", "loss", "Does training on this row lower the mean loss on the validation set?")
     screen = Screen("drift", 0.1, "below 0.5", True, "raise burn_in")
     sd, loss = np.ones(5), np.zeros((2, 3))
-    return BIFScores(np.arange(5), (info,), scores, flat, flat, flat, scores, flat, scores, sd, sd[:1], loss, (screen,))
+    none, many = np.zeros((5, 1)), np.full((5, 1), 400.0)
+    errors = (flat, flat, flat, scores, flat, scores, none, many)
+    return BIFScores(np.arange(5), (info,), scores, *errors, sd, sd[:1], loss, (screen,))

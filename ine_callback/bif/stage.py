@@ -1,4 +1,4 @@
-"""The stage after training: chains around the trained weights, with the trainer's data, queries and precision."""
+"""The stages of a fit: chains around the weights of the moment, with the trainer's data, queries and precision."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ine_callback.bif.rowloss import row_losses
-from ine_callback.bif.run import MAX_ROWS, run_bif
+from ine_callback.bif.rowloss import RowLoss, row_losses
+from ine_callback.bif.run import MAX_ROWS, bif_scores, term_limit
 from ine_callback.bif.scores import BIFScores
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
-from ine_callback.methods.bif import BIF
+from ine_callback.methods.bif import BIF, Stage
 from ine_callback.queries import Batch, BoundQuery
 from ine_callback.scores import Floats
 from ine_callback.sources import DataSource
@@ -25,71 +25,114 @@ from ine_callback.sources import DataSource
 MAX_DATA = 20_000  # rows that the posterior's mean loss is taken over
 
 
-def run_chains(
-    bif: BIF,
-    module: nn.Module,
-    source: DataSource,
-    bound: list[BoundQuery],
-    mu: Floats,
-    to_device: Callable[[Batch], Batch],
-    context: Callable[[], contextlib.AbstractContextManager[Any]],
-    bar: ProgressBar | None,
-    owner: str,
-) -> BIFScores:
-    """Runs the chains on the rows of the training set.
+class Stages:
+    """Runs a fit's chains when their time has come, and keeps what they found.
 
     Args:
         bif: Settings; ``rows`` are dataset indices.
-        module: The trained model.
+        module: The model.
         source: The training set.
         bound: The run's queries.
-        mu: f-INE's scores [N, Q], which choose the rows of a large training set.
         to_device: What the trainer does to a batch.
         context: The trainer's precision.
         bar: The trainer's progress bar.
         owner: Class named in messages.
+        loss_fn: See :func:`ine_callback.bif.run.bif_scores`.
 
-    Raises:
-        InfluenceError: If rows, row losses or queries cannot be had.
+    Attributes:
+        found: One entry for each stage at which chains ran.
     """
-    if not bound:
-        raise InfluenceError(f"{owner}: BIF has no query: 'self' is f-INE's alone; add 'val' or another one.")
-    count = len(mu)
-    scored, notes = _scored(bif, mu)
-    data = _data(scored, count)
-    train = to_device(source.training(data.tolist()))
-    if len(data) < count:
-        notes.append(f"BIF: the posterior's mean loss is over {len(data):,} of {count:,} rows")
-    queries = {query.info.name: _fast(module, query, source, to_device) for query in bound}
-    place = np.searchsorted(data, scored)
-    found = run_bif(
-        module,
-        train,
-        queries,
-        replace(bif, rows=place.tolist()),
-        progress=lambda draws: _track(bar, draws),
-        context=context,
-        owner=owner,
-    )
-    return replace(found, rows=data[found.rows], notes=(*notes, *found.notes))
+
+    def __init__(
+        self,
+        bif: BIF,
+        module: nn.Module,
+        source: DataSource,
+        bound: list[BoundQuery],
+        to_device: Callable[[Batch], Batch],
+        context: Callable[[], contextlib.AbstractContextManager[Any]],
+        bar: ProgressBar | None,
+        owner: str,
+        loss_fn: RowLoss | None = None,
+    ) -> None:
+        if not bound:
+            raise InfluenceError(f"{owner}: BIF has no query: 'self' is f-INE's alone; add 'val' or another one.")
+        self.bif, self._module, self._source, self._bound = bif, module, source, bound
+        self._to_device, self._context, self._bar, self._owner = to_device, context, bar, owner
+        self._loss_fn = loss_fn
+        self.found: list[BIFScores] = []
+
+    def run(self, at: Stage, mu: Floats | None = None) -> None:
+        """Runs the chains of a stage, if it is one of the settings'.
+
+        Args:
+            at: Finished epochs, or ``"end"``.
+            mu: f-INE's scores [N, Q], if there are any yet; they choose among the rows of a large training set.
+
+        Raises:
+            InfluenceError: If rows, row losses or queries cannot be had.
+            KeyboardInterrupt: Again, where Ctrl-C ended the chains in the middle of training: it is meant for both.
+        """
+        if at not in self.bif.at:
+            return
+        bif, count = self.bif, self._source.training_rows
+        scored, notes = _scored(bif, count, self._most(), mu)
+        data = _data(scored, count)
+        train = self._to_device(self._source.training(data.tolist()))
+        if len(data) < count:
+            notes.append(f"BIF: the posterior's mean loss is over {len(data):,} of {count:,} rows")
+        place = np.searchsorted(data, scored)
+        found = bif_scores(
+            self._module,
+            train,
+            {query.info.name: _fast(self._module, query, self._source, self._to_device) for query in self._bound},
+            replace(bif, rows=place.tolist()),
+            self._loss_fn,
+            progress=lambda draws: _track(self._bar, draws),
+            context=self._context,
+            owner=self._owner,
+            at=at,
+        )
+        self.found.append(replace(found, rows=data[found.rows], notes=(*notes, *found.notes)))
+        if found.interrupted and at != "end":
+            raise KeyboardInterrupt
+
+    def _most(self) -> int:
+        """Rows scored where the settings name none."""
+        if not self.bif.per_token:
+            return MAX_ROWS
+        sample = self._to_device(self._source.training([0]))
+        with isolated(self._module), self._context():
+            losses = row_losses(self._module, sample, self._loss_fn, self._owner)
+            return term_limit(losses, self._module, sample, self._owner)[1]
+
+    def missed(self) -> str | None:
+        """A note on the stages that training never reached."""
+        ran = [found.at for found in self.found]
+        missed = [at for at in self.bif.at if at not in ran and at != "end"]
+        return f"BIF: training ended before epochs {missed} of at={list(self.bif.at)}" if missed else None
 
 
-def _scored(bif: BIF, mu: Floats) -> tuple[NDArray[np.int64], list[str]]:
-    """Dataset indices to score: those asked for, all, or of a large set f-INE's extremes and as many random ones."""
-    count = len(mu)
+def _scored(bif: BIF, count: int, most: int, mu: Floats | None) -> tuple[NDArray[np.int64], list[str]]:
+    """Dataset indices to score: those asked for, all, or of a large set random ones and as many of f-INE's extremes.
+
+    The random ones are the same at every stage.
+    """
     if bif.rows is not None and not isinstance(bif.rows, int):
         return np.asarray(list(bif.rows), dtype=np.int64), []
-    most = min(count, MAX_ROWS if bif.rows is None else bif.rows)
+    most = min(count, most if bif.rows is None else bif.rows)
     if most == count:
         return np.arange(count), []
+    drawn = np.random.default_rng(bif.seed).permutation(count)
+    if mu is None:
+        return np.sort(drawn[:most]), [f"BIF: scored are {most:,} of {count:,} rows, drawn at random"]
     extreme = np.nan_to_num(np.abs(mu) / np.nanstd(mu, axis=0)).max(1)
+    extreme[drawn[: most - most // 2]] = -1.0
     first = np.argsort(-extreme, kind="stable")[: most // 2]
-    others = np.setdiff1d(np.arange(count), first)
-    drawn = np.random.default_rng(bif.seed).choice(others, most - len(first), replace=False)
     note = (
         f"BIF: scored are {most:,} of {count:,} rows, the {len(first):,} that f-INE finds most extreme and random ones"
     )
-    return np.sort(np.concatenate([first, drawn])), [note]
+    return np.sort(np.concatenate([first, drawn[: most - len(first)]])), [note]
 
 
 def _data(scored: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from scipy import special
 from torch import Tensor
 
 from ine_callback.bif.readout import Readout
-from ine_callback.bif.scores import BIFScores, Screen, noise_share
+from ine_callback.bif.scores import SIZE, SURVIVES, BIFScores, Screen, TermScores, noise_share
 from ine_callback.bif.sgld import SGLD, Curved
 from ine_callback.methods.bif import BIF
 from ine_callback.scores import Floats
@@ -22,7 +22,7 @@ from ine_callback.stats.hypothesis_tests import benjamini_hochberg
 
 BLOCKS = 4  # parts of a chain whose scatter gives the standard error
 _SMALLEST_BLOCK = 8
-RHAT, SIZE, DRIFT, BIAS, INFLATION, SURVIVES, BALANCE, NOISE = 1.1, 50.0, 0.5, 0.25, 0.5, 0.7, 0.98, 0.5
+RHAT, DRIFT, BIAS, INFLATION, BALANCE, NOISE = 1.1, 0.5, 0.25, 0.5, 0.98, 0.5
 
 
 class Scatter:
@@ -81,7 +81,7 @@ class Tally:
             return False
         self._rows.update(rows)
         self._queries.update(queries)
-        self._loss.append(rows.mean(1).cpu())
+        self._loss.append(rows[:, :: self.readout.width].mean(1).cpu())
         self._plain_block.update(rows[None], queries[None])
         if self.twins and twin is not None:
             self._twin_block.update(self.readout.row_changes(twin)[None], self.readout.query_changes(twin)[None])
@@ -109,7 +109,12 @@ class Tally:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def finish(
-        self, rows: NDArray[np.int64], bias: float, inflation: float, settings: dict[str, Any], notes: list[str]
+        self,
+        rows: NDArray[np.int64],
+        bias: float,
+        inflation: float,
+        settings: dict[str, Any],
+        described: dict[str, Any],
     ) -> BIFScores:
         """The scores.
 
@@ -118,9 +123,29 @@ class Tally:
             bias: See :func:`ine_callback.stats.chains.minibatch_bias`.
             inflation: Of the variance by the step size, see :meth:`.posterior.LocalPosterior.inflation`.
             settings: As used.
-            notes: Sentences for the reader.
+            described: Further fields of :class:`BIFScores`.
         """
         self._merge()
+        found, terms = self._estimates()
+        loss = torch.stack(self._loss, 1).double().numpy()
+        screens = self._screens(found["scores"], found["se"], loss, bias, inflation)
+        return BIFScores(
+            rows=rows,
+            queries=self.readout.infos,
+            trend=_array(self._trend().mean(0)),
+            size=self._sizes(self.readout.width).sum(0),
+            row_sd=_array(self._rows.variance().mean(0).sqrt()[:: self.readout.width]),
+            query_sd=_array(self._queries.variance().mean(0).sqrt()),
+            loss=loss,
+            screens=tuple(screens),
+            settings=settings,
+            terms=terms,
+            **described,
+            **found,
+        )
+
+    def _estimates(self) -> tuple[dict[str, Any], TermScores | None]:
+        """Covariances, errors and tests of the rows [R, Q], and of their terms."""
         plain = self._plain.covariance().mean(0)
         laplace = torch.full_like(plain, math.nan)
         scores = plain
@@ -132,24 +157,17 @@ class Tally:
             # comes from taking off the sample's own means cancels to first order too
             scores = plain - (self._twin.covariance().mean(0) - laplace)
             se = self._error(self._scatter, self._plain.covariance() - self._twin.covariance())
-        p = self._p(scores, se)
         found = {"scores": scores, "se": se, "plain": plain, "plain_se": plain_se, "laplace": laplace}
-        arrays = {name: _array(value) for name, value in found.items()}
-        loss = torch.stack(self._loss, 1).double().numpy()
-        screens = self._screens(arrays["scores"], arrays["se"], loss, bias, inflation)
-        return BIFScores(
-            rows=rows,
-            queries=self.readout.infos,
-            p=p,
-            q=benjamini_hochberg(p),
-            row_sd=_array(self._rows.variance().mean(0).sqrt()),
-            query_sd=_array(self._queries.variance().mean(0).sqrt()),
-            loss=loss,
-            screens=tuple(screens),
-            settings=settings,
-            notes=tuple(notes),
-            **arrays,
-        )
+        width = self.readout.width
+        lines = {k: _array(value.unflatten(0, (-1, width))) for k, value in found.items()}
+        lines["p"] = self._p(scores, se).reshape(lines["se"].shape)
+        of_rows = {k: value[:, 0] for k, value in lines.items()}
+        of_rows["q"] = benjamini_hochberg(of_rows["p"])
+        if width == 1:
+            return of_rows, None
+        p = lines["p"][:, 1:]
+        q = benjamini_hochberg(p.reshape(-1, p.shape[2])).reshape(p.shape)
+        return of_rows, TermScores(lines["scores"][:, 1:], lines["se"][:, 1:], q)
 
     def _error(self, blocks: Scatter, chains: Tensor) -> Tensor:
         """Standard errors by the blocks' scatter, enlarged where whole chains [C, R, Q] scatter more.
@@ -171,16 +189,22 @@ class Tally:
             return np.asarray(2 * special.stdtr(max(1, self._scatter.count - 1), -np.abs(t)), dtype=np.float64)
         scale = self._rows.variance().sqrt()[:, :, None] * self._queries.variance().sqrt()[:, None, :]
         correlation = _array(self._plain.covariance() / scale.clamp_min(torch.finfo(scale.dtype).tiny))
-        memory = (_array(trace.autocorrelation()) for trace in (self._rows, self._queries))
-        rows, queries = memory
-        return fisher_z(correlation, paired_size(self.draws, rows[:, :, None], queries[:, None, :]))
+        return fisher_z(correlation, self._sizes(1))
+
+    def _sizes(self, every: int) -> Floats:
+        """Effective draws of each chain for each query and every so manieth value of the lines [C, -1, Q]."""
+        rows = _array(self._rows.autocorrelation()[:, ::every])
+        return paired_size(self.draws, rows[:, :, None], _array(self._queries.autocorrelation())[:, None, :])
+
+    def _trend(self) -> Tensor:
+        """What loss and query have in common by drifting with the draw index [C, R, Q]."""
+        return self._rows.trend()[:, :: self.readout.width, None] * self._queries.trend()[:, None, :]
 
     def _survives(self) -> float:
         """Share of the absolute covariances that is left when both series lose their linear trend."""
-        covariance = self._plain.covariance()
-        trend = self._rows.trend()[:, :, None] * self._queries.trend()[:, None, :]
+        covariance = self._plain.covariance()[:, :: self.readout.width]
         whole = float(covariance.mean(0).abs().sum())
-        return float((covariance - trend).mean(0).abs().sum()) / whole if whole > 0 else math.nan
+        return float((covariance - self._trend()).mean(0).abs().sum()) / whole if whole > 0 else math.nan
 
     def _screens(self, scores: Floats, se: Floats, loss: Floats, bias: float, inflation: float) -> list[Screen]:
         complete = loss.shape[1] == self.settings.draws

@@ -18,6 +18,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.base import EndMethod
 
 Preconditioner = Literal["curvature", "none", "rmsprop"]
+Stage = int | Literal["end"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class BIF(EndMethod):
         rows: Dataset indices to score; a number: so many, drawn at random; None: all, at most ``MAX_ROWS``.
         curvature_rows: Rows whose gradients make the quadratic posterior's curvature.
         eval_rows: Rows evaluated at a time.
+        normalized: Whether rows are ranked and shown by the correlation of loss and query instead of their covariance.
+            Correlations compare rows of unlike losses; covariances add up over rows, and agree better with retraining.
+        per_token: Whether each term of a row's loss (the tokens of a sequence) gets a score too; a row's terms add up
+            to its score. Without ``rows`` as many rows are scored as have ``MAX_TOKENS`` terms together.
+        at: When the callback runs chains: after so many finished epochs, or at the ``"end"`` of training.
         seed: Of the chains' own generator.
 
     Raises:
@@ -67,6 +73,9 @@ class BIF(EndMethod):
     rows: Sequence[int] | int | None = None
     curvature_rows: int = 512
     eval_rows: int = 256
+    normalized: bool = False
+    per_token: bool = False
+    at: Sequence[Stage] = ("end",)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +98,17 @@ class BIF(EndMethod):
         if self.reduced and self.chains % 2:
             raise InfluenceError(f"BIF: chains={self.chains} must be even with reduced=True (mirrored pairs).")
 
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        stages = self.at if isinstance(self.at, Sequence) and not isinstance(self.at, str) else []
+        valid = [s == "end" or (isinstance(s, int) and not isinstance(s, bool) and s > 0) for s in stages]
+        if not stages or not all(valid) or len(set(stages)) < len(stages):
+            raise InfluenceError(
+                f"BIF: at={self.at!r} must list different numbers of finished epochs or 'end', such as [2, 5, 'end']."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain types; of a list of rows, how many there are."""
         rows = self.rows if self.rows is None or isinstance(self.rows, int) else len(self.rows)
-        return asdict(self) | {"rows": rows}
+        return asdict(self) | {"rows": rows, "at": list(self.at)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from ine_callback.bif.scores import BIFScores
@@ -17,23 +19,26 @@ if TYPE_CHECKING:
 EXTREMES, DETAILED = 5, 4
 HEAD = ("row", "BIF", "±", "q")
 LEGEND = """\
-BIF > 0: training on the row lowers the query. It is the covariance of the row's loss and the query over the chains;
-± is its Monte-Carlo error, and q tests "the covariance is 0" in this posterior, not over other trainings."""
+BIF > 0: training on the row lowers the query. It is the {what} of the row's loss and the query over the chains;
+± is its Monte-Carlo error, and q tests "the covariance is 0" in this posterior, not over other trainings.
+? marks a score that is mostly common drift, or has fewer than 50 effective draws behind it."""
 
 
-def section(found: BIFScores, scores: Scores) -> list[Any]:
-    """Parts for a rich group."""
+def section(stages: Sequence[BIFScores], scores: Scores) -> list[Any]:
+    """Parts for a rich group: the last stage, and how the earlier ones agree with it."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.rule import Rule
     from rich.text import Text
 
+    found = stages[-1]
     head = Text(headline(found))
     head.append(f"\n{verdict(found)}", "green" if found.reliable else "bold red")
     border = BLUE if found.reliable else "red"
     parts: list[Any] = [Panel(head, title="Bayesian influence (BIF)", title_align="left", border_style=border)]
     parts += [Text(f" ✗ {plain(reason)}", "bold white on red") for reason in found.reasons]
-    parts.append(Text(LEGEND, "dim"))
+    parts.append(Text(legend(found), "dim"))
+    parts += [Text(line) for line in earlier(stages)]
     for column, query in enumerate(found.queries[:DETAILED]):
         words = f"{plain(query.name)} · {agreement(found, scores, query.name)}"
         parts.append(Rule(Text(words, "bold"), align="left", style="dim"))
@@ -41,12 +46,38 @@ def section(found: BIFScores, scores: Scores) -> list[Any]:
     return parts + [Text(f"Note: {plain(note)}", "dim") for note in found.notes]
 
 
+def legend(found: BIFScores) -> str:
+    """What the columns are."""
+    return LEGEND.format(what="correlation" if found.settings.get("normalized") else "covariance")
+
+
+def moment(at: int | str) -> str:
+    """When the chains ran, in words."""
+    return "end of training" if at == "end" else f"after epoch {at}"
+
+
+def earlier(stages: Sequence[BIFScores]) -> list[str]:
+    """A line for each stage before the last: verdict and rank agreement with the last one."""
+    *before, last = stages
+    lines = []
+    for found in before:
+        _, here, there = np.intersect1d(found.rows, last.rows, return_indices=True)
+        same = [
+            f"{plain(query.name)} {_rank(found.ranking[here, k], last.ranking[there, k])}"
+            for k, query in enumerate(found.queries[:DETAILED])
+        ]
+        what = f"{verdict(found)}; rank agreement with the {moment(last.at)}: {', '.join(same)}"
+        lines.append(f"{moment(found.at).capitalize()}: {what}")
+    return lines
+
+
 def headline(found: BIFScores) -> str:
     """The chains in numbers."""
-    chains, draws = found.loss.shape
+    (chains, draws), settings = found.loss.shape, found.settings
     return (
-        f"{chains} chains x {draws} draws · {len(found.rows):,} rows · step {found.settings.get('step_size', 0):.3g} · "
-        f"n_beta {found.settings.get('n_beta', 0):g} · localization {found.settings.get('localization', 0):.3g}"
+        f"{moment(found.at)} · {chains} chains x {draws} draws · {len(found.rows):,} rows · "
+        f"step {settings.get('step_size', 0):.3g} · n_beta {settings.get('n_beta', 0):g} · "
+        f"localization {settings.get('localization', 0):.3g}"
     )
 
 
@@ -57,7 +88,7 @@ def verdict(found: BIFScores) -> str:
 
 def ends(found: BIFScores, column: int, k: int) -> list[tuple[str, str, list[tuple[str, ...]]]]:
     """Title, colour and lines (:data:`HEAD`) of a query's most helpful and most harmful rows."""
-    order = np.argsort(-found.scores[:, column], kind="stable")
+    order = np.argsort(-found.ranking[:, column], kind="stable")
     return [
         ("Most helpful", BLUE, [_line(found, column, row) for row in order[:k]]),
         ("Most harmful", ORANGE, [_line(found, column, row) for row in order[::-1][:k]]),
@@ -65,8 +96,11 @@ def ends(found: BIFScores, column: int, k: int) -> list[tuple[str, str, list[tup
 
 
 def _line(found: BIFScores, column: int, k: int) -> tuple[str, ...]:
-    score, se = found.scores[k, column], found.se[k, column]
-    return str(found.rows[k]), f"{score:+.3g}".replace("-", "−"), f"{se:.1g}", probability(found.q[k, column])
+    score, se = found.ranking[k, column], found.se[k, column]
+    if found.settings.get("normalized"):
+        se /= found.row_sd[k] * found.query_sd[column]
+    mark = " ?" if found.doubtful[k, column] else ""
+    return str(found.rows[k]), f"{score:+.3g}{mark}".replace("-", "−"), f"{se:.1g}", probability(found.q[k, column])
 
 
 def _table(title: str, color: str, lines: list[tuple[str, ...]]) -> Table:
@@ -89,4 +123,8 @@ def agreement(found: BIFScores, scores: Scores, query: str) -> str:
     both = np.isfinite(mu)
     if both.sum() < 3:
         return "not scored by f-INE"
-    return f"rank agreement with μ {spearmanr(mu[both], found.scores[both, found.column(query)])[0]:.2f}"
+    return f"rank agreement with μ {_rank(mu[both], found.ranking[both, found.column(query)])}"
+
+
+def _rank(one: NDArray[np.float64], other: NDArray[np.float64]) -> str:
+    return f"{spearmanr(one, other)[0]:.2f}" if len(one) > 2 else "unknown"

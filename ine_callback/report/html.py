@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report import bif_view, plots
+from ine_callback.report import bif_plots, bif_view, plots
 from ine_callback.report.optional import need
 from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnings
 from ine_callback.report.words import ORANGE, null_check, plain, tails
@@ -125,7 +125,8 @@ def _chains(report: InfluenceReport, found: BIFScores) -> dict[str, Any]:
     return {
         "headline": bif_view.headline(found),
         "verdict": bif_view.verdict(found),
-        "legend": bif_view.LEGEND,
+        "legend": bif_view.legend(found),
+        "earlier": bif_view.earlier(report.bif_stages),
         "head": bif_view.HEAD,
         "found": found,
         "sections": [
@@ -133,10 +134,19 @@ def _chains(report: InfluenceReport, found: BIFScores) -> dict[str, Any]:
                 "name": query.name,
                 "agreement": bif_view.agreement(found, report.scores, query.name),
                 "tables": bif_view.ends(found, column, LISTED),
+                "course": _course(report, query.name),
             }
             for column, query in enumerate(found.queries[:DETAILED])
         ],
     }
+
+
+def _course(report: InfluenceReport, query: str) -> dict[str, str] | None:
+    """The plot over the stages of training, where there are several."""
+    if len(report.bif_stages) < 2:
+        return None
+    alt = f"Bayesian influence of the extreme rows at each stage of training, query {plain(query)}"
+    return {"alt": alt, "data": _data_uri(bif_plots.svg(report, query))}
 
 
 def _table(table: ScoreTable, title: str, longest: float, limit: int = LISTED) -> dict[str, Any]:

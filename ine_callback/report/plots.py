@@ -61,7 +61,7 @@ def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) ->
     single = [1.0 / (size * (edges[1] - edges[0])) for size in (null.size, z.size) if size]
     ax.set_ylim(bottom=0.5 * min([*single, 0.01]), top=4.0)  # a bar of one row is visible
     ax.set_xlim(-reach, reach)
-    _dress(ax, "Scores over the null", _axis(ends, "z = μ / its sd under the null"), "density of rows")
+    dress(ax, "Scores over the null", _axis(ends, "z = μ / its sd under the null"), "density of rows")
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
     _legend(ax)
 
@@ -97,7 +97,7 @@ def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: floa
     order = rows[np.argsort(-ends.suspect * mu[rows], kind="stable")]  # the suspect end is named first
     for side in (order, order[::-1]):
         _name(ax, [int(row) for row in side[: 3 * LABELLED] if flagged[row]], mu, height)
-    _dress(ax, "Which rows stand out", _axis(ends), "−log₁₀ q   (higher: less likely chance)")
+    dress(ax, "Which rows stand out", _axis(ends), "−log₁₀ q   (higher: less likely chance)")
     _legend(ax)
 
 
@@ -128,7 +128,7 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
     if any(np.isfinite(one.mean_loss) for one in entries):
         ax.text(1.015, 1.0, "loss", transform=ax.transAxes, fontsize=7.5, color=INK, va="bottom", style="italic")
     ax.set_yticks(places, [f"row {one.row}" for one in entries])
-    _dress(ax, "The extremes, with 95 % intervals", _axis(ends), "")
+    dress(ax, "The extremes, with 95 % intervals", _axis(ends), "")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color=FAINT, linewidth=0.6)
@@ -139,7 +139,7 @@ PLOTS: dict[str, Callable[..., None]] = {"distribution": distribution, "volcano"
 
 def figure(report: InfluenceReport, query: str | None = None) -> Figure:
     """All three plots of a query side by side."""
-    drawn = _blank(15.0, 4.4)
+    drawn = blank(15.0, 4.4)
     axes: NDArray[Any] = drawn.subplots(1, 3)
     for plot, ax in zip(PLOTS.values(), axes, strict=True):
         plot(report, ax, query)
@@ -149,16 +149,22 @@ def figure(report: InfluenceReport, query: str | None = None) -> Figure:
 
 def svg(name: str, report: InfluenceReport, query: str | None = None) -> bytes:
     """One plot as a self-contained SVG image with a transparent background; point clouds inside are pixels."""
-    drawn = _blank(4.5, 3.5)
+    drawn = blank(4.5, 3.5)
     PLOTS[name](report, drawn.subplots(), query)
+    return svg_of(drawn)
+
+
+def svg_of(drawn: Figure) -> bytes:
+    """A figure as a self-contained SVG image with a transparent background."""
     file = BytesIO()
     drawn.savefig(file, format="svg", dpi=160, transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 
-def _blank(width: float, height: float) -> Figure:
-    blank: Figure = need("matplotlib.figure", "InfluenceReport plots").Figure((width, height), layout="constrained")
-    return blank
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    drawn: Figure = need("matplotlib.figure", "InfluenceReport plots").Figure((width, height), layout="constrained")
+    return drawn
 
 
 def _z(report: InfluenceReport, column: int) -> NDArray[np.float64]:
@@ -177,7 +183,8 @@ def _axis(ends: Any, what: str = "") -> str:
     return f"← {ends.low}     {what or ends.axis}     {ends.high} →"
 
 
-def _dress(ax: Axes, title: str, x: str, y: str) -> None:
+def dress(ax: Axes, title: str, x: str, y: str) -> None:
+    """Title, axis names and the house's look."""
     ax.set_title(title, fontsize=10.5, color=INK, loc="left", fontweight="bold", pad=10)
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from ine_callback.bif.scores import BIFScores
-from ine_callback.report import bif_store, html, plots, store, view
+from ine_callback.report import bif_plots, bif_store, html, plots, store, view
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.group import GroupScore
 from ine_callback.report.optional import need
@@ -40,7 +40,10 @@ class InfluenceReport:
     Args:
         scores: What a method's ``finish()`` returned.
         run: Provenance.
-        bif: Bayesian influence, where chains were run.
+        bif: Bayesian influence, where chains were run; of several stages of training, in their order.
+
+    Attributes:
+        bif_stages: All stages' Bayesian influence.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -54,9 +57,21 @@ class InfluenceReport:
         (3, -0.43, True, 9)
     """
 
-    def __init__(self, scores: Scores, run: RunInfo | None = None, bif: BIFScores | None = None) -> None:
-        self.scores, self.bif = checked(scores), bif
+    def __init__(
+        self, scores: Scores, run: RunInfo | None = None, bif: BIFScores | Sequence[BIFScores] | None = None
+    ) -> None:
+        self.scores = checked(scores)
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
+        self.bif_stages = (bif,) if isinstance(bif, BIFScores) else tuple(bif or ())
+
+    @property
+    def bif(self) -> BIFScores | None:
+        """Bayesian influence at the last stage at which chains ran."""
+        return self.bif_stages[-1] if self.bif_stages else None
+
+    def with_bif(self, *stages: BIFScores) -> InfluenceReport:
+        """The same report with chains that were run later (:func:`~ine_callback.run_bif`) in place of its own."""
+        return InfluenceReport(self.scores, self.run, stages)
 
     @classmethod
     def combine(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
@@ -290,12 +305,12 @@ class InfluenceReport:
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
-        With :attr:`bif` also ``bif.parquet`` and ``bif.json``.
+        With :attr:`bif` also ``bif.parquet``, ``bif.json`` and, with scores of terms, ``bif_terms.parquet``.
 
         An interrupted save leaves the former report, or one that does not load; never a mixture.
         """
         path = store.save(self.scores, self.run, Path(folder))
-        bif_store.save(self.bif, path)
+        bif_store.save(self.bif_stages, path)
         return path
 
     @classmethod
@@ -328,6 +343,14 @@ class InfluenceReport:
             queries: Names of the queries shown in full; by default the first four. All are in the overview.
         """
         return html.write_html(self, Path(path), queries)
+
+    def stages_figure(self, query: str | None = None) -> Any:
+        """Bayesian influence over the stages of training, as a matplotlib ``Figure``; needs the extra ``report``.
+
+        Raises:
+            ValueError: If chains ran at fewer than two stages.
+        """
+        return bif_plots.figure(self, query)
 
     def figure(self, query: str | None = None) -> Any:
         """The three plots of a query in one matplotlib ``Figure``; needs the extra ``report``."""

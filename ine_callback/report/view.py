@@ -127,8 +127,8 @@ def terminal(report: InfluenceReport) -> Group:
         parts += _extremes(report, query)
     if len(facts["queries"]) > DETAILED:
         parts.append(Text(f"… and {len(facts['queries']) - DETAILED} more queries: report.top(query=…)", "dim"))
-    if report.bif is not None:
-        parts += bif_view.section(report.bif, report.scores)
+    if report.bif_stages:
+        parts += bif_view.section(report.bif_stages, report.scores)
     parts += [Text(f"Note: {plain(note)}", "dim") for note in facts["notes"]]
     return Group(*parts)
 

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ine_callback.bif.readout import EachRow
-from ine_callback.bif.run import run_bif
+from ine_callback.bif.run import bif_scores
 from ine_callback.bif.scores import BIFScores
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif import BIF
@@ -71,7 +71,7 @@ def test_example_of_one_parameter(settings: dict[str, Any]) -> None:
     """L = w²/2, n_beta = γ = 2: the posterior is N(0, 1/4). Rows (w − a)²/2 with a = 0, −1, +1, query (w − 1)²/2."""
     rows = torch.tensor([[0.0], [-1.0], [1.0]])
     bif = BIF(chains=64, draws=100, n_beta=2.0, localization=2.0, batch_size=WHOLE, **settings)
-    scores = run_bif(Point(torch.zeros(1)), rows, {"query": torch.ones(1, 1)}, bif, pull, progress=False)
+    scores = bif_scores(Point(torch.zeros(1)), rows, {"query": torch.ones(1, 1)}, bif, pull, progress=False)
     assert np.abs(scores.scores[:, 0] - [0.03125, -0.21875, 0.28125]).max() < (0.03 if "reduced" in settings else 0.01)
     assert np.abs((scores.scores[:, 0] - [0.03125, -0.21875, 0.28125]) / scores.se[:, 0]).max() < 4
     assert scores.top(1).tolist() == [2] and scores.bottom(1).tolist() == [1]
@@ -85,7 +85,7 @@ def test_quadratic_losses_at_finite_step_size(settings: dict[str, Any]) -> None:
     step = 1.0 if not settings else 0.8 / float(torch.linalg.eigvalsh(a).max())
     v = torch.linalg.inv(a - step / 4 * a @ a) if settings == PLAIN else torch.linalg.inv(a)
     bif = BIF(64, 200, 6, 60, step, n_beta, gamma, WHOLE, **settings)
-    scores = run_bif(model, data, {"q": EachRow(query)}, bif, forms, progress=False)
+    scores = bif_scores(model, data, {"q": EachRow(query)}, bif, forms, progress=False)
     truth = exact(data, query, v)
     z = (scores.scores - truth) / scores.se
     assert np.corrcoef(scores.scores.ravel(), truth.ravel())[0, 1] > 0.999
@@ -99,7 +99,7 @@ def many_chains(thinning: int) -> tuple[BIFScores, NDArray[np.float64]]:
     model, data, query = quadratic_problem()
     a = 10.0 * data[1].mean(0) + 4.0 * torch.eye(5)
     bif = BIF(1600, 12, thinning, 30, 0.7, 10.0, 4.0, WHOLE)
-    scores = run_bif(model, data, {"q": EachRow(query)}, bif, forms, progress=False)
+    scores = bif_scores(model, data, {"q": EachRow(query)}, bif, forms, progress=False)
     return scores, exact(data, query, torch.linalg.inv(a))
 
 
@@ -138,7 +138,7 @@ def entropies(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def test_on_a_network_both_estimators_mean_the_same() -> None:
     model, rows, query = network()
     bif = BIF(chains=128, draws=60, thinning=4, step_size=1.0, batch_size=WHOLE)
-    run = run_bif(model, rows, {"q": EachRow(query)}, bif, entropies, progress=False)
+    run = bif_scores(model, rows, {"q": EachRow(query)}, bif, entropies, progress=False)
     z = (run.scores - run.plain) / run.plain_se
     assert np.abs(z).max() < 4 and np.sqrt((z**2).mean()) < 1.3
     assert (run.scores * run.plain).sum() / (run.plain**2).sum() == pytest.approx(1, abs=0.03)
@@ -150,7 +150,7 @@ def test_standard_errors_are_what_runs_scatter_by() -> None:
     settings = {"draws": 40, "batch_size": 40}
     for more in ({}, PLAIN | {"thinning": 8}):
         bifs = [BIF(**settings, **more, seed=seed) for seed in range(6)]  # type: ignore[arg-type]
-        runs = [run_bif(model, rows, {"q": EachRow(query)}, bif, entropies, progress=False) for bif in bifs]
+        runs = [bif_scores(model, rows, {"q": EachRow(query)}, bif, entropies, progress=False) for bif in bifs]
         between = np.stack([run.scores for run in runs]).std(0, ddof=1)
         within = np.sqrt(np.stack([run.se**2 for run in runs]).mean(0))
         assert 0.75 < np.median(between / within) < 1.35
@@ -174,7 +174,7 @@ def test_ridge_regression_is_the_damped_influence_function() -> None:
     n_beta = 2000.0
     bif = BIF(16, 300, n_beta=n_beta, localization=n_beta * gamma, batch_size=WHOLE)
     query = (x[:20], y[:20] + 1)
-    scores = run_bif(Point(w), (x, y), {"q": query}, bif, squared, progress=False)
+    scores = bif_scores(Point(w), (x, y), {"q": query}, bif, squared, progress=False)
     gradients = (x @ w - y)[:, None] * x
     v = ((query[0] @ w - query[1])[:, None] * query[0]).mean(0)
     truth = influence(x.T @ x / 80, gradients, v, gamma) / n_beta
@@ -197,7 +197,7 @@ def test_logistic_regression_near_its_optimum_is_the_damped_influence_function()
         w -= torch.linalg.solve(h, x.T @ (p - y) / 100)
     n_beta, damping = 4000.0, 0.02
     bif = BIF(16, 300, n_beta=n_beta, localization=n_beta * damping, batch_size=50)
-    scores = run_bif(Point(w), (x, y), {"q": (x[:9], 1 - y[:9])}, bif, loss, progress=False)
+    scores = bif_scores(Point(w), (x, y), {"q": (x[:9], 1 - y[:9])}, bif, loss, progress=False)
     v = (((x @ w).sigmoid() - (1 - y))[:9, None] * x[:9]).mean(0)
     truth = influence(h, ((x @ w).sigmoid() - y)[:, None] * x, v, damping)
     assert stats.spearmanr(scores.scores[:, 0], truth)[0] > 0.95
@@ -212,7 +212,7 @@ def test_p_values_are_uniform_where_rows_and_query_share_no_parameter(settings: 
         return 0.5 * module.w[batch].square() + module.w[batch]
 
     bif = BIF(8, 100, n_beta=1.0, localization=1.0, batch_size=WHOLE, **settings)
-    scores = run_bif(Point(torch.zeros(401)), rows, {"q": torch.tensor([0])}, bif, own, progress=False)
+    scores = bif_scores(Point(torch.zeros(401)), rows, {"q": torch.tensor([0])}, bif, own, progress=False)
     assert stats.kstest(scores.p[:, 0], "uniform").pvalue > 0.01
     assert (scores.q > 0.05).mean() > 0.99
 
@@ -222,7 +222,7 @@ def test_p_values_are_uniform_where_rows_and_query_share_no_parameter(settings: 
 
 def healthy(**settings: Any) -> BIFScores:
     model, rows, query = network()
-    return run_bif(model, rows, {"q": EachRow(query)}, BIF(**settings), entropies, progress=False)
+    return bif_scores(model, rows, {"q": EachRow(query)}, BIF(**settings), entropies, progress=False)
 
 
 @pytest.mark.parametrize("settings", [{}, {"preconditioner": "none"}, PLAIN | {"thinning": 8, "draws": 300}])
@@ -247,8 +247,8 @@ def test_diverging_chains_are_caught() -> None:
 
     bif = BIF(step_size=0.5, draws=100, **PLAIN)  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match=r"only . draws before the chains ended; the chains diverged at draw"):
-        run_bif(model, rows, {"q": EachRow(query)}, bif, steep, progress=False)
-    wide = run_bif(model, rows, {"q": query}, BIF(step_size=0.03, draws=100, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
+        bif_scores(model, rows, {"q": EachRow(query)}, bif, steep, progress=False)
+    wide = bif_scores(model, rows, {"q": query}, BIF(step_size=0.03, draws=100, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
     assert any("step-size bias" in reason and "lower step_size" in reason for reason in wide.reasons)
 
 
@@ -263,14 +263,14 @@ def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
 
     step = 4 * share / (5.0 + 1.0)
     bif = BIF(8, 4, step_size=step, n_beta=1.0, localization=1.0, batch_size=WHOLE, **PLAIN)
-    scores = run_bif(Point(torch.zeros(5).double()), rows, {"q": rows[:1]}, bif, loss, progress=False)
+    scores = bif_scores(Point(torch.zeros(5).double()), rows, {"q": rows[:1]}, bif, loss, progress=False)
     (screen,) = (s for s in scores.screens if s.name == "step-size bias")
     assert screen.value == pytest.approx(share / (1 - share), rel=0.02)
 
 
 def test_noise_is_named() -> None:
     model, rows, query = network()
-    few = run_bif(model, rows, {"q": query}, BIF(2, 8, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
+    few = bif_scores(model, rows, {"q": query}, BIF(2, 8, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
     assert any("noise share" in reason and "raise draws" in reason for reason in few.reasons)
 
 
@@ -324,7 +324,7 @@ def test_module_and_generators_are_as_before(interrupted: bool) -> None:
 
     before = state_of(model)
     queries = {"q": CallableQuery(query, (x[:5], y[:5]))}
-    scores = run_bif(model, (x, y), queries, BIF(draws=60, batch_size=10), loss, progress=False)
+    scores = bif_scores(model, (x, y), queries, BIF(draws=60, batch_size=10), loss, progress=False)
     assert same(before, state_of(model))
     assert scores.loss.shape[1] == (19 if interrupted else 60) and np.isfinite(scores.scores).all()
     if interrupted:
@@ -354,7 +354,7 @@ class Unbatched(nn.Module):
 def test_one_by_one_gives_the_same_scores_and_says_so() -> None:
     model, rows, query = network()
     together, alone = (
-        run_bif(m, rows, {"q": EachRow(query)}, BIF(draws=12), entropies, progress=False)
+        bif_scores(m, rows, {"q": EachRow(query)}, BIF(draws=12), entropies, progress=False)
         for m in (model, Unbatched(copy.deepcopy(model)))
     )
     assert np.allclose(together.scores, alone.scores, atol=1e-5)
@@ -364,17 +364,17 @@ def test_one_by_one_gives_the_same_scores_and_says_so() -> None:
 def test_chosen_rows_and_every_kind_of_query() -> None:
     model, rows, query = network()
     queries = {"each": EachRow(query), "mean": query, "margin": MarginQuery(query), "own": MarginQuery(query, True)}
-    all_of_them = run_bif(model, rows, queries, BIF(draws=12), entropies, progress=False)
-    some = run_bif(model, rows, queries, BIF(draws=12, rows=[7, 3]), entropies, progress=False)
+    all_of_them = bif_scores(model, rows, queries, BIF(draws=12), entropies, progress=False)
+    some = bif_scores(model, rows, queries, BIF(draws=12, rows=[7, 3]), entropies, progress=False)
     assert some.rows.tolist() == [7, 3] and np.allclose(some.scores, all_of_them.scores[[7, 3]], atol=1e-5)
     names = [info.name for info in some.queries]
     assert names[0] == "each/0" and names[20:22] == ["mean", "margin"] and len(names) == 42
     each, mean = all_of_them.scores[:, :20], all_of_them.scores[:, 20]
     assert np.allclose(each.mean(1), mean, atol=1e-5)  # covariance is linear, and so is the control variate
-    drawn = run_bif(model, rows, {"mean": query}, BIF(draws=12, rows=5), entropies, progress=False)
+    drawn = bif_scores(model, rows, {"mean": query}, BIF(draws=12, rows=5), entropies, progress=False)
     assert len(drawn.rows) == 5 and "scored are 5 of 120 rows" in drawn.notes[0]
     with pytest.raises(InfluenceError, match=r"rows=\[500\] must be dataset indices, 0 to 119"):
-        run_bif(model, rows, {"mean": query}, BIF(rows=[500]), entropies, progress=False)
+        bif_scores(model, rows, {"mean": query}, BIF(rows=[500]), entropies, progress=False)
 
 
 @pytest.mark.parametrize(

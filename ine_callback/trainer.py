@@ -1,0 +1,105 @@
+"""What the package asks of a Lightning Trainer: a module's loss, its precision and transfers, the steps ahead."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
+
+from ine_callback.errors import QueryError
+
+
+class ModuleLoss:
+    """The module's own loss of a batch: ``validation_step`` where it returns one, else ``training_step``."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._step: Literal["validation_step", "training_step"] | None = None
+        self._automatic = module.automatic_optimization
+
+    def __call__(self, module: Any, batch: Any) -> Tensor:
+        if self._step is None:
+            self._step = "training_step"
+            found = _loss_of(self._call(module, "validation_step", batch))
+            if found is not None and found.requires_grad:
+                self._step = "validation_step"
+                return found
+        found = _loss_of(self._call(module, self._step, batch))
+        if found is None:
+            raise QueryError(
+                f"InfluenceCallback: neither validation_step nor training_step of {type(module).__name__} returns a "
+                "loss; return it, or pass a callable query (module, batch) -> scalar."
+            )
+        return found
+
+    def training(self, module: Any, batch: Any) -> Tensor:
+        """The training loss of a batch."""
+        found = _loss_of(self._call(module, "training_step", batch))
+        if found is None:
+            raise QueryError(f"InfluenceCallback: training_step of {type(module).__name__} returned no loss.")
+        return found
+
+    def _call(self, module: Any, name: str, batch: Any) -> Any:
+        if name == "training_step" and not self._automatic:
+            raise QueryError(
+                f"InfluenceCallback: {type(module).__name__} optimizes by hand: its training_step cannot be asked for "
+                "a loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
+            )
+        step = getattr(module, name)
+        parameters = list(inspect.signature(step).parameters.values())[1:]
+        # batch_idx and dataloader_idx, whatever the user calls them
+        indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        return step(batch, *indices)
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    value = output.get("loss") if isinstance(output, Mapping) else output
+    return value if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+@contextmanager
+def evaluating(trainer: Trainer) -> Iterator[None]:
+    """The trainer's precision, and the stage in which the module's hooks leave augmentation out."""
+    stage, trainer.state.stage = trainer.state.stage, RunningStage.VALIDATING
+    try:
+        with trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        trainer.state.stage = stage
+
+
+def transferred(trainer: Trainer, batch: Any) -> Any:
+    """What Lightning does to a batch before a step sees it: precision, hooks, device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def unscale(trainer: Trainer) -> Tensor | None:
+    """The inverse loss scale under float16, on the device."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale = scaler._scale if scaler._scale is not None else torch.tensor(scaler._init_scale)
+    return 1.0 / scale
+
+
+def steps_ahead(trainer: Trainer) -> int:
+    """Optimizer steps planned from here on; 0 where nobody knows."""
+    steps = trainer.estimated_stepping_batches
+    return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
+
+
+def schedulers_of(trainer: Trainer) -> Sequence[tuple[Any, int]]:
+    """Each scheduler with the number of optimizer steps between its own steps."""
+    batches = trainer.num_training_batches
+    per_epoch = 1 if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
+    return [
+        (config.scheduler, config.frequency * (per_epoch if config.interval == "epoch" else 1))
+        for config in trainer.lr_scheduler_configs
+    ]
