@@ -1,7 +1,9 @@
 """Which training rows made the model what it is, recorded during the one run you do anyway."""
 
 from ine_callback._version import __version__
+from ine_callback.bif.calibration import Calibration, calibrate
 from ine_callback.bif.readout import EachRow
+from ine_callback.bif.rerun import run_bif
 from ine_callback.bif.run import bif_scores
 from ine_callback.bif.scores import BIFScores
 from ine_callback.callback import InfluenceCallback
@@ -15,6 +17,7 @@ __all__ = [
     "BIF",
     "FINE",
     "BIFScores",
+    "Calibration",
     "CallableQuery",
     "EachRow",
     "InfluenceCallback",
@@ -27,5 +30,7 @@ __all__ = [
     "SelfQuery",
     "__version__",
     "bif_scores",
+    "calibrate",
     "register_layer",
+    "run_bif",
 ]

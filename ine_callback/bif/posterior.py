@@ -31,16 +31,17 @@ class LocalPosterior:
         losses: Its row losses ``(module, batch) -> [b]``.
         data: All training rows as one batch; L is the mean of their losses.
         settings: The chains' settings.
-        generator: The chains' generator.
 
     Attributes:
+        generator: The chains' generator.
         localization: γ, chosen where the settings leave it open.
         quadratic: The quadratic posterior.
         mean_gradient: ∇L(w*) [P].
     """
 
-    def __init__(self, flat: Flat, losses: Function, data: Batch, settings: BIF, generator: torch.Generator) -> None:
-        self.flat, self.losses, self.data, self.settings, self.generator = flat, losses, data, settings, generator
+    def __init__(self, flat: Flat, losses: Function, data: Batch, settings: BIF) -> None:
+        self.flat, self.losses, self.data, self.settings = flat, losses, data, settings
+        self.generator = torch.Generator(flat.weights.device).manual_seed(settings.seed)
         self.count, self.weights = size_of(data), flat.weights
         parameters = len(self.weights)
         radius = _RADIUS * float(self.weights.norm())

@@ -61,6 +61,12 @@ class Quadratic:
         """The largest eigenvalue."""
         return float(self.values.max()) if len(self.values) else float(self.localization)
 
+    @property
+    def spread(self) -> float:
+        """Mean squared distance tr(A⁻¹) of the posterior's draws from its centre."""
+        others = self.directions.shape[1] - len(self.values)
+        return float((1 / self.values).sum() + others / self.localization)
+
     def apply(self, x: Tensor, function: Function) -> Tensor:
         """``function(A) x`` for vectors x [..., P]; the function works on eigenvalues, element by element."""
         base = function(self.localization)

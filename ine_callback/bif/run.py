@@ -73,18 +73,12 @@ def bif_scores(
         (40, 1)
     """
     bif = bif or BIF()
-    with isolated(module), context():
-        _mute_metrics(module)
-        flat = Flat(module)
-        train = move_data_to_device(train, flat.weights.device)
-        sample = cut(train, torch.arange(min(64, size_of(train))), size_of(train))
-        losses = row_losses(module, sample, loss_fn, owner)
+    with prepared(module, train, loss_fn, context, owner) as (flat, train, sample, losses):
         terms, most = term_limit(losses, module, sample, owner) if bif.per_token else (0, MAX_ROWS)
         index, note = chosen_rows(bif.rows, size_of(train), most, owner)
         asked = _on(flat, groups(queries, losses, owner))
         readout = Readout(flat, losses, taken(train, index), asked, bif.eval_rows, terms)
-        generator = torch.Generator(flat.weights.device).manual_seed(bif.seed)
-        posterior = LocalPosterior(flat, losses, train, bif, generator)
+        posterior = LocalPosterior(flat, losses, train, bif)
         sampler = posterior.sampler()
         tally = Tally(readout, sampler, bif)
         notes = [each for each in (note, note_on(losses)) if each]
@@ -101,6 +95,23 @@ def bif_scores(
         }
         described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
         return tally.finish(index.numpy(), bias, posterior.inflation(sampler), settings, described)
+
+
+@contextlib.contextmanager
+def prepared(
+    module: nn.Module,
+    train: Any,
+    loss_fn: RowLoss | None,
+    context: Callable[[], contextlib.AbstractContextManager[Any]],
+    owner: str,
+) -> Iterator[tuple[Flat, Any, Any, RowLosses]]:
+    """The isolated module as a function of its weights, the training rows on its device, some of them, row losses."""
+    with isolated(module), context():
+        _mute_metrics(module)
+        flat = Flat(module)
+        train = move_data_to_device(train, flat.weights.device)
+        sample = cut(train, torch.arange(min(64, size_of(train))), size_of(train))
+        yield flat, train, sample, row_losses(module, sample, loss_fn, owner)
 
 
 def term_limit(losses: RowLosses, module: nn.Module, sample: Any, owner: str) -> tuple[int, int]:

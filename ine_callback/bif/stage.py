@@ -61,6 +61,7 @@ class Stages:
         self._to_device, self._context, self._bar, self._owner = to_device, context, bar, owner
         self._loss_fn = loss_fn
         self.found: list[BIFScores] = []
+        self._reached: set[Stage] = set()
 
     def run(self, at: Stage, mu: Floats | None = None) -> None:
         """Runs the chains of a stage, if it is one of the settings'.
@@ -75,6 +76,7 @@ class Stages:
         """
         if at not in self.bif.at:
             return
+        self._reached.add(at)
         bif, count = self.bif, self._source.training_rows
         scored, notes = _scored(bif, count, self._most(), mu)
         data = _data(scored, count)
@@ -108,8 +110,7 @@ class Stages:
 
     def missed(self) -> str | None:
         """A note on the stages that training never reached."""
-        ran = [found.at for found in self.found]
-        missed = [at for at in self.bif.at if at not in ran and at != "end"]
+        missed = [at for at in self.bif.at if at not in self._reached and at != "end"]
         return f"BIF: training ended before epochs {missed} of at={list(self.bif.at)}" if missed else None
 
 
