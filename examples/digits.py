@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from ine_callback import InfluenceCallback, Query
+from ine_callback import BIF, FINE, InfluenceCallback, Query
 
 
 class DigitsCNN(L.LightningModule):
@@ -103,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the report")
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--bif", action="store_true", help="chains at the end too, on 300 rows (some minutes)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # so small a model is fastest on one core
@@ -114,7 +115,8 @@ def main() -> None:
     wrong = (given != true).numpy()
     print(f"Training on {len(given):,} digits, {wrong.sum()} of them with a wrong label; the model is not told which.")
 
-    influence = InfluenceCallback(queries=["val", Query.margin("val"), "self"], dirpath=args.out)
+    methods = [FINE(), BIF(chains=4, draws=100, rows=300)] if args.bif else None
+    influence = InfluenceCallback(["val", Query.margin("val"), "self"], methods, dirpath=args.out)
     trainer, seconds = fit(train, val, [influence], args.epochs, args.seed)
     report, recorded = influence.report, state(trainer)
     print(f"Trained in {seconds:.1f} s to a validation accuracy of {trainer.callback_metrics['val_accuracy']:.1%}.\n")
@@ -138,6 +140,13 @@ def main() -> None:
     summary = {key: float(roc_auc_score(wrong, score)) for key, (_, score) in candidates.items()}
     print("How well scores tell wrong from right labels (AUROC: 1 always, 0.5 by chance):")
     print("\n".join(f"    {summary[key]:.4f}  {meaning}" for key, (meaning, _) in candidates.items()))
+
+    if report.bif is not None:
+        state_of_chains = "passed all screens" if report.bif.reliable else f"are UNRELIABLE: {report.bif.reasons}"
+        bif, rows = report.bif.scores[:, report.bif.column("margin")], report.bif.rows
+        agreement = np.corrcoef(bif.argsort().argsort(), mu["margin"][rows].argsort().argsort())[0, 1]
+        print(f"\nThe chains {state_of_chains}. On {len(rows)} rows BIF ranks harm to the margin like f-INE to")
+        print(f"{agreement:.2f}; AUROC for wrong labels {roc_auc_score(wrong[rows], -bif):.3f}.")
 
     plain, seconds_plain = fit(train, val, [], args.epochs, args.seed)
     summary |= {

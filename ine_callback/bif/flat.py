@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Batch = Any
 Function = Callable[[nn.Module, Batch], Tensor]
@@ -79,13 +81,19 @@ class Flat:
             change: Tensor = jvp(lambda v: self._at(v, function, batch), (self.weights,), (direction,))[1]
             return change
 
-        return self._map(along, directions)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no forward derivative
+            return self._map(along, directions)
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        """The CPU's fused attention cannot be batched: vmap would run it chain by chain."""
+        return sdpa_kernel(SDPBackend.MATH) if self.weights.device.type == "cpu" else contextlib.nullcontext()
 
     def _map(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
         """All vectors in one batched pass; one by one where the module has an operation that cannot be batched."""
         if self._batched:
             try:
-                return vmap(function, randomness="different")(vectors).detach()
+                with self._attention():
+                    return vmap(function, randomness="different")(vectors).detach()
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 # only what fails batched and works alone is vmap's fault; anything else is raised by the next line
                 single = torch.stack([function(vector).detach() for vector in vectors])

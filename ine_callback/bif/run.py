@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchmetrics import Metric
 from ine_callback.batches import cut, size_of
 from ine_callback.bif.flat import Flat
 from ine_callback.bif.posterior import LocalPosterior, initial_state
+from ine_callback.bif.ranks import Ranks
 from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
 from ine_callback.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
 from ine_callback.bif.scores import BIFScores
@@ -42,7 +44,8 @@ def bif_scores(
     """Bayesian influence of training rows on queries, from chains around the module's present weights.
 
     Afterwards parameters, buffers, gradients, grad flags, modes and all random states are bit for bit as before. Ctrl-C
-    ends the chains early; the scores so far come back with a note.
+    ends the chains early; the scores so far come back with a note. Where ``torch.distributed`` is initialised the
+    processes share the chains (each holding all rows), all return the same, and Ctrl-C is not caught.
 
     Args:
         module: The trained model.
@@ -78,11 +81,15 @@ def bif_scores(
         index, note = chosen_rows(bif.rows, size_of(train), most, owner)
         asked = _on(flat, groups(queries, losses, owner))
         readout = Readout(flat, losses, taken(train, index), asked, bif.eval_rows, terms)
-        posterior = LocalPosterior(flat, losses, train, bif)
+        ranks = Ranks(flat.weights.device)
+        posterior = LocalPosterior(flat, losses, train, ranks.share(bif, owner))
         sampler = posterior.sampler()
-        tally = Tally(readout, sampler, bif)
+        sampler = replace(sampler, step_size=ranks.first(sampler.step_size))
+        if ranks.rank:
+            sampler.generator.manual_seed(bif.seed + 2**32 * ranks.rank)
+        tally = Tally(readout, sampler, posterior.settings)
         notes = [each for each in (note, note_on(losses)) if each]
-        state, interrupted = _run(posterior, sampler, tally, progress, notes)
+        state, interrupted = _run(posterior, sampler, tally, progress, notes, ranks)
         if tally.draws < 4:
             raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
         deviation = sampler.coordinates.deviation(state.z)[0]
@@ -94,7 +101,9 @@ def bif_scores(
             "parameters": len(flat.weights),
         }
         described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
-        return tally.finish(index.numpy(), bias, posterior.inflation(sampler), settings, described)
+        tally.gather(ranks)
+        inflation = ranks.first(posterior.inflation(sampler))
+        return tally.finish(index.numpy(), ranks.first(bias), inflation, settings, described)
 
 
 @contextlib.contextmanager
@@ -143,7 +152,7 @@ def _on(flat: Flat, queries: list[Any]) -> list[Any]:
 
 
 def _run(
-    posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str]
+    posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str], ranks: Ranks
 ) -> tuple[State, bool]:
     """All draws; ends early on Ctrl-C (then True) or when a chain leaves the finite numbers."""
     settings, weights = posterior.settings, posterior.weights
@@ -156,10 +165,12 @@ def _run(
             twin = None
             if state.twin is not None and isinstance(sampler.coordinates, Curved):
                 twin = sampler.coordinates.deviation(state.twin)
-            if not tally.take(weights + sampler.coordinates.deviation(state.z), twin):
+            if not tally.take(weights + sampler.coordinates.deviation(state.z), twin, ranks):
                 notes.append(f"the chains diverged at draw {draw + 1} of {settings.draws}")
                 break
     except KeyboardInterrupt:
+        if ranks.count > 1:  # the processes would wait for each other
+            raise
         notes.append(f"interrupted after {tally.draws} of {settings.draws} draws: the scores are partial")
         return state, True
     return state, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
+from ine_callback.bif.ranks import Ranks, join_chains
 from ine_callback.bif.readout import Readout
 from ine_callback.bif.scores import SIZE, SURVIVES, BIFScores, Screen, TermScores, noise_share
 from ine_callback.bif.sgld import SGLD, Curved
@@ -39,6 +41,19 @@ class Scatter:
             apart = sample - self._mean
             self._mean = self._mean + apart / self.count
             self._squares = self._squares + apart * (sample - self._mean)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scatter], device: torch.device) -> Scatter:
+        """The samples of several processes (Chan, Golub and LeVeque 1983)."""
+        found = cls()
+        for part in parts:
+            mean, squares = part._mean.to(device), part._squares.to(device)
+            total = found.count + part.count
+            apart = mean - found._mean
+            found._squares = found._squares + squares + apart**2 * (found.count * part.count / max(1, total))
+            found._mean = found._mean + apart * (part.count / max(1, total))
+            found.count = total
+        return found
 
     def error(self) -> Tensor:
         """Standard error of the samples' mean [R, Q]; NaN with fewer than two."""
@@ -74,10 +89,13 @@ class Tally:
         """Draws taken."""
         return self._rows.count
 
-    def take(self, weights: Tensor, twin: Tensor | None) -> bool:
-        """Reads one draw: weights [C, P] and the twins' deviations [C, P]. False: it was not finite and is left out."""
+    def take(self, weights: Tensor, twin: Tensor | None, ranks: Ranks) -> bool:
+        """Reads one draw: weights [C, P] and the twins' deviations [C, P].
+
+        False: it was not finite, in this process or another, and is left out.
+        """
         rows, queries = self.readout.rows(weights), self.readout.queries(weights)
-        if not bool(torch.isfinite(rows).all() & torch.isfinite(queries).all()):
+        if not ranks.all(bool(torch.isfinite(rows).all() & torch.isfinite(queries).all())):
             return False
         self._rows.update(rows)
         self._queries.update(queries)
@@ -106,6 +124,24 @@ class Tally:
         """Mirrored chains [C, R, Q] averaged to their pairs [C/2, R, Q]."""
         return covariance.unflatten(0, (2, -1)).mean(0) if self.sampler.antithetic else covariance
 
+    def gather(self, ranks: Ranks) -> None:
+        """Takes in the chains of the other processes."""
+        self._merge()
+        if ranks.count == 1:
+            return
+        kept = ("_plain", "_twin", "_rows", "_queries", "_plain_scatter", "_scatter", "_loss")
+        parts = ranks.gather({name: getattr(self, name) for name in kept})
+        device = self.readout.flat.weights.device
+
+        def join(tensors: Sequence[Tensor]) -> Tensor:
+            return join_chains(tensors, self.sampler.antithetic, device)
+
+        for name in kept[:4]:
+            setattr(self, name, type(getattr(self, name)).joined([part[name] for part in parts], join))
+        for name in kept[4:6]:
+            setattr(self, name, Scatter.joined([part[name] for part in parts], device))
+        self._loss = [join(draw).cpu() for draw in zip(*(part["_loss"] for part in parts), strict=True)]
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def finish(
@@ -125,7 +161,6 @@ class Tally:
             settings: As used.
             described: Further fields of :class:`BIFScores`.
         """
-        self._merge()
         found, terms = self._estimates()
         loss = torch.stack(self._loss, 1).double().numpy()
         screens = self._screens(found["scores"], found["se"], loss, bias, inflation)

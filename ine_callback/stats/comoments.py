@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Join = Callable[[Sequence[Tensor]], Tensor]  # chains of several processes [C, …] as one tensor
 
 
 class Comoments:
@@ -52,6 +56,16 @@ class Comoments:
         self._b = self._b + apart_b * (other.count / total)
         self.count = total
 
+    @classmethod
+    def joined(cls, parts: Sequence[Comoments], join: Join) -> Comoments:
+        """Those of other chains over the same number of draws, as one."""
+        found = cls()
+        found.count = parts[0].count
+        if found.count:
+            found._a, found._b = join([p._a for p in parts]), join([p._b for p in parts])
+            found._products = join([p._products for p in parts])
+        return found
+
     def covariance(self) -> Tensor:
         """Sample covariance of each chain [C, R, Q], with divisor n − 1 (0 with a single draw)."""
         return self._products / max(1, self.count - 1)
@@ -82,6 +96,14 @@ class Traces:
         self._sum, self._square, self._trend = self._sum + x, self._square + x**2, self._trend + x * time
         self._time, self._time_square = self._time + time, self._time_square + time**2
         self._last, self.count = x, self.count + 1
+
+    @classmethod
+    def joined(cls, parts: Sequence[Traces], join: Join) -> Traces:
+        """Those of other chains over the same number of draws, as one."""
+        found = copy.copy(parts[0])
+        for name in ("_offset", "_last", "_sum", "_square", "_lagged", "_trend"):
+            setattr(found, name, join([getattr(p, name) for p in parts]))
+        return found
 
     def mean(self) -> Tensor:
         """Mean of each series."""

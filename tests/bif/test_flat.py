@@ -72,3 +72,26 @@ def test_an_error_of_the_users_is_not_taken_for_vmaps() -> None:
     with pytest.raises(RuntimeError, match="99"):
         flat.values(flat.weights[None], lambda module, batch: module(torch.zeros(2, 99)), BATCH)
     assert not flat.notes
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return out.mean(1)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_fused_attention_is_batched_and_has_forward_derivatives() -> None:
+    torch.manual_seed(0)
+    model, batch = Attends(), (torch.randn(5, 6, 8), torch.arange(5) % 3)
+    flat = Flat(model)
+    rows = flat.jacobian(flat.weights, loss, batch)
+    directions = torch.randn(3, len(flat.weights))
+    assert torch.allclose(flat.products(directions, loss, batch), directions @ rows.T, atol=1e-5)
+    assert torch.allclose(flat.gradients(flat.weights[None], loss, batch)[0], rows.mean(0), atol=1e-6)
+    assert not flat.notes

@@ -1,0 +1,92 @@
+"""Which characters of which passages taught a small transformer? Bayesian influence (BIF) by row and by character.
+
+The model, rows and documents of char_lm.py. Beside f-INE, which is recorded while the model trains, SGLD chains run
+after a third of the training and at its end. The report says whether the chains can be believed and how far both
+methods agree; the passages are shown with the characters that did it.
+
+    python examples/bif_char_lm.py                  # four poems, in examples/excerpt.txt
+    python examples/bif_char_lm.py --out DIR        # with report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from ine_callback import BIF, FINE, InfluenceCallback
+
+sys.path.insert(0, str(Path(__file__).parent))
+from char_lm import LENGTH, documents, encode, fit, rows_of
+
+
+def coloured(piece: str, scores: np.ndarray) -> Text:
+    """A row's characters; the deeper the colour behind the one to predict, the more it helped (blue) or harmed."""
+    largest = float(np.abs(scores).max()) or 1.0
+    text = Text(piece[0].replace("\n", "⏎"))
+    for character, score in zip(piece[1:], scores, strict=True):
+        strength = int(200 * abs(score) / largest)
+        shade = (
+            f"rgb({255 - strength},{255 - strength // 3},255)" if score > 0 else f"rgb(255,{255 - strength // 2},120)"
+        )
+        text.append(character.replace("\n", "⏎"), f"black on {shade if strength > 20 else 'white'}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, default=Path(__file__).parent / "excerpt.txt")
+    parser.add_argument("--characters", type=int, default=24_000, help="read no more of the text than this")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the report; by default it is only shown")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=60, help="rows scored by the chains")
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # so small a model is fastest on one core
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+    text = args.text.read_text(encoding="utf-8")[: args.characters]
+    alphabet = "".join(sorted(set(text)))
+    rows, held_out = rows_of(documents(text))
+    queries = {title: encode(pieces, alphabet) for title, pieces in held_out.items()}
+    few = {"chains": 4, "batch_size": 32, "curvature_rows": 32}  # sequences are costly, and there are few rows
+    stages = [max(1, args.epochs // 3), "end"]
+    chains = BIF(draws=args.draws, rows=args.rows, per_token=True, at=stages, **few)
+    influence = InfluenceCallback(queries=queries, methods=[FINE(), chains], dirpath=args.out)
+    train = encode([piece for _, piece in rows], alphabet)
+    trainer, _ = fit(train, len(alphabet), [influence], args.epochs, args.seed)
+    report, console = influence.report, Console()
+    print(f"Trained {trainer.global_step} steps to a loss of {trainer.callback_metrics['loss']:.2f} a character.")
+
+    for found in report.bif_stages:
+        when = "end of training" if found.at == "end" else f"epoch {found.at}"
+        state = "all screens passed" if found.reliable else "UNRELIABLE: " + "; ".join(found.reasons)
+        print(f"\nChains at {when}: {len(found.rows)} rows, {found.loss.shape[1]} draws of {len(found.loss)}; {state}")
+    found = report.bif
+    for column, title in enumerate(report.queries):
+        mu, bif = report.scores.mu[found.rows, column], found.ranking[:, column]
+        agreement = np.corrcoef(mu.argsort().argsort(), bif.argsort().argsort())[0, 1]
+        print(f"\n{title}: rank agreement of BIF with f-INE's μ {agreement:.2f}; what helped most:")
+        for row in found.top(3, title):
+            k = int(np.flatnonzero(found.rows == row)[0])
+            source, piece = rows[row]
+            console.print(
+                Text(f"  row {row:4d}  BIF {bif[k]:+.2g} ± {found.se[k, column]:.0g}  {source.split(' (')[0]:12s} ")
+                + coloured(piece[: LENGTH + 1], found.terms.scores[k, :, column]),
+                soft_wrap=True,
+            )
+    if args.out is not None:
+        print(f"\nSaved: InfluenceReport.load({str(args.out)!r})")
+
+
+if __name__ == "__main__":
+    main()
