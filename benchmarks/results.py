@@ -103,6 +103,20 @@ networks. Per-query Spearman of group sums with the truth; ms: CPU milliseconds 
 queries). Shrunk: drawn towards the Laplace term, whose own agreement is {laplace:.3f}.
 """
 
+DEVINTERP_HEAD = """\
+## BIF beside devinterp
+
+```bash
+python -m benchmarks.bif_devinterp --json bif-devinterp.json{data} --draws {draws}
+```
+
+One trained network of protocol G1 ({data_name}), plain SGLD on both sides: {chains} chains of {draws} draws,
+thinning {thinning}, minibatches of {batch_size}, burn-in {burn_in}, ε = {step_size:g}, n_beta = {n_beta:g},
+localization = {localization:g}. Milliseconds: CPU time of a draw of all chains, for two seeds; devinterp's over ours:
+{times_faster:.2f}. Agreement: Pearson's correlation of the covariances of 1,000 rows and 200 queries between two runs;
+it cannot be higher than two runs of one library agree. devinterp's covariances are {scale:.2f} times ours.
+"""
+
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
 COLUMNS = {
     "spearman_per_query": "Spearman per query",
@@ -194,6 +208,15 @@ def bif(results: dict[str, Any]) -> Iterable[str]:
         for key, words in (("spearman_per_query", name), ("shrunk", f"{name}, shrunk")):
             rows.append([words, *(number(row.get(d, {}).get(key)) for d in draws), number(row["milliseconds_a_draw"])])
     yield table(["", *(f"{d} draws" for d in draws), "ms"], rows)
+
+
+def bif_devinterp(results: dict[str, Any]) -> Iterable[str]:
+    """The section of ``benchmarks.bif_devinterp``."""
+    mnist = results["data"].startswith("10,000")
+    yield DEVINTERP_HEAD.format(data=" --data DIR" if mnist else "", data_name=results["data"], **results)
+    cost, agreement = results["milliseconds_a_draw"], results["agreement"]
+    yield table(["", *cost], [["ms a draw", *(" / ".join(f"{ms:.1f}" for ms in each) for each in cost.values())]])
+    yield table(["Agreement", "Pearson"], ([name, number(value)] for name, value in agreement.items()))
 
 
 def merged(found: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -299,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.notes:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
+    sections["bif_devinterp"] = bif_devinterp
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:
