@@ -17,10 +17,11 @@ is the row's. Rows and queries are its observables, evaluated at every draw. How
     covariance    over the draws of all chains together ("stack", as it recommends), n − 1; ours is the mean over chains
     sign          ours is theirs: both are the plain covariance, no minus
 
-Milliseconds are CPU time of all threads in a call with many draws less one with few, for a draw of all four chains: its
-steps, its evaluation of rows and queries, and its share of the covariance. devinterp also writes every loss to disk.
-Agreement is Pearson's correlation of the covariances [rows x queries] of two runs; ``scale`` is how large devinterp's
-are where ours are 1, by products of independent runs, in which Monte-Carlo noise cancels.
+Each library is called ``--calls`` times, in turn, so that both meet the same load. Milliseconds are CPU time of all
+threads in a call, less a call with a tenth of the draws, for a draw of all four chains: its steps, its evaluation of
+rows and queries, its share of the covariance. devinterp also writes every loss to disk. Agreement is Pearson's
+correlation of the covariances [rows x queries], mean over half of the calls, between two halves. ``scale`` is how large
+devinterp's are where ours are 1, by products of independent halves, in which Monte-Carlo noise cancels.
 """
 
 from __future__ import annotations
@@ -52,16 +53,24 @@ from ine_callback.methods.bif import BIF
 
 CHAINS, BATCH, THINNING, BURN_IN = 4, 200, 5, 200
 STEP_SIZE, N_BETA, LOCALIZATION = 1e-3, 100.0, 100.0
-FEW = 50  # draws of the call that is taken off
 Sampler = Callable[[g1.Problem, nn.Module, int, int], Floats]
 
 
 def ours(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floats:
     """Covariances [rows, queries] by ``run_bif``."""
     bif = BIF(
-        **{"chains": CHAINS, "draws": draws, "thinning": THINNING, "burn_in": BURN_IN, "seed": seed},
-        **{"step_size": STEP_SIZE, "n_beta": N_BETA, "localization": LOCALIZATION},
-        **{"batch_size": BATCH, "eval_rows": BATCH, "preconditioner": "none", "reduced": False},
+        chains=CHAINS,
+        draws=draws,
+        thinning=THINNING,
+        burn_in=BURN_IN,
+        step_size=STEP_SIZE,
+        n_beta=N_BETA,
+        localization=LOCALIZATION,
+        batch_size=BATCH,
+        preconditioner="none",
+        reduced=False,
+        eval_rows=BATCH,
+        seed=seed,
     )
     queries = {"row": EachRow((problem.xq, problem.yq))}
     return run_bif(model, (problem.x, problem.y), queries, bif, row_entropies, progress=False).plain
@@ -84,12 +93,24 @@ def theirs(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floa
 
     with tempfile.TemporaryDirectory() as where, contextlib.redirect_stderr(io.StringIO()):  # its bars
         found = bif(
-            *(model, numbers(0, rows)),
+            model,
+            numbers(0, rows),
             {"row": (numbers(0, rows), rows // BATCH), "query": (numbers(rows, everything), len(problem.xq) // BATCH)},
-            **{"lr": STEP_SIZE, "n_beta": N_BETA, "localization": LOCALIZATION, "batch_size": BATCH},
-            **{"num_chains": CHAINS, "num_draws": draws, "num_steps_bw_draws": THINNING, "num_burnin_steps": BURN_IN},
-            **{"init_seed": 100 + CHAINS * seed, "num_init_loss_batches": 1, "device": "cpu", "loss_fn": losses},
-            **{"correlation_method": "sequence", "compute_covariance": True, "output_path": Path(where) / "draws.zarr"},
+            lr=STEP_SIZE,
+            n_beta=N_BETA,
+            localization=LOCALIZATION,
+            batch_size=BATCH,
+            num_chains=CHAINS,
+            num_draws=draws,
+            num_steps_bw_draws=THINNING,
+            num_burnin_steps=BURN_IN,
+            num_init_loss_batches=1,
+            init_seed=100 + CHAINS * seed,  # chain c takes this plus c
+            loss_fn=losses,
+            correlation_method="sequence",
+            compute_covariance=True,
+            device="cpu",
+            output_path=Path(where) / "draws.zarr",
         )
         order = np.argsort(found["input_ids"].values[:, 0])  # it shuffles its observables
         covariance: Floats = found["influences"].values[np.ix_(order[:rows], order[rows:])].astype(np.float64)
@@ -106,28 +127,34 @@ def timed(sampler: Sampler, problem: g1.Problem, draws: int, seed: int) -> tuple
     return found, time.process_time() - started
 
 
-def compare(problem: g1.Problem, draws: int, seeds: Sequence[int]) -> dict[str, Any]:
-    """Both libraries on the same network, in turn, for each seed of the chains (at least two)."""
+def compare(problem: g1.Problem, draws: int, calls: int) -> dict[str, Any]:
+    """Both libraries on the same network, in turn, each call with a seed of its own (an even number of them)."""
     runs: dict[str, list[Floats]] = {name: [] for name in LIBRARIES}
     cost: dict[str, list[float]] = {name: [] for name in LIBRARIES}
-    for seed in seeds:
+    few = draws // 10
+    for seed in range(calls):
         for name, sampler in LIBRARIES.items():
-            _, little = timed(sampler, problem, FEW, seed)
+            _, little = timed(sampler, problem, few, seed)
             found, much = timed(sampler, problem, draws, seed)
             runs[name].append(found)
-            cost[name].append(1e3 * (much - little) / (draws - FEW))
+            cost[name].append(1e3 * (much - little) / (draws - few))
             print(f"{name:14s}seed {seed}  {cost[name][-1]:.2f} ms a draw, {much:.1f} s for {draws}", flush=True)
-    a, b = runs["ine_callback"], runs["devinterp"]
+    a, b = (halves(np.stack(runs[name])) for name in LIBRARIES)
     return {
         "milliseconds_a_draw": cost,
-        "times_faster": float(np.median(cost["devinterp"]) / np.median(cost["ine_callback"])),
+        "times_faster": np.divide(cost["devinterp"], cost["ine_callback"]).tolist(),
         "agreement": {
             "ine_callback with itself": pearson([(a[0], a[1])]),
             "devinterp with itself": pearson([(b[0], b[1])]),
             "ine_callback with devinterp": pearson([(one, other) for one in a for other in b]),
         },
-        "scale": float(np.sum(sum(a) * sum(b)) / len(seeds) ** 2 / np.sum(a[0] * a[1])),
+        "scale": float((a.mean(0) * b.mean(0)).sum() / (a[0] * a[1]).sum()),
     }
+
+
+def halves(found: Floats) -> Floats:
+    """Two independent means [2, rows, queries] over half of the calls each."""
+    return np.stack([found[::2].mean(0), found[1::2].mean(0)])
 
 
 def pearson(pairs: Sequence[tuple[Floats, Floats]]) -> float:
@@ -140,25 +167,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else scikit-learn's digits")
-    parser.add_argument("--draws", type=int, default=3000, help="draws of each chain")
-    parser.add_argument("--quick", action="store_true", help="150 draws: to see it work")
+    parser.add_argument("--draws", type=int, default=300, help="draws of each chain in a call")
+    parser.add_argument("--calls", type=int, default=10, help="calls of each library, an even number")
+    parser.add_argument("--quick", action="store_true", help="two calls of 60 draws: to see it work")
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("devinterp"):
         raise SystemExit('benchmarks.bif_devinterp needs devinterp: pip install -e ".[peers]"')
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
     where = folder(args.data)
-    draws = 150 if args.quick else args.draws
+    draws, calls = (60, 2) if args.quick else (args.draws, args.calls)
     results = {
         "protocol": "bif_devinterp",
         "data": "scikit-learn digits" if where is None else "10,000 MNIST digits",
         "machine": machine(),
-        "draws": draws,
+        **{"draws": draws, "calls": calls},
         **{"chains": CHAINS, "thinning": THINNING, "batch_size": BATCH, "burn_in": BURN_IN},
         **{"step_size": STEP_SIZE, "n_beta": N_BETA, "localization": LOCALIZATION},
-        **compare(g1.load(where), draws, (0, 1)),
+        **compare(g1.load(where), draws, calls),
     }
     args.json.write_text(json.dumps(results, indent=1))
-    print(json.dumps(results["agreement"]), f"times faster {results['times_faster']:.2f}, scale {results['scale']:.3f}")
+    print(
+        f"{results['agreement']}, times faster {np.median(results['times_faster']):.2f}, scale {results['scale']:.3f}"
+    )
 
 
 if __name__ == "__main__":
