@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("devinterp"):
         raise SystemExit('benchmarks.bif_devinterp needs devinterp: pip install -e ".[peers]"')
+    importlib.import_module("devinterp.slt.bif")  # seconds that are no draw's
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
     where = folder(args.data)
     draws, calls = (60, 2) if args.quick else (args.draws, args.calls)
