@@ -215,8 +215,8 @@ def bif(results: dict[str, Any]) -> Iterable[str]:
 
 def bif_devinterp(results: dict[str, Any]) -> Iterable[str]:
     """The section of ``benchmarks.bif_devinterp``."""
-    mnist = results["data"].startswith("10,000")
-    yield DEVINTERP_HEAD.format(data=" --data DIR" if mnist else "", data_name=results["data"], **results)
+    flag = " --data DIR" if results["data"].startswith("10,000") else ""
+    yield DEVINTERP_HEAD.format(**(results | {"data": flag, "data_name": results["data"]}))
     measured = {f"{name}, ms a draw": each for name, each in results["milliseconds_a_draw"].items()}
     measured["devinterp over ine_callback"] = results["times_faster"]
     spread = {"median": 50, "least": 0, "most": 100}
