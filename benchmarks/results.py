@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.pictures import PLOTS
 
 HEAD = """\
@@ -101,6 +103,21 @@ python -m benchmarks.bif --json bif.json{data} --truth truth-sgd.pt
 Protocol G1 under SGD ({data_name}): 8 chains around a trained network, n_beta = localization = 100, mean over two
 networks. Per-query Spearman of group sums with the truth; ms: CPU milliseconds of a draw (8 chains, 1,000 rows, 200
 queries). Shrunk: drawn towards the Laplace term, whose own agreement is {laplace:.3f}.
+"""
+
+DEVINTERP_HEAD = """\
+## BIF beside devinterp
+
+```bash
+python -m benchmarks.bif_devinterp --json bif-devinterp.json{data} --draws {draws} --calls {calls}
+```
+
+One trained network of protocol G1 ({data_name}), plain SGLD on both sides: {chains} chains of {draws} draws in a call,
+{calls} calls of each library in turn, thinning {thinning}, minibatches of {batch_size}, burn-in {burn_in},
+ε = {step_size:g}, n_beta = {n_beta:g}, localization = {localization:g}. Milliseconds: CPU time of a draw of all chains,
+over the calls. Agreement: Pearson's correlation of the covariances of 1,000 rows and 200 queries between two halves of
+the calls. Two libraries cannot agree better than one agrees with itself. devinterp's covariances are {scale:.2f} times
+ours.
 """
 
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
@@ -194,6 +211,20 @@ def bif(results: dict[str, Any]) -> Iterable[str]:
         for key, words in (("spearman_per_query", name), ("shrunk", f"{name}, shrunk")):
             rows.append([words, *(number(row.get(d, {}).get(key)) for d in draws), number(row["milliseconds_a_draw"])])
     yield table(["", *(f"{d} draws" for d in draws), "ms"], rows)
+
+
+def bif_devinterp(results: dict[str, Any]) -> Iterable[str]:
+    """The section of ``benchmarks.bif_devinterp``."""
+    flag = " --data DIR" if results["data"].startswith("10,000") else ""
+    yield DEVINTERP_HEAD.format(**(results | {"data": flag, "data_name": results["data"]}))
+    measured = {f"{name}, ms a draw": each for name, each in results["milliseconds_a_draw"].items()}
+    measured["devinterp over ine_callback"] = results["times_faster"]
+    spread = {"median": 50, "least": 0, "most": 100}
+    yield table(
+        ["", *spread],
+        ([name, *(number(float(np.percentile(each, q))) for q in spread.values())] for name, each in measured.items()),
+    )
+    yield table(["Agreement", "Pearson"], ([name, number(value)] for name, value in results["agreement"].items()))
 
 
 def merged(found: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -299,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.notes:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
+    sections["bif_devinterp"] = bif_devinterp
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def run(module: str, *arguments: str) -> str:
         ("randomness", "## Stability"),
         ("bif", "## BIF by the number of draws"),
         ("fidelity --optimizers sgd", "Influence of a row on its own loss"),
-        ("lds --problems logistic transformer --only ine_callback", "## Retraining, transformer"),
+        ("lds --problems logistic transformer --only run", "## Retraining, transformer"),
+        ("lds --problems logistic --only BIF", "| ine_callback BIF, Laplace term |"),
         pytest.param("lds", "## Protocol G2", marks=pytest.mark.long),
         pytest.param("fidelity", "## Protocol G1", marks=pytest.mark.long),
         pytest.param("fidelity --sweep", "## Protocol G1", marks=pytest.mark.long),
@@ -43,3 +45,12 @@ def test_quick_form_runs_and_renders(call: str, title: str, tmp_path: Path) -> N
     run(*call.split(), "--quick", "--json", str(file))
     assert json.loads(file.read_text())["protocol"]
     assert title in run("results", str(file), "--plots", str(plots))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("devinterp"), reason="devinterp is not installed")
+def test_devinterp_samples_the_same_posterior(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    run("bif_devinterp", "--quick", "--json", str(file))
+    assert "## BIF beside devinterp" in run("results", str(file))
+    # a setting taken for half or twice its value moves the scale by that much; 1.15 is what so few draws leave open
+    assert 0.7 < json.loads(file.read_text())["scale"] < 1.4

@@ -13,9 +13,10 @@ rows, R times, each beside the equal training with it. Problems:
     cnn          two convolutions on 2,000 digits, 15 epochs
     transformer  characters of Shakespeare, 1,000 rows of 32, AdamW, 15 epochs
 
-The others come from the package index (``pip install -e ".[peers]"``) and are left out where they are missing. Seconds
-are CPU seconds of one thread, with the training of the models a score needs; megabytes what a score's process had at
-its peak above what it started with.
+BIF is one run of chains, with default settings, around one trained network: its scores, and their Laplace term. The
+other methods come from the package index (``pip install -e ".[peers]"``) and are left out where they are missing.
+Seconds are CPU seconds of one thread, with the training of the models a score needs; megabytes what a score's process
+had at its peak above what it started with.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,14 +37,19 @@ from rich.progress import track
 
 from benchmarks.data import folder
 from benchmarks.fidelity import machine
-from benchmarks.lds import peers, problems, recorded, retrain
+from benchmarks.lds import chains, peers, problems, recorded, retrain
 from benchmarks.lds.measure import Measured, measure
 from benchmarks.lds.problems import Problem
+from benchmarks.lds.retrain import Stacked
 from benchmarks.metrics import Floats, per_query_spearman
+from ine_callback import BIF
 
 KINDS = ("loss", "margin")
 LIBRARIES = {"dattri": "dattri", "traker": "trak"}  # with the module to import
+OURS = "ine_callback, one run"
 LEFT_OUT, CHECKPOINTS = 50, 10
+QUICK = BIF(chains=2, draws=8, batch_size=32, curvature_rows=16)
+SEED = 7  # of the networks that are judged without a record of their training
 
 
 class Truth(NamedTuple):
@@ -78,7 +85,7 @@ def ours(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table: one run (mean over seeds), the mean of all runs' scores, and one run without discount."""
     runs = [measure(partial(recorded.scores, problem, seed)) for seed in seeds]
-    each = [judge(run.scores) for run in runs]
+    each = [judge(run.result) for run in runs]
     cost = {
         "seconds": float(np.median([r.seconds for r in runs])),
         "peak_mb": float(np.median([r.peak_mb for r in runs])),
@@ -92,51 +99,81 @@ def ours(
         "seeds": {k: [e[k] for e in each] for k in mean},
     }
     if len(runs) > 1:
-        together = judge(np.mean([run.scores for run in runs], 0))
+        together = judge(np.mean([run.result for run in runs], 0))
         cost["seconds"] *= len(runs)
         yield {"name": "ine_callback, mean of the runs", "models": len(runs), **together, **cost}
     first = measure(partial(recorded.scores, problem, seeds[0], discount=False))
     yield row("ine_callback, discount off", 1, first, judge)
 
 
-def row(name: str, models: int, found: Measured, judge: Callable[[Floats], dict[str, float]]) -> dict[str, Any]:
+def row(name: str, models: int, found: Measured[Floats], judge: Callable[[Floats], dict[str, float]]) -> dict[str, Any]:
     """A row of the table."""
-    return {"name": name, "models": models, **judge(found.scores), "seconds": found.seconds, "peak_mb": found.peak_mb}
+    return {"name": name, "models": models, **judge(found.result), "seconds": found.seconds, "peak_mb": found.peak_mb}
+
+
+def bayesian(problem: Problem, bif: BIF, judge: Callable[[Floats], dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """Rows of the table for BIF, its scores' with the screens' verdict; one run around one network makes both."""
+    started = time.process_time()
+    end = retrain.last(retrain.train(problem, torch.arange(len(problem.x))[None], SEED))
+    training = time.process_time() - started
+    found = measure(partial(chains.scores, problem, end, bif))
+    for name, estimate in zip(chains.NAMES, found.result.estimates, strict=True):
+        both = Measured(estimate, found.seconds + training, found.peak_mb)
+        # the Laplace term has no chains that could fail
+        yield row(name, 1, both, judge) | (found.result.verdict if name == chains.NAMES[0] else {})
+
+
+class Networks(NamedTuple):
+    """The trained networks [models, ...], and the first one's checkpoints [checkpoints, ...]."""
+
+    end: Stacked
+    trajectory: Stacked
+
+
+def kept(problem: Problem) -> set[int]:
+    """The epochs after which a checkpoint is kept, evenly spread."""
+    spread = np.linspace(problem.epochs / CHECKPOINTS, problem.epochs, CHECKPOINTS).round()
+    return {int(epoch) - 1 for epoch in spread}
+
+
+def networks(problem: Problem, models: int) -> Networks:
+    """Trains on all rows."""
+    epochs, checkpoints = kept(problem), []
+    states = retrain.train(problem, torch.arange(len(problem.x)).expand(models, -1), SEED)
+    for epoch in track(range(problem.epochs), description=f"{problem.name}: {models} models"):
+        end = next(states)
+        if epoch in epochs:
+            checkpoints.append({k: v[0].clone() for k, v in end.items()})
+    return Networks(end, {k: torch.stack([c[k] for c in checkpoints]) for k in end})
 
 
 def others(
     problem: Problem, sizes: Sequence[int], wanted: Callable[[str], bool], judge: Callable[[Floats], dict[str, float]]
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table for the other libraries; those for one model all judge the same one."""
-    keep = torch.arange(len(problem.x)).expand(max(sizes), -1)
-    epochs = set(np.linspace(problem.epochs / CHECKPOINTS, problem.epochs, CHECKPOINTS).round().astype(int) - 1)
-    checkpoints, started = [], time.process_time()
-    states = retrain.train(problem, keep, 7)
-    for epoch in track(range(problem.epochs), description=f"{problem.name}: {max(sizes)} models"):
-        end = next(states)
-        if epoch in epochs:
-            checkpoints.append({k: v[0].clone() for k, v in end.items()})
-    training = (time.process_time() - started) / max(sizes)
-    trajectory = {k: torch.stack([c[k] for c in checkpoints]) for k in end}
-    methods: list[tuple[str, int, Callable[[], Floats]]] = [
-        (f"dattri TracIn, {len(checkpoints)} checkpoints", 1, partial(peers.tracin, problem, trajectory)),
+    methods: list[tuple[str, int, Callable[[Networks], Callable[[], Floats]]]] = [
+        (f"dattri TracIn, {len(kept(problem))} checkpoints", 1, lambda n: partial(peers.tracin, problem, n.trajectory)),
         *(
-            (f"dattri {name}, damping {d:g}", 1, partial(function, problem, end, d))
+            (f"dattri {name}, damping {d:g}", 1, lambda n, f=function, d=d: partial(f, problem, n.end, d))
             for name, function in (("IF-CG", peers.influence_cg), ("IF-EK-FAC", peers.influence_ekfac))
             for d in peers.DAMPING
         ),
-        *((f"dattri TRAK-{m}", m, partial(peers.trak, problem, end, m)) for m in sizes),
-        *((f"traker TRAK-{m}", m, partial(peers.traker, problem, end, m)) for m in sizes[:2]),
+        *((f"dattri TRAK-{m}", m, lambda n, m=m: partial(peers.trak, problem, n.end, m)) for m in sizes),
+        *((f"traker TRAK-{m}", m, lambda n, m=m: partial(peers.traker, problem, n.end, m)) for m in sizes[:2]),
     ]
+    methods = [method for method in methods if wanted(method[0])]
+    if not methods:
+        return
+    started = time.process_time()
+    trained = networks(problem, max(sizes))
+    training = (time.process_time() - started) / max(sizes)
     for name, models, method in methods:
-        if not wanted(name):
-            continue
         try:
-            found = measure(method)
+            found = measure(method(trained))
         except Exception as failure:  # a library's failure is a result
             yield {"name": name, "models": models, "failed": f"{type(failure).__name__}: {failure}"}
         else:
-            yield row(name, models, found._replace(seconds=found.seconds + models * training), judge)
+            yield row(name, models, replace(found, seconds=found.seconds + models * training), judge)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -144,6 +181,8 @@ def show(found: dict[str, Any]) -> None:
     numbers = "  ".join(f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
     print(
         f"{found['protocol']:12s}{found['name']:36s}models {found['models']:<3d} {numbers or found['failed']}",
+        *found.get("reasons", ()),
+        sep="\n    ",
         flush=True,
     )
 
@@ -159,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--left-out", type=int, default=0, help="trainings without each of 50 rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="seeds of the one-run estimates")
     parser.add_argument("--models", type=int, nargs="+", default=[1, 10, 50], help="ensembles of TRAK")
-    parser.add_argument("--only", default="", help="part of the names of the scores wanted, e.g. ine_callback or TRAK")
+    parser.add_argument("--only", default="", help="part of the names of the scores wanted, e.g. run, BIF or TRAK")
     parser.add_argument(
         "--quick", action="store_true", help="few rows and epochs, one seed, no kept truth: to see it work"
     )
@@ -192,12 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(name, results["problems"][name])
         judge = partial(truth.judge, subsets=problem.subsets)
         found = []
-        if args.only in "ine_callback":
+        if args.only in OURS:
             found.append(ours(problem, args.seeds[:1] if args.quick else args.seeds, judge))
-        if args.only != "ine_callback":
-            found.append(
-                others(problem, sizes, lambda name: args.only in name and name.split()[0] not in missing, judge)
-            )
+        if any(args.only in name for name in chains.NAMES):
+            found.append(bayesian(problem, QUICK if args.quick else BIF(), judge))
+        found.append(others(problem, sizes, lambda name: args.only in name and name.split()[0] not in missing, judge))
         for line in (line for lines in found for line in lines):
             results["rows"].append({"protocol": name, **line})
             show(results["rows"][-1])
