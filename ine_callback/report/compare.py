@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 WHO = "InfluenceReport.compare"
 SHARES = (0.01, 0.05, 0.10)
 LEGEND = """\
-Repeated: flagged by both with the same sign. Jaccard: shared rows / rows in either set; unrelated scores reach about
-.005, .026 and .053 for the top 1, 5 and 10 %, a sign agreement of .5 and a rank correlation of 0."""
+Repeated: flagged by both, same sign. Jaccard: shared rows / rows in either set. Unrelated scores reach
+about .01, .03 and .05 for the ends of 1, 5 and 10 %, 0 for the rank correlation, .5 for the signs."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,11 @@ def _view(found: Comparison) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Two reports compared", title_justify="left")
+    title = f"Two reports compared · flagged: q ≤ {found.q:g}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("query", style="bold", max_width=24, overflow="ellipsis")
-    heads = (f"flagged (q ≤ {found.q:g})", "repeated", "opposed", "Jaccard", "top 1, 5, 10 %", "bottom 1, 5, 10 %")
-    for name in (*heads, "ranks", "signs"):
+    heads = ("flagged", "repeated", "opposed", "Jaccard", "top 1 5 10 %", "bottom 1 5 10 %", "rank corr.", "signs")
+    for name in heads:
         table.add_column(name, justify="right")
     for each in found.agreements:
         cells = [
