@@ -124,16 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
     """The command line; ``folder`` and ``file`` tell shtab how to complete paths."""
-    root = _Parser("ine-callback", ABOUT, ROOT_EXAMPLES)
+    root = argparse.ArgumentParser("ine-callback", **_texts(ABOUT, ROOT_EXAMPLES))
     root.add_argument("--version", action="version", version=f"ine_callback {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any, what: str, examples: str, *paths: str) -> _Parser:
-        made: _Parser = commands.add_parser(name, help=what, about=f"{what[0].upper()}{what[1:]}.", examples=examples)
+    def command(name: str, run: Any, what: str, examples: str, *paths: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what, **_texts(f"{what[0].upper()}{what[1:]}.", examples))
         made.set_defaults(run=run)
         for path in paths:
-            made.add_path(path, "folder of a saved report", folder)
+            action = made.add_argument(path.lower(), metavar=path, type=Path, help="folder of a saved report")
+            action.complete = folder  # type: ignore[attr-defined]  # read by shtab
         return made
+
+    def output(made: argparse.ArgumentParser, default: str) -> None:
+        what = f"write here; by default {default}"
+        action = made.add_argument("-o", dest="file", metavar="FILE", type=Path, help=what)
+        action.complete = file  # type: ignore[attr-defined]
 
     show = command("show", _show, "print a report, or rows of one query", SHOW_EXAMPLES, "PATH")
     show.add_argument("--query", metavar="NAME", help="the query; by default the report's first")
@@ -147,33 +153,24 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
     out.add_argument("--format", choices=get_args(Format), required=True, help="see below")
     out.add_argument("--query", metavar="NAME", help="the query; by default all, of the lists the recommended one")
     out.add_argument("--q", type=float, help="false discovery rate of the lists; default .05")
-    out.add_path("-o", "write here; by default to standard output", file)
+    output(out, "to standard output")
 
     pair = command("compare", _compare, "compare two runs: which findings repeat", COMPARE_EXAMPLES, "PATH", "OTHER")
     pair.add_argument("--q", type=float, default=FLAG_AT, help="flagged are q-values up to this; default .05")
     pair.add_argument("--json", action="store_true", help="the same as JSON")
 
     page = command("html", _html, "draw report.html again", HTML_EXAMPLES, "PATH")
-    page.add_path("-o", "write here; by default report.html in PATH", file)
+    output(page, "report.html in PATH")
 
     shell = command("completion", _completion, "print a completion script for your shell", COMPLETION_EXAMPLES)
     shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     return root
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that keeps the line breaks of its texts and takes no abbreviated options."""
-
-    def __init__(self, prog: str, about: str, examples: str) -> None:
-        style = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, None, about, examples, formatter_class=style, allow_abbrev=False)
-
-    def add_path(self, name: str, what: str, complete: Any) -> None:
-        if name.startswith("-"):
-            action = self.add_argument(name, dest="file", metavar="FILE", type=Path, help=what)
-        else:
-            action = self.add_argument(name.lower(), metavar=name, type=Path, help=what)
-        action.complete = complete  # type: ignore[attr-defined]  # read by shtab
+def _texts(about: str, examples: str) -> dict[str, Any]:
+    """Options of a parser that keeps the line breaks of its texts and takes no abbreviated options."""
+    style = argparse.RawDescriptionHelpFormatter
+    return {"description": about, "epilog": examples, "formatter_class": style, "allow_abbrev": False}
 
 
 def _show(arguments: argparse.Namespace) -> int:

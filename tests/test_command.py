@@ -96,6 +96,24 @@ def test_reading_needs_no_torch() -> None:
     assert process([sys.executable, "-c", code]).stdout.endswith("False\n")
 
 
+def test_a_missing_package_is_named_with_the_remedy() -> None:
+    code = (
+        "import sys\n"
+        "from ine_callback.cli import main\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('jinja2', 'shtab'): raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "assert main(['html', 'influence']) == main(['completion', 'zsh']) == 2\n"
+    )
+    done = process([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        'ine-callback: InfluenceReport.write_html needs jinja2; run: pip install "ine_callback[report]"\n'
+        "ine-callback: ine-callback completion needs shtab; run: pip install shtab\n"
+    )
+
+
 def test_show_lists_the_rows_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     report = example_report()
     assert main(["show", "influence", "--query", "val", "--top", "25", "--bottom", "1", "--flagged", "--json"]) == 0

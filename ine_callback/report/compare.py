@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 WHO = "InfluenceReport.compare"
 SHARES = (0.01, 0.05, 0.10)
 LEGEND = """\
-Repeated: flagged by both, same sign. Jaccard: shared rows / rows in either set. Unrelated scores reach
-about .01, .03 and .05 for the ends of 1, 5 and 10 %, 0 for the rank correlation, .5 for the signs."""
+Repeated: flagged by both with the same sign. Jaccard: shared rows / rows in
+either set. Ranks: Spearman's correlation. Signs: share of rows whose signs agree.
+Unrelated scores: Jaccard .01, .03, .05 at ends of 1, 5, 10 %; ranks 0; signs .5."""
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,14 @@ def _view(found: Comparison) -> Group:
     from rich.text import Text
 
     title = f"Two reports compared · flagged: q ≤ {found.q:g}"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
     table.add_column("query", style="bold", max_width=24, overflow="ellipsis")
-    heads = ("flagged", "repeated", "opposed", "Jaccard", "top 1 5 10 %", "bottom 1 5 10 %", "rank corr.", "signs")
-    for name in heads:
+    for name in ("flagged", "repeated", "Jaccard", "top 1 5 10 %", "bottom 1 5 10 %", "ranks", "signs"):
         table.add_column(name, justify="right")
     for each in found.agreements:
         cells = [
             f"{each.flagged[0]:,} and {each.flagged[1]:,}",
             f"{len(each.repeated):,} of {each.either:,}",
-            f"{len(each.opposed):,}",
             number(each.jaccard, 2),
             *(" ".join(number(value, 2) for value in end) for end in (each.top, each.bottom)),
             signed(each.rank_correlation, 2),
@@ -218,6 +217,7 @@ def _view(found: Comparison) -> Group:
         table.add_row(Text(plain(each.query)), *texts)
     parts: list[Any] = [table, Text(LEGEND, "dim")]
     for each in found.agreements:
-        if each.repeated:
-            parts.append(Text(f"Repeated, {plain(each.query)}: row {listed(np.array(each.repeated), 20)}"))
+        for word, rows, color in (("Repeated", each.repeated, ""), ("Opposed", each.opposed, "yellow")):
+            if rows:
+                parts.append(Text(f"{word}, {plain(each.query)}: row {listed(np.array(rows), 20)}", color))
     return Group(*parts, *(Text(f"Note: {plain(note)}", "dim") for note in found.notes))

@@ -96,9 +96,15 @@ def _csv(table: pa.Table) -> bytes:
 
 
 def _json(table: pa.Table) -> bytes:
-    """A list of objects, one a line; JSON has no infinity, so it is text, as in ``meta.json``."""
-    lines = (json.dumps(jsonable(line, "scores"), allow_nan=False) for line in table.to_pylist())
-    return ("[\n" + ",\n".join(lines) + "\n]\n").encode()
+    """A list of objects, one a line."""
+    return ("[\n" + ",\n".join(map(_json_line, table.to_pylist())) + "\n]\n").encode()
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    try:
+        return json.dumps(line, allow_nan=False)
+    except ValueError:  # JSON has no infinity, so it is text, as in meta.json
+        return json.dumps(jsonable(line, "scores"))
 
 
 def _parquet(table: pa.Table) -> bytes:

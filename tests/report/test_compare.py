@@ -119,7 +119,10 @@ def test_views_are_complete_and_harmless() -> None:
     found = made([1.0, 2.0], [0.01, 0.9], hostile).compare(made([1.0, NAN], [0.01, NAN], hostile))
     text, page = str(found), found._repr_html_()
     assert "Repeated, <b>·[31m[red]x: row 0" in text and "1 and 1" in text and "1 of 1" in text
-    assert as_text(found) == text
+    against = str(made([1.0, 2.0], [0.01, 0.9], hostile).compare(made([-1.0, 2.0], [0.01, 0.9], hostile)))
+    assert "Opposed, <b>·[31m[red]x: row 0" in against and "0 of 1" in against
+    narrow = as_text(example_report().compare(example_report(seed=1)), 80)
+    assert "…" not in narrow and narrow.count("8 and 8") == 1  # no word is cut
     assert "\x1b" not in text + page and "<b>" not in page and "&lt;b&gt;" in page
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["agreements"][0]["repeated"] == [0] and data["agreements"][0]["rank_correlation"] is None

@@ -45,6 +45,7 @@ def test_keep_list_and_drop_list_part_the_rows(report: InfluenceReport) -> None:
     for query, q in ((None, 0.05), ("val", 0.05), ("self", 0.5)):
         keep, drop = report.keep_list(q, query), report.drop_list(q, query)
         assert sorted([*keep, *drop]) == list(range(60)) and keep.tolist() == sorted(keep)
+    assert example_report(planted=(29, 3, 17)).drop_list().tolist() == [29, 3, 17]  # worst first
     assert 59 in report.keep_list() and report.unseen.tolist() == [59]
     with pytest.raises(ValueError, match=r"keep_list: q is 2"):
         report.keep_list(2)
