@@ -48,7 +48,7 @@ from benchmarks.data import folder
 from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats
 from ine_callback.bif.readout import EachRow
-from ine_callback.bif.run import run_bif
+from ine_callback.bif.run import bif_scores
 from ine_callback.methods.bif import BIF
 
 CHAINS, BATCH, THINNING, BURN_IN = 4, 200, 5, 200
@@ -57,7 +57,7 @@ Sampler = Callable[[g1.Problem, nn.Module, int, int], Floats]
 
 
 def ours(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floats:
-    """Covariances [rows, queries] by ``run_bif``."""
+    """Covariances [rows, queries] by ``bif_scores``."""
     bif = BIF(
         chains=CHAINS,
         draws=draws,
@@ -73,7 +73,7 @@ def ours(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floats
         seed=seed,
     )
     queries = {"row": EachRow((problem.xq, problem.yq))}
-    return run_bif(model, (problem.x, problem.y), queries, bif, row_entropies, progress=False).plain
+    return bif_scores(model, (problem.x, problem.y), queries, bif, row_entropies, progress=False).plain
 
 
 def theirs(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floats:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
-from ine_callback.methods.bif import Stage
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder

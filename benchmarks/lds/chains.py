@@ -11,7 +11,7 @@ from benchmarks.lds.problems import Problem, row_losses
 from benchmarks.lds.retrain import Stacked
 from benchmarks.metrics import Floats
 from ine_callback.bif.readout import EachRow
-from ine_callback.bif.run import run_bif
+from ine_callback.bif.run import bif_scores
 from ine_callback.methods.bif import BIF
 from ine_callback.queries import MarginQuery
 
@@ -37,7 +37,7 @@ def scores(problem: Problem, stacked: Stacked, bif: BIF) -> Chains:
     asked = (problem.xq, problem.yq)
     queries = {"loss": EachRow(asked), "margin": MarginQuery(asked, per_row=True)}
     everything = replace(bif, rows=len(problem.x))
-    found = run_bif(model.eval(), (problem.x, problem.y), queries, everything, of_rows, progress=False)
+    found = bif_scores(model.eval(), (problem.x, problem.y), queries, everything, of_rows, progress=False)
     return Chains(
         (by_kind(found.scores), by_kind(found.laplace)),
         {

@@ -19,12 +19,12 @@ from ine_callback.bif.posterior import LocalPosterior, initial_state
 from ine_callback.bif.ranks import Ranks
 from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
 from ine_callback.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
-from ine_callback.bif.scores import BIFScores
+from ine_callback.bif.scores import BIFScores, Stage
 from ine_callback.bif.sgld import SGLD, Curved, State
 from ine_callback.bif.tally import Tally
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
-from ine_callback.methods.bif import BIF, Stage
+from ine_callback.methods.bif import BIF
 
 MAX_ROWS, MAX_TOKENS = 2000, 50_000
 Track = Callable[[int], Iterable[int]]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.methods.bif import Stage
 from ine_callback.scores import Floats, QueryInfo
 
+Stage = int | Literal["end"]  # finished epochs, or the end of training
 SIZE, SURVIVES = 50.0, 0.7  # effective draws, and share of a covariance that is no trend, at least
 
 

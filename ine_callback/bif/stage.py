@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ine_callback.bif.rowloss import RowLoss, row_losses
 from ine_callback.bif.run import MAX_ROWS, bif_scores, term_limit
-from ine_callback.bif.scores import BIFScores
+from ine_callback.bif.scores import BIFScores, Stage
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
-from ine_callback.methods.bif import BIF, Stage
+from ine_callback.methods.bif import BIF
 from ine_callback.queries import Batch, BoundQuery
 from ine_callback.scores import Floats
 from ine_callback.sources import DataSource

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from ine_callback.bif.scores import Stage
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.base import EndMethod
 
 Preconditioner = Literal["curvature", "none", "rmsprop"]
-Stage = int | Literal["end"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What users hold: the report, its tables, its disk format, its plots and its HTML. Knows scores only."""
 
+from ine_callback.report.compare import Agreement, Comparison
 from ine_callback.report.example import example_report
 from ine_callback.report.group import GroupScore
 from ine_callback.report.report import InfluenceReport
@@ -7,4 +8,14 @@ from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.store import ReportError
 from ine_callback.report.table import RowScore, ScoreTable
 
-__all__ = ["GroupScore", "InfluenceReport", "ReportError", "RowScore", "RunInfo", "ScoreTable", "example_report"]
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "GroupScore",
+    "InfluenceReport",
+    "ReportError",
+    "RowScore",
+    "RunInfo",
+    "ScoreTable",
+    "example_report",
+]

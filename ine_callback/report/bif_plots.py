@@ -15,7 +15,6 @@ from ine_callback.scores import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from ine_callback.report.report import InfluenceReport
 
@@ -78,13 +77,8 @@ def _common(found: Sequence[BIFScores], query: str | None) -> tuple[NDArray[np.i
     return rows, np.stack(score), np.stack(se)
 
 
-def figure(report: InfluenceReport, query: str | None = None) -> Figure:
-    """The plot alone."""
-    drawn = blank(6.5, 3.5)
-    stages(report, drawn.subplots(), query)
-    return drawn
-
-
 def svg(report: InfluenceReport, query: str | None = None) -> bytes:
     """The plot as a self-contained SVG image."""
-    return svg_of(figure(report, query))
+    drawn = blank(6.5, 3.5)
+    stages(report, drawn.subplots(), query)
+    return svg_of(drawn)

@@ -123,12 +123,8 @@ def _check(runs: Sequence[Scores]) -> None:
     if len(runs) < 2:
         raise ValueError(f"{WHO}: got {len(runs)} report(s); give at least two, of runs with different seeds")
     first = runs[0]
+    check_rows(runs, WHO)
     for index, run in enumerate(runs[1:], start=1):
-        if len(run.observations) != len(first.observations):
-            raise ValueError(
-                f"{WHO}: report 0 has {len(first.observations):,} rows, report {index} {len(run.observations):,}; "
-                "combine runs of the same training set, in the same order"
-            )
         here, there = ({_label(query) for query in each.queries} for each in (first, run))
         if here != there:
             raise ValueError(
@@ -142,6 +138,17 @@ def _check(runs: Sequence[Scores]) -> None:
                     f"{WHO}: reports {other} and {index} are equal: the same run twice gives no error bars: "
                     "give another seed"
                 )
+
+
+def check_rows(runs: Sequence[Scores], who: str) -> None:
+    """Raises ValueError where the runs cannot be of one training set."""
+    first = len(runs[0].observations)
+    for index, run in enumerate(runs[1:], start=1):
+        if len(run.observations) != first:
+            raise ValueError(
+                f"{who}: report 0 has {first:,} rows, report {index} {len(run.observations):,}; "
+                "give runs of the same training set, in the same order"
+            )
 
 
 def _label(query: QueryInfo) -> str:
@@ -166,8 +173,7 @@ def combine_runs(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> RunInfo:
         "the scatter between runs; p joins the runs' permutation p-values. "
         "More runs see smaller differences and flag more rows that are merely hard: look at what repeats."
     ]
-    differing = sorted({key for info in infos for key in {*info.config, *first.config} if _differs(info, first, key)})
-    if differing:
+    if differing := differing_settings(infos):
         notes.append(f"The runs' settings differ ({', '.join(differing)}): their scatter is not that of seeds alone.")
     nonfinite: dict[str, int] = {}
     for info in infos:
@@ -194,9 +200,11 @@ def combine_runs(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> RunInfo:
     )
 
 
-def _differs(one: RunInfo, other: RunInfo, key: str) -> bool:
-    missing = object()
-    return bool(one.config.get(key, missing) != other.config.get(key, missing))
+def differing_settings(infos: Sequence[RunInfo]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    missing, first = object(), infos[0].config
+    keys = {key for info in infos for key in info.config}
+    return sorted(key for key in keys if any(i.config.get(key, missing) != first.get(key, missing) for i in infos))
 
 
 def _union(parts: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
@@ -209,11 +217,7 @@ def _replication(runs: Sequence[Scores]) -> list[str]:
     total_any = total_all = 0
     notes = []
     for name in (query.name for query in runs[0].queries):
-        signs = []
-        for run in runs:
-            column = [query.name for query in run.queries].index(name)
-            signs.append(np.where(run.q[:, column] <= FLAG_AT, np.sign(run.mu[:, column]), 0.0))
-        flagged = np.stack(signs)
+        flagged = flag_signs(runs, name, FLAG_AT)
         some, every = int((flagged != 0).any(0).sum()), int((np.abs(flagged.sum(0)) == len(runs)).sum())
         total_any, total_all = total_any + some, total_all + every
         notes.append(_found(f"Query {name!r}: of {some:,} rows", every, len(runs)))
@@ -221,6 +225,14 @@ def _replication(runs: Sequence[Scores]) -> list[str]:
         everything = _found(f"All {len(notes)} queries: of {total_any:,} scores", total_all, len(runs))
         return [*notes[:NOTED], everything]
     return notes
+
+
+def flag_signs(runs: Sequence[Scores], query: str, q: float) -> Floats:
+    """Sign of the score where its q-value is at most ``q``, else 0 [R, N]."""
+    columns = [[each.name for each in run.queries].index(query) for run in runs]
+    return np.stack(
+        [np.where(run.q[:, c] <= q, np.sign(run.mu[:, c]), 0.0) for run, c in zip(runs, columns, strict=True)]
+    )
 
 
 def _found(whole: str, every: int, runs: int) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from base64 import b64encode
 from collections.abc import Iterable
 from html import escape
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ine_callback.report import bif_plots, bif_view, plots
+from ine_callback.report.files import replace_file
 from ine_callback.report.optional import need
 from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnings
 from ine_callback.report.words import ORANGE, null_check, plain, tails
@@ -31,18 +30,8 @@ _ALT = {
 
 
 def write_html(report: InfluenceReport, path: Path, queries: Iterable[str] | None = None) -> Path:
-    """Writes :func:`page` to ``path``, aside first, so that an interrupted write leaves a former file whole."""
-    text = page(report, queries)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(aside, 0o644)  # mkstemp's files are private, reports are for sharing
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)
-    return path
+    """Writes :func:`page` to ``path``."""
+    return replace_file(path, page(report, queries).encode())
 
 
 def page(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from ine_callback.bif.scores import BIFScores
-from ine_callback.report import bif_plots, bif_store, html, plots, store, view
+from ine_callback.report import bif_store, compare, export, html, markdown, plots, selection, store, view
+from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
+from ine_callback.report.compare import Comparison
+from ine_callback.report.export import Format
 from ine_callback.report.group import GroupScore
-from ine_callback.report.optional import need
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable, as_text
-from ine_callback.report.validate import checked, listed, row_ids, threshold
-from ine_callback.report.words import plain, tails
+from ine_callback.report.validate import checked
+from ine_callback.report.words import plain
 from ine_callback.scores import QueryInfo, Scores
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-NORMAL_95 = 1.96
 Rows = NDArray[np.int64]
 
 
@@ -160,11 +160,11 @@ class InfluenceReport:
         Fewer when fewer rows have a score; ties in order of row id. Look at the sign and at ``q`` too: the list is
         ``k`` long even when no row helps.
         """
-        return self._extreme(k, query, largest=True)
+        return selection.extreme(self.scores, k, self.column(query), largest=True)
 
     def bottom(self, k: int = 10, query: str | None = None) -> ScoreTable:
         """The ``k`` rows with the smallest scores, most harmful first (for a ``"self"`` query: the most typical)."""
-        return self._extreme(k, query, largest=False)
+        return selection.extreme(self.scores, k, self.column(query), largest=False)
 
     def flagged(self, q: float = 0.05, query: str | None = None) -> ScoreTable:
         """All rows whose q-value is at most ``q``, largest ``|mu|`` first, both signs.
@@ -176,11 +176,7 @@ class InfluenceReport:
             >>> example_report().flagged(query="self").rows
             array([ 3, 17, 29])
         """
-        column = self.column(query)
-        mu = self.scores.mu[:, column]
-        rows = np.flatnonzero((self.scores.q[:, column] <= threshold(q, "InfluenceReport.flagged")) & np.isfinite(mu))
-        rows = rows[np.argsort(-np.abs(mu[rows]), kind="stable")]
-        return self._table(rows, column, f"Flagged (q ≤ {q:g}) · {self.queries[column]}")
+        return selection.flagged(self.scores, q, self.column(query))
 
     def drop_list(self, q: float = 0.05, query: str | None = None) -> NDArray[np.int64]:
         """Rows to look at, and perhaps drop: those with q-value at most ``q`` at the suspect end, worst first.
@@ -198,11 +194,19 @@ class InfluenceReport:
             >>> example_report().drop_list(query="val margin")
             array([ 3, 17, 29])
         """
-        query = self.recommended_query if query is None else query
-        mu = self.scores.mu[:, self.column(query)] * tails(self.info(query).kind).suspect
-        limit = threshold(q, "InfluenceReport.drop_list")
-        rows = np.flatnonzero((self.scores.q[:, self.column(query)] <= limit) & (mu > 0))
-        return rows[np.argsort(-mu[rows], kind="stable")]
+        return selection.suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.drop_list")
+
+    def keep_list(self, q: float = 0.05, query: str | None = None) -> Rows:
+        """The rest of :meth:`drop_list`, in order of row id: rows to train on next time, never observed ones included.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> keep = example_report().keep_list()  # torch.utils.data.Subset(dataset, keep)
+            >>> len(keep), bool(set(keep) & {3, 17, 29})
+            (57, False)
+        """
+        drop = selection.suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.keep_list")
+        return np.setdiff1d(np.arange(self.rows), drop)
 
     def suspect_labels(self, k: int | None = None) -> NDArray[np.int64]:
         """Rows whose label to check, most suspicious first: by their mean loss, the score recommended for that.
@@ -222,14 +226,7 @@ class InfluenceReport:
             >>> example_report().suspect_labels(3)
             array([ 3, 29, 17])
         """
-        loss = self.scores.mean_loss
-        rows = np.flatnonzero(np.isfinite(loss))
-        if not len(rows):
-            raise ValueError(
-                "InfluenceReport.suspect_labels: the run knew no losses of single rows; use drop_list() of a 'self' or "
-                "margin query, or train with a standard torch loss"
-            )
-        return rows[np.argsort(-loss[rows], kind="stable")][:k]
+        return selection.by_loss(self.scores, k)
 
     def row(self, row: int) -> ScoreTable:
         """One row on every query; a row that was never observed has NaN and says so.
@@ -239,14 +236,7 @@ class InfluenceReport:
             >>> example_report().row(59).note
             'row 59 was never observed: it has no score, which is not a score of 0'
         """
-        which = int(row_ids([row], self.rows, "InfluenceReport.row")[0])
-        columns = np.arange(len(self.queries))
-        note = (
-            ""
-            if self.observations[which]
-            else f"row {which} was never observed: it has no score, which is not a score of 0"
-        )
-        return self._table(np.full(columns.size, which), columns, f"Row {which}", note)
+        return selection.on_every_query(self.scores, row)
 
     def group(self, rows: Iterable[int] | NDArray[Any], query: str | None = None) -> GroupScore:
         """The score of a set of rows: scores are additive, ``mu_S = sum of mu_i``.
@@ -265,15 +255,7 @@ class InfluenceReport:
             >>> group.size, group.mu < 0, group.p < 1e-6
             (3, True, True)
         """
-        who, column = "InfluenceReport.group", self.column(query)
-        ids = row_ids(rows, self.rows, who)
-        mu = self.scores.mu[ids, column]
-        if not np.isfinite(mu).all():
-            missing = ids[~np.isfinite(mu)]
-            raise ValueError(f"{who}: row {listed(missing)} never observed or without a score; leave out report.unseen")
-        total, sd = float(mu.sum()), float(np.sqrt(np.square(self.scores.null_sd[ids, column]).sum()))
-        z = total / sd if sd > 0 else math.nan
-        return GroupScore(self.queries[column], ids.size, total, sd, z, float(2.0 * ndtr(-abs(z))))
+        return selection.group(self.scores, rows, self.column(query))
 
     # ---- out ----
 
@@ -285,11 +267,89 @@ class InfluenceReport:
             >>> list(example_report().to_pandas().columns[:4])
             ['row', 'query', 'mu', 'se']
         """
-        pandas = need("pandas", "InfluenceReport.to_pandas")
-        n, q = self.rows, len(self.queries)
-        columns = self._columns(np.tile(np.arange(n), q), np.repeat(np.arange(q), n))
-        columns["query"] = pandas.Categorical.from_codes(np.repeat(np.arange(q), n), categories=list(self.queries))
-        return pandas.DataFrame(columns)
+        return export.to_pandas(self)
+
+    def to_arrow(self) -> pa.Table:
+        """The same as an Arrow table: ``null`` where :meth:`to_pandas` has NaN.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().to_arrow()["mu"].null_count  # one row never observed, three queries
+            3
+        """
+        return export.to_arrow(self)
+
+    def to_polars(self) -> Any:
+        """The same as a polars DataFrame; needs the package ``polars``."""
+        return export.to_polars(self)
+
+    def to_dataset_column(self, query: str | None = None, name: str = "mu") -> pa.Array:
+        """One number of each row [N], aligned to the training set; ``null`` where the row was never observed.
+
+        Hugging Face ``datasets`` take it as it is: ``dataset.add_column("influence", report.to_dataset_column())``.
+
+        Args:
+            query: Name of the query.
+            name: Which number: a field of :class:`RowScore`, such as ``"mu"``, ``"q"`` or ``"mean_loss"``.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> column = example_report().to_dataset_column("self", "q")
+            >>> len(column), column.null_count, column[3].as_py() < 0.001
+            (60, 1, True)
+        """
+        return export.to_dataset_column(self, query, name)
+
+    def to_markdown(self, queries: Iterable[str] | None = None) -> str:
+        """A summary for pull requests: headline, warnings, extreme rows of each query, notes; foreign text escaped.
+
+        Args:
+            queries: Names of the queries shown in full; by default the first four. All are in the overview.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> print(example_report().to_markdown().splitlines()[2])
+            **60** rows · **59** observed · **1** never observed · **30** steps · **98.4 %** parameters captured
+        """
+        return markdown.markdown(self, queries)
+
+    def export(self, path: str | Path, form: Format = "csv", query: str | None = None, q: float = 0.05) -> Path:
+        r"""Writes one file for other programs; :meth:`save` writes what :meth:`load` reads.
+
+        Args:
+            path: File to write.
+            form: ``"csv"``, ``"json"`` and ``"parquet"`` hold :meth:`to_pandas`'s lines, ``"markdown"``
+                :meth:`to_markdown`; ``"drop-list"`` and ``"keep-list"`` are row ids, as CSV under the head ``row``,
+                or as JSON where the path ends in ``.json``.
+            query: Name of the query; by default all, of the lists :attr:`recommended_query`.
+            q: False discovery rate of the lists.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> from tempfile import TemporaryDirectory
+            >>> with TemporaryDirectory() as folder:
+            ...     example_report().export(f"{folder}/drop.json", "drop-list").read_text()
+            '[3, 17, 29]\n'
+        """
+        return export.export(self, Path(path), form, query, q)
+
+    def compare(self, other: InfluenceReport, q: float = 0.05) -> Comparison:
+        """This report beside another of the same training set: which findings repeat, how alike the rankings are.
+
+        Args:
+            other: Another run's report, with the same rows and at least one query of the same name and kind.
+            q: Rows with a q-value up to this are findings.
+
+        Raises:
+            ValueError: On another number of rows, or no common query.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> found = example_report(seed=1).compare(example_report(seed=2))
+            >>> found["self"].repeated, found["self"].jaccard, found["self"].rank_correlation < 0.5
+            ((3, 17, 29), 1.0, True)
+        """
+        return compare.compare(self, other, q)
 
     def summary(self) -> dict[str, Any]:
         """The headline as plain JSON types, as terminal and HTML show it.
@@ -344,13 +404,10 @@ class InfluenceReport:
         """
         return html.write_html(self, Path(path), queries)
 
-    def stages_figure(self, query: str | None = None) -> Any:
-        """Bayesian influence over the stages of training, as a matplotlib ``Figure``; needs the extra ``report``.
-
-        Raises:
-            ValueError: If chains ran at fewer than two stages.
-        """
-        return bif_plots.figure(self, query)
+    @property
+    def plot(self) -> Plots:
+        """Single plots, on your own axes if you like: ``report.plot.volcano("val", ax=ax)``."""
+        return Plots(self)
 
     def figure(self, query: str | None = None) -> Any:
         """The three plots of a query in one matplotlib ``Figure``; needs the extra ``report``."""
@@ -371,33 +428,5 @@ class InfluenceReport:
     def _repr_html_(self) -> str:
         return html.notebook(self)
 
-    def _extreme(self, k: int, query: str | None, largest: bool) -> ScoreTable:
-        who = "top" if largest else "bottom"
-        if k < 1:
-            raise ValueError(f"InfluenceReport.{who}: k is {k!r}; give a number of rows, at least 1")
-        column = self.column(query)
-        mu = self.scores.mu[:, column]
-        rows = np.flatnonzero(np.isfinite(mu))
-        rows = rows[np.argsort(-mu[rows] if largest else mu[rows], kind="stable")][:k]
-        ends = tails(self.scores.queries[column].kind)
-        return self._table(rows, column, f"{ends.upper if largest else ends.lower} · {self.queries[column]}")
-
-    def _table(self, rows: Rows, column: int | NDArray[np.int64], title: str, note: str = "") -> ScoreTable:
-        columns = np.broadcast_to(np.asarray(column), rows.shape)
-        kinds = np.array([query.kind for query in self.scores.queries])[columns]
-        return ScoreTable(self._columns(rows, columns), kinds, title, note)
-
-    def _columns(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> dict[str, Any]:
-        """The fields of RowScore, one entry for every pair of a row and a column."""
-        parts = {name: getattr(self.scores, name)[rows, columns] for name in ("mu", "se", "p", "q", "t", "p_t")}
-        return {
-            "row": rows,
-            "query": np.array(self.queries)[columns],
-            "mu": parts["mu"],
-            "se": parts["se"],
-            "low": parts["mu"] - NORMAL_95 * parts["se"],
-            "high": parts["mu"] + NORMAL_95 * parts["se"],
-            **{name: parts[name] for name in ("p", "q", "t", "p_t")},
-            "observations": self.observations[rows],
-            "mean_loss": self.scores.mean_loss[rows],
-        }
+    def _suspect_column(self, query: str | None) -> int:
+        return self.column(self.recommended_query if query is None else query)

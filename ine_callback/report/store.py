@@ -93,26 +93,28 @@ def _scores_table(scores: Scores) -> pa.Table:
     n, q = scores.mu.shape
     columns = {
         "row": pa.array(np.tile(np.arange(n, dtype=np.int64), q)),
-        "query": _query_column(scores, n),
+        "query": query_column(scores, n),
         "observations": pa.array(np.tile(scores.observations, q)),
-        "mean_loss": _doubles(np.tile(scores.mean_loss, q)),
-    } | {name: _doubles(getattr(scores, name).T.ravel()) for name in MATRICES}
+        "mean_loss": doubles(np.tile(scores.mean_loss, q)),
+    } | {name: doubles(getattr(scores, name).T.ravel()) for name in MATRICES}
     return pa.table([columns[name] for name in SCORES_SCHEMA.names], schema=SCORES_SCHEMA)
 
 
 def _null_table(scores: Scores) -> pa.Table:
     return pa.table(
-        [_query_column(scores, scores.null_mu.shape[1]), _doubles(scores.null_mu.ravel())], schema=NULL_SCHEMA
+        [query_column(scores, scores.null_mu.shape[1]), doubles(scores.null_mu.ravel())], schema=NULL_SCHEMA
     )
 
 
-def _query_column(scores: Scores, each: int) -> pa.DictionaryArray:
+def query_column(scores: Scores, each: int) -> pa.DictionaryArray:
+    """Each query's name ``each`` times, one query after the other."""
     codes = pa.array(np.repeat(np.arange(len(scores.queries), dtype=np.int32), each))
     return pa.DictionaryArray.from_arrays(codes, pa.array([query.name for query in scores.queries], pa.string()))
 
 
-def _doubles(values: NDArray[np.float64]) -> pa.Array:
-    return pa.array(values, pa.float64(), from_pandas=True)  # NaN becomes null: what readers of Parquet expect
+def doubles(values: NDArray[np.float64]) -> pa.Array:
+    """NaN becomes null: what readers of Parquet expect."""
+    return pa.array(values, pa.float64(), from_pandas=True)
 
 
 def _write(table: pa.Table, path: Path) -> None:

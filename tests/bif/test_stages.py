@@ -77,7 +77,7 @@ def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     console = Console(width=140, record=True, file=(tmp_path / "out").open("w"))
     console.print(report)
     assert "After epoch 1: " in (text := console.export_text()) and "rank agreement with the end of training" in text
-    (ax,) = report.stages_figure("val").axes
+    ax = report.plot.stages("val")
     assert [label.get_text() for label in ax.get_xticklabels()] == ["epoch 1", "epoch 2", "end"]
     lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 3]
     best = report.bif.correlation[:, 0].argmax()
@@ -86,7 +86,7 @@ def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     assert "Bayesian influence of the extreme rows at each stage" in page and "After epoch 2" in page
     _, single, _ = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"chains ran at 1 stages; .*at=\[2, 5, 'end'\]"):
-        single.stages_figure()
+        single.plot.stages()
 
 
 def test_a_stage_that_never_came_is_told() -> None:

@@ -280,7 +280,7 @@ def test_what_cannot_be_combined_is_told_with_a_remedy() -> None:
     combine = InfluenceReport.combine
     with pytest.raises(ValueError, match=r"InfluenceReport.combine: got 1 report\(s\); give at least two"):
         combine([one])
-    with pytest.raises(ValueError, match="report 0 has 60 rows, report 1 50; combine runs of the same training set"):
+    with pytest.raises(ValueError, match="report 0 has 60 rows, report 1 50; give runs of the same training set"):
         combine([one, example_report(rows=50, seed=2)])
     other = (replace(two.scores.queries[0], name="own"), replace(two.scores.queries[1], kind="margin"))
     strange = InfluenceReport(replace(two.scores, queries=(*other, two.scores.queries[2])), two.run)

@@ -1,0 +1,256 @@
+"""The command ``ine-callback``: show, export and compare saved reports without writing Python.
+
+Built on the standard library's argparse: five commands need no more. jsonargparse builds parsers from signatures, which
+would show users Python's docstrings, and Typer is a new dependency that completes by starting the program at every TAB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from ine_callback._version import __version__
+from ine_callback.report import InfluenceReport, ScoreTable
+from ine_callback.report.export import LISTS, Format, contents
+from ine_callback.report.optional import need
+from ine_callback.report.runinfo import jsonable
+from ine_callback.report.table import as_text
+from ine_callback.report.words import plain
+
+FOUND, NOT_FOUND, FAULT, PIPE_CLOSED = 0, 1, 2, 141  # the last as the shell says it: 128 + SIGPIPE
+FLAG_AT, LISTED = 0.05, 10
+
+ABOUT = """\
+Which training rows helped, which harmed: read the reports of ine_callback.
+
+PATH is the folder that the callback, or report.save(), wrote. A score μ above 0
+means that training on the row lowers the query (it helps); q is the false
+discovery rate of the flagged rows."""
+ROOT_EXAMPLES = """\
+examples:
+  ine-callback show lightning_logs/version_0/influence
+  ine-callback show influence --query val --top 20
+  ine-callback export influence --format drop-list -o drop.csv
+  ine-callback compare influence other
+
+`ine-callback show --help` explains a command. Exit status: 0 fine; 1 nothing was
+found (show --flagged) or nothing repeats (compare); 2 wrong usage, or a report
+that cannot be read."""
+SHOW_EXAMPLES = """\
+Without options: the whole report. With --query alone: its 10 first rows of both ends.
+For labels that may be wrong, ask the query 'self' for its top, others for their bottom.
+
+examples:
+  ine-callback show influence
+  ine-callback show influence --query self --top 20
+  ine-callback show influence --query val --flagged --q 0.01
+  ine-callback show influence --json
+
+Exit status 1: --flagged, and no row is."""
+EXPORT_EXAMPLES = """\
+csv, json, parquet: a line for every row and query with all its numbers; empty or null
+where the row was never observed, which is not a score of 0.
+drop-list: rows to look at, and perhaps drop, worst first; keep-list: all others. CSV
+with the head 'row', or JSON where FILE ends in .json.
+markdown: a summary for a pull request.
+
+examples:
+  ine-callback export influence --format csv --query self
+  ine-callback export influence --format parquet -o scores.parquet
+  ine-callback export influence --format drop-list --q 0.01 -o drop.csv
+  ine-callback export influence --format keep-list -o keep.json
+  ine-callback export influence --format markdown -o summary.md"""
+COMPARE_EXAMPLES = """\
+Both runs must have the same training set, in the same order; queries that only one
+of them has are left out and named.
+
+examples:
+  ine-callback compare influence other
+  ine-callback compare influence other --q 0.01 --json
+
+Exit status 1: on some query there are flagged rows, and not one is flagged by both runs
+with the same sign."""
+HTML_EXAMPLES = """\
+The file is drawn from the saved scores; nothing is trained, nothing in it runs. Needs
+the extra 'report': pip install "ine_callback[report]"
+
+examples:
+  ine-callback html influence
+  ine-callback html influence -o report.html"""
+COMPLETION_EXAMPLES = """\
+The script is complete in itself, so TAB answers at once. Needs: pip install shtab
+
+examples:
+  ine-callback completion bash"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (by default the process's own) and returns its exit status.
+
+    Faults of the user, of a report and of the file system are one line on standard error; escape codes in foreign
+    text do not reach the terminal.
+
+    Raises:
+        SystemExit: With status 2 on wrong usage, 0 after ``--help`` and ``--version``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from ine_callback.report import example_report
+        >>> with TemporaryDirectory() as folder:
+        ...     path = example_report().save(folder)
+        ...     status = main(["export", str(path), "--format", "keep-list", "-o", f"{folder}/keep.json"])
+        /...keep.json
+        >>> status
+        0
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+        return PIPE_CLOSED
+    except (KeyError, ValueError, OSError, ImportError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error  # str(KeyError) is in quotes
+        print(f"ine-callback: {plain(message)}", file=sys.stderr)
+        return FAULT
+
+
+def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
+    """The command line; ``folder`` and ``file`` tell shtab how to complete paths."""
+    root = argparse.ArgumentParser("ine-callback", **_texts(ABOUT, ROOT_EXAMPLES))
+    root.add_argument("--version", action="version", version=f"ine_callback {__version__}")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, what: str, examples: str, *paths: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what, **_texts(f"{what[0].upper()}{what[1:]}.", examples))
+        made.set_defaults(run=run)
+        for path in paths:
+            action = made.add_argument(path.lower(), metavar=path, type=Path, help="folder of a saved report")
+            action.complete = folder  # type: ignore[attr-defined]  # read by shtab
+        return made
+
+    def output(made: argparse.ArgumentParser, default: str) -> None:
+        what = f"write here; by default {default}"
+        action = made.add_argument("-o", dest="file", metavar="FILE", type=Path, help=what)
+        action.complete = file  # type: ignore[attr-defined]
+
+    show = command("show", _show, "print a report, or rows of one query", SHOW_EXAMPLES, "PATH")
+    show.add_argument("--query", metavar="NAME", help="the query; by default the report's first")
+    show.add_argument("--top", type=int, metavar="K", help="the K rows with the largest scores")
+    show.add_argument("--bottom", type=int, metavar="K", help="the K rows with the smallest scores")
+    show.add_argument("--flagged", action="store_true", help="all rows beyond chance, largest |μ| first")
+    show.add_argument("--q", type=float, help="flagged are q-values up to this; default .05")
+    show.add_argument("--json", action="store_true", help="the same as JSON")
+
+    out = command("export", _export, "write scores, or lists of rows, for other programs", EXPORT_EXAMPLES, "PATH")
+    out.add_argument("--format", choices=get_args(Format), required=True, help="see below")
+    out.add_argument("--query", metavar="NAME", help="the query; by default all, of the lists the recommended one")
+    out.add_argument("--q", type=float, help="false discovery rate of the lists; default .05")
+    output(out, "to standard output")
+
+    pair = command("compare", _compare, "compare two runs: which findings repeat", COMPARE_EXAMPLES, "PATH", "OTHER")
+    pair.add_argument("--q", type=float, default=FLAG_AT, help="flagged are q-values up to this; default .05")
+    pair.add_argument("--json", action="store_true", help="the same as JSON")
+
+    page = command("html", _html, "draw report.html again", HTML_EXAMPLES, "PATH")
+    output(page, "report.html in PATH")
+
+    shell = command("completion", _completion, "print a completion script for your shell", COMPLETION_EXAMPLES)
+    shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    return root
+
+
+def _texts(about: str, examples: str) -> dict[str, Any]:
+    """Options of a parser that keeps the line breaks of its texts and takes no abbreviated options."""
+    style = argparse.RawDescriptionHelpFormatter
+    return {"description": about, "epilog": examples, "formatter_class": style, "allow_abbrev": False}
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    if arguments.q is not None and not arguments.flagged:
+        raise ValueError("show: --q belongs to --flagged; add it")
+    report = InfluenceReport.load(arguments.path)
+    tables = _tables(report, arguments)
+    if arguments.json:
+        lists = {name: [jsonable(one._asdict(), name) for one in table] for name, table in tables.items()}
+        _say_json(lists or report.summary())
+    else:
+        parts: list[Any] = [table.render(len(table)) for table in tables.values()]
+        for part in parts or [report]:
+            _say(part)
+    return NOT_FOUND if arguments.flagged and not len(tables["flagged"]) else FOUND
+
+
+def _tables(report: InfluenceReport, arguments: argparse.Namespace) -> dict[str, ScoreTable]:
+    """The rows that were asked for; none where the whole report was."""
+    query, top, bottom = arguments.query, arguments.top, arguments.bottom
+    if query is not None and top is bottom is None and not arguments.flagged:
+        top = bottom = LISTED
+    tables = {}
+    if top is not None:
+        tables["top"] = report.top(top, query)
+    if bottom is not None:
+        tables["bottom"] = report.bottom(bottom, query)
+    if arguments.flagged:
+        tables["flagged"] = report.flagged(FLAG_AT if arguments.q is None else arguments.q, query)
+    return tables
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    form, file = arguments.format, arguments.file
+    if arguments.q is not None and form not in LISTS:
+        raise ValueError(f"export: --q belongs to {' and '.join(LISTS)}; {form} has all rows, with their q-values")
+    if form == "parquet" and file is None:
+        raise ValueError("export: parquet is no text; name a file with -o")
+    q = FLAG_AT if arguments.q is None else arguments.q
+    report = InfluenceReport.load(arguments.path)
+    if file is None:
+        rest = memoryview(contents(report, form, arguments.query, q))
+        while rest:  # unbuffered, as with PYTHONUNBUFFERED, a pipe may take a part
+            rest = rest[sys.stdout.buffer.write(rest) :]
+    else:
+        print(plain(report.export(file, form, arguments.query, q)))
+    return FOUND
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    found = InfluenceReport.load(arguments.path).compare(InfluenceReport.load(arguments.other), arguments.q)
+    if arguments.json:
+        _say_json(found.to_dict())
+    else:
+        _say(found)
+    return NOT_FOUND if any(each.nothing_repeats for each in found.agreements) else FOUND
+
+
+def _html(arguments: argparse.Namespace) -> int:
+    path = arguments.path / "report.html" if arguments.file is None else arguments.file
+    print(plain(InfluenceReport.load(arguments.path).write_html(path)))
+    return FOUND
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    shtab = need("shtab", "ine-callback completion", "shtab")
+    print(shtab.complete(parser(shtab.DIRECTORY, shtab.FILE), arguments.shell))
+    return FOUND
+
+
+def _say(part: Any) -> None:
+    """Prints in colour in a terminal, else as plain text of a fixed width."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(part)
+    else:
+        print(as_text(part))
+
+
+def _say_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))  # ASCII: escape codes stay escaped

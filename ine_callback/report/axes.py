@@ -1,0 +1,69 @@
+"""``report.plot``: the plots of a report on a reader's own axes, or on new ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ine_callback.report import bif_plots, plots
+from ine_callback.report.optional import need
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ine_callback.report.report import InfluenceReport
+
+
+class Plots:
+    """The plots of one query each; every method draws on ``ax`` (by default on a figure of its own) and returns it.
+
+    Save with matplotlib: ``report.plot.volcano().figure.savefig("volcano.svg")``. Needs the extra ``report``.
+
+    Args:
+        report: Whose scores are drawn.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from ine_callback.report import example_report
+        >>> left, right = Figure().subplots(1, 2)
+        >>> example_report().plot.volcano("val", ax=left) is left
+        True
+        >>> example_report().plot.extremes("val", k=3, ax=right).get_title(loc="left")
+        'The extremes, with 95 % intervals'
+    """
+
+    def __init__(self, report: InfluenceReport) -> None:
+        self._report = report
+
+    def distribution(self, query: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """Histogram of ``z = mu / null_sd`` over its permutation null: bars above the grey are beyond chance."""
+        ax = _given(ax)
+        plots.distribution(self._report, ax, query)
+        return ax
+
+    def volcano(self, query: str | None = None, q: float = plots.FLAG_AT, *, ax: Axes | None = None) -> Axes:
+        """Score against ``-log10`` of its q-value; rows with q-value at most ``q`` in colour."""
+        ax = _given(ax)
+        plots.volcano(self._report, ax, query, q)
+        return ax
+
+    def extremes(self, query: str | None = None, k: int = 8, *, ax: Axes | None = None) -> Axes:
+        """The ``k`` largest and ``k`` smallest scores with their 95 % intervals."""
+        ax = _given(ax)
+        plots.extremes(self._report, ax, query, k)
+        return ax
+
+    def stages(self, query: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """Bayesian influence of the extreme rows at each stage of training, as correlations with 95 % bands.
+
+        Raises:
+            ValueError: If chains ran at fewer than two stages.
+        """
+        ax = _given(ax)
+        bif_plots.stages(self._report, ax, query)
+        return ax
+
+
+def _given(ax: Axes | None) -> Axes:
+    if ax is None:
+        ax = need("matplotlib.figure", "InfluenceReport.plot").Figure(layout="constrained").subplots()
+    return ax

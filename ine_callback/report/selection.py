@@ -1,0 +1,110 @@
+"""Which rows answer a report's questions, with their numbers; the questions are :class:`InfluenceReport`'s methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+from ine_callback.report.group import GroupScore
+from ine_callback.report.table import ScoreTable
+from ine_callback.report.validate import listed, row_ids, threshold
+from ine_callback.report.words import tails
+from ine_callback.scores import Scores
+
+NORMAL_95 = 1.96
+Rows = NDArray[np.int64]
+
+
+def columns(scores: Scores, rows: Rows, which: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The fields of RowScore, one entry for every pair of a row and a query's column."""
+    parts = {name: getattr(scores, name)[rows, which] for name in ("mu", "se", "p", "q", "t", "p_t")}
+    return {
+        "row": rows,
+        "query": np.array([query.name for query in scores.queries])[which],
+        "mu": parts["mu"],
+        "se": parts["se"],
+        "low": parts["mu"] - NORMAL_95 * parts["se"],
+        "high": parts["mu"] + NORMAL_95 * parts["se"],
+        **{name: parts[name] for name in ("p", "q", "t", "p_t")},
+        "observations": scores.observations[rows],
+        "mean_loss": scores.mean_loss[rows],
+    }
+
+
+def everything(scores: Scores) -> tuple[Rows, NDArray[np.int64]]:
+    """All pairs of a row and a query's column, one query after the other."""
+    rows, queries = scores.mu.shape
+    return np.tile(np.arange(rows), queries), np.repeat(np.arange(queries), rows)
+
+
+def table(scores: Scores, rows: Rows, column: int | NDArray[np.int64], title: str = "", note: str = "") -> ScoreTable:
+    """The rows' numbers on one query, or on one query each."""
+    which = np.broadcast_to(np.asarray(column), rows.shape)
+    kinds = np.array([query.kind for query in scores.queries])[which]
+    return ScoreTable(columns(scores, rows, which), kinds, title, note)
+
+
+def extreme(scores: Scores, k: int, column: int, largest: bool) -> ScoreTable:
+    """See :meth:`InfluenceReport.top` and :meth:`InfluenceReport.bottom`."""
+    who = "top" if largest else "bottom"
+    if k < 1:
+        raise ValueError(f"InfluenceReport.{who}: k is {k!r}; give a number of rows, at least 1")
+    mu, query = scores.mu[:, column], scores.queries[column]
+    rows = np.flatnonzero(np.isfinite(mu))
+    rows = rows[np.argsort(-mu[rows] if largest else mu[rows], kind="stable")][:k]
+    ends = tails(query.kind)
+    return table(scores, rows, column, f"{ends.upper if largest else ends.lower} · {query.name}")
+
+
+def flagged(scores: Scores, q: float, column: int) -> ScoreTable:
+    """See :meth:`InfluenceReport.flagged`."""
+    mu = scores.mu[:, column]
+    rows = np.flatnonzero((scores.q[:, column] <= threshold(q, "InfluenceReport.flagged")) & np.isfinite(mu))
+    rows = rows[np.argsort(-np.abs(mu[rows]), kind="stable")]
+    return table(scores, rows, column, f"Flagged (q ≤ {q:g}) · {scores.queries[column].name}")
+
+
+def suspects(scores: Scores, q: float, column: int, who: str) -> Rows:
+    """See :meth:`InfluenceReport.drop_list`."""
+    mu = scores.mu[:, column] * tails(scores.queries[column].kind).suspect
+    rows = np.flatnonzero((scores.q[:, column] <= threshold(q, who)) & (mu > 0))
+    return rows[np.argsort(-mu[rows], kind="stable")]
+
+
+def by_loss(scores: Scores, k: int | None) -> Rows:
+    """See :meth:`InfluenceReport.suspect_labels`."""
+    loss = scores.mean_loss
+    rows = np.flatnonzero(np.isfinite(loss))
+    if not len(rows):
+        raise ValueError(
+            "InfluenceReport.suspect_labels: the run knew no losses of single rows; use drop_list() of a 'self' or "
+            "margin query, or train with a standard torch loss"
+        )
+    return rows[np.argsort(-loss[rows], kind="stable")][:k]
+
+
+def on_every_query(scores: Scores, row: int) -> ScoreTable:
+    """See :meth:`InfluenceReport.row`."""
+    which = int(row_ids([row], len(scores.observations), "InfluenceReport.row")[0])
+    all_queries = np.arange(len(scores.queries))
+    missing = f"row {which} was never observed: it has no score, which is not a score of 0"
+    note = "" if scores.observations[which] else missing
+    return table(scores, np.full(all_queries.size, which), all_queries, f"Row {which}", note)
+
+
+def group(scores: Scores, rows: Iterable[int] | NDArray[Any], column: int) -> GroupScore:
+    """See :meth:`InfluenceReport.group`."""
+    who = "InfluenceReport.group"
+    ids = row_ids(rows, len(scores.observations), who)
+    mu = scores.mu[ids, column]
+    if not np.isfinite(mu).all():
+        missing = ids[~np.isfinite(mu)]
+        raise ValueError(f"{who}: row {listed(missing)} never observed or without a score; leave out report.unseen")
+    total, sd = float(mu.sum()), float(np.sqrt(np.square(scores.null_sd[ids, column]).sum()))
+    z = total / sd if sd > 0 else math.nan
+    return GroupScore(scores.queries[column].name, ids.size, total, sd, z, float(2.0 * ndtr(-abs(z))))
