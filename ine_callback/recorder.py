@@ -287,6 +287,10 @@ class Recorder:
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
         assert self.signals.held is not None
+        unscale = self.capture.unscale
+        if unscale is not None and not _finite(self.module):  # an overflow, whose step is skipped: the next pass is it
+            self.signals.held = []
+            return
         self.signals.held = self.coverage.prove(self.signals.held, self.signals.table)
         self._fall_back(rows, data)
         if not self.signals.held:
@@ -294,7 +298,7 @@ class Recorder:
                 f"{self.owner}: no layer's gradients could be told apart by the batch's {len(rows)} rows: "
                 f"{self.coverage.first_reason()}. Check row_fn and the collate function, or use uncaptured='fallback'."
             )
-        self.signals.release()
+        self.signals.release(1.0 if unscale is None else unscale)
 
     def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
         self._received = True
@@ -429,3 +433,8 @@ class Recorder:
                 *self.signals.notes(),
             ],
         )
+
+
+def _finite(module: nn.Module) -> bool:
+    """Whether all gradients are."""
+    return all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)

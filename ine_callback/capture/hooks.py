@@ -111,7 +111,11 @@ class Capture:
             with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
                 self.half |= delta.dtype in (torch.float16, torch.bfloat16)
                 a, delta = _one_dtype(a, delta.detach())
-                records = records_of(module, a, delta if self.unscale is None else delta * self.unscale, self.rows)
+                if self.unscale is not None:
+                    delta = delta * self.unscale
+                    # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
+                    delta = torch.where(delta.isfinite().all(), delta, 0.0)
+                records = records_of(module, a, delta, self.rows)
                 self._receive(module, records)
                 self._proved.add(module)
         except RowMismatch as error:

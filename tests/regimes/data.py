@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -77,10 +78,6 @@ def as_fields(items: list[Item]) -> Fields:
     return Fields(x, y, row)
 
 
-def by_key(batch: Any) -> Any:
-    return batch["row"]
-
-
 class Named(Classifier):
     def loss(self, batch: Any) -> Tensor:
         return super().loss((batch["x"], batch["y"]))
@@ -138,6 +135,10 @@ def drawn(items: Dataset[Item]) -> DataLoader[Item]:
     return DataLoader(items, BATCH, sampler=WeightedRandomSampler(weights, 2 * ROWS))
 
 
+def ragged(items: Dataset[Item]) -> DataLoader[Item]:
+    return DataLoader(items, batch_sampler=Ragged())
+
+
 def working(items: Dataset[Item]) -> DataLoader[Item]:
     return DataLoader(items, BATCH, shuffle=True, num_workers=2)
 
@@ -165,7 +166,7 @@ DATA = [
     Regime(
         "batches of changing sizes",
         "data",
-        data=lambda: vectors(lambda items: DataLoader(items, batch_sampler=Ragged())),
+        data=lambda: vectors(ragged),
     ),
     Regime("weighted sampler with repetitions", "data", data=lambda: vectors(drawn)),
     Regime("workers", "data", data=lambda: vectors(working)),
@@ -191,11 +192,9 @@ DATA = [
     ),
     Regime("StatefulDataLoader", "data", data=lambda: vectors(stateful), needs="torchdata"),
     Regime("StatefulDataLoader, workers", "data", data=lambda: vectors(stateful_workers), needs="torchdata", slow=True),
-    Regime("batch as a dict", "data", Named, lambda: vectors(collate=as_dict, rows_of=by_key)),
+    Regime("batch as a dict", "data", Named, lambda: vectors(collate=as_dict, rows_of=itemgetter("row"))),
     Regime("batch as a tuple", "data", Classifier, lambda: vectors(collate=as_tuple)),
-    Regime(
-        "batch as a dataclass", "data", FromFields, lambda: vectors(collate=as_fields, rows_of=lambda batch: batch.row)
-    ),
-    Regime("batch as a Mapping", "data", Named, lambda: vectors(collate=as_mapping, rows_of=by_key)),
+    Regime("batch as a dataclass", "data", FromFields, lambda: vectors(collate=as_fields, rows_of=attrgetter("row"))),
+    Regime("batch as a Mapping", "data", Named, lambda: vectors(collate=as_mapping, rows_of=itemgetter("row"))),
     Regime("preprocessing in on_after_batch_transfer", "data", Scaled),
 ]

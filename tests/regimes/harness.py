@@ -124,12 +124,8 @@ def examine(regime: Regime) -> Verdict:
 def _errors(found: Any, expected: Any) -> dict[str, float]:
     """Relative to the reference; rows without a score must be the same in both."""
     assert found.shape == expected.shape and (np.isnan(found) == np.isnan(expected)).all()
-    return {
-        name: float(
-            np.linalg.norm(np.nan_to_num(found - expected)[:, k]) / np.linalg.norm(np.nan_to_num(expected)[:, k])
-        )
-        for k, name in enumerate(("val", "self"))
-    }
+    off, size = (np.linalg.norm(np.nan_to_num(part), axis=0) for part in (found - expected, expected))
+    return {name: float(off[k] / size[k]) for k, name in enumerate(("val", "self"))}
 
 
 def _drift(trained: torch.nn.Module, reference: torch.nn.Module) -> float:

@@ -35,6 +35,10 @@ class Groups(Classifier):
         return [decayed, {"params": biases, "weight_decay": 0.0}, {"params": last, "lr": 0.03}]
 
 
+def with_adamw() -> Classifier:
+    return Classifier(optimizer=adam)
+
+
 def per_step(optimizer: torch.optim.Optimizer) -> Any:
     return {"scheduler": lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=12), "interval": "step"}
 
@@ -55,12 +59,13 @@ PRECISION = [
     Regime("16-mixed", "precision", trainer=lambda: scaled(2.0**16), tolerance=0.01),
     Regime("16-mixed, steps skipped for inf", "precision", trainer=lambda: scaled(2.0**24), tolerance=0.01),
     Regime(
-        "16-mixed, AdamW",
+        "16-mixed, AdamW, steps skipped for inf",
         "precision",
-        lambda: Classifier(optimizer=adam),
-        trainer=lambda: scaled(2.0**10),
+        with_adamw,
+        trainer=lambda: scaled(2.0**24),
         tolerance=0.01,
     ),
+    Regime("16-mixed, AdamW", "precision", with_adamw, trainer=lambda: scaled(2.0**10), tolerance=0.01),
     Regime(
         "16-mixed, accumulated and clipped",
         "precision",
@@ -69,7 +74,7 @@ PRECISION = [
     ),
 ]
 STEPS = [
-    Regime("AdamW", "optimizer", lambda: Classifier(optimizer=adam)),
+    Regime("AdamW", "optimizer", with_adamw),
     Regime("SGD without momentum", "optimizer", lambda: Classifier(optimizer=lambda p: torch.optim.SGD(p, lr=0.1))),
     Regime("parameter groups: weight decay, own rate", "optimizer", Groups),
     Regime("schedule per step", "optimizer", lambda: Classifier(schedule=per_step)),

@@ -105,6 +105,7 @@ class _Loop:
         self.pending: list[tuple[list[int], Tensor, Tensor]] = []
         self.direction: dict[nn.Parameter, Tensor] = {}
         self.weights: dict[nn.Parameter, float] = {}
+        self.stepped = False
         self.names = dict(module.named_parameters())
 
     def zero(self) -> None:
@@ -117,8 +118,7 @@ class _Loop:
         thawed = [p for p in self.names.values() if p.requires_grad and p not in known]
         if thawed:
             self.optimizer.add_param_group({"params": thawed})
-        started = bool(self.direction)
-        if started and not self.pending:  # the first direction comes after the first backward pass
+        if self.stepped and not self.pending:  # before the first step the direction comes after the backward pass
             self.direction, self.weights = self._gradient(), self._weights()
         shares = self._shares(event)
         for parameter in self.names.values():
@@ -126,7 +126,7 @@ class _Loop:
             if parts:
                 total = torch.stack(parts).sum(0)
                 parameter.grad = total if parameter.grad is None else parameter.grad + total
-        if not started:
+        if not self.stepped and not self.pending:
             self.direction, self.weights = self._gradient(), self._weights()
         self.pending.append(self._signals(event.rows, shares))
 
@@ -202,6 +202,7 @@ class _Loop:
         if self.pending:
             rows = [row for part, _, _ in self.pending for row in part]
             signals, units = (torch.cat([part[k] for part in self.pending]) for k in (1, 2))
+            self.stepped = True
             self.sums.fold(rows, signals * factor, _step(self.optimizer.param_groups[0]), units)
         self.pending.clear()
         self.optimizer.step()
