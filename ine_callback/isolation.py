@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torchmetrics import Metric, MetricCollection
 
 _METRICS = (Metric, MetricCollection)
@@ -26,7 +27,7 @@ Restore = Callable[[], None]
 def isolated(module: nn.Module) -> Iterator[None]:
     """Everything inside may call the module's steps; afterwards module, metrics, buffers, logs and RNG are as before.
 
-    Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
+    Gradients of single parameters may be taken inside, also through reentrant activation checkpoints. Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
     arrays, generators) and the random number generators of Python, NumPy and torch are restored; ``self.log`` and
     ``self.log_dict`` do nothing meanwhile. The mode is evaluation.
 
@@ -43,7 +44,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     try:
         for m, _ in modes:
             m.training = False
-        with torch.enable_grad():
+        with torch.enable_grad(), _differentiable_checkpoints():
             yield
     finally:
         for parent, name, metric in swapped:
@@ -54,6 +55,24 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for restore in restores:
                 restore()
         _set_rng_states(states)
+
+
+@contextlib.contextmanager
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Makes reentrant activation checkpoints the other kind: ``torch.autograd.grad`` passes a reentrant one by."""
+
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    before = CheckpointFunction.__dict__.get("apply")
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del CheckpointFunction.apply
+        else:
+            CheckpointFunction.apply = before  # type: ignore[method-assign]
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> list[Restore]:
