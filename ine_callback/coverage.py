@@ -41,6 +41,7 @@ class Coverage:
         self._slow: dict[str, nn.Parameter] = {}
         self._probed = False
         self._dropped: set[str] = set()
+        self._proved: set[nn.Parameter] = set()
 
     def probe(self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int) -> None:
         """Drops the layers whose inputs are not led by the batch's rows; later calls do nothing."""
@@ -57,6 +58,10 @@ class Coverage:
             return
         for module, reason in faults.items():
             self._capture.drop(module, reason)
+
+    def thawed(self) -> bool:
+        """Whether parameters are trained that were frozen (or not yet there) when the capture was proved."""
+        return any(p.requires_grad and p not in self._proved for p in self._module.parameters())
 
     @property
     def slow(self) -> bool:
@@ -78,6 +83,7 @@ class Coverage:
             missing.update({names[p]: reason for p in block.parameters})
         self._settle(missing)
         self._dropped = set(self._capture.dropped)
+        self._proved.update(p for p in self._module.parameters() if p.requires_grad)
         return [item for item in held if item[0] not in wrong]
 
     def _settle(self, missing: dict[str, str]) -> None:

@@ -27,9 +27,10 @@ Restore = Callable[[], None]
 def isolated(module: nn.Module) -> Iterator[None]:
     """Everything inside may call the module's steps; afterwards module, metrics, buffers, logs and RNG are as before.
 
-    Gradients of single parameters may be taken inside, also through reentrant activation checkpoints. Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
+    Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
     arrays, generators) and the random number generators of Python, NumPy and torch are restored; ``self.log`` and
-    ``self.log_dict`` do nothing meanwhile. The mode is evaluation.
+    ``self.log_dict`` do nothing meanwhile. The mode is evaluation, and gradients of single parameters can be taken,
+    also through reentrant activation checkpoints.
 
     Args:
         module: The model.

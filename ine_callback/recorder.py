@@ -245,14 +245,21 @@ class Recorder:
             self._grow(self._check.count)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled = (rows, data), False
-        if self.steps == 0 and not self._pending:
-            self.coverage.probe(self._loss, data, len(rows))
-        elif self.steps % self.refresh_every == 0 and not self._pending:
-            self.signals.refresh()
+        if not self._pending:
+            self._prepare(rows, data)
         self.signals.observe_curvature = self.steps % self.curvature_every == 0
         self.capture.start_batch(len(rows))
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
+
+    def _prepare(self, rows: Tensor, data: Any) -> None:
+        """Before a step's first batch: refreshes, or holds records back where parameters are new."""
+        if self.coverage.thawed() and self.signals.held is None:
+            self.signals.hold()
+        if self.signals.held is not None:
+            self.coverage.probe(self._loss, data, len(rows))
+        elif self.steps and self.steps % self.refresh_every == 0:
+            self.signals.refresh()
 
     def _grow(self, rows: int) -> None:
         self._size = max(rows, 2 * self._size)

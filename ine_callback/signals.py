@@ -159,6 +159,10 @@ class Signals:
         self._out[:, -1] += signals * self.contrasts.of_self(block, records)
         self._own_variance += norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
 
+    def hold(self) -> None:
+        """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""
+        self.held = []
+
     def release(self, unscale: Tensor | float) -> None:
         """Ends holding back: makes the first directions from all records held, then contracts those.
 
@@ -201,7 +205,8 @@ class Signals:
 
     def refresh(self, unscale: Tensor | float = 1.0) -> None:
         """New directions ``U = P D v`` at the present weights, and their units ``|sigma D v|``."""
-        blocks = list(self.table)
+        blocks = [block for block in self.table if all(p.requires_grad for p in block.parameters)]
+        self._directions.clear()
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))

@@ -22,7 +22,7 @@ Receiver = Callable[[nn.Module, dict[str, Record]], None]
 
 
 class Capture:
-    """Hooks on every module with a known layer function and trainable parameters of its own.
+    """Hooks on every module with a known layer function and parameters of its own, also frozen ones: they may thaw.
 
     Args:
         module: The model.
@@ -95,7 +95,7 @@ class Capture:
         if not (isinstance(a, Tensor) and isinstance(output, Tensor)):
             self.drop(module, "its input or output is not a single tensor")
             return
-        if not output.requires_grad:
+        if not (output.requires_grad and any(p.requires_grad for p in module.parameters(recurse=False))):
             return
         self.calls[module] = self.calls.get(module, 0) + 1
         held, version = a.detach(), a._version
@@ -128,7 +128,7 @@ class Capture:
 
 
 def _capturable(module: nn.Module) -> bool:
-    return layer_function(module) is not None and any(p.requires_grad for p in module.parameters(recurse=False))
+    return layer_function(module) is not None and any(True for _ in module.parameters(recurse=False))
 
 
 def _one_dtype(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,14 +46,18 @@ class Watch(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         trainable = frozenset(name for name, p in pl_module.named_parameters() if p.requires_grad)
-        self.events.append(Event("backward", self._rows, self._random, trainable=trainable))
+        groups = _settings(trainer.optimizers[0])
+        self.events.append(Event("backward", self._rows, self._random, groups, trainable))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        self.events.append(Event("step", groups=groups))
+        self.events.append(Event("step", groups=_settings(optimizer)))
 
     def on_train_end(self, *_: Any) -> None:
         self._handle.remove()
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
 @dataclass

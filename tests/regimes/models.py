@@ -132,6 +132,17 @@ class Thaws(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.net[:3], optimizer, lr=0.05, initial_denom_lr=1.0)
 
 
+class Freezes(BaseFinetuning):
+    """The first layers are done after the first epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pass
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.freeze(pl_module.net[:3])
+
+
 class Compiled(Classifier):
     """Hooks are read when a module is compiled, at its first call."""
 
@@ -157,6 +168,7 @@ MODELS = [
     Regime("a layer used twice, in-place activations", "models", lambda: Classifier(Reused())),
     Regime("frozen parameters", "models", lambda: Classifier(frozen())),
     Regime("parameters that thaw (BaseFinetuning)", "models", trainer=lambda: {"callbacks": [Thaws()]}),
+    Regime("parameters that freeze", "models", trainer=lambda: {"callbacks": [Freezes()]}),
     Regime("nn.MultiheadAttention", "models", lambda: Classifier(Attentive()), series, left_out=ATTENTION),
     Regime("nn.MultiheadAttention, fallback", "models", lambda: Classifier(Attentive()), series, influence=SLOWLY),
     Regime("LSTM", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, left_out=RNN),

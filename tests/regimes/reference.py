@@ -29,7 +29,7 @@ class Event:
         kind: ``backward`` of a batch, an applied optimizer ``step``, gradients set to ``zero``.
         rows: Rows of the batch.
         random: State of torch's random numbers before the batch's forward pass.
-        groups: Settings of the optimizer's parameter groups in the step (learning rate, momentum).
+        groups: Settings of the optimizer's parameter groups (learning rate, momentum).
         trainable: Names of the parameters that had a gradient to come.
     """
 
@@ -118,6 +118,7 @@ class _Loop:
         thawed = [p for p in self.names.values() if p.requires_grad and p not in known]
         if thawed:
             self.optimizer.add_param_group({"params": thawed})
+        self._set(event)
         if self.stepped and not self.pending:  # before the first step the direction comes after the backward pass
             self.direction, self.weights = self._gradient(), self._weights()
         shares = self._shares(event)
@@ -129,6 +130,10 @@ class _Loop:
         if not self.stepped and not self.pending:
             self.direction, self.weights = self._gradient(), self._weights()
         self.pending.append(self._signals(event.rows, shares))
+
+    def _set(self, event: Event) -> None:
+        for group, settings in zip(self.optimizer.param_groups, event.groups, strict=True):
+            group.update(settings)
 
     def _shares(self, event: Event) -> Shares:
         items = [self.data.items[row] for row in event.rows]
@@ -188,8 +193,7 @@ class _Loop:
                 yield from ((p,) for p in own)
 
     def step(self, event: Event, clip: float | None, by_value: bool) -> None:
-        for group, settings in zip(self.optimizer.param_groups, event.groups, strict=True):
-            group.update(settings)
+        self._set(event)
         grads = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
         before = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         if clip and grads:
