@@ -96,7 +96,14 @@ def sequence_classes() -> Data:
 
 
 HUGGING_FACE = [
-    Regime("GPT-2", "Hugging Face", lambda: Hugging(gpt2()), language, needs="transformers"),
+    Regime(
+        "GPT-2",
+        "Hugging Face",
+        lambda: Hugging(gpt2()),
+        language,
+        left_out=("net.transformer.wpe.weight",),
+        needs="transformers",
+    ),
     Regime("Llama", "Hugging Face", lambda: Hugging(llama()), language, needs="transformers"),
     Regime("Llama, AdamW", "Hugging Face", lambda: Hugging(llama(), adam), language, needs="transformers"),
     Regime(
@@ -106,6 +113,31 @@ HUGGING_FACE = [
         language,
         needs="transformers",
     ),
-    Regime("BERT", "Hugging Face", lambda: Hugging(bert()), sequence_classes, needs="transformers"),
+    Regime(
+        "Llama, gradient checkpointing, reentrant",
+        "Hugging Face",
+        lambda: Hugging(checkpointed(reentrant=True)),
+        language,
+        plain_form=lambda module: module.net.gradient_checkpointing_disable(),
+        needs="transformers",
+        slow=True,
+    ),
+    Regime(
+        "BERT",
+        "Hugging Face",
+        lambda: Hugging(bert()),
+        sequence_classes,
+        left_out=("net.bert.embeddings.position_embeddings.weight",),
+        needs="transformers",
+    ),
+    Regime(
+        "GPT-2, fallback",
+        "Hugging Face",
+        lambda: Hugging(gpt2()),
+        language,
+        influence={"uncaptured": "fallback"},
+        needs="transformers",
+        slow=True,
+    ),
     Regime("LoRA (PEFT)", "Hugging Face", lambda: Hugging(lora()), language, needs="peft"),
 ]

@@ -114,6 +114,28 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class OtherRMSNorm(nn.Module):
+    """As many libraries write it, with a scale of 1 + weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1.0 + self.weight)
+
+
+class MisnamedRMSNorm(OtherRMSNorm):
+    """Is none: the first step's proof must drop it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.0 + self.weight)
+
+
+def normed(norm: type[OtherRMSNorm]) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), norm(8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
 def frozen() -> nn.Module:
     net = mlp()
     net[2].requires_grad_(False)
@@ -166,6 +188,13 @@ MODELS = [
     ),
     Regime("tied embedding", "models", lambda: LanguageModel(Tied()), next_words),
     Regime("a layer used twice, in-place activations", "models", lambda: Classifier(Reused())),
+    Regime("another library's RMSNorm", "models", lambda: Classifier(normed(OtherRMSNorm))),
+    Regime(
+        "a layer that is not what its name says",
+        "models",
+        lambda: Classifier(normed(MisnamedRMSNorm)),
+        left_out=("net.1.weight",),
+    ),
     Regime("frozen parameters", "models", lambda: Classifier(frozen())),
     Regime("parameters that thaw (BaseFinetuning)", "models", trainer=lambda: {"callbacks": [Thaws()]}),
     Regime("parameters that freeze", "models", trainer=lambda: {"callbacks": [Freezes()]}),
