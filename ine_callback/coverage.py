@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ine_callback.batches import led_by
 from ine_callback.capture import Block, BlockTable, Capture, Record, Vector
 from ine_callback.capture.fallback import row_shares
 from ine_callback.capture.probe import row_order_faults
@@ -56,6 +57,10 @@ class Coverage:
         except Exception as error:
             self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
             return
+        if not led_by(batch, rows):
+            self.notes.append(
+                f"the order of rows inside the layers was not checked (no part of a batch has its {rows} rows)"
+            )
         for module, reason in faults.items():
             self._capture.drop(module, reason)
 

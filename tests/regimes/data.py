@@ -161,6 +161,21 @@ class Scaled(Classifier):
         return super().loss(batch if self._trainer is not None else [batch[0] * 0.5, *batch[1:]])
 
 
+class Noisy(Classifier):
+    """Draws random numbers in ``training_step``, whatever the mode, as diffusion models do."""
+
+    in_loss = False  # the reference calls ``loss`` alone
+
+    def _shifted(self, batch: Any) -> Any:
+        return [batch[0] + 0.3 * torch.randn_like(batch[0]), *batch[1:]]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(self._shifted(batch), batch_idx)
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(self._shifted(batch) if self.in_loss and self.training else batch)
+
+
 ROWS_TOLD = {"row_fn": lambda batch: batch[2], "num_rows": ROWS}
 DATA = [
     Regime(
@@ -189,6 +204,7 @@ DATA = [
         Both,
         lambda: Data(**{**vectors(combined).__dict__, "rows_of": rows_of_both}),
         influence={"row_fn": rows_of_both, "num_rows": ROWS},
+        note="no part of a batch has its 8 rows",
     ),
     Regime("StatefulDataLoader", "data", data=lambda: vectors(stateful), needs="torchdata"),
     Regime("StatefulDataLoader, workers", "data", data=lambda: vectors(stateful_workers), needs="torchdata", slow=True),
@@ -197,4 +213,11 @@ DATA = [
     Regime("batch as a dataclass", "data", FromFields, lambda: vectors(collate=as_fields, rows_of=attrgetter("row"))),
     Regime("batch as a Mapping", "data", Named, lambda: vectors(collate=as_mapping, rows_of=itemgetter("row"))),
     Regime("preprocessing in on_after_batch_transfer", "data", Scaled),
+    Regime(
+        "random numbers drawn in training_step",
+        "data",
+        Noisy,
+        shares="among",
+        plain_form=lambda module: setattr(module, "in_loss", True),
+    ),
 ]
