@@ -45,7 +45,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     try:
         for m, _ in modes:
             m.training = False
-        with torch.enable_grad(), _differentiable_checkpoints():
+        with torch.enable_grad(), _differentiable_checkpoints(), _uncompiled(module):
             yield
     finally:
         for parent, name, metric in swapped:
@@ -56,6 +56,20 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for restore in restores:
                 restore()
         _set_rng_states(states)
+
+
+def compiled_parts(module: nn.Module) -> list[nn.Module]:
+    """Submodules that torch.compile runs: wrapped by it, compiled in place, or a LightningModule given to it."""
+    return [
+        m
+        for m in module.modules()
+        if type(m).__name__ == "OptimizedModule" or m._compiled_call_impl or getattr(m, "_compiler_ctx", None)
+    ]
+
+
+def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Runs compiled parts as they were written: other shapes would change what is compiled for the training."""
+    return torch.compiler.set_stance("force_eager") if compiled_parts(module) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

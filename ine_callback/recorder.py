@@ -157,6 +157,11 @@ class Recorder:
                 f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
                 "Adam or AdamW, or leave the recording out."
             )
+        if self.capture.dropped and not self.capture.names and self.config["uncaptured"] != "fallback":
+            raise InfluenceError(
+                f"{self.owner}: no layer can be recorded: {self.coverage.first_reason()}; train without torch.compile, "
+                "or pass uncaptured='fallback' (slow: one backward pass a row)."
+            )
         self._device = next(self.module.parameters()).device
         bound = self.bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
@@ -183,8 +188,7 @@ class Recorder:
         self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
-            self.note(f"{kind} is not SGD, Adam or AdamW: its steps were taken as plain SGD")
-            warnings.warn(f"{self.owner}: {kind} is not SGD, Adam or AdamW; scores take it as plain SGD.", stacklevel=2)
+            self.warn(f"{kind} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
         self.capture.attach()
         self._handles = [
             self.optimizer.register_step_pre_hook(lambda *_: self._guarded(self._before_step)),
@@ -400,6 +404,11 @@ class Recorder:
         """Adds a sentence to the report, once."""
         if note not in self.notes:
             self.notes.append(note)
+
+    def warn(self, note: str) -> None:
+        """Tells the user now, and in the report."""
+        self.note(note)
+        warnings.warn(f"{self.owner}: {note}.", stacklevel=3)
 
     # -- report -------------------------------------------------------------------------------------------------------
 

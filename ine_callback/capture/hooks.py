@@ -17,6 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
 from ine_callback.capture.records import Record
 from ine_callback.errors import RowsError
+from ine_callback.isolation import compiled_parts
+
+_COMPILED = "it runs inside torch.compile, which calls no hooks"
 
 Receiver = Callable[[nn.Module, dict[str, Record]], None]
 
@@ -42,8 +45,10 @@ class Capture:
     def __init__(self, module: nn.Module, receive: Receiver, fail: Callable[[Exception], None]) -> None:
         self._receive, self._fail = receive, fail
         self.active, self.rows = False, 0
-        self.names = {child: name for name, child in module.named_modules() if _capturable(child)}
-        self.dropped: dict[str, str] = {}
+        inside = {child for part in compiled_parts(module) for child in part.modules()}
+        known = {child: name for name, child in module.named_modules() if _capturable(child)}
+        self.names = {child: name for child, name in known.items() if child not in inside}
+        self.dropped = {name: _COMPILED for child, name in known.items() if child in inside}
         self.approximate = {
             name: f"{type(child).__name__} mixes the rows of a batch: shares add up exactly, single rows do not"
             for child, name in self.names.items()

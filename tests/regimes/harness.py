@@ -45,7 +45,7 @@ class Watch(L.Callback):
         self.events.append(Event("zero"))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        trainable = frozenset(name for name, p in pl_module.named_parameters() if p.requires_grad)
+        trainable = frozenset(plain_name(name) for name, p in pl_module.named_parameters() if p.requires_grad)
         groups = _settings(trainer.optimizers[0])
         self.events.append(Event("backward", self._rows, self._random, groups, trainable))
 
@@ -54,6 +54,11 @@ class Watch(L.Callback):
 
     def on_train_end(self, *_: Any) -> None:
         self._handle.remove()
+
+
+def plain_name(parameter: str) -> str:
+    """Without what torch.compile adds to a name."""
+    return parameter.replace("._orig_mod", "")
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -157,7 +162,8 @@ def shortcomings(regime: Regime, verdict: Verdict) -> list[str]:
     out = [f"{q}: relative error {e:.1e}" for q, e in verdict.error.items() if not e <= regime.tolerance]
     out += [f"training changed: {kind}" for kind in verdict.changed]
     out += [f"visits lost: {verdict.lost}"] if any(verdict.lost) else []
-    out += [f"left out {sorted(run.uncaptured)}"] if set(run.uncaptured) != set(regime.left_out) else []
+    left_out = {plain_name(name) for name in run.uncaptured}
+    out += [f"left out {sorted(left_out)}"] if left_out != set(regime.left_out) else []
     out += [f"approximate {sorted(run.approximate)}"] if set(run.approximate) != set(regime.approximate) else []
     out += [] if regime.note in "\n".join(run.notes) else [f"no note with '{regime.note}': {run.notes}"]
     return out

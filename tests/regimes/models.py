@@ -166,11 +166,20 @@ class Freezes(BaseFinetuning):
 
 
 class Compiled(Classifier):
-    """Hooks are read when a module is compiled, at its first call."""
+    """The network, or its first layers, run by torch.compile."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, first: int | None = None) -> None:
         super().__init__()
-        self.net = torch.compile(self.net, backend=backend)
+        if first is None:
+            self.net = torch.compile(self.net, backend=backend)
+        else:
+            self.net = nn.Sequential(torch.compile(self.net[:first], backend=backend), *self.net[first:])
+
+
+def uncompiled(module: Compiled) -> None:
+    module.net = getattr(module.net, "_orig_mod", module.net)
+    if hasattr(module.net[0], "_orig_mod"):
+        module.net[0] = module.net[0]._orig_mod
 
 
 RNN = tuple(f"net.rnn.{name}_{side}_l0" for name in ("weight", "bias") for side in ("ih", "hh"))
@@ -211,6 +220,20 @@ MODELS = [
         shares="among",
         approximate=("net.norm", "net.inner", "net.outer"),
     ),
-    Regime("torch.compile, eager", "models", lambda: Compiled("eager"), slow=True),
-    Regime("torch.compile, inductor", "models", lambda: Compiled("inductor"), slow=True),
+    Regime(
+        "torch.compile, in part",
+        "models",
+        lambda: Compiled("eager", first=2),
+        left_out=("net.0.0.weight", "net.0.0.bias"),
+        plain_form=uncompiled,
+        slow=True,
+    ),
+    Regime(
+        "torch.compile (inductor), fallback",
+        "models",
+        lambda: Compiled("inductor"),
+        influence=SLOWLY,
+        plain_form=uncompiled,
+        slow=True,
+    ),
 ]
