@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.bif.stage import run_chains
 from ine_callback.errors import InfluenceError, QueryError
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
+from ine_callback.mixing import BatchHooks
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
@@ -134,21 +135,22 @@ class InfluenceCallback(Callback):
             raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
         self.report = None
         self._tracker = RowTracker(owner)
-        if self.row_fn is None:
-            self._track_rows(trainer, self._tracker)
+        self._hooks = BatchHooks(trainer, pl_module)
+        self._track_rows(trainer, self._tracker)
 
     def _track_rows(self, trainer: Trainer, tracker: RowTracker) -> None:
         """Makes training batches carry their rows, and takes them off before anybody else sees the batch."""
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
+        hooks = self._hooks
 
         def process_dataloader(loader: object) -> object:
             loader = process(loader)
-            if trainer.training:
+            if trainer.training and self.row_fn is None:
                 tracker.track(loader)
             return loader
 
         self._patch(trainer.strategy, "process_dataloader", process_dataloader)
-        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(tracker.strip(batch)))
+        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(hooks.keep(tracker.strip(batch))))
 
     def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
         before = {name: target.__dict__[name]} if name in target.__dict__ else {}
@@ -209,6 +211,8 @@ class InfluenceCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is not None:
             assert self._tracker is not None
+            if fault := self._hooks.fault(pl_module, lambda batch: _transferred(trainer, batch)):
+                self._recorder.warn(fault)
             self._recorder.capture.unscale = _unscale(trainer)
             self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
 

@@ -161,6 +161,21 @@ class Scaled(Classifier):
         return super().loss(batch if self._trainer is not None else [batch[0] * 0.5, *batch[1:]])
 
 
+class Mixup(Classifier):
+    """A row and its neighbour in the batch; the reference calls ``loss`` alone."""
+
+    in_loss = False
+
+    def mixed(self, batch: Any) -> Any:
+        return [0.7 * batch[0] + 0.3 * batch[0].roll(1, 0), *batch[1:]]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.mixed(batch) if self.trainer.training else batch
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(self.mixed(batch) if self.in_loss and self.training else batch)
+
+
 class Noisy(Classifier):
     """Draws random numbers in ``training_step``, whatever the mode, as diffusion models do."""
 
@@ -219,5 +234,13 @@ DATA = [
         Noisy,
         shares="among",
         plain_form=lambda module: setattr(module, "in_loss", True),
+    ),
+    Regime(
+        "mixup in on_after_batch_transfer (scores of mixtures)",
+        "data",
+        Mixup,
+        shares="among",
+        plain_form=lambda module: setattr(module, "in_loss", True),
+        note="Mixup.on_after_batch_transfer mixes the rows of a batch",
     ),
 ]
