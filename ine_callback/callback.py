@@ -255,7 +255,9 @@ class InfluenceCallback(Callback):
         except Exception as error:  # a trained model must never be lost to its report
             if self.on_error == "raise":
                 raise
-            warnings.warn(f"{type(self).__name__}: the report was lost: {type(error).__name__}: {error}", stacklevel=2)
+            unsaved = "the report could not be saved; it is in the callback: .report.save(folder)"
+            what = "the report was lost" if self.report is None else unsaved
+            warnings.warn(f"{type(self).__name__}: {what}: {type(error).__name__}: {error}", stacklevel=2)
 
     def _with_chains(self, trainer: Trainer, pl_module: LightningModule, report: InfluenceReport) -> InfluenceReport:
         """The report with BIF's part; without it where the chains could not run."""

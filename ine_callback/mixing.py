@@ -34,7 +34,10 @@ class BatchHooks:
     def keep(self, batch: Any) -> Any:
         """Returns the batch; a copy stays, for hooks may change theirs in place."""
         if self._names:
-            self._batch = copy.deepcopy(batch)
+            try:
+                self._batch = copy.deepcopy(batch)
+            except Exception as error:  # a batch that holds what cannot be copied
+                self._batch = error
         return batch
 
     def fault(self, module: nn.Module, transfer: Callable[[Any], Any]) -> str | None:
@@ -44,6 +47,8 @@ class BatchHooks:
         if not names:
             return None
         try:
+            if isinstance(batch, Exception):
+                raise batch
             if not mixes_rows(module, transfer, batch, size_of(batch)):
                 return None
         except Exception as error:  # a hook that bears no second call
