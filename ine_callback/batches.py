@@ -45,20 +45,49 @@ def _first_size(batch: Any) -> int | None:
     return next((size for part in parts if (size := _first_size(part)) is not None), None)
 
 
+def led_by(batch: Any, size: int) -> bool:
+    """Whether any part of a batch has ``size`` rows.
+
+    Example:
+        >>> import torch
+        >>> led_by({"ids": torch.zeros(3, 7)}, 3), led_by({"ids": torch.zeros(3, 7)}, 6)
+        (True, False)
+    """
+    if isinstance(batch, Tensor):
+        return batch.dim() > 0 and batch.shape[0] == size
+    if isinstance(batch, Mapping):
+        return any(led_by(part, size) for part in batch.values())
+    if isinstance(batch, list | tuple):
+        plain = isinstance(batch, list) and all(isinstance(part, str | int | float) for part in batch)
+        return (plain and len(batch) == size) or any(led_by(part, size) for part in batch)
+    return any(led_by(getattr(batch, name), size) for name in getattr(batch, "__dataclass_fields__", ()))
+
+
 def cut(batch: Any, rows: Tensor, size: int) -> Any:
     """The given rows of a batch of ``size`` rows; parts without a row dimension stay whole.
+
+    Raises:
+        RowsError: If no part has ``size`` rows.
 
     Example:
         >>> import torch
         >>> cut((torch.arange(4), "name"), torch.tensor([0, 2]), 4)
         (tensor([0, 2]), 'name')
     """
+    if not led_by(batch, size):
+        raise RowsError(
+            f"a batch of type {type(batch).__name__} has no part led by its {size} rows, so none can be cut out"
+        )
+    return _cut(batch, rows, size)
+
+
+def _cut(batch: Any, rows: Tensor, size: int) -> Any:
     if isinstance(batch, list) and len(batch) == size and all(isinstance(part, str | int | float) for part in batch):
         return [batch[int(k)] for k in rows]
     if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        return type(batch)([cut(part, rows, size) for part in batch])
+        return type(batch)([_cut(part, rows, size) for part in batch])
     if isinstance(batch, dict):
-        return {key: cut(part, rows, size) for key, part in batch.items()}
+        return {key: _cut(part, rows, size) for key, part in batch.items()}
 
     def pick(tensor: Tensor) -> Tensor:
         return tensor[rows.to(tensor.device)] if tensor.dim() and tensor.shape[0] == size else tensor

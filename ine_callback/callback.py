@@ -19,6 +19,7 @@ from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
+from ine_callback.mixing import BatchHooks
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
@@ -132,21 +133,22 @@ class InfluenceCallback(Callback):
             raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
         self.report = None
         self._tracker = RowTracker(owner)
-        if self.row_fn is None:
-            self._track_rows(trainer, self._tracker)
+        self._hooks = BatchHooks(trainer, pl_module)
+        self._track_rows(trainer, self._tracker)
 
     def _track_rows(self, trainer: Trainer, tracker: RowTracker) -> None:
         """Makes training batches carry their rows, and takes them off before anybody else sees the batch."""
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
+        hooks = self._hooks
 
         def process_dataloader(loader: object) -> object:
             loader = process(loader)
-            if trainer.training:
+            if trainer.training and self.row_fn is None:
                 tracker.track(loader)
             return loader
 
         self._patch(trainer.strategy, "process_dataloader", process_dataloader)
-        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(tracker.strip(batch)))
+        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(hooks.keep(tracker.strip(batch))))
 
     def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
         before = {name: target.__dict__[name]} if name in target.__dict__ else {}
@@ -208,6 +210,8 @@ class InfluenceCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is not None:
             assert self._tracker is not None
+            if fault := self._hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
+                self._recorder.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
             self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
 
@@ -282,7 +286,9 @@ class InfluenceCallback(Callback):
         except Exception as error:  # a trained model must never be lost to its report
             if self.on_error == "raise":
                 raise
-            warnings.warn(f"{type(self).__name__}: the report was lost: {type(error).__name__}: {error}", stacklevel=2)
+            unsaved = "the report could not be saved; it is in the callback: .report.save(folder)"
+            what = "the report was lost" if self.report is None else unsaved
+            warnings.warn(f"{type(self).__name__}: {what}: {type(error).__name__}: {error}", stacklevel=2)
 
     def _with_chains(self, trainer: Trainer, stages: Stages, report: InfluenceReport) -> InfluenceReport:
         assert self._recorder is not None

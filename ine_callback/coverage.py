@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ine_callback.batches import led_by
 from ine_callback.capture import Block, BlockTable, Capture, Record, Vector
 from ine_callback.capture.fallback import row_shares
 from ine_callback.capture.probe import row_order_faults
@@ -41,6 +42,7 @@ class Coverage:
         self._slow: dict[str, nn.Parameter] = {}
         self._probed = False
         self._dropped: set[str] = set()
+        self._proved: set[nn.Parameter] = set()
 
     def probe(self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int) -> None:
         """Drops the layers whose inputs are not led by the batch's rows; later calls do nothing."""
@@ -55,8 +57,16 @@ class Coverage:
         except Exception as error:
             self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
             return
+        if not led_by(batch, rows):
+            self.notes.append(
+                f"the order of rows inside the layers was not checked (no part of a batch has its {rows} rows)"
+            )
         for module, reason in faults.items():
             self._capture.drop(module, reason)
+
+    def thawed(self) -> bool:
+        """Whether parameters are trained that were frozen (or not yet there) when the capture was proved."""
+        return any(p.requires_grad and p not in self._proved for p in self._module.parameters())
 
     @property
     def slow(self) -> bool:
@@ -78,6 +88,7 @@ class Coverage:
             missing.update({names[p]: reason for p in block.parameters})
         self._settle(missing)
         self._dropped = set(self._capture.dropped)
+        self._proved.update(p for p in self._module.parameters() if p.requires_grad)
         return [item for item in held if item[0] not in wrong]
 
     def _settle(self, missing: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torchmetrics import Metric, MetricCollection
 
 _METRICS = (Metric, MetricCollection)
@@ -28,7 +29,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     Modes, buffers, torchmetrics objects, the plain attributes of every submodule (lists, dicts, counters, tensors,
     arrays, generators) and the random number generators of Python, NumPy and torch are restored; ``self.log`` and
-    ``self.log_dict`` do nothing meanwhile. The mode is evaluation.
+    ``self.log_dict`` do nothing meanwhile. The mode is evaluation, and gradients of single parameters can be taken,
+    also through reentrant activation checkpoints.
 
     Args:
         module: The model.
@@ -43,7 +45,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     try:
         for m, _ in modes:
             m.training = False
-        with torch.enable_grad():
+        with torch.enable_grad(), _differentiable_checkpoints(), _uncompiled(module):
             yield
     finally:
         for parent, name, metric in swapped:
@@ -54,6 +56,38 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for restore in restores:
                 restore()
         _set_rng_states(states)
+
+
+def compiled_parts(module: nn.Module) -> list[nn.Module]:
+    """Submodules that torch.compile runs: wrapped by it, compiled in place, or a LightningModule given to it."""
+    return [
+        m
+        for m in module.modules()
+        if type(m).__name__ == "OptimizedModule" or m._compiled_call_impl or getattr(m, "_compiler_ctx", None)
+    ]
+
+
+def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Runs compiled parts as they were written: other shapes would change what is compiled for the training."""
+    return torch.compiler.set_stance("force_eager") if compiled_parts(module) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Makes reentrant activation checkpoints the other kind: ``torch.autograd.grad`` passes a reentrant one by."""
+
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    before = CheckpointFunction.__dict__.get("apply")
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del CheckpointFunction.apply
+        else:
+            CheckpointFunction.apply = before  # type: ignore[method-assign]
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> list[Restore]:

@@ -43,12 +43,13 @@ def known(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, _SGD + _ADAM)
 
 
-def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Rate:
+def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter], unscale: Tensor | float = 1.0) -> Rate:
     """The rate of a block's parameters (its first parameter decides the parameter group).
 
     Args:
         optimizer: Any torch optimizer.
         parameters: The block's parameters.
+        unscale: Factor that undoes the scaling of the present gradients under mixed precision.
     """
     group = _group_of(optimizer, parameters[0])
     if group is None:
@@ -56,7 +57,7 @@ def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Rate:
     weight_decay, gain = float(group.get("weight_decay", 0.0)), _gain(optimizer, group)
     lr, step = float(group["lr"]), _step(optimizer, group)
     if isinstance(optimizer, _ADAM):
-        scale = _adam_scale(optimizer, group, parameters)
+        scale = _adam_scale(optimizer, group, parameters, unscale)
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay", False))
         return Rate(lr, step, scale, weight_decay if decoupled else weight_decay * scale, scale)
     return Rate(lr, step, gain, weight_decay * gain if isinstance(optimizer, _SGD) else 0.0)
@@ -86,7 +87,9 @@ def _gain(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0  # Nesterov's sum is the same
 
 
-def _adam_scale(optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> Tensor | float:
+def _adam_scale(
+    optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter], unscale: Tensor | float
+) -> Tensor | float:
     """1 / (sqrt(mean of v-hat) + eps) over the block; before the first step v-hat is the present squared gradient."""
     total: Tensor | float = 0.0
     count = 0
@@ -95,7 +98,7 @@ def _adam_scale(optimizer: Optimizer, group: dict[str, Any], parameters: Sequenc
         if "exp_avg_sq" in state:
             total = total + state["exp_avg_sq"].float().sum() / (1 - group["betas"][1] ** state["step"])
         elif p.grad is not None:
-            total = total + p.grad.detach().float().square().sum()
+            total = total + (p.grad.detach().float() * unscale).square().sum()
         else:
             continue
         count += p.numel()

@@ -157,6 +157,11 @@ class Recorder:
                 f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
                 "Adam or AdamW, or leave the recording out."
             )
+        if self.capture.dropped and not self.capture.names and self.config["uncaptured"] != "fallback":
+            raise InfluenceError(
+                f"{self.owner}: no layer can be recorded: {self.coverage.first_reason()}; train without torch.compile, "
+                "or pass uncaptured='fallback' (slow: one backward pass a row)."
+            )
         self._device = next(self.module.parameters()).device
         bound = self.bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
@@ -183,8 +188,7 @@ class Recorder:
         self._losses = RowLosses(self._size, self._device)
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
-            self.note(f"{kind} is not SGD, Adam or AdamW: its steps were taken as plain SGD")
-            warnings.warn(f"{self.owner}: {kind} is not SGD, Adam or AdamW; scores take it as plain SGD.", stacklevel=2)
+            self.warn(f"{kind} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
         self.capture.attach()
         self._handles = [
             self.optimizer.register_step_pre_hook(lambda *_: self._guarded(self._before_step)),
@@ -245,14 +249,21 @@ class Recorder:
             self._grow(self._check.count)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled = (rows, data), False
-        if self.steps == 0 and not self._pending:
-            self.coverage.probe(self._loss, data, len(rows))
-        elif self.steps % self.refresh_every == 0 and not self._pending:
-            self.signals.refresh()
+        if not self._pending:
+            self._prepare(rows, data)
         self.signals.observe_curvature = self.steps % self.curvature_every == 0
         self.capture.start_batch(len(rows))
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
+
+    def _prepare(self, rows: Tensor, data: Any) -> None:
+        """Before a step's first batch: refreshes, or holds records back where parameters are new."""
+        if self.coverage.thawed() and self.signals.held is None:
+            self.signals.hold()
+        if self.signals.held is not None:
+            self.coverage.probe(self._loss, data, len(rows))
+        elif self.steps and self.steps % self.refresh_every == 0:
+            self.signals.refresh()
 
     def _grow(self, rows: int) -> None:
         self._size = max(rows, 2 * self._size)
@@ -287,6 +298,10 @@ class Recorder:
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
         assert self.signals.held is not None
+        unscale = self.capture.unscale
+        if unscale is not None and not _finite(self.module):  # an overflow, whose step is skipped: the next pass is it
+            self.signals.held = []
+            return
         self.signals.held = self.coverage.prove(self.signals.held, self.signals.table)
         self._fall_back(rows, data)
         if not self.signals.held:
@@ -294,7 +309,7 @@ class Recorder:
                 f"{self.owner}: no layer's gradients could be told apart by the batch's {len(rows)} rows: "
                 f"{self.coverage.first_reason()}. Check row_fn and the collate function, or use uncaptured='fallback'."
             )
-        self.signals.release()
+        self.signals.release(1.0 if unscale is None else unscale)
 
     def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
         self._received = True
@@ -390,6 +405,11 @@ class Recorder:
         if note not in self.notes:
             self.notes.append(note)
 
+    def warn(self, note: str) -> None:
+        """Tells the user now, and in the report."""
+        self.note(note)
+        warnings.warn(f"{self.owner}: {note}.", stacklevel=3)
+
     # -- report -------------------------------------------------------------------------------------------------------
 
     def report(self) -> InfluenceReport:
@@ -429,3 +449,8 @@ class Recorder:
                 *self.signals.notes(),
             ],
         )
+
+
+def _finite(module: nn.Module) -> bool:
+    """Whether all gradients are."""
+    return all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)

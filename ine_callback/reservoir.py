@@ -117,9 +117,13 @@ class Reservoir:
         self._filled, self._seen, self._owed = 0, 0, 0.0
 
     def open(self, records: Sequence[tuple[Block, Record]]) -> None:
-        """Makes room for the blocks of the first batch; embeddings and reused blocks keep their K-FAC discount."""
+        """Makes room for the blocks of a batch. What was kept is forgotten: its rows lack the blocks that joined.
+
+        Embeddings and reused blocks keep their K-FAC discount.
+        """
         if not self.rows:
             return
+        self._filled, self._seen, self._owed = 0, 0, 0.0
         usable = {block: record for block, record in records if not block.reused and not isinstance(record, Lookup)}
         first = {block: _kept(record, slice(0, 1)) for block, record in usable.items()}
         per_row = sum(rows.elements for rows in first.values())

@@ -159,8 +159,15 @@ class Signals:
         self._out[:, -1] += signals * self.contrasts.of_self(block, records)
         self._own_variance += norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
 
-    def release(self) -> None:
-        """Ends holding back: makes the first directions from all records held, then contracts those."""
+    def hold(self) -> None:
+        """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""
+        self.held = []
+
+    def release(self, unscale: Tensor | float) -> None:
+        """Ends holding back: makes the first directions from all records held, then contracts those.
+
+        The gradients in place are those of the records, times 1 / ``unscale``.
+        """
         held, self.held = self.held or [], None
         if self.curvature is not None:
             for block, record, scale in held:
@@ -169,7 +176,7 @@ class Signals:
         for block, record, scale in held:
             self._keep(block, record, scale)
         self.reservoir.commit()
-        self.refresh()
+        self.refresh(unscale)
         for block, record, scale in held:
             self._contract(block, record, scale)
 
@@ -196,16 +203,17 @@ class Signals:
         variance = torch.cat(columns, 1)
         return torch.where(variance > 0, variance.sqrt(), 1.0)
 
-    def refresh(self) -> None:
+    def refresh(self, unscale: Tensor | float = 1.0) -> None:
         """New directions ``U = P D v`` at the present weights, and their units ``|sigma D v|``."""
-        blocks = list(self.table)
+        blocks = [block for block in self.table if all(p.requires_grad for p in block.parameters)]
+        self._directions.clear()
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         remaining = self.schedule.remaining(float(self.optimizer.param_groups[0]["lr"]))
         with torch.no_grad():
             v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in blocks} if self.queries else {}
-            plans = {block: self._plan(block, remaining) for block in blocks}
+            plans = {block: self._plan(block, remaining, unscale) for block in blocks}
             across = self.reservoir.apply(v, {b: p.exponents for b, p in plans.items()})
             variance = torch.zeros(len(self.queries), device=parameters[0].device)
             for block, plan in plans.items():
@@ -223,9 +231,9 @@ class Signals:
         """Sentences for the report about what was left out."""
         return [note for note in (self.reservoir.note, self.noise.note) if note]
 
-    def _plan(self, block: Block, remaining: float) -> _Plan:
+    def _plan(self, block: Block, remaining: float, unscale: Tensor | float) -> _Plan:
         """A block's discount and weight; parameter groups with their own learning rates count relative to the first."""
-        rate, step = rate_of(self.optimizer, block.parameters), step_rate(self.optimizer)
+        rate, step = rate_of(self.optimizer, block.parameters, unscale), step_rate(self.optimizer)
         lr = float(self.optimizer.param_groups[0]["lr"])
         weight = rate.weight * (rate.step / step if step else 1.0)
         ahead = remaining * (rate.lr / lr if lr else 1.0)

@@ -17,12 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
 from ine_callback.capture.records import Record
 from ine_callback.errors import RowsError
+from ine_callback.isolation import compiled_parts
+
+_COMPILED = "it runs inside torch.compile, which calls no hooks"
 
 Receiver = Callable[[nn.Module, dict[str, Record]], None]
 
 
 class Capture:
-    """Hooks on every module with a known layer function and trainable parameters of its own.
+    """Hooks on every module with a known layer function and parameters of its own, also frozen ones: they may thaw.
 
     Args:
         module: The model.
@@ -42,8 +45,10 @@ class Capture:
     def __init__(self, module: nn.Module, receive: Receiver, fail: Callable[[Exception], None]) -> None:
         self._receive, self._fail = receive, fail
         self.active, self.rows = False, 0
-        self.names = {child: name for name, child in module.named_modules() if _capturable(child)}
-        self.dropped: dict[str, str] = {}
+        inside = {child for part in compiled_parts(module) for child in part.modules()}
+        known = {child: name for name, child in module.named_modules() if _capturable(child)}
+        self.names = {child: name for child, name in known.items() if child not in inside}
+        self.dropped = {name: _COMPILED for child, name in known.items() if child in inside}
         self.approximate = {
             name: f"{type(child).__name__} mixes the rows of a batch: shares add up exactly, single rows do not"
             for child, name in self.names.items()
@@ -95,7 +100,7 @@ class Capture:
         if not (isinstance(a, Tensor) and isinstance(output, Tensor)):
             self.drop(module, "its input or output is not a single tensor")
             return
-        if not output.requires_grad:
+        if not (output.requires_grad and any(p.requires_grad for p in module.parameters(recurse=False))):
             return
         self.calls[module] = self.calls.get(module, 0) + 1
         held, version = a.detach(), a._version
@@ -111,7 +116,11 @@ class Capture:
             with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
                 self.half |= delta.dtype in (torch.float16, torch.bfloat16)
                 a, delta = _one_dtype(a, delta.detach())
-                records = records_of(module, a, delta if self.unscale is None else delta * self.unscale, self.rows)
+                if self.unscale is not None:
+                    delta = delta * self.unscale
+                    # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
+                    delta = torch.where(delta.isfinite().all(), delta, 0.0)
+                records = records_of(module, a, delta, self.rows)
                 self._receive(module, records)
                 self._proved.add(module)
         except RowMismatch as error:
@@ -124,7 +133,7 @@ class Capture:
 
 
 def _capturable(module: nn.Module) -> bool:
-    return layer_function(module) is not None and any(p.requires_grad for p in module.parameters(recurse=False))
+    return layer_function(module) is not None and any(True for _ in module.parameters(recurse=False))
 
 
 def _one_dtype(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

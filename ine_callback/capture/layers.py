@@ -73,7 +73,22 @@ def register_layer(*types: type[nn.Module]) -> Callable[[LayerFunction], LayerFu
 
 def layer_function(module: nn.Module) -> LayerFunction | None:
     """The capture function of a module, or None where its type is not known."""
-    return next((_REGISTRY[kind] for kind in type(module).__mro__ if kind in _REGISTRY), None)
+    registered = next((_REGISTRY[kind] for kind in type(module).__mro__ if kind in _REGISTRY), None)
+    return registered or _known_by_name(module)
+
+
+def _known_by_name(module: nn.Module) -> LayerFunction | None:
+    """Types of other libraries, none of which is imported: GPT-2's Conv1D and the many classes called RMSNorm.
+
+    The first step's proof drops what only has the name.
+    """
+    kind = type(module)
+    if f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D":
+        return transposed_linear
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and own == ["weight"] and _epsilon(module) is not None:
+        return named_rms_norm
+    return None
 
 
 def by_row(x: Tensor, rows: int) -> Tensor:
@@ -98,6 +113,13 @@ def linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, 
 
 def _weight_and_bias(a: Tensor, delta: Tensor) -> dict[str, Record]:
     return {"weight": Outer(a, delta), "bias": Outer(a.new_ones(()).expand(*a.shape[:-1], 1), delta)}
+
+
+def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """A linear layer whose weight is [inputs, outputs]."""
+    a, delta = by_row(a, rows), by_row(delta, rows)
+    a, delta = a.reshape(rows, 1, -1, a.shape[-1]), delta.reshape(rows, 1, -1, delta.shape[-1])
+    return {"weight": Outer(delta, a), "bias": Vector(delta.sum((1, 2)))}
 
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -175,6 +197,18 @@ def rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str
     assert isinstance(module, nn.RMSNorm)
     shape = list(module.normalized_shape)
     return _affine(F.rms_norm(a, shape, eps=module.eps), delta, rows, len(shape))
+
+
+def named_rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """RMSNorm over the last dimension; whether the scale is the weight or 1 + weight, its gradient is the same."""
+    epsilon = _epsilon(module)
+    return _affine(F.rms_norm(a, [a.shape[-1]], eps=epsilon), delta, rows, 1)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """What the class calls eps."""
+    found = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    return next((value for value in found if isinstance(value, float)), None)
 
 
 def _affine(normed: Tensor, delta: Tensor, rows: int, trailing: int) -> dict[str, Record]:

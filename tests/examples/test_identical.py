@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -11,49 +10,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
+from regimes.identical import History, compare, fitted, left_behind
 from torch.utils.data import DataLoader
 
 from ine_callback import InfluenceCallback, InfluenceReport, Query
 from ine_callback.report import RunInfo
 
 Load = Callable[[str], ModuleType]
-
-
-class History(L.Callback):
-    """Every logged metric and learning rate of every step: a difference that heals before the end shows here."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        self.seen.append(({k: v.clone() for k, v in trainer.callback_metrics.items()}, rates))
-
-
-def left_behind(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
-    return {
-        "parameters and buffers": [v.clone() for v in model.state_dict().values()],
-        "modes": [module.training for module in model.modules()],
-        "optimizer": tree_leaves(optimizer.state_dict()),
-        "random states": [torch.get_rng_state(), *np.random.get_state(), random.getstate()],
-    }
-
-
-def compare(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> None:
-    assert one.keys() == other.keys()
-    for kind in one:
-        assert len(one[kind]) == len(other[kind]), kind
-        for a, b in zip(one[kind], other[kind], strict=True):
-            if isinstance(a, torch.Tensor | np.ndarray):
-                assert np.array_equal(np.asarray(a), np.asarray(b)), kind
-            else:
-                assert a == b, kind
-
-
-def fitted(trainer: L.Trainer, history: History) -> dict[str, list[Any]]:
-    found = left_behind(trainer.lightning_module, trainer.optimizers[0])
-    return found | {"logged": tree_leaves(trainer.callback_metrics), "history": tree_leaves(history.seen)}
 
 
 def test_digits(example: Load) -> None:

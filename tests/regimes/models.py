@@ -1,0 +1,239 @@
+"""Regimes of the model: layers that share, repeat, mix, freeze, recompute, or cannot be captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .regime import CLASSES, FEATURES, Classifier, Data, Regime, classes, mlp, vectors
+
+WORDS, LENGTH = 7, 5
+
+
+def sentences() -> Data:
+    """Rows of word numbers, the class is the row's."""
+    return vectors(draw=lambda g, rows: (torch.randint(WORDS, (rows, LENGTH), generator=g), classes(g, rows)))
+
+
+def series() -> Data:
+    return vectors(draw=lambda g, rows: (torch.randn(rows, LENGTH, 4, generator=g), classes(g, rows)))
+
+
+def pictures() -> Data:
+    return vectors(draw=lambda g, rows: (torch.randn(rows, 1, 6, 6, generator=g), classes(g, rows)))
+
+
+def next_words() -> Data:
+    def draw(generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(WORDS, (rows, LENGTH + 1), generator=generator)
+        return ids[:, :-1], ids[:, 1:]
+
+    return vectors(draw=draw)
+
+
+class Checkpointed(nn.Module):
+    """Its first half is computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.body, self.head = mlp()[:4], nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_() if self.reentrant else x
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, 6), nn.Linear(6, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.embed(ids).cumsum(1))))
+
+
+class LanguageModel(Classifier):
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def terms(self, single: Any) -> int:
+        return LENGTH
+
+
+class Reused(nn.Module):
+    """One layer twice, once on its own output, and in-place activations between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer, self.head = nn.Linear(FEATURES, 6), nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.layer(self.first(x).sigmoid_()), inplace=True)
+        return self.head(self.layer(x).tanh_())
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Residual(nn.Module):
+    """A small ResNet with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.inner, self.outer = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.head, self.relu = nn.Linear(4, CLASSES), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = self.relu(self.outer(self.two(self.relu(self.inner(self.one(x))))) + x)
+        return self.head(x.mean((2, 3)))
+
+
+class OtherRMSNorm(nn.Module):
+    """As many libraries write it, with a scale of 1 + weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * (1.0 + self.weight)
+
+
+class MisnamedRMSNorm(OtherRMSNorm):
+    """Is none: the first step's proof must drop it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.0 + self.weight)
+
+
+def normed(norm: type[OtherRMSNorm]) -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), norm(8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def frozen() -> nn.Module:
+    net = mlp()
+    net[2].requires_grad_(False)
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+class Thaws(BaseFinetuning):
+    """The first layers join in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[:3])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[:3], optimizer, lr=0.05, initial_denom_lr=1.0)
+
+
+class Freezes(BaseFinetuning):
+    """The first layers are done after the first epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pass
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.freeze(pl_module.net[:3])
+
+
+class Compiled(Classifier):
+    """The network, or its first layers, run by torch.compile."""
+
+    def __init__(self, backend: str, first: int | None = None) -> None:
+        super().__init__()
+        if first is None:
+            self.net = torch.compile(self.net, backend=backend)
+        else:
+            self.net = nn.Sequential(torch.compile(self.net[:first], backend=backend), *self.net[first:])
+
+
+def uncompiled(module: Compiled) -> None:
+    module.net = getattr(module.net, "_orig_mod", module.net)
+    if hasattr(module.net[0], "_orig_mod"):
+        module.net[0] = module.net[0]._orig_mod
+
+
+RNN = tuple(f"net.rnn.{name}_{side}_l0" for name in ("weight", "bias") for side in ("ih", "hh"))
+ATTENTION = tuple(
+    f"net.attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+)
+SLOWLY = {"uncaptured": "fallback"}
+MODELS = [
+    Regime("activation checkpointing", "models", lambda: Classifier(Checkpointed(reentrant=False))),
+    Regime(
+        "activation checkpointing, reentrant",
+        "models",
+        lambda: Classifier(Checkpointed(reentrant=True)),
+        plain_form=lambda module: setattr(module.net, "reentrant", False),
+    ),
+    Regime("tied embedding", "models", lambda: LanguageModel(Tied()), next_words),
+    Regime("a layer used twice, in-place activations", "models", lambda: Classifier(Reused())),
+    Regime("another library's RMSNorm", "models", lambda: Classifier(normed(OtherRMSNorm))),
+    Regime(
+        "a layer that is not what its name says",
+        "models",
+        lambda: Classifier(normed(MisnamedRMSNorm)),
+        left_out=("net.1.weight",),
+    ),
+    Regime("frozen parameters", "models", lambda: Classifier(frozen())),
+    Regime("parameters that thaw (BaseFinetuning)", "models", trainer=lambda: {"callbacks": [Thaws()]}),
+    Regime("parameters that freeze", "models", trainer=lambda: {"callbacks": [Freezes()]}),
+    Regime("nn.MultiheadAttention", "models", lambda: Classifier(Attentive()), series, left_out=ATTENTION),
+    Regime("nn.MultiheadAttention, fallback", "models", lambda: Classifier(Attentive()), series, influence=SLOWLY),
+    Regime("LSTM", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, left_out=RNN),
+    Regime("LSTM, fallback", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, influence=SLOWLY),
+    Regime("GRU, fallback", "models", lambda: Classifier(Recurrent(nn.GRU)), series, influence=SLOWLY),
+    Regime(
+        "ResNet with BatchNorm",
+        "models",
+        lambda: Classifier(Residual()),
+        pictures,
+        shares="among",
+        approximate=("net.norm", "net.inner", "net.outer"),
+    ),
+    Regime(
+        "torch.compile, in part",
+        "models",
+        lambda: Compiled("eager", first=2),
+        left_out=("net.0.0.weight", "net.0.0.bias"),
+        plain_form=uncompiled,
+        slow=True,
+    ),
+    Regime(
+        "torch.compile (inductor), fallback",
+        "models",
+        lambda: Compiled("inductor"),
+        influence=SLOWLY,
+        plain_form=uncompiled,
+        slow=True,
+    ),
+]

@@ -1,0 +1,123 @@
+"""What is refused before the first step, and the words that name the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .data import Ready, Stream, combined
+from .models import Compiled
+from .regime import BATCH, Classifier, Data, vectors
+
+
+@dataclass
+class Refusal:
+    """A regime that cannot be recorded.
+
+    Attributes:
+        name: Its row of the table.
+        reason: Why, for the table.
+        told: What the message must hold: value and remedy.
+    """
+
+    name: str
+    reason: str
+    told: tuple[str, ...]
+    module: Callable[[], Classifier] = Classifier
+    data: Callable[[], Data] = vectors
+    influence: dict[str, Any] = field(default_factory=dict)
+
+
+class TwoOptimizers(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [self._optimizer(part.parameters()) for part in (self.net[:3], self.net[3:])]
+
+
+class ByHand(Classifier):
+    """Manual optimization without a validation step that returns a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return None
+
+
+def with_prelu() -> Classifier:
+    return Classifier(torch.nn.Sequential(torch.nn.PReLU(5), torch.nn.Linear(5, 3)))
+
+
+REFUSED = [
+    Refusal(
+        "LBFGS",
+        "its closure runs several times a step, so no batch is the step's",
+        ("LBFGS", "use SGD, Adam or AdamW"),
+        lambda: Classifier(optimizer=torch.optim.LBFGS),
+    ),
+    Refusal(
+        "several optimizers",
+        "a row's share of which step? not worked out yet",
+        ("2 optimizers", "use one", "enabled=False"),
+        TwoOptimizers,
+    ),
+    Refusal(
+        "manual optimization, query 'val', validation_step returns nothing",
+        "its training_step steps by itself and cannot be asked for a loss; a callable query can",
+        ("ByHand", "return the loss from validation_step", "callable query"),
+        ByHand,
+    ),
+    Refusal(
+        "torch.compile of the whole network",
+        "compiled code calls no hooks; uncaptured='fallback' works",
+        ("torch.compile", "uncaptured='fallback'"),
+        lambda: Compiled("eager"),
+    ),
+    Refusal(
+        "iterable dataset without row_fn",
+        "a stream has no row indices",
+        ("iterable dataset Stream", "row_fn="),
+        data=lambda: vectors(lambda items: DataLoader(Stream(items), BATCH)),
+    ),
+    Refusal(
+        "batch_size=None without row_fn",
+        "the dataset makes the batches, so no index is a row's",
+        ("batch_size=None", "row_fn="),
+        data=lambda: vectors(lambda items: DataLoader(Ready(items), batch_size=None)),
+    ),
+    Refusal(
+        "CombinedLoader without row_fn",
+        "two datasets' rows have no common numbers",
+        ("2 training loaders", "row_fn="),
+        data=lambda: vectors(combined),
+    ),
+    Refusal(
+        "uncaptured='raise' and a layer without a capture",
+        "the user asked for it",
+        ("net.0.weight", "uncaptured='warn' or 'fallback'"),
+        with_prelu,
+        influence={"uncaptured": "raise"},
+    ),
+]
