@@ -152,7 +152,8 @@ def test_queries_are_not_augmented() -> None:
             return super().validation_step(batch, batch_idx)
 
     fit(Watches, {"limit_val_batches": 1}, [InfluenceCallback(refresh_every=1, on_error="raise")])
-    assert stages.count("training") == 3 * ROWS // BATCH
+    asked = 2  # times whether the hooks mix the rows of the first batch
+    assert stages.count("training") == 3 * ROWS // BATCH + asked
 
 
 def test_lbfgs_is_refused() -> None:

@@ -20,7 +20,7 @@ class Calibration:
     """What :func:`calibrate` found.
 
     Attributes:
-        bif: The settings with step size and localization filled in.
+        bif: The settings with step size, localization and n_beta filled in.
         step_size: ε, the largest stable one.
         localization: γ as given, or as chosen.
         distance: Root mean square distance of draws from the trained weights, by the quadratic posterior.
@@ -38,9 +38,9 @@ class Calibration:
     def __str__(self) -> str:
         share = self.distance / self.weights_norm if self.weights_norm else float("inf")
         return (
-            f"step_size={self.step_size:.3g}, localization={self.localization:.3g}: draws go {self.distance:.3g} far "
-            f"from the trained weights, {share:.0%} of their norm; the step inflates no variance by more than "
-            f"{self.inflation:.0%}"
+            f"step_size={self.step_size:.3g}, localization={self.localization:.3g}, n_beta={self.bif.n_beta:.3g}: "
+            f"draws go {self.distance:.3g} far from the trained weights, {share:.0%} of their norm; the step inflates "
+            f"no variance by more than {self.inflation:.0%}"
         )
 
 
@@ -79,7 +79,7 @@ def calibrate(
         posterior = LocalPosterior(flat, losses, rows, bif)
         sampler = posterior.sampler(posterior.calibrate())
         return Calibration(
-            replace(bif, step_size=sampler.step_size, localization=posterior.localization),
+            replace(bif, step_size=sampler.step_size, localization=posterior.localization, n_beta=posterior.n_beta),
             sampler.step_size,
             posterior.localization,
             posterior.quadratic.spread**0.5,

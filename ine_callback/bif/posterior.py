@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ine_callback.batches import cut, micro_batches, size_of
 from ine_callback.bif.flat import Batch, Flat, Function
+from ine_callback.bif.locality import pull
 from ine_callback.bif.quadratic import Quadratic
 from ine_callback.bif.sgld import SGLD, Coordinates, Curved, Diagonal, State
 from ine_callback.methods.bif import BIF
 from ine_callback.stats.chains import minibatch_bias
 
 LIMIT = 2**28  # numbers held for the rows' gradients: 1 GiB in float32
-_RADIUS = 0.5  # of the prior, in norms of the trained weights
+TRIED = 4  # draws, mirrored, that tell how far is too far
+PROBED = 8  # of the Fisher's directions, one of which is taken for the steepest
 _ALPHA = 0.1  # RMSprop's preconditioner is 1 / (sqrt(mean square) + alpha)
 _TOGETHER = 8  # displacements tried at a time
 _ROWS_TOGETHER = 8  # a row's gradient costs a backward pass through as many
@@ -34,7 +36,7 @@ class LocalPosterior:
 
     Attributes:
         generator: The chains' generator.
-        localization: γ, chosen where the settings leave it open.
+        localization, n_beta: As set, or chosen where the settings leave them open (:mod:`.locality`).
         quadratic: The quadratic posterior.
         mean_gradient: ∇L(w*) [P].
     """
@@ -43,17 +45,16 @@ class LocalPosterior:
         self.flat, self.losses, self.data, self.settings = flat, losses, data, settings
         self.generator = torch.Generator(flat.weights.device).manual_seed(settings.seed)
         self.count, self.weights = size_of(data), flat.weights
-        parameters = len(self.weights)
-        radius = _RADIUS * float(self.weights.norm())
-        self.localization = settings.localization or (parameters / radius**2 if radius > 0 else 1.0)
-        few = min(settings.curvature_rows, self.count, max(1, LIMIT // parameters))
+        few = min(settings.curvature_rows, self.count, max(1, LIMIT // len(self.weights)))
         order = self._order()
         self._sample = cut(data, order[:few], self.count)
         others = order[few:] if self.count >= 2 * few else order
         self._others = cut(data, others[: settings.eval_rows], self.count)
         self.gradients = jacobian(flat, losses, self._sample)
-        fisher = Quadratic(self.gradients, settings.n_beta, self.localization)
-        self.quadratic = fisher.measured(self._curvature, settings.n_beta)
+        fisher = Quadratic(self.gradients, 1.0, 1.0)
+        self.localization = settings.localization or self._pull(fisher)
+        self.n_beta = settings.n_beta or self._data_weight(fisher)
+        self.quadratic = fisher.at(self.n_beta, self.localization).measured(self._curvature)
         self.mean_gradient = torch.zeros_like(self.weights)
         for part in micro_batches(data, settings.eval_rows):
             share = size_of(part) / self.count
@@ -63,6 +64,22 @@ class LocalPosterior:
 
     def _order(self) -> Tensor:
         return torch.randperm(self.count, generator=self.generator, device=self.weights.device)
+
+    def _pull(self, fisher: Quadratic) -> float:
+        size = (TRIED, len(self.weights))
+        normal = torch.randn(size, generator=self.generator, dtype=self.weights.dtype, device=self.weights.device)
+
+        def loss(deviations: Tensor) -> Tensor:
+            return self.flat.values(self.weights + deviations, self.losses, self._others).mean(1)
+
+        return pull(fisher, self.weights, self.settings.n_beta, loss, normal)
+
+    def _data_weight(self, fisher: Quadratic) -> float:
+        """n_beta for which the steepest measured curvature is as strong as the pull."""
+        top = fisher.curvature.argsort(descending=True)[:PROBED]
+        displacements = fisher.directions[top] / (2 * self.localization) ** 0.5  # their posterior's, if so chosen
+        steepest = float(self._curvature(displacements).max()) if len(top) else 0.0
+        return self.localization / steepest if steepest > 0 else 1.0
 
     def _curvature(self, displacements: Tensor) -> Tensor:
         """d · H d / ‖d‖² by central differences [k], if possible on rows that did not choose the directions."""
@@ -100,7 +117,7 @@ class LocalPosterior:
         """The sampler with the settings' step size, or the one found by :func:`calibrate`."""
         step = step_size or self.settings.step_size or self.calibrate()
         reduced = self.settings.reduced
-        return SGLD(self.coordinates(), step, self.settings.n_beta, self.localization, self.generator, reduced, reduced)
+        return SGLD(self.coordinates(), step, self.n_beta, self.localization, self.generator, reduced, reduced)
 
     def bias(self, sampler: SGLD, deviation: Tensor) -> float:
         """Relative inflation of the variance by minibatch noise, at a deviation [P] that the chains have visited."""
@@ -111,6 +128,11 @@ class LocalPosterior:
             gradients = gradients - self.gradients
         pulled = sampler.coordinates.pull(gradients)
         return minibatch_bias(pulled.cpu().numpy(), sampler.step_size, sampler.n_beta, self.settings.batch_size)
+
+    @property
+    def strength(self) -> float:
+        """How strong the data are against the pull where the loss is steepest."""
+        return self.n_beta * self.quadratic.steepest / self.localization
 
     def inflation(self, sampler: SGLD) -> float:
         """Relative inflation of the variance by the step size in the steepest direction; infinite where unstable.
@@ -176,7 +198,7 @@ class LocalPosterior:
 
     def _model_gradient(self, deviation: Tensor) -> Tensor:
         """∇L of the quadratic model."""
-        curved = self.quadratic.apply(deviation, lambda a: (a - self.localization) / self.settings.n_beta)
+        curved = self.quadratic.apply(deviation, lambda a: (a - self.localization) / self.n_beta)
         return self.mean_gradient + curved
 
 

@@ -24,6 +24,11 @@ class Quadratic:
         n_beta: Weight of the mean loss in the posterior.
         localization: Strength γ > 0 of the pull towards the trained weights.
 
+    Attributes:
+        directions: Where the loss is curved [k, P], orthonormal.
+        curvature: How much in each [k].
+        values: A's eigenvalues on them [k].
+
     Example:
         >>> import torch
         >>> a = Quadratic(torch.tensor([[2.0, 0.0, 0.0]]), n_beta=1.0, localization=0.5)
@@ -32,15 +37,25 @@ class Quadratic:
     """
 
     def __init__(self, gradients: Tensor, n_beta: float, localization: float) -> None:
-        weighted = gradients * (n_beta / max(1, len(gradients))) ** 0.5
-        values, vectors = torch.linalg.eigh((weighted @ weighted.T).double())
+        shared = gradients / max(1, len(gradients)) ** 0.5
+        values, vectors = torch.linalg.eigh((shared @ shared.T).double())
         keep = values > _NOTHING * values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
         values, vectors = values[keep], vectors[:, keep]
-        self.directions = (vectors / values.sqrt()).T.to(gradients.dtype) @ weighted  # [k, P], orthonormal
-        self.values = values + localization
-        self.localization = torch.tensor(localization, dtype=torch.float64, device=gradients.device)
+        directions = (vectors / values.sqrt()).T.to(gradients.dtype) @ shared  # [k, P], orthonormal
+        self._set(directions, values, n_beta, localization)
 
-    def measured(self, curvature: Callable[[Tensor], Tensor], n_beta: float) -> Quadratic:
+    def _set(self, directions: Tensor, curvature: Tensor, n_beta: float, localization: float) -> None:
+        self.directions, self.curvature, self.n_beta = directions, curvature, n_beta
+        self.localization = torch.tensor(localization, dtype=torch.float64, device=directions.device)
+        self.values = n_beta * curvature + localization
+
+    def at(self, n_beta: float, localization: float, curvature: Tensor | None = None) -> Quadratic:
+        """The same directions under other settings, or with the loss's curvature along each [k]."""
+        found = Quadratic.__new__(Quadratic)
+        found._set(self.directions, self.curvature if curvature is None else curvature, n_beta, localization)
+        return found
+
+    def measured(self, curvature: Callable[[Tensor], Tensor]) -> Quadratic:
         """The same directions with the loss's own curvature along each, in place of the Fisher's eigenvalues.
 
         The Fisher knows directions, but its scale is right only for a likelihood that fits: for a squared error it is
@@ -48,13 +63,14 @@ class Quadratic:
 
         Args:
             curvature: Maps displacements d [k, P] to d · H d / ‖d‖² [k]; asked at a posterior standard deviation.
-            n_beta: Weight of the mean loss.
         """
-        found = Quadratic.__new__(Quadratic)
-        found.directions, found.localization = self.directions, self.localization
         displacement = self.directions / self.values.sqrt().to(self.directions.dtype)[:, None]
-        found.values = self.localization + n_beta * curvature(displacement).double().clamp_min(0)
-        return found
+        return self.at(self.n_beta, float(self.localization), curvature(displacement).double().clamp_min(0))
+
+    @property
+    def steepest(self) -> float:
+        """The largest curvature of the mean loss itself, 0 where there is none."""
+        return float(self.curvature.max()) if len(self.curvature) else 0.0
 
     @property
     def largest(self) -> float:

@@ -21,7 +21,7 @@ from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
 from ine_callback.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
 from ine_callback.bif.scores import BIFScores, Stage
 from ine_callback.bif.sgld import SGLD, Curved, State
-from ine_callback.bif.tally import Tally
+from ine_callback.bif.tally import Facts, Tally
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF
@@ -97,13 +97,14 @@ def bif_scores(
         settings = bif.to_dict() | {
             "step_size": sampler.step_size,
             "localization": posterior.localization,
+            "n_beta": posterior.n_beta,
             "rows": len(index),
             "parameters": len(flat.weights),
         }
         described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
         tally.gather(ranks)
-        inflation = ranks.first(posterior.inflation(sampler))
-        return tally.finish(index.numpy(), ranks.first(bias), inflation, settings, described)
+        facts = Facts(*(ranks.first(v) for v in (bias, posterior.inflation(sampler), posterior.strength)))
+        return tally.finish(index.numpy(), facts, settings, described)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,21 @@ from ine_callback.stats.hypothesis_tests import benjamini_hochberg
 
 BLOCKS = 4  # parts of a chain whose scatter gives the standard error
 _SMALLEST_BLOCK = 8
-RHAT, DRIFT, BIAS, INFLATION, BALANCE, NOISE = 1.1, 0.5, 0.25, 0.5, 0.98, 0.5
+RHAT, DRIFT, BIAS, INFLATION, STRENGTH, BALANCE, NOISE = 1.1, 0.5, 0.25, 0.5, 0.1, 0.98, 0.5
+
+
+class Facts(NamedTuple):
+    """What the posterior tells of the chains.
+
+    Attributes:
+        bias: See :func:`ine_callback.stats.chains.minibatch_bias`.
+        inflation: Of the variance by the step size, see :meth:`.posterior.LocalPosterior.inflation`.
+        strength: Of the data, see :attr:`.posterior.LocalPosterior.strength`.
+    """
+
+    bias: float
+    inflation: float
+    strength: float
 
 
 class Scatter:
@@ -147,8 +161,7 @@ class Tally:
     def finish(
         self,
         rows: NDArray[np.int64],
-        bias: float,
-        inflation: float,
+        facts: Facts,
         settings: dict[str, Any],
         described: dict[str, Any],
     ) -> BIFScores:
@@ -156,14 +169,13 @@ class Tally:
 
         Args:
             rows: Dataset index of every row [R].
-            bias: See :func:`ine_callback.stats.chains.minibatch_bias`.
-            inflation: Of the variance by the step size, see :meth:`.posterior.LocalPosterior.inflation`.
+            facts: What the posterior knows.
             settings: As used.
             described: Further fields of :class:`BIFScores`.
         """
         found, terms = self._estimates()
         loss = torch.stack(self._loss, 1).double().numpy()
-        screens = self._screens(found["scores"], found["se"], loss, bias, inflation)
+        screens = self._screens(found["scores"], found["se"], loss, facts)
         return BIFScores(
             rows=rows,
             queries=self.readout.infos,
@@ -241,12 +253,14 @@ class Tally:
         whole = float(covariance.mean(0).abs().sum())
         return float((covariance - self._trend()).mean(0).abs().sum()) / whole if whole > 0 else math.nan
 
-    def _screens(self, scores: Floats, se: Floats, loss: Floats, bias: float, inflation: float) -> list[Screen]:
+    def _screens(self, scores: Floats, se: Floats, loss: Floats, facts: Facts) -> list[Screen]:
         complete = loss.shape[1] == self.settings.draws
         rhat, size, slope = split_rhat(loss), effective_size(loss), drift(loss)
         survives, positive = self._survives(), float((scores > 0).mean())
         balance = max(positive, 1 - positive)
         noise = float(np.nanmedian(noise_share(scores, se))) if np.isfinite(se).any() and len(scores) > 2 else math.nan
+        bias, bent, strength = facts
+        stronger = "raise n_beta or lower localization: else the score is hardly more than a product of gradients"
         slower = "raise burn_in, or step_size where the chains are stable"
         return [
             Screen("draws", loss.shape[1], f"{self.settings.draws}", complete, "lower step_size or raise localization"),
@@ -254,8 +268,9 @@ class Tally:
             Screen("effective draws of the loss", size, f"above {SIZE:g}", size > SIZE, "raise draws or thinning"),
             Screen("drift of the loss", slope, f"within ±{DRIFT}", not abs(slope) > DRIFT, slower),
             Screen("covariance left without trend", survives, f"above {SURVIVES}", not survives < SURVIVES, slower),
-            Screen("step-size bias", inflation, f"below {INFLATION}", inflation < INFLATION, "lower step_size"),
+            Screen("step-size bias", bent, f"below {INFLATION}", bent < INFLATION, "lower step_size"),
             Screen("minibatch bias", bias, f"below {BIAS}", not bias > BIAS, "raise batch_size or lower step_size"),
+            Screen("data against pull", strength, f"above {STRENGTH}", strength > STRENGTH, stronger),
             Screen(
                 "share of scores with one sign",
                 balance,

@@ -33,9 +33,10 @@ class BIF(EndMethod):
             ``rmsprop`` start at the trained weights and need some hundred.
         step_size: ε; None: the largest stable one, found by a short search. For ``curvature`` it is in units of the
             inverse curvature: 1 goes half the way to a fresh draw, 4 is unstable.
-        n_beta: Weight of the mean loss in the posterior.
-        localization: γ, the pull towards the trained weights; None: such that the prior's radius √(P/γ) is half the
-            weights' norm.
+        n_beta: Weight of the mean loss in the posterior; None: such that the data are as strong as the pull where the
+            loss is steepest.
+        localization: γ, the pull towards the trained weights; None: such that draws go half the weights' norm far, or
+            less where the loss is not one basin so far out.
         batch_size: Rows of a minibatch, drawn anew at every step and shared by the chains.
         preconditioner: ``"curvature"`` steps in units of the posterior's own curvature; ``"none"`` is plain SGLD;
             ``"rmsprop"`` scales every coordinate by its gradients' size at the trained weights.
@@ -65,7 +66,7 @@ class BIF(EndMethod):
     thinning: int = 2
     burn_in: int = 0
     step_size: float | None = None
-    n_beta: float = 100.0
+    n_beta: float | None = None
     localization: float | None = None
     batch_size: int = 256
     preconditioner: Preconditioner = "curvature"

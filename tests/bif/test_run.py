@@ -137,7 +137,7 @@ def entropies(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def test_on_a_network_both_estimators_mean_the_same() -> None:
     model, rows, query = network()
-    bif = BIF(chains=128, draws=60, thinning=4, step_size=1.0, batch_size=WHOLE)
+    bif = BIF(chains=128, draws=60, thinning=4, step_size=1.0, n_beta=100.0, batch_size=WHOLE)
     run = bif_scores(model, rows, {"q": EachRow(query)}, bif, entropies, progress=False)
     z = (run.scores - run.plain) / run.plain_se
     assert np.abs(z).max() < 4 and np.sqrt((z**2).mean()) < 1.3
@@ -248,8 +248,15 @@ def test_diverging_chains_are_caught() -> None:
     bif = BIF(step_size=0.5, draws=100, **PLAIN)  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match=r"only . draws before the chains ended; the chains diverged at draw"):
         bif_scores(model, rows, {"q": EachRow(query)}, bif, steep, progress=False)
-    wide = bif_scores(model, rows, {"q": query}, BIF(step_size=0.03, draws=100, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
+    coarse = BIF(step_size=0.03, n_beta=100.0, draws=100, **PLAIN)  # type: ignore[arg-type]
+    wide = bif_scores(model, rows, {"q": query}, coarse, entropies, progress=False)
     assert any("step-size bias" in reason and "lower step_size" in reason for reason in wide.reasons)
+
+
+def test_a_pull_that_leaves_the_data_nothing_is_caught() -> None:
+    scores = healthy(localization=1e6, n_beta=100.0)
+    assert not scores.reliable and any("data against pull" in reason for reason in scores.reasons)
+    assert healthy(localization=1e6).reliable  # the data are given a weight to match
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])

@@ -158,7 +158,11 @@ def test_calibration_is_the_chains_own() -> None:
     assert again.settings["step_size"] == found.step_size and "step_size=" in str(found)
     # the Hessian of the mean squared error is known, and so is the spread of its posterior
     design = torch.cat([x, torch.ones(60, 1)], 1)
-    a = 100.0 * 2 * design.T @ design / 60 + 5.0 * torch.eye(5)
+    hessian = 2 * design.T @ design / 60
+    steepest = float(torch.linalg.eigvalsh(hessian)[-1])
+    # the data are as strong as the pull, where the rows' gradients are largest: about the steepest direction
+    assert found.bif.n_beta is not None and 0.95 < found.bif.n_beta * steepest / 5.0 < 1.4
+    a = found.bif.n_beta * hessian + 5.0 * torch.eye(5)
     assert found.distance == pytest.approx(float(torch.linalg.inv(a).trace()) ** 0.5, rel=0.05)
     plain = calibrate(model, x, BIF(draws=8, localization=5.0, preconditioner="none", reduced=False), squared)
     assert plain.step_size < 4 / float(torch.linalg.eigvalsh(a)[-1]) < 40 * plain.step_size
