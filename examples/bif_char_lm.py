@@ -1,7 +1,7 @@
 """Which characters of which passages taught a small transformer? Bayesian influence (BIF) by row and by character.
 
 The model, rows and documents of char_lm.py. Beside f-INE, which is recorded while the model trains, SGLD chains run
-after a third of the training and at its end. The report says whether the chains can be believed and how far both
+after half of the training and at its end. The report says whether the chains can be believed and how far both
 methods agree; the passages are shown with the characters that did it.
 
     python examples/bif_char_lm.py                  # four poems, in examples/excerpt.txt
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=24_000, help="read no more of the text than this")
     parser.add_argument("--out", type=Path, default=None, help="folder of the report; by default it is only shown")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=60, help="rows scored by the chains")
-    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=24, help="rows scored by the chains")
+    parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # so small a model is fastest on one core
@@ -58,8 +58,9 @@ def main() -> None:
     alphabet = "".join(sorted(set(text)))
     rows, held_out = rows_of(documents(text))
     queries = {title: encode(pieces, alphabet) for title, pieces in held_out.items()}
-    few = {"chains": 4, "batch_size": 32, "curvature_rows": 32}  # sequences are costly, and there are few rows
-    stages = [max(1, args.epochs // 3), "end"]
+    # sequences are costly, and there are few rows
+    few = {"chains": 4, "thinning": 1, "batch_size": 32, "curvature_rows": 32}
+    stages = [max(1, args.epochs // 2), "end"]
     chains = BIF(draws=args.draws, rows=args.rows, per_token=True, at=stages, **few)
     influence = InfluenceCallback(queries=queries, methods=[FINE(), chains], dirpath=args.out)
     train = encode([piece for _, piece in rows], alphabet)
