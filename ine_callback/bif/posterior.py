@@ -11,7 +11,7 @@ from ine_callback.batches import cut, micro_batches, size_of
 from ine_callback.bif.flat import Batch, Flat, Function
 from ine_callback.bif.locality import pull
 from ine_callback.bif.quadratic import Quadratic
-from ine_callback.bif.sgld import SGLD, Coordinates, Curved, Diagonal, State
+from ine_callback.bif.sgld import SGLD, Coordinates, Curved, Diagonal, Gradient, State
 from ine_callback.methods.bif import BIF
 from ine_callback.stats.chains import minibatch_bias
 
@@ -183,18 +183,21 @@ class LocalPosterior:
         """Runs chains of the posterior and of its quadratic model; where the first one ended [P], None if too far."""
         sampler = self.sampler(step)
         seed = int(torch.randint(2**31, (1,), generator=self.generator, device=self.weights.device))
-        spreads = []
-        chains = min(4, self.settings.chains)
-        for gradient in (self._model_gradient, self.gradient):
-            sampler.generator.manual_seed(seed)
-            state = sampler.init(chains, self.mean_gradient)
-            spread = torch.zeros((), dtype=self.weights.dtype, device=self.weights.device)
-            for _ in range(_TRIAL_STEPS):
-                state = sampler.step(state, gradient)
-                spread = torch.maximum(spread, state.z.square().mean())
-            spreads.append(float(spread))
-        model, true = spreads
-        return sampler.coordinates.deviation(state.z)[0] if true <= _GROWTH * model else None  # NaN is not below
+        _, farthest = self._trial(sampler, seed, self._model_gradient, math.inf)
+        end, spread = self._trial(sampler, seed, self.gradient, _GROWTH * farthest)
+        return sampler.coordinates.deviation(end.z)[0] if spread <= _GROWTH * farthest else None
+
+    def _trial(self, sampler: SGLD, seed: int, gradient: Gradient, limit: float) -> tuple[State, float]:
+        """Chains from one start, and the farthest that they have been (mean square); ended when beyond the limit."""
+        sampler.generator.manual_seed(seed)
+        state, spread = sampler.init(min(4, self.settings.chains), self.mean_gradient), 0.0
+        for _ in range(_TRIAL_STEPS):
+            state = sampler.step(state, gradient)
+            here = float(state.z.square().mean())
+            spread = max(spread, here)
+            if not here <= limit:  # NaN is not below
+                return state, math.inf
+        return state, spread
 
     def _model_gradient(self, deviation: Tensor) -> Tensor:
         """∇L of the quadratic model."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 
 from ine_callback import InfluenceCallback, InfluenceReport
 
@@ -67,12 +68,13 @@ def test_char_lm_asks_one_question_for_each_document(program: Callable[..., str]
         assert f"row {report.top(1, title)[0].row:4d}" in printed
 
 
+@pytest.mark.long
 def test_bif_char_lm_shows_which_characters_helped(program: Callable[..., str], tmp_path: Path) -> None:
-    few = ("--epochs", "3", "--rows", "8", "--draws", "12", "--characters", "5000")
+    few = ("--epochs", "2", "--rows", "4", "--draws", "6", "--characters", "3000")
     printed = program("bif_char_lm.py", "--out", "report", *few)
     report = InfluenceReport.load(tmp_path / "report")
     assert [found.at for found in report.bif_stages] == [1, "end"] and report.bif is not None
-    assert report.bif.terms is not None and report.bif.terms.scores.shape == (8, 48, len(report.queries))
+    assert report.bif.terms is not None and report.bif.terms.scores.shape == (4, 48, len(report.queries))
     for title in report.queries:
         assert f"{title}: rank agreement of BIF with f-INE's μ" in printed
         assert f"row {report.bif.top(1, title)[0]:4d}" in printed
