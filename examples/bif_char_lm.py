@@ -2,7 +2,8 @@
 
 The model, rows and documents of char_lm.py. Beside f-INE, which is recorded while the model trains, SGLD chains run
 after half of the training and at its end. The report says whether the chains can be believed and how far both
-methods agree; the passages are shown with the characters that did it.
+methods agree; the passages are shown with the characters that did it. The chains take several minutes of one core;
+fewer ``--draws`` take less, and the noise screen will say so.
 
     python examples/bif_char_lm.py                  # four poems, in examples/excerpt.txt
     python examples/bif_char_lm.py --out DIR        # with report.html
