@@ -11,21 +11,18 @@ fewer ``--draws`` take less, and the noise screen will say so.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.text import Text
+from scipy.stats import spearmanr
 
 from ine_callback import BIF, FINE, InfluenceCallback
 
 sys.path.insert(0, str(Path(__file__).parent))
-from char_lm import LENGTH, documents, encode, fit, rows_of
+from char_lm import LENGTH, encode, fit, options, quiet, rows_and_queries
 
 
 def coloured(piece: str, scores: np.ndarray) -> Text:
@@ -42,23 +39,12 @@ def coloured(piece: str, scores: np.ndarray) -> Text:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(__file__).parent / "excerpt.txt")
-    parser.add_argument("--characters", type=int, default=24_000, help="read no more of the text than this")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the report; by default it is only shown")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = options(__doc__)
     parser.add_argument("--rows", type=int, default=24, help="rows scored by the chains")
     parser.add_argument("--draws", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # so small a model is fastest on one core
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-
-    text = args.text.read_text(encoding="utf-8")[: args.characters]
-    alphabet = "".join(sorted(set(text)))
-    rows, held_out = rows_of(documents(text))
-    queries = {title: encode(pieces, alphabet) for title, pieces in held_out.items()}
+    quiet()
+    rows, queries, alphabet = rows_and_queries(args)
     # sequences are costly, and there are few rows
     few = {"chains": 4, "thinning": 1, "batch_size": 32, "curvature_rows": 32}
     stages = [max(1, args.epochs // 2), "end"]
@@ -76,7 +62,7 @@ def main() -> None:
     found = report.bif
     for column, title in enumerate(report.queries):
         mu, bif = report.scores.mu[found.rows, column], found.ranking[:, column]
-        agreement = np.corrcoef(mu.argsort().argsort(), bif.argsort().argsort())[0, 1]
+        agreement = spearmanr(mu, bif).statistic
         print(f"\n{title}: rank agreement of BIF with f-INE's μ {agreement:.2f}; what helped most:")
         for row in found.top(3, title):
             k = int(np.flatnonzero(found.rows == row)[0])

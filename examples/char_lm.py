@@ -101,24 +101,38 @@ def fit(
     return trainer, model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(about: str) -> argparse.ArgumentParser:
+    """What the programs of this model can be asked for."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path(__file__).parent / "excerpt.txt")
     parser.add_argument("--characters", type=int, default=24_000, help="read no more of the text than this")
     parser.add_argument("--out", type=Path, default=None, help="folder of the report; by default it is only shown")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # so small a model is fastest on one core
+    return parser
+
+
+def quiet() -> None:
+    """One core, on which so small a model is fastest, and no advice on small runs."""
+    torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
+
+def rows_and_queries(args: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, tuple[Tensor, Tensor]], str]:
+    """Training rows, the held-out rows of each document, and the alphabet."""
     text = args.text.read_text(encoding="utf-8")[: args.characters]
     alphabet = "".join(sorted(set(text)))
     rows, held_out = rows_of(documents(text))
-    print(f"{len(rows)} training rows of {LENGTH} characters from {len(held_out)} documents.")
+    return rows, {title: encode(pieces, alphabet) for title, pieces in held_out.items()}, alphabet
 
-    queries = {title: encode(pieces, alphabet) for title, pieces in held_out.items()}
+
+def main() -> None:
+    args = options(__doc__).parse_args()
+    quiet()
+    rows, queries, alphabet = rows_and_queries(args)
+    print(f"{len(rows)} training rows of {LENGTH} characters from {len(queries)} documents.")
+
     influence = InfluenceCallback(queries=queries, dirpath=args.out)
     trainer, _ = fit(encode([piece for _, piece in rows], alphabet), len(alphabet), [influence], args.epochs, args.seed)
     report = influence.report

@@ -21,6 +21,7 @@ import numpy as np
 import rich
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def main() -> None:
     if report.bif is not None:
         state_of_chains = "passed all screens" if report.bif.reliable else f"are UNRELIABLE: {report.bif.reasons}"
         bif, rows = report.bif.scores[:, report.bif.column("margin")], report.bif.rows
-        agreement = np.corrcoef(bif.argsort().argsort(), mu["margin"][rows].argsort().argsort())[0, 1]
+        agreement = spearmanr(bif, mu["margin"][rows]).statistic
         print(f"\nThe chains {state_of_chains}. On {len(rows)} rows BIF ranks harm to the margin like f-INE to")
         print(f"{agreement:.2f}; AUROC for wrong labels {roc_auc_score(wrong[rows], -bif):.3f}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.rows import RowTracker
+from ine_callback.scores import Floats
 from ine_callback.sources import DataSource
 from ine_callback.trainer import ModuleLoss, evaluating, schedulers_of, steps_ahead, transferred, unscale
 
@@ -171,7 +173,7 @@ class InfluenceCallback(Callback):
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
             raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
-        loss = ModuleLoss(pl_module)
+        loss = ModuleLoss(pl_module, owner)
         folding, chains = (None, None) if self.methods is None else split_methods(self.methods, owner)
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
         self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
@@ -253,19 +255,20 @@ class InfluenceCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None and self._stages is not None:
             with self._recorder.capture.paused():
-                self._run_chains(trainer.current_epoch + 1)
+                for note in self._run_chains(self._stages, trainer.current_epoch + 1):
+                    self._recorder.note(note)
 
-    def _run_chains(self, at: Stage, report: InfluenceReport | None = None) -> None:
+    def _run_chains(self, stages: Stages, at: Stage, mu: Floats | None = None) -> list[str]:
         """A stage's chains; a note where they could not run, for nothing else must be lost to them."""
-        assert self._stages is not None and self._recorder is not None
         try:
-            self._stages.run(at, None if report is None else report.scores.mu)
+            stages.run(at, mu)
         except Exception as error:
             if self.on_error == "raise":
                 raise
             message = f"BIF failed: {type(error).__name__}: {error}"
             warnings.warn(f"{type(self).__name__}: {message} The report holds the rest.", stacklevel=2)
-            self._recorder.note(message)
+            return [message]
+        return []
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -291,13 +294,10 @@ class InfluenceCallback(Callback):
             warnings.warn(f"{type(self).__name__}: {what}: {type(error).__name__}: {error}", stacklevel=2)
 
     def _with_chains(self, trainer: Trainer, stages: Stages, report: InfluenceReport) -> InfluenceReport:
-        assert self._recorder is not None
-        if trainer.state.status != TrainerStatus.INTERRUPTED:
-            self._run_chains("end", report)
-        missed = stages.missed()
-        if missed is not None:
-            self._recorder.note(missed)
-        return InfluenceReport(report.scores, self._recorder.report().run, stages.found)
+        interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
+        notes = [] if interrupted else self._run_chains(stages, "end", report.scores.mu)
+        run = replace(report.run, notes=[*report.run.notes, *notes, *stages.missed()])
+        return InfluenceReport(report.scores, run, stages.found)
 
     def _folder(self, trainer: Trainer) -> Path | None:
         if self.dirpath is not None:

@@ -16,9 +16,15 @@ from ine_callback.errors import QueryError
 
 
 class ModuleLoss:
-    """The module's own loss of a batch: ``validation_step`` where it returns one, else ``training_step``."""
+    """The module's own loss of a batch: ``validation_step`` where it returns one, else ``training_step``.
 
-    def __init__(self, module: LightningModule) -> None:
+    Args:
+        module: The module.
+        owner: Class named in messages.
+    """
+
+    def __init__(self, module: LightningModule, owner: str) -> None:
+        self._owner = owner
         self._step: Literal["validation_step", "training_step"] | None = None
         self._automatic = module.automatic_optimization
 
@@ -32,7 +38,7 @@ class ModuleLoss:
         found = _loss_of(self._call(module, self._step, batch))
         if found is None:
             raise QueryError(
-                f"InfluenceCallback: neither validation_step nor training_step of {type(module).__name__} returns a "
+                f"{self._owner}: neither validation_step nor training_step of {type(module).__name__} returns a "
                 "loss; return it, or pass a callable query (module, batch) -> scalar."
             )
         return found
@@ -41,20 +47,25 @@ class ModuleLoss:
         """The training loss of a batch."""
         found = _loss_of(self._call(module, "training_step", batch))
         if found is None:
-            raise QueryError(f"InfluenceCallback: training_step of {type(module).__name__} returned no loss.")
+            raise QueryError(f"{self._owner}: training_step of {type(module).__name__} returned no loss.")
         return found
 
     def _call(self, module: Any, name: str, batch: Any) -> Any:
         if name == "training_step" and not self._automatic:
             raise QueryError(
-                f"InfluenceCallback: {type(module).__name__} optimizes by hand: its training_step cannot be asked for "
+                f"{self._owner}: {type(module).__name__} optimizes by hand: its training_step cannot be asked for "
                 "a loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
             )
-        step = getattr(module, name)
-        parameters = list(inspect.signature(step).parameters.values())[1:]
-        # batch_idx and dataloader_idx, whatever the user calls them
-        indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-        return step(batch, *indices)
+        return call_step(module, name, batch)
+
+
+def call_step(module: Any, name: str, batch: Any) -> Any:
+    """What a step of the module returns for a batch, as the first of its loader."""
+    step = getattr(module, name)
+    parameters = list(inspect.signature(step).parameters.values())[1:]
+    # batch_idx and dataloader_idx, whatever the user calls them
+    indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return step(batch, *indices)
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -12,15 +12,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from ine_callback.cli import main, parser
-from ine_callback.report import InfluenceReport, RunInfo, example_report
-from ine_callback.scores import QueryInfo
+from ine_callback.report import example_report
+from tests.report.test_rendering import hostile
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("show", "export", "compare", "html", "completion")
@@ -203,13 +202,7 @@ def test_faults_of_a_process_show_no_traceback() -> None:
 
 
 def test_foreign_text_does_not_drive_the_terminal() -> None:
-    report = example_report()
-    queries = tuple(QueryInfo(f"{ESCAPES}{kind}", kind, ESCAPES) for kind in ("self", "loss", "margin"))  # type: ignore[arg-type]
-    named = {ESCAPES: ESCAPES}
-    run = RunInfo(
-        config=named, versions=named, approximate=named, uncaptured=named, nonfinite={ESCAPES: 3}, notes=[ESCAPES]
-    )
-    InfluenceReport(replace(report.scores, queries=queries, null_ks_p=report.scores.null_ks_p * 0), run).save("odd")
+    hostile(ESCAPES).save("odd")
     seen = in_terminal(
         "show odd",
         "show odd --top 3 --flagged",

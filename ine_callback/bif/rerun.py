@@ -74,7 +74,7 @@ def run_bif(
         raise InfluenceError(f"{OWNER}: {trainer.world_size} processes are not supported; use Trainer(devices=1).")
     train, val = _loaders(trainer, module, train_dataloaders, val_dataloaders, datamodule)
     with _connected(trainer, module, datamodule):
-        source = DataSource(OWNER, ModuleLoss(module), train, val, max_query_rows)
+        source = DataSource(OWNER, ModuleLoss(module, OWNER), train, val, max_query_rows)
         stages = Stages(
             replace(bif or BIF(), at=("end",)),
             module,

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ine_callback.batches import cut, size_of
 from ine_callback.errors import InfluenceError
+from ine_callback.trainer import call_step
 
 Batch = Any
 RowLoss = Callable[[nn.Module, Batch], Tensor]
@@ -152,7 +153,7 @@ def _derive(module: nn.Module, name: str, batch: Batch) -> RowLosses | str:
     """A function that intercepts the one standard loss in the module's step, or why it cannot."""
     recorder = _Intercept(None)
     with torch.no_grad(), recorder:
-        output = _step(module, name, batch)
+        output = call_step(module, name, batch)
     value = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(value, Tensor) or value.numel() != 1:
         return "returned no loss"
@@ -167,7 +168,7 @@ def _derive(module: nn.Module, name: str, batch: Batch) -> RowLosses | str:
     part = cut(batch, torch.arange((rows + 1) // 2), rows)
     with torch.no_grad():
         whole, half = (float(derived(module, each).mean()) for each in (batch, part))
-        expected = _scalar(_step(module, name, part))
+        expected = _scalar(call_step(module, name, part))
     if abs(whole - float(value)) > _allowed(float(value)) or abs(half - expected) > _allowed(expected):
         return "weighs its rows unequally (class weights, a mask, ignored targets)"
     return derived
@@ -213,7 +214,7 @@ class _Derived(RowLosses):
     def terms(self, module: nn.Module, batch: Batch) -> Tensor:
         try:
             with _Intercept(self.number):
-                _step(module, self.name, batch)
+                call_step(module, self.name, batch)
         except _Found as found:
             return found.terms.of_rows(size_of(batch))
         raise InfluenceError(
@@ -262,11 +263,3 @@ def _counted(bound: inspect.BoundArguments) -> Tensor | None:
         return None
     ignored = bound.arguments.get("ignore_index", bound.signature.parameters["ignore_index"].default)
     return target.ne(ignored)
-
-
-def _step(module: Any, name: str, batch: Batch) -> Any:
-    step = getattr(module, name)
-    parameters = list(inspect.signature(step).parameters.values())[1:]
-    # batch_idx and dataloader_idx, whatever the user calls them
-    indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return step(batch, *indices)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ine_callback.bif.rowloss import RowLoss, row_losses
-from ine_callback.bif.run import MAX_ROWS, bif_scores, term_limit
+from ine_callback.bif.run import MAX_ROWS, bif_scores, prepared, term_limit
 from ine_callback.bif.scores import BIFScores, Stage
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
@@ -104,14 +104,13 @@ class Stages:
         if not self.bif.per_token:
             return MAX_ROWS
         sample = self._to_device(self._source.training([0]))
-        with isolated(self._module), self._context():
-            losses = row_losses(self._module, sample, self._loss_fn, self._owner)
+        with prepared(self._module, sample, self._loss_fn, self._context, self._owner) as (_, _, sample, losses):
             return term_limit(losses, self._module, sample, self._owner)[1]
 
-    def missed(self) -> str | None:
+    def missed(self) -> list[str]:
         """A note on the stages that training never reached."""
         missed = [at for at in self.bif.at if at not in self._reached and at != "end"]
-        return f"BIF: training ended before epochs {missed} of at={list(self.bif.at)}" if missed else None
+        return [f"BIF: training ended before epochs {missed} of at={list(self.bif.at)}"] if missed else []
 
 
 def _scored(bif: BIF, count: int, most: int, mu: Floats | None) -> tuple[NDArray[np.int64], list[str]]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ine_callback.bif.scores import BIFScores, Screen, TermScores
 from ine_callback.report.runinfo import jsonable
-from ine_callback.report.store import ReportError
+from ine_callback.report.store import ReportError, doubles
 from ine_callback.scores import QueryInfo
 
 SCORES, TERMS, META, FORMAT, VERSION = "bif.parquet", "bif_terms.parquet", "bif.json", "ine_callback.bif", 2
@@ -51,8 +51,8 @@ def _rows_table(found: BIFScores) -> pa.Table:
         "query": pa.array(np.repeat([query.name for query in found.queries], rows).tolist(), pa.string()),
     }
     for name in MATRICES:
-        columns[name] = pa.array(getattr(found, name).T.ravel(), pa.float64(), from_pandas=True)
-    columns["row_sd"] = pa.array(np.tile(found.row_sd, queries), pa.float64(), from_pandas=True)
+        columns[name] = doubles(getattr(found, name).T.ravel())
+    columns["row_sd"] = doubles(np.tile(found.row_sd, queries))
     return pa.table(columns)
 
 
@@ -66,8 +66,7 @@ def _terms_table(found: BIFScores) -> pa.Table:
         "query": pa.array(np.repeat([query.name for query in found.queries], rows * terms).tolist(), pa.string()),
     }
     for name in OF_TERMS:
-        values = getattr(found.terms, name).transpose(2, 0, 1).ravel()
-        columns[name] = pa.array(values, pa.float64(), from_pandas=True)
+        columns[name] = doubles(getattr(found.terms, name).transpose(2, 0, 1).ravel())
     return pa.table(columns)
 
 

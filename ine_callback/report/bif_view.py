@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from ine_callback.bif.scores import BIFScores
 from ine_callback.report.words import BLUE, ORANGE, plain, probability
 from ine_callback.scores import Scores
+from ine_callback.stats.ranks import spearman
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,4 +127,4 @@ def agreement(found: BIFScores, scores: Scores, query: str) -> str:
 
 
 def _rank(one: NDArray[np.float64], other: NDArray[np.float64]) -> str:
-    return f"{spearmanr(one, other)[0]:.2f}" if len(one) > 2 else "unknown"
+    return f"{spearman(one, other):.2f}" if len(one) > 2 else "unknown"

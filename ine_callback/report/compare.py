@@ -25,6 +25,7 @@ from ine_callback.report.table import as_text
 from ine_callback.report.validate import listed, threshold
 from ine_callback.report.words import MISSING, number, plain, signed
 from ine_callback.scores import Floats
+from ine_callback.stats.ranks import spearman
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -158,7 +159,7 @@ def _agreement(one: InfluenceReport, other: InfluenceReport, query: str, q: floa
         jaccard=_jaccard(flagged[0], flagged[1]),
         top=tuple(_jaccard(_first(-here, share), _first(-there, share)) for share in SHARES),
         bottom=tuple(_jaccard(_first(here, share), _first(there, share)) for share in SHARES),
-        rank_correlation=_spearman(here, there),
+        rank_correlation=spearman(here, there),
         sign_agreement=float(np.mean(np.sign(here) == np.sign(there))) if len(here) else math.nan,
     )
 
@@ -173,14 +174,6 @@ def _first(values: Floats, share: float) -> NDArray[np.bool_]:
 def _jaccard(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     union = int((one | other).sum())
     return int((one & other).sum()) / union if union else math.nan
-
-
-def _spearman(one: Floats, other: Floats) -> float:
-    from scipy.stats import spearmanr  # slow to import, and only needed here
-
-    if min(np.unique(one).size, np.unique(other).size) < 2:
-        return math.nan
-    return float(spearmanr(one, other).statistic)
 
 
 def _only(where: str, report: InfluenceReport, common: list[str]) -> str:

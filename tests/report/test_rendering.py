@@ -41,13 +41,12 @@ class Tags(HTMLParser):
         return [attributes for name, attributes in self.found if name == tag]
 
 
-def hostile() -> InfluenceReport:
+def hostile(text: str = HOSTILE) -> InfluenceReport:
+    """The example with foreign text wherever a report has text."""
     report = example_report()
-    queries = tuple(QueryInfo(f"{HOSTILE}{kind}", kind, HOSTILE) for kind in ("self", "loss", "margin"))  # type: ignore[arg-type]
-    named = {HOSTILE: HOSTILE}
-    run = RunInfo(
-        config=named, versions=named, approximate=named, uncaptured=named, nonfinite={HOSTILE: 3}, notes=[HOSTILE]
-    )
+    queries = tuple(QueryInfo(f"{text}{kind}", kind, text) for kind in ("self", "loss", "margin"))  # type: ignore[arg-type]
+    named = {text: text}
+    run = RunInfo(config=named, versions=named, approximate=named, uncaptured=named, nonfinite={text: 3}, notes=[text])
     return InfluenceReport(replace(report.scores, queries=queries, null_ks_p=np.zeros(3)), run)
 
 
