@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -29,6 +31,9 @@ from ine_callback.rows import RowTracker
 from ine_callback.scores import Floats
 from ine_callback.sources import DataSource
 from ine_callback.trainer import ModuleLoss, evaluating, schedulers_of, steps_ahead, transferred, unscale
+
+WHOLE = (SingleDeviceStrategy, DDPStrategy)  # every process holds the whole model
+SPLIT = (DeepSpeedStrategy, XLAStrategy)  # DDP's subclasses that do not, or were never tried
 
 
 class InfluenceCallback(Callback):
@@ -118,6 +123,7 @@ class InfluenceCallback(Callback):
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
         self._stages: Stages | None = None
+        self._folder: Path | None = None
         self._undo: list[Callable[[], None]] = []
 
     # -- setting up ---------------------------------------------------------------------------------------------------
@@ -126,10 +132,10 @@ class InfluenceCallback(Callback):
         if not self.enabled or stage != "fit":
             return
         owner = type(self).__name__
-        if trainer.world_size > 1:
+        if not isinstance(trainer.strategy, WHOLE) or isinstance(trainer.strategy, SPLIT):
             raise InfluenceError(
-                f"{owner}: {trainer.world_size} processes ({type(trainer.strategy).__name__}) are not supported yet; "
-                "train with devices=1, or pass enabled=False."
+                f"{owner}: under {type(trainer.strategy).__name__} no process holds the whole model; train with "
+                "strategy='ddp' or devices=1, or pass enabled=False."
             )
         if sum(isinstance(other, InfluenceCallback) and other.enabled for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
@@ -194,6 +200,7 @@ class InfluenceCallback(Callback):
             initial_weights=self.initial_weights,
             uncaptured=self.uncaptured,
             accumulate=trainer.accumulate_grad_batches,
+            distributed=trainer.world_size > 1,
             on_error=self.on_error,
             source=self._source,
             to_device=lambda batch: transferred(trainer, batch),
@@ -201,6 +208,7 @@ class InfluenceCallback(Callback):
             owner=owner,
         )
         self._recorder.start()
+        self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
         if trainer.global_step:
             self._recorder.note(
@@ -280,7 +288,7 @@ class InfluenceCallback(Callback):
             self.report = self._recorder.report()
             if self._stages is not None:
                 self.report = self._with_chains(trainer, self._stages, self.report)
-            folder = self._folder(trainer)
+            folder = self._folder
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{type(self).__name__}: writing the influence report to {folder}")
                 self.report.save(folder)
@@ -299,7 +307,7 @@ class InfluenceCallback(Callback):
         run = replace(report.run, notes=[*report.run.notes, *notes, *stages.missed()])
         return InfluenceReport(report.scores, run, stages.found)
 
-    def _folder(self, trainer: Trainer) -> Path | None:
+    def _folder_of(self, trainer: Trainer) -> Path | None:
         if self.dirpath is not None:
             return Path(self.dirpath)
         return None if trainer.log_dir is None or not trainer.loggers else Path(trainer.log_dir) / "influence"

@@ -16,6 +16,7 @@ from ine_callback.capture.verify import share_of, uncaptured, wrong_blocks
 from ine_callback.errors import CaptureError
 from ine_callback.losses import Scale
 from ine_callback.options import Uncaptured
+from ine_callback.processes import Lockstep
 
 
 class Coverage:
@@ -73,13 +74,13 @@ class Coverage:
         """Whether some parameters are recorded by per-row autograd."""
         return bool(self._slow)
 
-    def prove(self, held: list[Any], table: BlockTable) -> list[Any]:
+    def prove(self, held: list[Any], table: BlockTable, processes: Lockstep) -> list[Any]:
         """Compares the first backward pass's records with ``grad``; returns those that stay.
 
         Raises:
             CaptureError: If parameters are uncaptured under the policy ``"raise"``.
         """
-        wrong = wrong_blocks([(block, record) for block, record, _ in held], self._capture.half)
+        wrong = wrong_blocks([(block, record) for block, record, _ in held], self._capture.half, processes)
         for block in wrong:
             table.drop(block)
         missing = uncaptured(self._module, table.captured(), self._capture.dropped)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.records import Lookup, Record, Vector, row_chunks
+from ine_callback.processes import Lockstep
 
 if TYPE_CHECKING:
     from ine_callback.capture.blocks import Block
@@ -80,8 +81,11 @@ class _Factors:
     left: Tensor | None = None
     right: Tensor | None = None
     diagonal: Tensor | None = None
-    uses: int = 0
-    steps: int = 0
+    uses: float = 0
+    steps: float = 0
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.left, self.right, self.diagonal) if t is not None]
 
 
 class KFAC:
@@ -138,6 +142,17 @@ class KFAC:
         for name in self._seen:
             self._factors[name].steps += 1
         self._seen.clear()
+
+    def pool(self, processes: Lockstep) -> None:
+        """Averages the sums over processes: what each adds later is averaged the next time."""
+        if processes.count == 1:
+            return
+        known = {f"{name} {[t.shape for t in f.tensors()]}": f for name, f in self._factors.items()}
+        factors = [known[key] for key in sorted(processes.common(known))]
+        counts = torch.tensor(processes.gather([(f.uses, f.steps) for f in factors])).double().mean(0)
+        for each, (uses, steps) in zip(factors, counts.tolist(), strict=True):
+            each.uses, each.steps = uses, steps
+        processes.average(tensor for each in factors for tensor in each.tensors())
 
     def discount(self, block: Block, exponent: Tensor | float, decay: Tensor | float = 0.0) -> Discount:
         """The map ``exp(-(exponent * F + decay))`` of a block.

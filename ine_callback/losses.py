@@ -169,9 +169,9 @@ class RowLosses:
         self._sums = torch.zeros(2, rows, device=device)
 
     def add(self, rows: Tensor, losses: Tensor) -> None:
-        """Takes the losses [b] of a batch's rows."""
-        losses = losses.to(self._sums.dtype)
-        self._sums.index_add_(1, rows, torch.stack([losses, torch.ones_like(losses)]))
+        """Takes the losses [b] of rows; NaN: unknown."""
+        known = ~losses.isnan()
+        self._sums.index_add_(1, rows, torch.stack([losses.where(known, 0.0), known]).to(self._sums.dtype))
 
     def grow(self, rows: int) -> None:
         """Enlarges the state to ``rows`` rows."""

@@ -27,6 +27,7 @@ from ine_callback.losses import RowLosses, Scale, read_loss
 from ine_callback.methods import FINE, Method, checked_methods
 from ine_callback.noise import InitialNoise
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
+from ine_callback.processes import Lockstep
 from ine_callback.provenance import versions
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.rates import Clipping, known, plan, step_rate
@@ -35,6 +36,7 @@ from ine_callback.reservoir import Reservoir
 from ine_callback.rows import RowCheck
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
+from ine_callback.visits import Pending, Visits
 
 
 class Recorder:
@@ -60,6 +62,8 @@ class Recorder:
             randomness; ``fixed`` (fine-tuning) only the order of the rows.
         uncaptured: What to do about parameters without a capture: name them, raise, or use per-row autograd (slow).
         accumulate: Micro-batches whose losses are averaged into one step.
+        distributed: Whether the processes of the default group train together, each on its part of a batch (DDP; give
+            the module without its wrapper). All of them record, and end with the same report.
         on_error: ``"warn"`` stops the recording and lets training go on; ``"raise"`` is for tests.
         source: Where queries get their data; by default from ``loss`` alone.
         owner: Class named in messages.
@@ -102,6 +106,7 @@ class Recorder:
         initial_weights: InitialWeights = "random",
         uncaptured: Uncaptured = "warn",
         accumulate: int = 1,
+        distributed: bool = False,
         on_error: OnError = "warn",
         source: QuerySource | None = None,
         to_device: Callable[[Any], Any] | None = None,
@@ -114,7 +119,7 @@ class Recorder:
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
         self.refresh_every, self.curvature_every = refresh_every, curvature_every
-        self.accumulate, self.on_error = accumulate, on_error
+        self.accumulate, self.distributed, self.on_error = accumulate, distributed, on_error
         self._loss, self._rows = loss, rows
         self._source = source or DataSource(owner, loss)
         self._horizon = (total_steps, schedulers)
@@ -138,7 +143,8 @@ class Recorder:
         self.notes: list[str] = []
         self.steps, self.running, self.recording = 0, False, False
         self._handles: list[Any] = []
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending = Pending()
+        self._row_losses: Tensor | None = None
         self._batch: tuple[Tensor, Any] | None = None
         self._received = self._settled = self._failed = False
         self._clipping = Clipping(optimizer)
@@ -163,6 +169,7 @@ class Recorder:
                 "or pass uncaptured='fallback' (slow: one backward pass a row)."
             )
         self._device = next(self.module.parameters()).device
+        self._processes = Lockstep(self._device, alone=not self.distributed)
         bound = self.bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
         self.infos = (*(query.info for query in bound), *((SELF,) if has_self else ()))
@@ -178,6 +185,7 @@ class Recorder:
             self._reservoir,
             noise,
             Contrasts(CONTRASTS if noise.random else 0),
+            self._processes,
             self._to_device,
             self._context,
         )
@@ -245,10 +253,8 @@ class Recorder:
 
     def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
         rows = self._check.rows(rows(data) if callable(rows) else rows, data)
-        if self._check.count > self._size:
-            self._grow(self._check.count)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
-        self._batch, self._settled = (rows, data), False
+        self._batch, self._settled, self._row_losses = (rows, data), False, None
         if not self._pending:
             self._prepare(rows, data)
         self.signals.observe_curvature = self.steps % self.curvature_every == 0
@@ -265,12 +271,6 @@ class Recorder:
         elif self.steps and self.steps % self.refresh_every == 0:
             self.signals.refresh()
 
-    def _grow(self, rows: int) -> None:
-        self._size = max(rows, 2 * self._size)
-        self._losses.grow(self._size)
-        for method in self.methods:
-            method.grow(self._size)
-
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
         self._guarded(self._see, loss)
@@ -284,7 +284,7 @@ class Recorder:
             if reading is None:
                 self.note("the training loss is of no standard form: taken as a mean over rows, row losses unknown")
                 return
-            self._losses.add(rows, reading.rows)
+            self._row_losses = reading.rows
             scale = 1.0 if self.capture.unscale is None else self.capture.unscale
             self.signals.scale = Scale(reading.terms / scale, reading.scale / scale)
 
@@ -299,10 +299,11 @@ class Recorder:
         """The first backward pass: proves the capture and makes the first directions."""
         assert self.signals.held is not None
         unscale = self.capture.unscale
-        if unscale is not None and not _finite(self.module):  # an overflow, whose step is skipped: the next pass is it
+        finite = unscale is None or _finite(self.module)
+        if not all(there for there, _ in self._processes.meet(int(finite))):  # its step is skipped: the next pass is it
             self.signals.held = []
             return
-        self.signals.held = self.coverage.prove(self.signals.held, self.signals.table)
+        self.signals.held = self.coverage.prove(self.signals.held, self.signals.table, self._processes)
         self._fall_back(rows, data)
         if not self.signals.held:
             raise RowsError(
@@ -343,10 +344,8 @@ class Recorder:
                 self._fall_back(rows, data)
         with torch.no_grad():
             signals, own = self.signals.settle()
-            if self._pending and self._pending[-1][0] is rows:  # a further backward pass of the same batch
-                _, earlier, earlier_own = self._pending.pop()
-                signals, own = earlier + signals, earlier_own + own
-            self._pending.append((rows, signals, own))
+            losses = torch.full_like(own, torch.nan) if self._row_losses is None else self._row_losses.to(own.dtype)
+            self._pending.add(Visits(rows, signals, own, losses))
         self._received, self._settled = False, True
 
     def discard(self) -> None:
@@ -365,17 +364,29 @@ class Recorder:
     def _after_step(self) -> None:
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.schedule.advance(lr)
-        if not self._pending:
-            return
-        rows, signals, own = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        self._pending.clear()
         with torch.no_grad():
-            signals, units = signals * self._clipping.factor(), self.signals.units(own)
-            for method in self.methods:
-                method.fold(rows, signals[..., 0], step_rate(self.optimizer), units, signals[..., 1:])
+            visits = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
+            visits = visits.times(self._clipping.factor() / self._processes.count)
+            sizes, known = zip(*self._processes.meet(len(visits.rows), self._check.count), strict=True)
+            if not any(sizes):
+                return
+            self._fold(visits.joined(self._processes, sizes), max(known))
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
+
+    def _fold(self, visits: Visits, known: int) -> None:
+        """Gives a step's visits to the methods; ``known`` rows exist."""
+        self._check.count = known
+        if known > self._size:
+            self._size = max(known, 2 * self._size)
+            self._losses.grow(self._size)
+            for method in self.methods:
+                method.grow(self._size)
+        self._losses.add(visits.rows, visits.losses)
+        units, signals = self.signals.units(visits.own), visits.signals
+        for method in self.methods:
+            method.fold(visits.rows, signals[..., 0], step_rate(self.optimizer), units, signals[..., 1:])
 
     # -- errors -------------------------------------------------------------------------------------------------------
 
@@ -394,6 +405,7 @@ class Recorder:
 
     def _fail(self, error: Exception) -> None:
         self.recording, self.capture.active, self._failed = False, False, True
+        self._processes.leave()
         if self.on_error == "raise":
             raise error
         message = f"recording stopped after {self.steps} steps: {type(error).__name__}: {error}"

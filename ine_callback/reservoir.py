@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ine_callback.capture import Block, Lookup, Outer, Record, Vector
 from ine_callback.errors import InfluenceError
+from ine_callback.processes import Lockstep
 
 MAX_BYTES = 2**28  # what the kept gradients may take
 FEWEST = 64  # rows under which a reservoir spans too little
@@ -108,7 +109,7 @@ class Reservoir:
     def __init__(self, rows: int, seed: int = 0) -> None:
         if not isinstance(rows, int) or rows < 0:
             raise InfluenceError(f"reservoir={rows!r} must be an integer of at least 0 (0: no reservoir).")
-        self.rows = rows
+        self.rows = self._asked = rows
         self.note = ""
         self._seed = seed
         self._kept: dict[Block, _Kept] = {}
@@ -116,10 +117,10 @@ class Reservoir:
         self._draw: _Draw | None = None
         self._filled, self._seen, self._owed = 0, 0, 0.0
 
-    def open(self, records: Sequence[tuple[Block, Record]]) -> None:
+    def open(self, records: Sequence[tuple[Block, Record]], processes: Lockstep) -> None:
         """Makes room for the blocks of a batch. What was kept is forgotten: its rows lack the blocks that joined.
 
-        Embeddings and reused blocks keep their K-FAC discount.
+        Embeddings and reused blocks keep their K-FAC discount. Each process keeps its part of the rows.
         """
         if not self.rows:
             return
@@ -127,8 +128,8 @@ class Reservoir:
         usable = {block: record for block, record in records if not block.reused and not isinstance(record, Lookup)}
         first = {block: _kept(record, slice(0, 1)) for block, record in usable.items()}
         per_row = sum(rows.elements for rows in first.values())
-        rows = min(self.rows, MAX_BYTES // (4 * max(1, per_row)))
-        if not usable or rows < FEWEST:
+        rows = min(-(-self._asked // processes.count), MAX_BYTES // (4 * max(1, per_row)))
+        if not usable or rows * processes.count < FEWEST:
             self.note = (
                 f"the discount is K-FAC's alone: a row's gradients ({4e-6 * per_row:.0f} MB) are too large to keep"
             )
@@ -184,12 +185,23 @@ class Reservoir:
         self._new.clear()
         self._draw = None
 
+    def _joined(self, processes: Lockstep) -> dict[Block, _Kept]:
+        """The rows of all processes, in blocks that all of them keep; of each as many as the one with the fewest."""
+        names = processes.common(block.key for block in self._kept)
+        rows = min(filled for filled, _ in processes.meet(self._filled))
+        kept = sorted((block for block in self._kept if block.key in names), key=lambda block: block.key)
+        sizes = [rows] * processes.count
+        return {block: self._kept[block].map(lambda x: processes.join(x[:rows], sizes)) for block in kept}
+
     def apply(
-        self, v: Mapping[Block, Tensor], exponents: Mapping[Block, tuple[Tensor | float, Tensor | float]]
+        self,
+        v: Mapping[Block, Tensor],
+        exponents: Mapping[Block, tuple[Tensor | float, Tensor | float]],
+        processes: Lockstep,
     ) -> dict[Block, Tensor]:
         """``D v`` [Q, *layout] of every kept block, from (exponent, decay) of each."""
-        kept = {block: rows for block, rows in self._kept.items() if block in v}
-        quarter = self._filled // 4
+        kept = {block: rows for block, rows in self._joined(processes).items() if block in v}
+        quarter = len(next(iter(kept.values())).right) // 4 if kept else 0
         if not kept or not quarter:
             return {}
         basis = {block: rows.map(lambda x: _quarters(x, quarter, slice(0, 3))) for block, rows in kept.items()}

@@ -18,6 +18,7 @@ from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
 from ine_callback.noise import InitialNoise
+from ine_callback.processes import Lockstep
 from ine_callback.queries import BoundQuery, gradients, scalar
 from ine_callback.rates import Schedule, rate_of, same_rate, step_rate
 from ine_callback.reservoir import Reservoir
@@ -58,6 +59,7 @@ class Signals:
         reservoir: A second source, averaged with the first: it sees across layers.
         noise: Sizes of the initial weights, for the units of signals.
         contrasts: Signs of the layers' units.
+        processes: Those that train together: directions are made of what all of them saw.
         to_device: Moves a query batch to the module's device.
         context: Precision context for query evaluation.
     """
@@ -71,6 +73,7 @@ class Signals:
     reservoir: Reservoir
     noise: InitialNoise
     contrasts: Contrasts
+    processes: Lockstep
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
@@ -172,7 +175,7 @@ class Signals:
         if self.curvature is not None:
             for block, record, scale in held:
                 self.curvature.observe(block, record, scale.terms)
-        self.reservoir.open([(block, record) for block, record, _ in held])
+        self.reservoir.open([(block, record) for block, record, _ in held], self.processes)
         for block, record, scale in held:
             self._keep(block, record, scale)
         self.reservoir.commit()
@@ -205,17 +208,16 @@ class Signals:
 
     def refresh(self, unscale: Tensor | float = 1.0) -> None:
         """New directions ``U = P D v`` at the present weights, and their units ``|sigma D v|``."""
-        blocks = [block for block in self.table if all(p.requires_grad for p in block.parameters)]
+        v = self._gradients([block for block in self.table if all(p.requires_grad for p in block.parameters)])
         self._directions.clear()
-        parameters = [p for block in blocks for p in block.parameters]
-        with isolated(self.module), self.context():
-            found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         remaining = self.schedule.remaining(float(self.optimizer.param_groups[0]["lr"]))
         with torch.no_grad():
-            v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in blocks} if self.queries else {}
-            plans = {block: self._plan(block, remaining, unscale) for block in blocks}
-            across = self.reservoir.apply(v, {b: p.exponents for b, p in plans.items()})
-            variance = torch.zeros(len(self.queries), device=parameters[0].device)
+            if self.curvature is not None:
+                self.curvature.pool(self.processes)
+            plans = {block: self._plan(block, remaining, unscale) for block in v}
+            exponents = {block: plan.exponents for block, plan in plans.items()}
+            across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}
+            variance = torch.zeros(len(self.queries), device=next(self.module.parameters()).device)
             for block, plan in plans.items():
                 if not self.queries:
                     self._directions[block] = _Direction(None, plan.discount, plan.weight)
@@ -226,6 +228,18 @@ class Signals:
                 variance += self.noise.variance(block, u)
                 self._directions[block] = _Direction(u * plan.weight, plan.discount, plan.weight)
             self._variance = variance.to(self._dtype)
+
+    def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
+        """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
+        parameters = [p for block in blocks for p in block.parameters]
+        with isolated(self.module), self.context():
+            found = iter(gradients(self.queries, self.module, parameters, self.to_device))
+        with torch.no_grad():
+            v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in blocks}
+        names = self.processes.common(block.key for block in blocks)
+        shared = {block: v[block] for block in sorted(blocks, key=lambda block: block.key) if block.key in names}
+        self.processes.average(shared.values())
+        return shared
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""

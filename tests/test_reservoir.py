@@ -12,8 +12,10 @@ import ine_callback.reservoir as module
 from ine_callback import Recorder
 from ine_callback.capture import Block, Lookup, Outer, Record, Vector
 from ine_callback.errors import InfluenceError
+from ine_callback.processes import Lockstep
 from ine_callback.reservoir import Reservoir
 
+ALONE = Lockstep(torch.device("cpu"), alone=True)
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # gradients are kept in float32
 
 
@@ -35,7 +37,7 @@ def filled(records: dict[Block, Record], rows: int = 100, terms: float = 1.0) ->
     """A reservoir that kept one whole batch, and the order in which it keeps the batch's rows."""
     size = next(iter(records.values())).rows
     reservoir = Reservoir(rows)
-    reservoir.open(list(records.items()))
+    reservoir.open(list(records.items()), ALONE)
     reservoir.draw(size, terms, size)
     for own, record in records.items():
         reservoir.observe(own, record)
@@ -64,7 +66,7 @@ def test_discount_equals_the_dense_form_over_layers_of_every_kind(few: None) -> 
         queries.append(root * v[own].flatten(1))
     together = torch.cat(rows, 1)
     expected = dense(*split(together), torch.cat(queries, 1)).split([q.shape[1] for q in queries], 1)
-    found = reservoir.apply(v, exponents)
+    found = reservoir.apply(v, exponents, ALONE)
     for own, part in zip(records, expected, strict=True):
         exponent, decay = exponents[own]
         torch.testing.assert_close(
@@ -76,7 +78,7 @@ def test_nothing_ahead_leaves_the_directions_as_they_are(few: None) -> None:
     record = outer(6)
     own = block(record)
     v = draw(3, *own.layout)
-    torch.testing.assert_close(filled({own: record})[0].apply({own: v}, {own: (0.0, 0.0)})[own], v, **CLOSE)
+    torch.testing.assert_close(filled({own: record})[0].apply({own: v}, {own: (0.0, 0.0)}, ALONE)[own], v, **CLOSE)
 
 
 def test_recorded_signals_average_both_discounts(few: None) -> None:
@@ -117,7 +119,7 @@ def test_rows_are_a_uniform_sample_of_those_seen() -> None:
     record = Vector(draw(50, 1))
     own = block(record)
     reservoir = Reservoir(400)
-    reservoir.open([(own, record)])
+    reservoir.open([(own, record)], ALONE)
     for batch in range(40):
         reservoir.draw(50, 1.0, 1)
         reservoir.observe(own, Vector(torch.full((50, 1), float(batch))))
@@ -145,20 +147,20 @@ def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
     one, table = outer(4), Lookup(torch.randint(4, (4, 3)), draw(4, 3, 2), 4)
     own, words = block(one), block(table)
     reservoir = Reservoir(8)
-    reservoir.open([(own, one), (words, table)])
+    reservoir.open([(own, one), (words, table)], ALONE)
     reservoir.draw(4, 1.0, 4)
     for _ in range(2):
         reservoir.observe(own, one)
     reservoir.observe(words, table)
     reservoir.commit()
-    assert reservoir.apply({own: draw(1, *own.layout), words: draw(1, *words.layout)}, {}) == {}
+    assert reservoir.apply({own: draw(1, *own.layout), words: draw(1, *words.layout)}, {}, ALONE) == {}
 
 
 def test_gradients_too_large_to_keep_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
     record = Outer(draw(4, 1, 1, 9), draw(4, 1, 1, 9))
     reservoir = Reservoir(100)
-    reservoir.open([(block(record), record)])
+    reservoir.open([(block(record), record)], ALONE)
     assert reservoir.rows == 0 and "K-FAC" in reservoir.note
 
 

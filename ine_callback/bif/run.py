@@ -16,15 +16,16 @@ from torchmetrics import Metric
 from ine_callback.batches import cut, size_of
 from ine_callback.bif.flat import Flat
 from ine_callback.bif.posterior import LocalPosterior, initial_state
-from ine_callback.bif.ranks import Ranks
 from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
 from ine_callback.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
 from ine_callback.bif.scores import BIFScores, Stage
 from ine_callback.bif.sgld import SGLD, Curved, State
+from ine_callback.bif.shared import share
 from ine_callback.bif.tally import Facts, Tally
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF
+from ine_callback.processes import Processes
 
 MAX_ROWS, MAX_TOKENS = 2000, 50_000
 Track = Callable[[int], Iterable[int]]
@@ -81,15 +82,15 @@ def bif_scores(
         index, note = chosen_rows(bif.rows, size_of(train), most, owner)
         asked = _on(flat, groups(queries, losses, owner))
         readout = Readout(flat, losses, taken(train, index), asked, bif.eval_rows, terms)
-        ranks = Ranks(flat.weights.device)
-        posterior = LocalPosterior(flat, losses, train, ranks.share(bif, owner))
+        processes = Processes(flat.weights.device)
+        posterior = LocalPosterior(flat, losses, train, share(bif, processes, owner))
         sampler = posterior.sampler()
-        sampler = replace(sampler, step_size=ranks.first(sampler.step_size))
-        if ranks.rank:
-            sampler.generator.manual_seed(bif.seed + 2**32 * ranks.rank)
+        sampler = replace(sampler, step_size=processes.first(sampler.step_size))
+        if processes.rank:
+            sampler.generator.manual_seed(bif.seed + 2**32 * processes.rank)
         tally = Tally(readout, sampler, posterior.settings)
         notes = [each for each in (note, note_on(losses)) if each]
-        state, interrupted = _run(posterior, sampler, tally, progress, notes, ranks)
+        state, interrupted = _run(posterior, sampler, tally, progress, notes, processes)
         if tally.draws < 4:
             raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
         deviation = sampler.coordinates.deviation(state.z)[0]
@@ -102,8 +103,8 @@ def bif_scores(
             "parameters": len(flat.weights),
         }
         described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
-        tally.gather(ranks)
-        facts = Facts(*(ranks.first(v) for v in (bias, posterior.inflation(sampler), posterior.strength)))
+        tally.gather(processes)
+        facts = Facts(*(processes.first(v) for v in (bias, posterior.inflation(sampler), posterior.strength)))
         return tally.finish(index.numpy(), facts, settings, described)
 
 
@@ -153,7 +154,12 @@ def _on(flat: Flat, queries: list[Any]) -> list[Any]:
 
 
 def _run(
-    posterior: LocalPosterior, sampler: SGLD, tally: Tally, progress: bool | Track, notes: list[str], ranks: Ranks
+    posterior: LocalPosterior,
+    sampler: SGLD,
+    tally: Tally,
+    progress: bool | Track,
+    notes: list[str],
+    processes: Processes,
 ) -> tuple[State, bool]:
     """All draws; ends early on Ctrl-C (then True) or when a chain leaves the finite numbers."""
     settings, weights = posterior.settings, posterior.weights
@@ -166,11 +172,11 @@ def _run(
             twin = None
             if state.twin is not None and isinstance(sampler.coordinates, Curved):
                 twin = sampler.coordinates.deviation(state.twin)
-            if not tally.take(weights + sampler.coordinates.deviation(state.z), twin, ranks):
+            if not tally.take(weights + sampler.coordinates.deviation(state.z), twin, processes):
                 notes.append(f"the chains diverged at draw {draw + 1} of {settings.draws}")
                 break
     except KeyboardInterrupt:
-        if ranks.count > 1:  # the processes would wait for each other
+        if processes.count > 1:  # the processes would wait for each other
             raise
         notes.append(f"interrupted after {tally.draws} of {settings.draws} draws: the scores are partial")
         return state, True

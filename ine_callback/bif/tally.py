@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
-from ine_callback.bif.ranks import Ranks, join_chains
 from ine_callback.bif.readout import Readout
 from ine_callback.bif.scores import SIZE, SURVIVES, BIFScores, Screen, TermScores, noise_share
 from ine_callback.bif.sgld import SGLD, Curved
+from ine_callback.bif.shared import join_chains
 from ine_callback.methods.bif import BIF
+from ine_callback.processes import Processes
 from ine_callback.scores import Floats
 from ine_callback.stats.chains import drift, effective_size, fisher_z, paired_size, split_rhat
 from ine_callback.stats.comoments import Comoments, Traces
@@ -103,13 +104,13 @@ class Tally:
         """Draws taken."""
         return self._rows.count
 
-    def take(self, weights: Tensor, twin: Tensor | None, ranks: Ranks) -> bool:
+    def take(self, weights: Tensor, twin: Tensor | None, processes: Processes) -> bool:
         """Reads one draw: weights [C, P] and the twins' deviations [C, P].
 
         False: it was not finite, in this process or another, and is left out.
         """
         rows, queries = self.readout.rows(weights), self.readout.queries(weights)
-        if not ranks.all(bool(torch.isfinite(rows).all() & torch.isfinite(queries).all())):
+        if not processes.all(bool(torch.isfinite(rows).all() & torch.isfinite(queries).all())):
             return False
         self._rows.update(rows)
         self._queries.update(queries)
@@ -138,13 +139,13 @@ class Tally:
         """Mirrored chains [C, R, Q] averaged to their pairs [C/2, R, Q]."""
         return covariance.unflatten(0, (2, -1)).mean(0) if self.sampler.antithetic else covariance
 
-    def gather(self, ranks: Ranks) -> None:
+    def gather(self, processes: Processes) -> None:
         """Takes in the chains of the other processes."""
         self._merge()
-        if ranks.count == 1:
+        if processes.count == 1:
             return
         kept = ("_plain", "_twin", "_rows", "_queries", "_plain_scatter", "_scatter", "_loss")
-        parts = ranks.gather({name: getattr(self, name) for name in kept})
+        parts = processes.gather({name: getattr(self, name) for name in kept})
         device = self.readout.flat.weights.device
 
         def join(tensors: Sequence[Tensor]) -> Tensor:

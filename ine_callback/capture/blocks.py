@@ -43,6 +43,11 @@ class Block:
         return torch.cat([weight, gradients[1].reshape(queries, groups, out, 1)], -1)
 
     @property
+    def key(self) -> str:
+        """What other processes, and the same training resumed, know it by."""
+        return f"{self.name} {self.layout}"
+
+    @property
     def elements(self) -> int:
         return sum(p.numel() for p in self.parameters)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.records import Record
+from ine_callback.processes import Lockstep
 
 _CANCELLED = 1e-2
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 
-def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool) -> dict[Block, str]:
+def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool, processes: Lockstep) -> dict[Block, str]:
     """Blocks whose rows' gradients do not add up to the parameters' ``grad``, with the reason.
 
     A weight used outside its own module's call, a call that no hook saw, or a layer function with a mistake shows here.
@@ -23,18 +24,19 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool) -> dict[Block
     Args:
         held: The records of one backward pass into zeroed gradients, each with its block.
         half: Whether the pass ran in half precision somewhere, which widens the tolerance.
+        processes: Those that train together; blocks that not all of them used are not looked at.
     """
     totals: dict[Block, Tensor] = {}
     squares: dict[Block, Tensor] = {}
     for block, record in held:
         totals[block] = totals[block] + record.total() if block in totals else record.total()
         squares[block] = squares.get(block, 0) + record.squared_norms().sum()
-    pairs = {}
-    for block, total in totals.items():
-        grads = [p.grad for p in block.parameters]
-        if all(grad is not None for grad in grads):
-            dense = [g.to_dense() if g.is_sparse else g for g in grads if g is not None]
-            pairs[block] = (block.to_layout([g[None].to(total.dtype) for g in dense])[0], total)
+    known = [block for block in totals if all(p.grad is not None for p in block.parameters)]
+    pairs = {b: (_gradient(b, totals[b].dtype), totals[b]) for b in sorted(known, key=lambda block: block.key)}
+    names = processes.common(block.key for block in known)
+    pairs = {block: pair for block, pair in pairs.items() if block.key in names}
+    if _averaged([grad for grad, _ in pairs.values()], processes):
+        processes.average(total for _, total in pairs.values())
     if not pairs:
         return {}
     ratios = torch.stack([(t * g).sum() / (t * t).sum().clamp_min(1e-30) for g, t in pairs.values()])
@@ -50,7 +52,21 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool) -> dict[Block
                 f"its per-row gradients add up to something else (relative error {error:.1g}): the weight is also used "
                 "outside of its module's own call, or its layer function is wrong"
             )
-    return wrong
+    right = processes.common(block.key for block in pairs if block not in wrong)
+    elsewhere = "its per-row gradients add up in this process, but not in another"
+    return {b: wrong.get(b, elsewhere) for b in pairs if b.key not in right}
+
+
+def _gradient(block: Block, dtype: torch.dtype) -> Tensor:
+    dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in block.parameters if p.grad is not None]
+    return block.to_layout([g[None].to(dtype) for g in dense])[0]
+
+
+def _averaged(gradients: Sequence[Tensor], processes: Lockstep) -> bool:
+    """Whether all processes hold the same gradients: DDP has averaged them (under no_sync it waits with that)."""
+    if processes.count == 1 or not gradients:
+        return False
+    return processes.same(torch.stack([g.double().square().sum() for g in gradients]).sum())
 
 
 def uncaptured(module: nn.Module, captured: set[nn.Parameter], reasons: Mapping[str, str]) -> dict[str, str]:

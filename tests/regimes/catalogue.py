@@ -1,4 +1,4 @@
-"""All regimes, in the order of the table. Distribution and resuming join here as further lists."""
+"""All regimes, in the order of the table. Resuming joins here as a further list."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from .hugging_face import HUGGING_FACE
 from .models import MODELS
 from .options import OPTIONS
 from .regime import Regime
+from .together import TOGETHER
 
-ALL: list[Regime] = [*OPTIONS, *DATA, *MODELS, *HUGGING_FACE]
+ALL: list[Regime] = [*OPTIONS, *DATA, *MODELS, *HUGGING_FACE, *TOGETHER]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"

@@ -67,13 +67,13 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 @dataclass
 class Run:
-    """A real ``Trainer.fit``."""
+    """A real ``Trainer.fit``: what it left, what happened, the module before and after."""
 
-    trainer: L.Trainer
     left: dict[str, list[Any]]
     events: list[Event]
     data: Data
     first: Classifier
+    last: torch.nn.Module
 
 
 @dataclass
@@ -106,27 +106,42 @@ def fit(regime: Regime, influence: InfluenceCallback | None) -> Run:
     own = [] if influence is None else [influence]
     trainer = L.Trainer(**options | {"callbacks": [*own, *options.get("callbacks", []), watch, history]})
     trainer.fit(module, data.train, data.val)
-    return Run(trainer, fitted(trainer, history), watch.events, data, first)
+    return Run(fitted(trainer, history), watch.events, data, first, trainer.lightning_module)
+
+
+def recorder(regime: Regime) -> InfluenceCallback:
+    """The callback as the reference computes: no discount, first weights fixed."""
+    options = {"discount": False, "refresh_every": 1, "initial_weights": "fixed", "on_error": "raise"}
+    return InfluenceCallback(["val", "self"], **options | regime.influence)
 
 
 def examine(regime: Regime) -> Verdict:
     """Runs a regime with and without the callback, and its reference."""
-    options = {"discount": False, "refresh_every": 1, "initial_weights": "fixed", "on_error": "raise"}
-    influence = InfluenceCallback(["val", "self"], **options | regime.influence)
-    plain = fit(regime, None)
+    if regime.processes > 1:
+        from .together import examine_together  # the other way around it runs what is here
+
+        return examine_together(regime)
+    influence = recorder(regime)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         recorded = fit(regime, influence)
-    report = influence.report
-    assert report is not None
-    mu, trained = replay(regime, plain.first, plain.data, plain.events)
+    assert influence.report is not None
+    warned = [str(w.message) for w in caught if "InfluenceCallback" in str(w.message)]
+    return judged(regime, fit(regime, None), recorded.left, influence.report, warned)
+
+
+def judged(
+    regime: Regime, plain: Run, left: dict[str, list[Any]], report: InfluenceReport, warned: list[str], parts: int = 1
+) -> Verdict:
+    """What a recorded run found and left, against a plain run and its replay."""
+    mu, trained = replay(regime, plain.first, plain.data, plain.events, parts)
     return Verdict(
         error=_errors(report.scores.mu, mu.numpy()),
-        drift=_drift(plain.trainer.lightning_module, trained),
-        changed=differing(plain.left, recorded.left),
+        drift=_drift(plain.last, trained),
+        changed=differing(plain.left, left),
         lost=(_visits(plain.events, report.rows) - report.observations).tolist(),
         report=report,
-        warned=[str(w.message) for w in caught if "InfluenceCallback" in str(w.message)],
+        warned=warned,
     )
 
 

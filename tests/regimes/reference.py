@@ -69,8 +69,13 @@ class Sums:
         return mu
 
 
-def replay(regime: Regime, first: Classifier, data: Data, events: list[Event]) -> tuple[Tensor, Classifier]:
-    """Trains ``first`` once more by the events; returns the scores [N, 2] and the trained module."""
+def replay(
+    regime: Regime, first: Classifier, data: Data, events: list[Event], parts: int = 1
+) -> tuple[Tensor, Classifier]:
+    """Trains ``first`` once more by the events; returns the scores [N, 2] and the trained module.
+
+    A batch may come in several equal ``parts``, each with a backward event of its own.
+    """
     module = copy.deepcopy(first).to(regime.dtype).train()
     regime.plain_form(module)
     _thaw(module, next(event for event in events if event.kind == "backward"))
@@ -78,7 +83,7 @@ def replay(regime: Regime, first: Classifier, data: Data, events: list[Event]) -
     optimizer = module._optimizer(module.parameters_to_train())
     clip = options.get("gradient_clip_val")
     by_value = options.get("gradient_clip_algorithm") == "value"
-    loop = _Loop(regime, module, data, optimizer, options.get("accumulate_grad_batches", 1))
+    loop = _Loop(regime, module, data, optimizer, options.get("accumulate_grad_batches", 1) * parts)
     for event in events:
         if event.kind == "zero":
             loop.zero()

@@ -148,6 +148,7 @@ class Regime:
         left_out: Parameters that the report must name as left out; the reference leaves them out too.
         approximate: Modules that the report must name as approximate.
         note: Words that the report's notes must hold.
+        processes: How many train together; with more than one the Trainer's strategy is "ddp_fork".
         slow: Left out of the default tests.
         needs: Package that it needs.
     """
@@ -165,6 +166,7 @@ class Regime:
     left_out: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
     note: str = ""
+    processes: int = 1
     slow: bool = False
     needs: str | None = None
 

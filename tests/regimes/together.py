@@ -1,0 +1,178 @@
+"""Regimes of several processes: ``python -m tests.regimes.together FOLDER [NAME ...]`` trains them in forked ones.
+
+A process of its own does it, for a fork must not inherit threads of torch that ran before.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ine_callback import InfluenceCallback
+
+from .harness import QUIET, Run, Verdict, Watch, judged, recorder
+from .identical import History, differing, fitted
+from .options import with_adamw
+from .reference import Event
+from .regime import BATCH, Data, Regime, vectors
+
+ROOT = Path(__file__).parents[2]
+
+
+class Shares(Sampler[list[int]]):
+    """Batches of other sizes in each process: 20 rows as 4, 3, 3 in the first and 2, 5, 3 in the second."""
+
+    sizes = (4, 3, 3), (2, 5, 3)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        start = 10 * rank
+        for size in self.sizes[rank]:
+            yield list(range(start, start + size))
+            start += size
+
+
+def of_uneven(items: Dataset[Any]) -> DataLoader[Any]:
+    return DataLoader(items, batch_sampler=Shares())
+
+
+def of_nineteen(items: Dataset[Any]) -> DataLoader[Any]:
+    return DataLoader(torch.utils.data.Subset(items, range(19)), BATCH, shuffle=True)
+
+
+def nineteen() -> Data:
+    data = vectors(of_nineteen)
+    data.items = data.train.dataset
+    return data
+
+
+def _two(**options: Any) -> Any:
+    return lambda: {"strategy": "ddp_fork", "devices": 2, **options}
+
+
+TOGETHER = [
+    Regime("ddp, 2 processes", "processes", trainer=_two(), processes=2, tolerance=1e-5),
+    Regime("ddp, AdamW", "processes", with_adamw, trainer=_two(), processes=2, tolerance=1e-5),
+    Regime("ddp, padded sampler", "processes", data=nineteen, trainer=_two(), processes=2, tolerance=1e-5),
+    Regime(
+        "ddp, batches of other sizes in each process",
+        "processes",
+        data=lambda: vectors(of_uneven),
+        trainer=_two(use_distributed_sampler=False),
+        processes=2,
+        tolerance=1e-5,
+    ),
+    Regime(
+        "ddp, accumulated (no_sync) and clipped",
+        "processes",
+        trainer=_two(accumulate_grad_batches=2, gradient_clip_val=0.3),
+        processes=2,
+        tolerance=1e-5,
+    ),
+    Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
+    Regime(
+        "ddp, early stopping",
+        "processes",
+        trainer=_two(max_epochs=9, callbacks=[EarlyStopping("val", patience=1, min_delta=9.0)]),
+        processes=2,
+        note="training stopped after",
+        tolerance=1e-5,
+    ),
+]
+
+
+class Dump(L.Callback):
+    """Saves what a process left; the processes end with the fit."""
+
+    def __init__(self, file: Path, watch: Watch, history: History, influence: InfluenceCallback | None) -> None:
+        self.file, self.watch, self.history, self.influence = file, watch, history, influence
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report = None if self.influence is None else self.influence.report
+        last = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        left = fitted(trainer, self.history)
+        file = self.file.with_name(f"{self.file.name}-{trainer.global_rank}")
+        torch.save((left, self.watch.events, report, last), file)
+
+
+def train(regime: Regime, file: Path, influence: InfluenceCallback | None) -> None:
+    """Trains in processes that leave ``file``-0, ``file``-1, …"""
+    L.seed_everything(11, verbose=False)
+    data, module = regime.data(), regime.module()
+    watch, history, options = Watch(data), History(), {**QUIET, **regime.trainer()}
+    own = [] if influence is None else [influence]
+    callbacks = [*own, *options.get("callbacks", []), watch, history, Dump(file, watch, history, influence)]
+    L.Trainer(**options | {"callbacks": callbacks}).fit(module, data.train, data.val)
+
+
+@cache
+def trained() -> Path:
+    """Where all regimes of several processes were trained, with and without the callback."""
+    folder = Path(tempfile.mkdtemp())
+    command = [sys.executable, "-m", "tests.regimes.together", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert not done.returncode, done.stderr[-5000:]
+    return folder
+
+
+def examine_together(regime: Regime) -> Verdict:
+    """The first process's verdict; all must have the same report, to the last bit."""
+    folder, number = trained(), TOGETHER.index(regime)
+    plain, recorded = ([_loaded(folder / f"{number}-{kind}", r) for r in range(2)] for kind in ("plain", "recorded"))
+    events = [part[1] for part in plain]
+    even = all(len(a.rows) == len(b.rows) for a, b in zip(*events, strict=True))
+    L.seed_everything(11, verbose=False)
+    data, first, last = regime.data(), regime.module(), regime.module()
+    last.load_state_dict(plain[0][3])
+    run = Run(plain[0][0], _merged(events, even), data, first, last)
+    verdict = judged(regime, run, recorded[0][0], recorded[0][2], [], 1 if even else 2)
+    verdict.changed += differing(plain[1][0], recorded[1][0])
+    one, other = (part[2].scores for part in recorded)
+    for name, value in vars(one).items():
+        if isinstance(value, np.ndarray) and not np.array_equal(value, getattr(other, name), equal_nan=True):
+            verdict.changed.append(f"the processes' reports differ in {name}")
+    return verdict
+
+
+def _loaded(file: Path, rank: int) -> Any:
+    return torch.load(file.with_name(f"{file.name}-{rank}"), weights_only=False)
+
+
+def _merged(events: list[list[Event]], even: bool) -> list[Event]:
+    """The processes' batches as one batch, or one after the other."""
+    out = []
+    for one, other in zip(*events, strict=True):
+        assert one.kind == other.kind
+        if one.kind == "backward" and even:
+            out.append(Event("backward", one.rows + other.rows, one.random, one.groups, one.trainable))
+        else:
+            out += [one, other] if one.kind == "backward" else [one]
+    return out
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    for number, regime in enumerate(TOGETHER):
+        if not names or regime.name in names:
+            train(regime, folder / f"{number}-plain", None)
+            train(regime, folder / f"{number}-recorded", recorder(regime))
+
+
+if __name__ == "__main__":
+    main()
