@@ -30,7 +30,15 @@ from ine_callback.report import InfluenceReport
 from ine_callback.rows import RowTracker
 from ine_callback.scores import Floats
 from ine_callback.sources import DataSource
-from ine_callback.trainer import ModuleLoss, evaluating, schedulers_of, steps_ahead, transferred, unscale
+from ine_callback.trainer import (
+    ModuleLoss,
+    evaluating,
+    restarts_in_an_epoch,
+    schedulers_of,
+    steps_ahead,
+    transferred,
+    unscale,
+)
 
 WHOLE = (SingleDeviceStrategy, DDPStrategy)  # every process holds the whole model
 SPLIT = (DeepSpeedStrategy, XLAStrategy)  # DDP's subclasses that do not, or were never tried
@@ -123,12 +131,14 @@ class InfluenceCallback(Callback):
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
         self._stages: Stages | None = None
+        self._saved: dict[str, Any] = {}
         self._folder: Path | None = None
         self._undo: list[Callable[[], None]] = []
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._recorder = None
         if not self.enabled or stage != "fit":
             return
         owner = type(self).__name__
@@ -139,7 +149,7 @@ class InfluenceCallback(Callback):
             )
         if sum(isinstance(other, InfluenceCallback) and other.enabled for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
-        self.report = None
+        self.report, self._saved = None, {}
         self._tracker = RowTracker(owner)
         self._hooks = BatchHooks(trainer, pl_module)
         self._track_rows(trainer, self._tracker)
@@ -211,9 +221,48 @@ class InfluenceCallback(Callback):
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
         if trainer.global_step:
-            self._recorder.note(
-                f"recording began at step {trainer.global_step} of a resumed run; earlier steps are missing"
-            )
+            self._go_on(trainer, self._recorder)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The recording so far, for Lightning's checkpoints; empty outside of a fit."""
+        if self._recorder is None:
+            return {}
+        try:
+            stages = None if self._stages is None else self._stages.state_dict()
+            return {"recorder": self._recorder.state_dict(), "stages": stages}
+        except Exception as error:  # a checkpoint must never be lost to us
+            if self.on_error == "raise":
+                raise
+            self._recorder.warn(f"a checkpoint was saved without the recording: {type(error).__name__}: {error}")
+            return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps what :meth:`state_dict` returned until the training goes on."""
+        self._saved = state_dict
+
+    def _go_on(self, trainer: Trainer, recorder: Recorder) -> None:
+        """Takes up what the checkpoint holds of the recording."""
+        saved, self._saved = self._saved, {}
+        step, why = trainer.global_step, "no recording in its checkpoint"
+        try:
+            if saved:
+                recorder.load_state_dict(saved["recorder"])
+                if self._stages is not None and saved["stages"] is not None:
+                    self._stages.load_state_dict(saved["stages"])
+                recorder.note(f"resumed at step {step} from a checkpoint")
+                if restarts_in_an_epoch(trainer):
+                    recorder.note(
+                        "resumed inside of an epoch with a loader that does not know where it was: that epoch's rows "
+                        "count as often as they were trained on, some twice, some never"
+                    )
+                return
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            why = f"{type(error).__name__}: {error}"
+        recorder.warn(f"recording began at step {step} of a resumed run; earlier steps are missing ({why})")
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -281,7 +330,7 @@ class InfluenceCallback(Callback):
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._recorder is None:
+        if self._recorder is None or not self._recorder.running:
             return
         self._recorder.stop()
         try:
@@ -314,12 +363,13 @@ class InfluenceCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
+        self._recorder = self._stages = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._recorder is not None and self._recorder.running:
             self._recorder.note(f"training was ended by {type(exception).__name__}: the report covers the steps before")
             self.on_train_end(trainer, pl_module)
-        self._release()
+        self._release()  # recorder and stages stay: ModelCheckpoint may save what there is
 
     def _release(self) -> None:
         """Leaves trainer, loaders and module as they were found."""
@@ -330,4 +380,4 @@ class InfluenceCallback(Callback):
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        self._recorder = self._tracker = self._stages = None
+        self._tracker = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -176,6 +176,19 @@ class KFAC:
         else:
             values = left_values[..., :, None] * right_values[..., None, :]
         return Discount(left, right, torch.exp(-(exponent * values + decay)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every block's sums, by its name: tensors and plain types."""
+        return {
+            name: {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(factors).items()}
+            for name, factors in self._factors.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        for name, saved in state.items():
+            moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+            self._factors[name] = _Factors(**moved | {"full": tuple(saved["full"])})
 
     def _sides(self, record: Record) -> tuple[bool, bool]:
         if isinstance(record, Vector):

@@ -177,6 +177,12 @@ class RowLosses:
         """Enlarges the state to ``rows`` rows."""
         self._sums = F.pad(self._sums, (0, rows - self._sums.shape[1]))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums = state["sums"].to(self._sums, copy=True)
+
     def mean(self) -> NDArray[np.float64]:
         """Mean loss [N], NaN where it was never read."""
         total, count = self._sums.cpu().double().numpy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,17 @@ class InitialNoise:
         if weights == "random" and not spread:
             self.note = "the initial weights are all alike: only the order of the rows counts as training randomness"
         self._variances = found if self.random else {}
+        self._names = {name: p for name, p in module.named_parameters() if p in self._variances}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The variances at the start, by the parameters' names; ``random`` is settled by then."""
+        return {name: self._variances[p] for name, p in self._names.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned: a resumed run finds trained weights."""
+        for name, variance in state.items():
+            if name in self._names:
+                self._variances[self._names[name]] = variance.to(self._variances[self._names[name]])
 
     def of_weight(self, block: Block) -> Tensor | float:
         """sigma^2 of the block's first parameter (a layer's weight), as a common one of all its entries."""

@@ -152,11 +152,15 @@ class Schedule:
     """
 
     def __init__(self, planned: Sequence[float] = (), note: str = "") -> None:
-        self.planned, self.note = tuple(planned), note
+        self.note = note
+        self.steps, self.realised = 0, 0.0
+        self._plan(planned)
+
+    def _plan(self, planned: Sequence[float]) -> None:
+        self.planned = tuple(planned)
         self._after = [0.0] * (len(self.planned) + 1)
         for t in range(len(self.planned) - 1, -1, -1):
             self._after[t] = self._after[t + 1] + self.planned[t]
-        self.steps, self.realised = 0, 0.0
 
     def advance(self, lr: float) -> None:
         """One optimizer step was taken with this learning rate."""
@@ -173,6 +177,18 @@ class Schedule:
         t = min(self.steps, len(self.planned) - 1)
         ratio = lr / self.planned[t] if self.planned[t] > 0 else 1.0
         return self._after[t + 1] * ratio if self.steps < len(self.planned) else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        planned = torch.tensor(self.planned, dtype=torch.float64)
+        return {"planned": planned, "steps": self.steps, "realised": self.realised}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, in a schedule that plans the rest of a resumed run."""
+        self.steps, self.realised = state["steps"], state["realised"]
+        before = state["planned"].tolist()
+        ahead = before[: self.steps] + list(self.planned)
+        same = len(ahead) == len(before) and all(math.isclose(a, b) for a, b in zip(ahead, before, strict=True))
+        self._plan(before if same else ahead if self.planned else ())
 
     def summary(self) -> dict[str, Any]:
         """JSON-able record for the report: what was assumed about the rest of training and what came."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,24 +20,25 @@ from ine_callback.capture import Capture, Record
 from ine_callback.contrasts import CONTRASTS, Contrasts
 from ine_callback.coverage import Coverage
 from ine_callback.curvature import KFAC
-from ine_callback.errors import CaptureError, InfluenceError, RowsError
-from ine_callback.losses import RowLosses, Scale, read_loss
+from ine_callback.errors import InfluenceError, RowsError
+from ine_callback.guard import Guard
+from ine_callback.ledger import Ledger
+from ine_callback.losses import Scale, read_loss
 from ine_callback.methods import FINE, Method, checked_methods
 from ine_callback.noise import InitialNoise
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
 from ine_callback.processes import Lockstep
-from ine_callback.provenance import versions
+from ine_callback.provenance import run_info
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.rates import Clipping, known, plan, step_rate
-from ine_callback.report import InfluenceReport, RunInfo
+from ine_callback.report import InfluenceReport
 from ine_callback.reservoir import Reservoir
-from ine_callback.rows import RowCheck
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
 from ine_callback.visits import Pending, Visits
 
 
-class Recorder:
+class Recorder(Guard):
     """Records every row's signals while a model trains and turns them into a report.
 
     Args:
@@ -115,19 +114,20 @@ class Recorder:
     ) -> None:
         counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
         check_options(owner, on_error, uncaptured, initial_weights, **counts, accumulate=accumulate)
-        self.module, self.optimizer, self.owner = module, optimizer, owner
+        super().__init__(owner, on_error)
+        self.module, self.optimizer = module, optimizer
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
         self.refresh_every, self.curvature_every = refresh_every, curvature_every
-        self.accumulate, self.distributed, self.on_error = accumulate, distributed, on_error
+        self.accumulate, self.distributed = accumulate, distributed
         self._loss, self._rows = loss, rows
-        self._source = source or DataSource(owner, loss)
+        self.source = source or DataSource(owner, loss)
         self._horizon = (total_steps, schedulers)
         self._max_dim = max_dim if discount else None
         self._reservoir = Reservoir(reservoir if discount else 0)
         self._initial_weights: InitialWeights = initial_weights
         self._to_device, self._context = to_device or (lambda batch: batch), context
-        self.capture = Capture(module, self._receive, self._fail)
+        self.capture = Capture(module, self._receive, self.fail)
         self.coverage = Coverage(module, self.capture, uncaptured, owner)
         self.config: dict[str, Any] = {
             "queries": list(self.queries),
@@ -140,13 +140,13 @@ class Recorder:
             "initial_weights": initial_weights,
             "uncaptured": uncaptured,
         }
-        self.notes: list[str] = []
-        self.steps, self.running, self.recording = 0, False, False
+        self.running = False
         self._handles: list[Any] = []
         self._pending = Pending()
         self._row_losses: Tensor | None = None
         self._batch: tuple[Tensor, Any] | None = None
-        self._received = self._settled = self._failed = False
+        self._received = self._settled = self._renew = False
+        self._made = 0
         self._clipping = Clipping(optimizer)
         self._seconds = 0.0
 
@@ -190,19 +190,24 @@ class Recorder:
             self._context,
         )
         self.signals.check()
-        self._check, self._size = RowCheck(self.owner, self._rows), self._rows or 0
-        for method in self.methods:
-            method.start(self._size, self.infos, self._device, noise.random, self.signals.contrasts.count)
-        self._losses = RowLosses(self._size, self._device)
+        self.ledger = Ledger(
+            self.owner,
+            self._rows,
+            self.infos,
+            self.methods,
+            self._device,
+            noise.random,
+            self.signals.contrasts.count,
+        )
         if not known(self.optimizer):
             kind = type(self.optimizer).__name__
             self.warn(f"{kind} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
         self.capture.attach()
         self._handles = [
-            self.optimizer.register_step_pre_hook(lambda *_: self._guarded(self._before_step)),
-            self.optimizer.register_step_post_hook(lambda *_: self._guarded(self._after_step)),
+            self.optimizer.register_step_pre_hook(lambda *_: self.guarded(self._before_step)),
+            self.optimizer.register_step_post_hook(lambda *_: self.guarded(self._after_step)),
         ]
-        self._started = datetime.datetime.now(datetime.timezone.utc)
+        self.started = datetime.datetime.now(datetime.timezone.utc)
         self._clock = time.monotonic()
         self.running = self.recording = True
 
@@ -214,7 +219,8 @@ class Recorder:
         self._handles.clear()
         if self.running:
             self._seconds = time.monotonic() - self._clock
-        self.running = self.recording = False
+        self.running = False
+        super().stop()
 
     def __enter__(self) -> Recorder:
         self.start()
@@ -224,7 +230,7 @@ class Recorder:
         self.stop()
 
     def _bind(self) -> list[BoundQuery]:
-        bound = [b for name, query in self.queries.items() for b in query.bind(name, self._source)]
+        bound = [b for name, query in self.queries.items() for b in query.bind(name, self.source)]
         names = [b.info.name for b in bound]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -249,10 +255,10 @@ class Recorder:
 
     def start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any = None) -> None:
         """Announces the rows of the coming forward pass, or a function that finds them in the batch."""
-        self._guarded(self._start_batch, rows, data)
+        self.guarded(self._start_batch, rows, data)
 
     def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
-        rows = self._check.rows(rows(data) if callable(rows) else rows, data)
+        rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled, self._row_losses = (rows, data), False, None
         if not self._pending:
@@ -268,12 +274,13 @@ class Recorder:
             self.signals.hold()
         if self.signals.held is not None:
             self.coverage.probe(self._loss, data, len(rows))
-        elif self.steps and self.steps % self.refresh_every == 0:
+        elif self.steps and (self._renew or self.steps % self.refresh_every == 0):
             self.signals.refresh()
+            self._made, self._renew = self.steps, False
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
-        self._guarded(self._see, loss)
+        self.guarded(self._see, loss)
 
     def _see(self, loss: Tensor) -> None:
         if self._batch is None:
@@ -293,7 +300,7 @@ class Recorder:
 
         Needed where the pass runs inside of ``optimizer.step(closure)``, as in Lightning; else the step itself tells.
         """
-        self._guarded(self._settle, True)
+        self.guarded(self._settle, True)
 
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
@@ -311,6 +318,7 @@ class Recorder:
                 f"{self.coverage.first_reason()}. Check row_fn and the collate function, or use uncaptured='fallback'."
             )
         self.signals.release(1.0 if unscale is None else unscale)
+        self._made = self.steps
 
     def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
         self._received = True
@@ -323,7 +331,7 @@ class Recorder:
 
     def end_batch(self) -> None:
         """Ends the batch; its signals wait for the optimizer's step."""
-        self._guarded(self._end_batch)
+        self.guarded(self._end_batch)
 
     def _end_batch(self) -> None:
         # nothing received: no backward pass at all, or one that no hook could read; only the latter leaves gradients
@@ -356,7 +364,7 @@ class Recorder:
 
     def measure_clipping(self) -> None:
         """Called with the unclipped gradients: the step will tell by how much they were clipped."""
-        self._guarded(self._clipping.before)
+        self.guarded(self._clipping.before)
 
     def _before_step(self) -> None:
         self._settle(False)
@@ -367,100 +375,67 @@ class Recorder:
         with torch.no_grad():
             visits = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
             visits = visits.times(self._clipping.factor() / self._processes.count)
-            sizes, known = zip(*self._processes.meet(len(visits.rows), self._check.count), strict=True)
+            sizes, known = zip(*self._processes.meet(len(visits.rows), self.ledger.check.count), strict=True)
             if not any(sizes):
                 return
-            self._fold(visits.joined(self._processes, sizes), max(known))
+            visits = visits.joined(self._processes, sizes)
+            self.ledger.fold(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
 
-    def _fold(self, visits: Visits, known: int) -> None:
-        """Gives a step's visits to the methods; ``known`` rows exist."""
-        self._check.count = known
-        if known > self._size:
-            self._size = max(known, 2 * self._size)
-            self._losses.grow(self._size)
-            for method in self.methods:
-                method.grow(self._size)
-        self._losses.add(visits.rows, visits.losses)
-        units, signals = self.signals.units(visits.own), visits.signals
-        for method in self.methods:
-            method.fold(visits.rows, signals[..., 0], step_rate(self.optimizer), units, signals[..., 1:])
-
-    # -- errors -------------------------------------------------------------------------------------------------------
-
-    def _guarded(self, function: Callable[..., None], *args: Any) -> None:
-        if not self.recording:
-            return
-        try:
-            function(*args)
-        except CaptureError as error:
-            if self.steps:  # a batch that went missing later must not end the training
-                return self._fail(error)
-            self.stop()  # before the first step: the user asked for it with uncaptured="raise" or "fallback"
-            raise
-        except Exception as error:  # the training run is sacred
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self.recording, self.capture.active, self._failed = False, False, True
+    def give_up(self) -> None:
+        super().give_up()
+        self.capture.active = False
         self._processes.leave()
-        if self.on_error == "raise":
-            raise error
-        message = f"recording stopped after {self.steps} steps: {type(error).__name__}: {error}"
-        self.notes.append(message)
-        warnings.warn(f"{self.owner}: {message} Training goes on; the report holds what came before.", stacklevel=2)
 
-    def note(self, note: str) -> None:
-        """Adds a sentence to the report, once."""
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def warn(self, note: str) -> None:
-        """Tells the user now, and in the report."""
-        self.note(note)
-        warnings.warn(f"{self.owner}: {note}.", stacklevel=3)
-
-    # -- report -------------------------------------------------------------------------------------------------------
+    # -- what comes of it ---------------------------------------------------------------------------------------------
 
     def report(self) -> InfluenceReport:
         """The report of everything recorded so far."""
         if not hasattr(self, "infos"):
             raise InfluenceError(f"{self.owner}: nothing was recorded; put `with recorder:` around the training loop.")
-        scores = replace(self.methods[0].finish(), mean_loss=self._losses.mean())
-        return InfluenceReport(scores.first(self._check.count), self._run_info(self._check.count))
+        return InfluenceReport(self.ledger.scores(), run_info(self))
 
-    def _run_info(self, rows: int) -> RunInfo:
-        method, schedule = self.methods[0], self.schedule.summary()
-        counts = method.nonfinite.tolist() if isinstance(method, FINE) else []
-        lost = {info.name: int(count) for info, count in zip(self.infos, counts, strict=False) if count}
-        told = [f"query '{name}': {n} signals were not finite and were left out" for name, n in lost.items()]
-        ahead = [schedule["note"]] if schedule["note"] and not self._failed else []
-        return RunInfo(
-            config=self.config,
-            versions=versions(),
-            seed=torch.initial_seed(),
-            started=self._started.isoformat(timespec="seconds"),
-            seconds=self._seconds or time.monotonic() - self._clock,
-            steps=self.steps,
-            rows=rows,
-            captured_share=self.coverage.share,
-            approximate=self.coverage.approximate,
-            uncaptured=self.coverage.uncaptured,
-            nonfinite=lost,
-            schedule=schedule,
-            notes=[
-                *self.notes,
-                *told,
-                *method.notes(),
-                *self.coverage.notes,
-                *self.coverage.late_notes(),
-                *self._source.notes,
-                *ahead,
-                *self.signals.notes(),
-            ],
-        )
+    @property
+    def seconds(self) -> float:
+        """How long the recording lasted."""
+        return self._seconds or time.monotonic() - self._clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on: tensors and plain types. With several processes, all must call it.
+
+        The queries' directions are too large to keep. They are made anew at the next step, here as in the resumed run,
+        so that both end with the same scores.
+        """
+        reachable = self.recording or self._processes.count == 1  # others may be gone
+        if reachable:
+            self._processes.meet()
+        self._renew = self._made != self.steps  # Lightning saves again in the first step of a resumed run
+        return {
+            "steps": self.steps,
+            "failed": self.failed,
+            "notes": list(self.notes),
+            "started": self.started.isoformat(),
+            "seconds": self.seconds,
+            "ledger": self.ledger.state_dict(),
+            "signals": self.signals.state_dict() if reachable and self.steps and not self.failed else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` returned, after :meth:`start` and before the first batch.
+
+        Raises:
+            InfluenceError: If it was recorded with other queries or methods, or with more rows.
+        """
+        self.ledger.load_state_dict(state["ledger"])
+        self.steps, self.notes = state["steps"], [*state["notes"], *self.notes]
+        self.started = datetime.datetime.fromisoformat(state["started"])
+        self._clock -= state["seconds"]
+        if state["failed"]:
+            self.give_up()
+        elif state["signals"] is not None:
+            self.signals.load_state_dict(state["signals"])
 
 
 def _finite(module: nn.Module) -> bool:

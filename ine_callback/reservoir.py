@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,7 @@ class Reservoir:
         self._new: dict[Block, _Kept] = {}
         self._draw: _Draw | None = None
         self._filled, self._seen, self._owed = 0, 0, 0.0
+        self._saved: list[dict[str, Any]] = []
 
     def open(self, records: Sequence[tuple[Block, Record]], processes: Lockstep) -> None:
         """Makes room for the blocks of a batch. What was kept is forgotten: its rows lack the blocks that joined.
@@ -139,6 +141,40 @@ class Reservoir:
         self._kept = {block: one.map(lambda x: x.new_zeros(rows, *x.shape[1:])) for block, one in first.items()}
         device = next(iter(self._kept.values())).right.device
         self._generator = torch.Generator(device).manual_seed(self._seed)
+
+    def state_dict(self, processes: Lockstep) -> dict[str, Any]:
+        """The rows of every process; right after a meeting."""
+        kept = {block.key: rows.map(lambda x: x[: self._filled].clone()) for block, rows in self._kept.items()}
+        own: dict[str, Any] = {"rows": self.rows, "note": self.note}
+        own["kept"] = {key: [rows.left, rows.right] for key, rows in kept.items()}
+        if kept:
+            own |= {"filled": self._filled, "seen": self._seen, "owed": self._owed}
+            own["generator"] = self._generator.get_state()
+        return {"processes": processes.gather(own)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps what :meth:`state_dict` returned until :meth:`reopen` knows the blocks."""
+        self._saved = state["processes"]
+
+    def reopen(self, records: Sequence[tuple[Block, Record]], processes: Lockstep) -> None:
+        """Makes room for the blocks of a resumed run's first batch, and puts the saved rows there."""
+        saved, self._saved = self._saved, []
+        self.open(records, processes)
+        if len(saved) != processes.count:
+            self.note = f"the reservoir was begun anew: {len(saved)} processes saved it, {processes.count} resumed"
+            return
+        own = saved[processes.rank]
+        self.rows, self.note = own["rows"], own["note"]
+        self._kept = {block: rows for block, rows in self._kept.items() if block.key in own["kept"]}
+        if not self._kept:
+            return
+        self._filled, self._seen, self._owed = own["filled"], own["seen"], own["owed"]
+        for block, rows in self._kept.items():
+            for place, values in zip((rows.left, rows.right), own["kept"][block.key], strict=True):
+                if place is not None:
+                    place[: self._filled] = values.to(place)
+        if own["generator"].shape == self._generator.get_state().shape:  # else it comes from another kind of device
+            self._generator.set_state(own["generator"].cpu())
 
     @property
     def full(self) -> bool:

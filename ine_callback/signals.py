@@ -86,7 +86,7 @@ class Signals:
         self._own_variance: Tensor | None = None
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
-        self.observe_curvature = True
+        self.observe_curvature, self.resumed = True, False
         self._variance = torch.ones(len(self.queries))
 
     def check(self) -> None:
@@ -172,6 +172,13 @@ class Signals:
         The gradients in place are those of the records, times 1 / ``unscale``.
         """
         held, self.held = self.held or [], None
+        if self.resumed:
+            self.resumed = False
+            self.reservoir.reopen([(block, record) for block, record, _ in held], self.processes)
+            self.refresh(unscale)
+            for block, record, self.scale in held:
+                self.take(block, record)
+            return
         if self.curvature is not None:
             for block, record, scale in held:
                 self.curvature.observe(block, record, scale.terms)
@@ -240,6 +247,25 @@ class Signals:
         shared = {block: v[block] for block in sorted(blocks, key=lambda block: block.key) if block.key in names}
         self.processes.average(shared.values())
         return shared
+
+    def state_dict(self) -> dict[str, Any]:
+        """What directions are made of; they themselves are too large to keep, and are made anew. After a meeting."""
+        curvature = {}
+        if self.curvature is not None:
+            self.curvature.pool(self.processes)
+            curvature = self.curvature.state_dict()
+        reservoir = self.reservoir.state_dict(self.processes)
+        parts = {"noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
+        return {"curvature": curvature, "reservoir": reservoir, **parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, before the first batch."""
+        if self.curvature is not None:
+            self.curvature.load_state_dict(state["curvature"], next(self.module.parameters()).device)
+        self.reservoir.load_state_dict(state["reservoir"])
+        self.noise.load_state_dict(state["noise"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.resumed = True
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ine_callback.errors import QueryError
 
@@ -104,6 +106,13 @@ def steps_ahead(trainer: Trainer) -> int:
     """Optimizer steps planned from here on; 0 where nobody knows."""
     steps = trainer.estimated_stepping_batches
     return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
+
+
+def restarts_in_an_epoch(trainer: Trainer) -> bool:
+    """Whether a resumed run takes up an epoch at its first batch again, having trained on some of it before."""
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    loaders = tree_leaves(trainer.train_dataloader)
+    return 0 < done < trainer.num_training_batches and not all(isinstance(loader, _Stateful) for loader in loaders)
 
 
 def schedulers_of(trainer: Trainer) -> Sequence[tuple[Any, int]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF
 from ine_callback.queries import Batch, BoundQuery
+from ine_callback.report import bif_store
 from ine_callback.scores import Floats
 from ine_callback.sources import DataSource
 
@@ -106,6 +110,22 @@ class Stages:
         sample = self._to_device(self._source.training([0]))
         with prepared(self._module, sample, self._loss_fn, self._context, self._owner) as (_, _, sample, losses):
             return term_limit(losses, self._module, sample, self._owner)[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stages so far, as the files of a report."""
+        with tempfile.TemporaryDirectory() as folder:
+            bif_store.save(self.found, Path(folder))
+            written = {file.name: bytearray(file.read_bytes()) for file in Path(folder).iterdir()}
+        files = {name: torch.frombuffer(data, dtype=torch.uint8) for name, data in written.items()}
+        return {"reached": list(self._reached), "files": files}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in state["files"].items():
+                (Path(folder) / name).write_bytes(data.numpy().tobytes())
+            self.found = list(bif_store.load(Path(folder)))
+        self._reached = set(state["reached"])
 
     def missed(self) -> list[str]:
         """A note on the stages that training never reached."""

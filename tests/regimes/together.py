@@ -16,16 +16,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ine_callback import InfluenceCallback
+from ine_callback import InfluenceCallback, InfluenceReport
 
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .identical import History, differing, fitted
 from .options import with_adamw
 from .reference import Event
-from .regime import BATCH, Data, Regime, vectors
+from .regime import BATCH, Classifier, Data, Regime, vectors
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +119,32 @@ def train(regime: Regime, file: Path, influence: InfluenceCallback | None) -> No
     L.Trainer(**options | {"callbacks": callbacks}).fit(module, data.train, data.val)
 
 
+class Ends(L.Callback):
+    """Ends the training after an epoch as if it were for good."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+def resume(folder: Path) -> None:
+    """Trains as a whole, in part and on from there; with the discount."""
+    for name, last in (("whole", None), ("part", 1), ("resumed", None)):
+        L.seed_everything(11, verbose=False)
+        data, module = vectors(), Classifier()
+        watch, history = Watch(data), History()
+        influence = InfluenceCallback(["val", "self"], refresh_every=2, curvature_every=1, on_error="raise")
+        kept = folder / ("whole" if name == "whole" else "parts")
+        ends = [] if last is None else [Ends(last)]
+        callbacks = [*ends, influence, ModelCheckpoint(kept, save_last=True), watch, history]
+        callbacks.append(Dump(folder / name, watch, history, influence))
+        options = {**QUIET, **_two()(), "enable_checkpointing": True, "callbacks": callbacks}
+        ckpt = kept / "last.ckpt" if name == "resumed" else None
+        L.Trainer(**options).fit(module, data.train, data.val, ckpt_path=ckpt)
+
+
 @cache
 def trained() -> Path:
     """Where all regimes of several processes were trained, with and without the callback."""
@@ -132,7 +158,7 @@ def trained() -> Path:
 def examine_together(regime: Regime) -> Verdict:
     """The first process's verdict; all must have the same report, to the last bit."""
     folder, number = trained(), TOGETHER.index(regime)
-    plain, recorded = ([_loaded(folder / f"{number}-{kind}", r) for r in range(2)] for kind in ("plain", "recorded"))
+    plain, recorded = ([loaded(folder / f"{number}-{kind}", r) for r in range(2)] for kind in ("plain", "recorded"))
     events = [part[1] for part in plain]
     even = all(len(a.rows) == len(b.rows) for a, b in zip(*events, strict=True))
     L.seed_everything(11, verbose=False)
@@ -141,14 +167,17 @@ def examine_together(regime: Regime) -> Verdict:
     run = Run(plain[0][0], _merged(events, even), data, first, last)
     verdict = judged(regime, run, recorded[0][0], recorded[0][2], [], 1 if even else 2)
     verdict.changed += differing(plain[1][0], recorded[1][0])
-    one, other = (part[2].scores for part in recorded)
-    for name, value in vars(one).items():
-        if isinstance(value, np.ndarray) and not np.array_equal(value, getattr(other, name), equal_nan=True):
-            verdict.changed.append(f"the processes' reports differ in {name}")
+    verdict.changed += [f"the processes' reports differ in {name}" for name in unequal(*(part[2] for part in recorded))]
     return verdict
 
 
-def _loaded(file: Path, rank: int) -> Any:
+def unequal(one: InfluenceReport, other: InfluenceReport) -> list[str]:
+    """The arrays that two reports do not share, to the last bit."""
+    pairs = [(n, v, getattr(other.scores, n)) for n, v in vars(one.scores).items() if isinstance(v, np.ndarray)]
+    return [name for name, a, b in pairs if not np.array_equal(a, b, equal_nan=True)]
+
+
+def loaded(file: Path, rank: int) -> Any:
     return torch.load(file.with_name(f"{file.name}-{rank}"), weights_only=False)
 
 
@@ -172,6 +201,8 @@ def main() -> None:
         if not names or regime.name in names:
             train(regime, folder / f"{number}-plain", None)
             train(regime, folder / f"{number}-recorded", recorder(regime))
+    if not names:
+        resume(folder)
 
 
 if __name__ == "__main__":
