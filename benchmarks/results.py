@@ -120,6 +120,19 @@ the calls. Two libraries cannot agree better than one agrees with itself. devint
 ours.
 """
 
+RESUME_HEAD = """\
+## Killed and resumed
+
+```bash
+python -m benchmarks.resume --trials {trials} --json resume.json
+```
+
+Trainings of 30 steps with checkpoints every second step, killed (SIGKILL) at random moments and resumed; a journal of
+another callback says what was trained on. Lost: visits that the report lacks or has too many. Same batches: trials with
+the batches of a training that nobody killed; all arrays of their reports and the weights are compared with it, bit by
+bit. In the others Lightning itself repeated batches (see the program).
+"""
+
 NAMES = {"sgd": "SGD .1", "adamw": "AdamW 3e-3, cosine"}
 COLUMNS = {
     "spearman_per_query": "Spearman per query",
@@ -320,6 +333,15 @@ def mislabel(results: dict[str, Any]) -> Iterable[str]:
         )
 
 
+def resume(results: dict[str, Any]) -> Iterable[str]:
+    """The section of ``benchmarks.resume``."""
+    (found,) = results["rows"]
+    yield RESUME_HEAD.format(trials=found["trials"])
+    shown = {k: found[k] for k in ("trials", "kills", "resumed", "lost", "same batches")}
+    shown["of these differing"] = max(found["differing"].values(), default=0)
+    yield table([*shown], [[str(value) for value in shown.values()]])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks, in the order wanted")
@@ -330,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.notes:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
-    sections["bif_devinterp"] = bif_devinterp
+    sections |= {"bif_devinterp": bif_devinterp, "resume": resume}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

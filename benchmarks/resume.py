@@ -64,14 +64,16 @@ class Remembers(DataLoader[Any]):
 
 
 class Journal(L.Callback):
-    """Notes the rows of every step in a file that outlives the process; a resumed training strikes out what it redoes."""
+    """Notes each step's rows in a file that outlives the process; what a resumed training redoes is struck out."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         kept = [line for line in self.lines() if line[0] < trainer.global_step]
-        self.file.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        part = self.file.with_suffix(".part")  # the kill may come in between
+        part.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        part.rename(self.file)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
         with self.file.open("a") as file:

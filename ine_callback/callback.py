@@ -138,7 +138,7 @@ class InfluenceCallback(Callback):
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._recorder = None
+        self._recorder = self._stages = None
         if not self.enabled or stage != "fit":
             return
         owner = type(self).__name__
@@ -245,7 +245,7 @@ class InfluenceCallback(Callback):
     def _go_on(self, trainer: Trainer, recorder: Recorder) -> None:
         """Takes up what the checkpoint holds of the recording."""
         saved, self._saved = self._saved, {}
-        step, why = trainer.global_step, "no recording in its checkpoint"
+        step, why = trainer.global_step, "there is no recording of them"
         try:
             if saved:
                 recorder.load_state_dict(saved["recorder"])
@@ -262,7 +262,8 @@ class InfluenceCallback(Callback):
             if self.on_error == "raise":
                 raise
             why = f"{type(error).__name__}: {error}"
-        recorder.warn(f"recording began at step {step} of a resumed run; earlier steps are missing ({why})")
+        note = f"recording began at step {step} of a resumed run; earlier steps are missing ({why})"
+        (recorder.warn if trainer.ckpt_path else recorder.note)(note)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -363,16 +364,15 @@ class InfluenceCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
-        self._recorder = self._stages = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._recorder is not None and self._recorder.running:
             self._recorder.note(f"training was ended by {type(exception).__name__}: the report covers the steps before")
             self.on_train_end(trainer, pl_module)
-        self._release()  # recorder and stages stay: ModelCheckpoint may save what there is
+        self._release()
 
     def _release(self) -> None:
-        """Leaves trainer, loaders and module as they were found."""
+        """Leaves trainer, loaders and module as they were found; the recorder stays for checkpoints still to come."""
         if self._recorder is not None:
             self._recorder.stop()
         if self._tracker is not None:

@@ -219,6 +219,7 @@ class Recorder(Guard):
         self._handles.clear()
         if self.running:
             self._seconds = time.monotonic() - self._clock
+            self.signals.forget()
         self.running = False
         super().stop()
 
@@ -408,8 +409,8 @@ class Recorder(Guard):
         The queries' directions are too large to keep. They are made anew at the next step, here as in the resumed run,
         so that both end with the same scores.
         """
-        reachable = self.recording or self._processes.count == 1  # others may be gone
-        if reachable:
+        together = self.recording or self._processes.count == 1  # after the end others may be gone
+        if together:
             self._processes.meet()
         self._renew = self._made != self.steps  # Lightning saves again in the first step of a resumed run
         return {
@@ -419,7 +420,7 @@ class Recorder(Guard):
             "started": self.started.isoformat(),
             "seconds": self.seconds,
             "ledger": self.ledger.state_dict(),
-            "signals": self.signals.state_dict() if reachable and self.steps and not self.failed else None,
+            "signals": self.signals.state_dict(together) if self.steps and not self.failed else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -142,15 +142,15 @@ class Reservoir:
         device = next(iter(self._kept.values())).right.device
         self._generator = torch.Generator(device).manual_seed(self._seed)
 
-    def state_dict(self, processes: Lockstep) -> dict[str, Any]:
-        """The rows of every process; right after a meeting."""
+    def state_dict(self, processes: Lockstep | None) -> dict[str, Any]:
+        """The rows of every process, right after a meeting; or this one's alone."""
         kept = {block.key: rows.map(lambda x: x[: self._filled].clone()) for block, rows in self._kept.items()}
         own: dict[str, Any] = {"rows": self.rows, "note": self.note}
         own["kept"] = {key: [rows.left, rows.right] for key, rows in kept.items()}
         if kept:
             own |= {"filled": self._filled, "seen": self._seen, "owed": self._owed}
             own["generator"] = self._generator.get_state()
-        return {"processes": processes.gather(own)}
+        return {"processes": [own] if processes is None else processes.gather(own)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps what :meth:`state_dict` returned until :meth:`reopen` knows the blocks."""

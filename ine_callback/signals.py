@@ -248,13 +248,18 @@ class Signals:
         self.processes.average(shared.values())
         return shared
 
-    def state_dict(self) -> dict[str, Any]:
-        """What directions are made of; they themselves are too large to keep, and are made anew. After a meeting."""
+    def state_dict(self, together: bool) -> dict[str, Any]:
+        """What directions are made of; they themselves are too large to keep, and are made anew.
+
+        Args:
+            together: Whether all processes are here, right after a meeting; else this one's part must do.
+        """
         curvature = {}
         if self.curvature is not None:
-            self.curvature.pool(self.processes)
+            if together:
+                self.curvature.pool(self.processes)
             curvature = self.curvature.state_dict()
-        reservoir = self.reservoir.state_dict(self.processes)
+        reservoir = self.reservoir.state_dict(self.processes if together else None)
         parts = {"noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
         return {"curvature": curvature, "reservoir": reservoir, **parts}
 
@@ -266,6 +271,11 @@ class Signals:
         self.noise.load_state_dict(state["noise"])
         self.schedule.load_state_dict(state["schedule"])
         self.resumed = True
+
+    def forget(self) -> None:
+        """Frees the directions: no more records will come."""
+        self._directions.clear()
+        self._out = self._own_variance = None
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""

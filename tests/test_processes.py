@@ -19,6 +19,7 @@ from ine_callback.capture import Block, Capture
 from ine_callback.capture.records import Vector
 from ine_callback.coverage import Coverage
 from ine_callback.curvature import KFAC
+from ine_callback.ledger import Ledger
 from ine_callback.methods import FINE
 from ine_callback.processes import Lockstep
 from ine_callback.queries import LossQuery
@@ -34,7 +35,7 @@ PLACES = [
     (Recorder, "_receive"),
     (Recorder, "_settle"),
     (Recorder, "_after_step"),
-    (Recorder, "_fold"),
+    (Ledger, "fold"),
     (Capture, "start_batch"),
     (Coverage, "prove"),
     (Signals, "refresh"),

@@ -13,7 +13,7 @@ import torch
 
 from .catalogue import ALL
 from .harness import examine, shortcomings
-from .refused import REFUSED
+from .refused import REFUSED, SPLIT
 from .regime import Regime
 
 BEGIN, END = "<!-- regimes: begin -->", "<!-- regimes: end -->"
@@ -56,7 +56,7 @@ def table(quick: bool) -> tuple[str, bool]:
                 passed &= good
         out.append("")
     out += ["### Refused before training", "", "| Regime | why |", "| --- | --- |"]
-    out += [f"| {refusal.name} | {refusal.reason} |" for refusal in REFUSED]
+    out += [f"| {name} | {reason} |" for name, reason in [*((r.name, r.reason) for r in REFUSED), SPLIT]]
     return "\n".join(out), passed
 
 

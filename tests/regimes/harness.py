@@ -49,6 +49,11 @@ class Watch(L.Callback):
         groups = _settings(trainer.optimizers[0])
         self.events.append(Event("backward", self._rows, self._random, groups, trainable))
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        # no hook tells of zero_grad under manual optimization
+        if not pl_module.automatic_optimization and all(p.grad is None for p in pl_module.parameters()):
+            self.events.append(Event("zero"))
+
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.events.append(Event("step", groups=_settings(optimizer)))
 

@@ -35,6 +35,25 @@ class Groups(Classifier):
         return [decayed, {"params": biases, "weight_decay": 0.0}, {"params": last, "lr": 0.03}]
 
 
+class ByHand(Classifier):
+    """Manual optimization, also of the scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__(schedule=lambda optimizer: lr_scheduler.StepLR(optimizer, 1, gamma=0.7))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+
+
 def with_adamw() -> Classifier:
     return Classifier(optimizer=adam)
 
@@ -96,6 +115,7 @@ STEPS = [
         lambda: Classifier(nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, 3))),
         shares="among",
     ),
+    Regime("manual optimization", "steps", ByHand),
     Regime("validation inside of an epoch", "steps", trainer=lambda: {"val_check_interval": 0.5}),
     Regime("limit_train_batches", "steps", trainer=lambda: {"limit_train_batches": 2}),
     Regime("max_steps inside of an epoch", "steps", trainer=lambda: {"max_epochs": -1, "max_steps": 6}),

@@ -70,6 +70,9 @@ def with_prelu() -> Classifier:
     return Classifier(torch.nn.Sequential(torch.nn.PReLU(5), torch.nn.Linear(5, 3)))
 
 
+# refused likewise, in a process of its own: tests/regimes/test_launched.py
+SPLIT = ("FSDP, ModelParallel, DeepSpeed", "no process holds the whole model; strategy='ddp' works")
+
 REFUSED = [
     Refusal(
         "LBFGS",

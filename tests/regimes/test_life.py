@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,31 @@ def test_a_full_disk_loses_the_files_but_not_the_report(limit: int, tmp_path: Pa
         trainer.fit(module, data.train, data.val)
     assert influence.report is not None and (influence.report.observations == EPOCHS).all()
     assert influence.report.save(tmp_path / "elsewhere").exists()  # the remedy
+
+
+def test_a_folder_that_cannot_be_written_loses_the_files_but_not_the_report(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    influence = recorded(dirpath=tmp_path / "file" / "report")
+    data = vectors()
+    with pytest.warns(UserWarning, match=r"InfluenceCallback: .*could not be saved.*Not a directory"):
+        L.Trainer(**QUIET, callbacks=[influence]).fit(Classifier(), data.train, data.val)
+    assert influence.report is not None and (influence.report.observations == EPOCHS).all()
+
+
+class Interrupt(L.Callback):
+    """Ctrl-C in the seventh step: the signal that a terminal sends."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_leaves_the_report_of_the_steps_before(tmp_path: Path) -> None:
+    influence, data = recorded(dirpath=tmp_path / "report", on_error="raise"), vectors()
+    with pytest.raises(SystemExit):  # what Lightning makes of it
+        L.Trainer(**QUIET, callbacks=[influence, Interrupt()]).fit(Classifier(), data.train, data.val)
+    report = InfluenceReport.load(tmp_path / "report")
+    assert report.run.steps == 7 and any("ended by KeyboardInterrupt" in note for note in report.run.notes)
 
 
 def test_a_report_that_could_not_be_saved_leaves_an_older_one_whole(tmp_path: Path) -> None:
