@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from regimes.once import once
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -154,9 +155,8 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(process, (str(folder),), 2)  # type: ignore[no-untyped-call]
+def together() -> list[dict[Any, Any]]:
+    folder = once("processes", lambda folder: mp.spawn(process, (str(folder),), 2))  # type: ignore[no-untyped-call]
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

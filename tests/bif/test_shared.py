@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from regimes.once import once
 
 from ine_callback import BIF, BIFScores, EachRow, bif_scores
 from ine_callback.bif.tally import Scatter
@@ -39,9 +40,8 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, BIFScores]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(process, (str(folder),), 2)  # type: ignore[no-untyped-call]
+def together() -> list[dict[str, BIFScores]]:
+    folder = once("chains", lambda folder: mp.spawn(process, (str(folder),), 2))  # type: ignore[no-untyped-call]
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

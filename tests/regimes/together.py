@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from ine_callback import InfluenceCallback, InfluenceReport
 
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .identical import History, differing, fitted
+from .once import once
 from .options import with_adamw
 from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, vectors
@@ -145,14 +144,15 @@ def resume(folder: Path) -> None:
         L.Trainer(**options).fit(module, data.train, data.val, ckpt_path=ckpt)
 
 
-@cache
 def trained() -> Path:
     """Where all regimes of several processes were trained, with and without the callback."""
-    folder = Path(tempfile.mkdtemp())
-    command = [sys.executable, "-m", "tests.regimes.together", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert not done.returncode, done.stderr[-5000:]
-    return folder
+
+    def train_all(folder: Path) -> None:
+        command = [sys.executable, "-m", "tests.regimes.together", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        assert not done.returncode, done.stderr[-5000:]
+
+    return once("together", train_all)
 
 
 def examine_together(regime: Regime) -> Verdict:
