@@ -32,7 +32,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.report import InfluenceReport
 from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_plain
 
-SECONDS, MEMORY = 30.0, 3 * 2**30
+SECONDS, MEMORY = 120.0, 3 * 2**30
 CLEAN = ("error", "loaded")
 FORBIDDEN = (
     "subprocess.",
