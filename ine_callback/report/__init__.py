@@ -3,9 +3,9 @@
 from ine_callback.report.compare import Agreement, Comparison
 from ine_callback.report.example import example_report
 from ine_callback.report.group import GroupScore
+from ine_callback.report.reading import ReportError
 from ine_callback.report.report import InfluenceReport
 from ine_callback.report.runinfo import RunInfo
-from ine_callback.report.store import ReportError
 from ine_callback.report.table import RowScore, ScoreTable
 
 __all__ = [

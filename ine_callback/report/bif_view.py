@@ -119,7 +119,10 @@ def _table(title: str, color: str, lines: list[tuple[str, ...]]) -> Table:
 def agreement(found: BIFScores, scores: Scores, query: str) -> str:
     """Rank correlation of BIF and f-INE's μ over the rows that both have scored, in words."""
     names = [info.name for info in scores.queries]
-    mu = scores.mu[found.rows, names.index(query)] if query in names else np.empty(0)
+    mu = np.full(len(found.rows), np.nan)
+    known = (found.rows < len(scores.mu)) & (query in names)
+    if known.any():
+        mu[known] = scores.mu[found.rows[known], names.index(query)]
     both = np.isfinite(mu)
     if both.sum() < 3:
         return "not scored by f-INE"

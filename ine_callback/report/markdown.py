@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>!|~&$])")
 _PING = re.compile(r"([@#])(?=\w)")  # a forge would notify @someone and link #7
+_LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)", re.IGNORECASE)  # nor is https://… to become a link
 
 
 def markdown(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
@@ -38,14 +39,14 @@ def markdown(report: InfluenceReport, queries: Iterable[str] | None = None) -> s
 
 
 def escaped(text: object) -> str:
-    r"""Foreign text as Markdown that shows it and does nothing else: no markup, no HTML, no mention, one line.
+    r"""Foreign text as Markdown that shows it and does nothing else: no markup, HTML, mention or link, one line.
 
     Example:
         >>> print(escaped("a|b <img> *x* @team"))
         a\|b \<img\> \*x\* @<!-- -->team
     """
     line = plain(str(text).replace("\n", " "))
-    line = _PING.sub(r"\1<!-- -->", _MARKUP.sub(r"\\\1", line))
+    line = _LINK.sub("<!-- -->", _PING.sub(r"\1<!-- -->", _MARKUP.sub(r"\\\1", line)))
     return re.sub(r"^(\s*)([-+=#]|\d+(?=[.)]))", _first, line)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INK, FAINT, NULL = "#30343A", "#D9DCE1", "#B9BEC6"
 FLAG_AT = 0.05
+LONGEST = 80  # letters of a title
 LABELLED = 6  # rows named at each end of the volcano, of three times as many that are tried
 
 
@@ -143,7 +144,7 @@ def figure(report: InfluenceReport, query: str | None = None) -> Figure:
     axes: NDArray[Any] = drawn.subplots(1, 3)
     for plot, ax in zip(PLOTS.values(), axes, strict=True):
         plot(report, ax, query)
-    drawn.suptitle(plain(report.info(query).name), fontsize=12, color=INK, parse_math=False)
+    drawn.suptitle(plain(report.info(query).name)[:LONGEST], fontsize=12, color=INK, parse_math=False)
     return drawn
 
 
@@ -184,8 +185,9 @@ def _axis(ends: Any, what: str = "") -> str:
 
 
 def dress(ax: Axes, title: str, x: str, y: str) -> None:
-    """Title, axis names and the house's look."""
-    ax.set_title(title, fontsize=10.5, color=INK, loc="left", fontweight="bold", pad=10)
+    """Title, axis names and the house's look; a title may hold foreign text."""
+    title = title if len(title) <= LONGEST else title[:LONGEST] + "…"
+    ax.set_title(title, fontsize=10.5, color=INK, loc="left", fontweight="bold", pad=10, parse_math=False)
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
     ax.tick_params(labelsize=8, colors=INK, length=3, width=0.7)

@@ -16,7 +16,9 @@ from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
 from ine_callback.report.export import Format
+from ine_callback.report.files import replacing
 from ine_callback.report.group import GroupScore
+from ine_callback.report.reading import FAULTS, ReportError
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable, as_text
 from ine_callback.report.validate import checked
@@ -367,10 +369,12 @@ class InfluenceReport:
 
         With :attr:`bif` also ``bif.parquet``, ``bif.json`` and, with scores of terms, ``bif_terms.parquet``.
 
-        An interrupted save leaves the former report, or one that does not load; never a mixture.
+        An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.
         """
-        path = store.save(self.scores, self.run, Path(folder))
-        bif_store.save(self.bif_stages, path)
+        path = Path(folder)
+        with replacing(path, store.FILES + bif_store.FILES) as aside:
+            store.write(self.scores, self.run, aside)
+            bif_store.write(self.bif_stages, aside)
         return path
 
     @classmethod
@@ -390,10 +394,10 @@ class InfluenceReport:
         """
         try:
             return cls(*store.load(Path(folder)), bif_store.load(Path(folder)))
-        except store.ReportError:
+        except ReportError:
             raise
-        except ValueError as error:
-            raise store.ReportError(Path(folder), str(error)) from error
+        except FAULTS as error:
+            raise ReportError(Path(folder), str(error)) from error
 
     def write_html(self, path: str | Path, queries: Iterable[str] | None = None) -> Path:
         """Writes one static, self-contained HTML file (no scripts, no network); needs the extra ``report``.

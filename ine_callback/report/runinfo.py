@@ -88,16 +88,21 @@ def jsonable(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
-        return str(value)
+        return _unicode(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None if math.isnan(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): jsonable(item, f"{where}[{str(key)!r}]") for key, item in value.items()}
+        return {_unicode(str(key)): jsonable(item, f"{where}[{str(key)!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item, f"{where}[{index}]") for index, item in enumerate(value)]
     raise ValueError(
         f"RunInfo: {where} is a {type(value).__name__}, which JSON cannot hold; pass str(value) or leave it out"
     )
+
+
+def _unicode(text: str) -> str:
+    """File names can hold what is no Unicode, which no file of text takes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _typed(name: str, declared: str, value: Any) -> Any:

@@ -25,7 +25,7 @@ def columns(scores: Scores, rows: Rows, which: NDArray[np.int64]) -> dict[str, N
     parts = {name: getattr(scores, name)[rows, which] for name in ("mu", "se", "p", "q", "t", "p_t")}
     return {
         "row": rows,
-        "query": np.array([query.name for query in scores.queries])[which],
+        "query": np.array([query.name for query in scores.queries], object)[which],
         "mu": parts["mu"],
         "se": parts["se"],
         "low": parts["mu"] - NORMAL_95 * parts["se"],

@@ -2,15 +2,12 @@
 
 scores.parquet   one line for every query and row; null where the row was never observed
 null.parquet     draws of mu / null_sd under the permutation null
-meta.json        format, queries, provenance; written last, so that a folder without it holds no report
+meta.json        format, queries, provenance
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,45 +17,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ine_callback.report.files import find
+from ine_callback.report.reading import FAULTS, QUERY, ReportError, is_count, is_number, read_json, read_table
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.validate import MATRICES
 from ine_callback.scores import QueryInfo, QueryKind, Scores
 
 FORMAT, VERSION = "ine_callback.report", 1
-SCORES, NULL, META = "scores.parquet", "null.parquet", "meta.json"
-REMEDY = "give the folder that InfluenceReport.save wrote, or save the report again"
-_QUERY = pa.dictionary(pa.int32(), pa.string())
+FILES = SCORES, NULL, META = "scores.parquet", "null.parquet", "meta.json"
 _DOUBLES = (*MATRICES, "mean_loss")
 SCORES_SCHEMA = pa.schema(
-    [("row", pa.int64()), ("query", _QUERY), ("observations", pa.int64())] + [(name, pa.float64()) for name in _DOUBLES]
+    [("row", pa.int64()), ("query", QUERY), ("observations", pa.int64())] + [(name, pa.float64()) for name in _DOUBLES]
 )
-NULL_SCHEMA = pa.schema([("query", _QUERY), ("z", pa.float64())])
+NULL_SCHEMA = pa.schema([("query", QUERY), ("z", pa.float64())])
 
 
-class ReportError(ValueError):
-    """A folder does not hold a readable report; the message names the folder, the fault and the remedy."""
-
-    def __init__(self, folder: Path, fault: str, remedy: str = REMEDY) -> None:
-        super().__init__(f"InfluenceReport.load: {folder}: {fault}; {remedy}")
-
-
-def save(scores: Scores, run: RunInfo, folder: Path) -> Path:
-    """Writes the three files, first aside, then in place; ``meta.json`` goes first and comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
-    try:
-        _write(_scores_table(scores), aside / SCORES)
-        _write(_null_table(scores), aside / NULL)
-        text = json.dumps(_meta(scores, run), indent=2, ensure_ascii=False, allow_nan=False)
-        (aside / META).write_text(text + "\n", encoding="utf-8")
-        for name in (SCORES, NULL, META):
-            _sync(aside / name)
-        (folder / META).unlink(missing_ok=True)
-        for name in (SCORES, NULL, META):
-            os.replace(aside / name, folder / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+def write(scores: Scores, run: RunInfo, folder: Path) -> None:
+    """Writes the three files into an existing folder."""
+    write_table(_scores_table(scores), folder / SCORES)
+    write_table(_null_table(scores), folder / NULL)
+    text = json.dumps(_meta(scores, run), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / META).write_text(text + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> tuple[Scores, RunInfo]:
@@ -71,7 +50,7 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
     n = meta["rows"]
     queries = tuple(QueryInfo(**query) for query in meta["queries"])
     names = [query.name for query in queries]
-    table = _read(folder, SCORES, SCORES_SCHEMA)
+    table = read_table(folder, SCORES, SCORES_SCHEMA, n * len(names))
     cell = _cells(folder, table, names, n)
     matrices = {name: _scatter(table, name, cell, n, len(names)) for name in MATRICES}
     repeated = {name: _scatter(table, name, cell, n, len(names)) for name in ("observations", "mean_loss")}
@@ -117,13 +96,9 @@ def doubles(values: NDArray[np.float64]) -> pa.Array:
     return pa.array(values, pa.float64(), from_pandas=True)
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def write_table(table: pa.Table, path: Path) -> None:
+    """With checksums, so that a damaged file is known as one."""
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _meta(scores: Scores, run: RunInfo) -> dict[str, Any]:
@@ -141,14 +116,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     """The checked contents of meta.json, with ``run`` as a RunInfo."""
     if not folder.is_dir():
         raise ReportError(folder, "no such folder")
-    missing = [name for name in (META, SCORES, NULL) if not (folder / name).is_file()]
+    missing = [name for name in (META, SCORES, NULL) if find(folder, name) is None]
     if missing:
         raise ReportError(folder, f"{', '.join(missing)} missing")
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ReportError(folder, f"{META} is not JSON ({error})") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    meta = read_json(folder, META)
+    if meta.get("format") != FORMAT:
         raise ReportError(folder, f"{META} does not belong to a report (its format is not {FORMAT!r})")
     if meta.get("format_version") != VERSION:
         found = meta.get("format_version")
@@ -158,14 +130,26 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise ReportError(folder, f"{META}: {fault}")
     try:
         return meta | {"run": RunInfo.from_dict(meta["run"])}
-    except ValueError as error:
+    except FAULTS as error:
         raise ReportError(folder, f"{META}: {error}") from error
 
 
 def _meta_fault(meta: dict[str, Any]) -> str:
-    rows, queries, checks, run = (meta.get(name) for name in ("rows", "queries", "null_ks_p", "run"))
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+    rows, checks = meta.get("rows"), meta.get("null_ks_p")
+    if not is_count(rows):
         return f"rows is {rows!r}, not a count"
+    fault = queries_fault(meta.get("queries"))
+    if fault:
+        return fault
+    if not isinstance(checks, list) or len(checks) != len(meta["queries"]):
+        return f"null_ks_p is not a list of {len(meta['queries'])} numbers"
+    if not all(p is None or is_number(p) for p in checks):
+        return "null_ks_p holds something that is not a number"
+    return "" if isinstance(meta.get("run"), dict) else "run is not an object"
+
+
+def queries_fault(queries: Any) -> str:
+    """Why a JSON value does not list queries; empty if it does."""
     if not isinstance(queries, list) or not queries:
         return "queries is not a list of queries"
     for query in queries:
@@ -174,45 +158,8 @@ def _meta_fault(meta: dict[str, Any]) -> str:
             return f"a query is not made of {sorted(fields)}"
         if query["kind"] not in get_args(QueryKind):
             return f"query kind {query['kind']!r} is none of {get_args(QueryKind)}"
-    if not isinstance(checks, list) or len(checks) != len(queries):
-        return f"null_ks_p is not a list of {len(queries)} numbers"
-    if not all(p is None or (isinstance(p, (int, float)) and not isinstance(p, bool)) for p in checks):
-        return "null_ks_p holds something that is not a number"
-    return "" if isinstance(run, dict) else "run is not an object"
-
-
-def _read(folder: Path, name: str, schema: pa.Schema) -> pa.Table:
-    try:
-        file = pq.ParquetFile(folder / name, page_checksum_verification=True)
-        found = {field.name: field.type for field in file.schema_arrow}
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ReportError(folder, f"{name} is not a readable Parquet file ({error})") from error
-    strings = (pa.string(), pa.large_string(), _QUERY)
-    wrong = [
-        field.name
-        for field in schema
-        if found.get(field.name) != field.type and not (field.name == "query" and found.get("query") in strings)
-    ]
-    if wrong or len(found) != len(schema):
-        raise ReportError(folder, f"{name} has columns {dict_text(found)}, expected {dict_text(_types(schema))}")
-    try:
-        table = file.read()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ReportError(folder, f"{name} is damaged ({error})") from error
-    for column in ("row", "query", "observations"):
-        if column in found and table.column(column).null_count:
-            raise ReportError(folder, f"{name}: column {column} has nulls")
-    return table
-
-
-def _types(schema: pa.Schema) -> dict[str, Any]:
-    return {field.name: field.type for field in schema}
-
-
-def dict_text(types: dict[str, Any]) -> str:
-    """Columns and their types as text, shortened."""
-    text = ", ".join(f"{name}: {kind}" for name, kind in types.items())
-    return text if len(text) <= 300 else text[:300] + " …"
+    names = [query["name"] for query in queries]
+    return "" if len(set(names)) == len(names) else "two queries have one name"
 
 
 def _codes(folder: Path, name: str, column: pa.ChunkedArray, names: list[str]) -> NDArray[np.int64]:
@@ -225,8 +172,6 @@ def _codes(folder: Path, name: str, column: pa.ChunkedArray, names: list[str]) -
 
 def _cells(folder: Path, table: pa.Table, names: list[str], n: int) -> NDArray[np.int64]:
     """Flat position ``query * N + row`` of each line; every position occurs exactly once."""
-    if table.num_rows != n * len(names):
-        raise ReportError(folder, f"{SCORES} has {table.num_rows} lines, expected {n} rows x {len(names)} queries")
     rows = table.column("row").to_numpy()
     if rows.size and (rows.min() < 0 or rows.max() >= n):
         raise ReportError(folder, f"{SCORES} has row ids outside 0 to {n - 1}")
@@ -243,7 +188,7 @@ def _scatter(table: pa.Table, name: str, cell: NDArray[np.int64], n: int, q: int
 
 
 def _null_draws(folder: Path, names: list[str]) -> NDArray[np.float64]:
-    table = _read(folder, NULL, NULL_SCHEMA)
+    table = read_table(folder, NULL, NULL_SCHEMA)
     codes = _codes(folder, NULL, table.column("query"), names)
     counts = np.bincount(codes, minlength=len(names))
     if bool((counts != counts[0]).any()):

@@ -97,7 +97,7 @@ class ScoreTable(Sequence[RowScore]):
         if isinstance(index, slice):
             parts = {name: column[index] for name, column in self._columns.items()}
             return ScoreTable(parts, self._kinds[index], self.title, self.note)
-        return RowScore(*(column[index].item() for column in self._columns.values()))
+        return RowScore(*(column.item(index) for column in self._columns.values()))
 
     @property
     def rows(self) -> NDArray[np.int64]:

@@ -18,7 +18,8 @@ def checked(scores: Scores) -> Scores:
     """The scores as read-only float64 / int64 arrays.
 
     Raises:
-        ValueError: On wrong shapes, repeated query names, or a score for a row that was never observed.
+        ValueError: On wrong shapes, repeated query names, a standard deviation below 0, or a score for a row that
+            was never observed.
     """
     names = [query.name for query in scores.queries]
     if not names or len(set(names)) < len(names):
@@ -32,6 +33,9 @@ def checked(scores: Scores) -> Scores:
         if arrays[name].shape != shape:
             found = arrays[name].shape
             raise ValueError(f"InfluenceReport: scores.{name} has shape {found}, expected {shape} (rows, queries)")
+    for name in ("se", "null_sd"):
+        if bool((arrays[name] < 0).any()):
+            raise ValueError(f"InfluenceReport: scores.{name} has a standard deviation below 0; NaN says unknown")
     arrays["null_mu"] = readonly(np.asarray(scores.null_mu, dtype=np.float64))
     if arrays["null_mu"].ndim != 2 or len(arrays["null_mu"]) != q:
         raise ValueError(f"InfluenceReport: scores.null_mu has shape {arrays['null_mu'].shape}, expected ({q}, draws)")

@@ -1,0 +1,177 @@
+"""Text from data sets and strangers' reports stays text: in HTML, in Markdown and in a terminal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tracemalloc
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
+
+from ine_callback.bif.scores import Screen, example_bif_scores
+from ine_callback.report import InfluenceReport, RunInfo, example_report
+from ine_callback.scores import QueryInfo
+
+OWNED = "document.documentElement.setAttribute('data-owned','1')"
+PAYLOADS = {
+    "element": f"<script>{OWNED}</script>",
+    "handler": f"<img src=x onerror={OWNED}>",
+    "out of a double-quoted attribute": f'x" onload="{OWNED}" autofocus onfocus="{OWNED}',
+    "out of a quoted attribute": f"x' onmouseover='{OWNED}'><svg onload={OWNED}>",
+    "out of a raw element": f"</title></style></textarea></script><script>{OWNED}</script>",
+    "out of a comment": f"--><script>{OWNED}</script><!-- ]]><script>{OWNED}</script>",
+    "link": f"<a href=\"javascript:{OWNED}\">x</a><iframe srcdoc='<script>parent.{OWNED}</script>'>",
+    "document": f'<base href="data:text/html,"><meta http-equiv="refresh" content="0;url=javascript:{OWNED}">',
+    "style": "<style>*{display:none}</style>red;--bar:1%}</style><link rel=stylesheet href=data:,x>",
+    "template": "{{ 7*7 }}{% for x in [] %}{{ self.__init__.__globals__ }}{# #}",
+    "encoded": f"&lt;script&gt;{OWNED}&lt;/script&gt;&#60;b&#62;\\u003cscript\\u003e",
+    "mathematics": "$\\frac{ $ \\input{/etc/passwd}",
+}
+ESCAPES = "\x1b[31mred\x1b[2J\x1b]0;owned\x07\x9b31m\x1b]8;;http://evil\x1b\\link\r\b\x00\u202egnp\u2028[red]x[/red][link=http://evil]y[/]"
+
+
+def report_of(text: str) -> InfluenceReport:
+    """A report with ``text`` wherever a report, its run and its chains have text."""
+    example, found = example_report(), example_bif_scores()
+    queries = tuple(QueryInfo(f"{k}{text}", kind, text) for k, kind in enumerate(("self", "loss", "margin")))  # type: ignore[arg-type]
+    named = {text: text}
+    run = RunInfo(
+        config={text: [text, {text: text}], "combined": text, "initial_weights": text}, versions=named, started=text,
+        approximate=named, uncaptured=named, nonfinite={text: 3}, schedule=named, notes=[text],
+    )  # fmt: skip
+    end = replace(
+        found,
+        queries=(QueryInfo(f"1{text}", "loss", text),),
+        screens=(*found.screens, Screen(text, 0.9, text, False, text)),
+        settings={text: text},
+        notes=(text,),
+    )
+    stages = [replace(end, at=3), end]
+    return InfluenceReport(replace(example.scores, queries=queries, null_ks_p=np.zeros(3)), run, stages)
+
+
+class Shape(HTMLParser):
+    """The elements of a page with all their attributes, but for the two that hold text or a picture."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, list[tuple[str, str | None]]]] = []
+        self.images: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, [(name, "" if name in ("alt", "src") else value) for name, value in attrs]))
+        self.images += [str(value) for name, value in attrs if name == "src"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_comment(self, data: str) -> None:
+        self.elements.append(("comment", [(data, None)]))
+
+
+VIEWS: dict[str, Callable[[InfluenceReport], str]] = {
+    "notebook": lambda report: report._repr_html_(),
+    "table": lambda report: report.top()._repr_html_(),
+    "row": lambda report: report.row(59)._repr_html_(),
+    "comparison": lambda report: report.compare(report)._repr_html_(),
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_element_and_no_attribute_comes_from_data(payload: str) -> None:
+    """The page of hostile text has exactly the elements and attributes of the page of harmless text."""
+    hostile, harmless = report_of(PAYLOADS[payload]), report_of("harmless")
+    for name, view in VIEWS.items():
+        one, other = Shape(view(hostile)), Shape(view(harmless))
+        assert one.elements == other.elements, name
+        assert name == "row" or "".join(PAYLOADS[payload].split()) in "".join(one.text.split()), (
+            name
+        )  # lines are broken
+
+
+def test_nor_in_the_html_report(tmp_path: Path) -> None:
+    """All payloads at once, for the plots take seconds."""
+    text = "".join(PAYLOADS.values())
+    one, other = (
+        Shape(report.write_html(tmp_path / "r.html", report.queries[:1]).read_text(encoding="utf-8"))
+        for report in (report_of(text), report_of("harmless"))
+    )
+    assert one.elements == other.elements and text in one.text
+    assert len(one.images) == 3 + 1
+    for image in one.images:
+        kind, data = image.split(",")
+        assert kind == "data:image/svg+xml;base64"
+        for element in ElementTree.fromstring(b64decode(data)).iter():
+            assert "script" not in str(element.tag) and not any(key.startswith("on") for key in element.attrib)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+def test_a_browser_runs_nothing_of_it(tmp_path: Path) -> None:
+    """Also without the page's content security policy, which would stop scripts that escaping let through."""
+    page = report_of("".join(PAYLOADS.values())).write_html(tmp_path / "r.html", []).read_text(encoding="utf-8")
+    without = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", page)
+    assert without != page
+    pages = {
+        "safe": without,
+        "neither": without.replace("</main>", PAYLOADS["element"] + "</main>"),
+        "policy alone": page.replace("</main>", PAYLOADS["element"] + PAYLOADS["handler"] + "</main>"),
+    }
+    owned = {name: _owned(tmp_path / f"{name}.html", text) for name, text in pages.items()}
+    assert owned == {"safe": False, "neither": True, "policy alone": False}  # without either we would see it
+
+
+def _owned(path: Path, text: str) -> bool:
+    path.write_text(text, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={path}.d"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "Influence report" in done.stdout
+    return re.search("<html[^>]* data-owned", done.stdout) is not None
+
+
+@pytest.mark.parametrize("colors", [True, False])
+def test_escape_codes_and_markup_do_not_reach_a_terminal(colors: bool) -> None:
+    report = report_of(ESCAPES)
+    console = Console(file=StringIO(), force_terminal=colors, color_system="truecolor" if colors else None, width=100)
+    console.print(report, report.top(), report.row(3), report.compare(report))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    rest = re.sub(r"\x1b\[[\d;]*m", "", shown) if colors else shown  # colours are rich's own
+    assert not {letter for letter in rest if not letter.isprintable()} - {"\n"}
+    assert "[red]x[/red]" in rest and "evil" in rest
+
+
+@pytest.mark.parametrize("text", ["https://evil.example", "http://evil.example/a?b", "www.evil.example", "ftp://a.b"])
+def test_bare_addresses_in_markdown_are_no_links(text: str) -> None:
+    """GitHub makes links of them without markup; a comment in between is not seen and stops that."""
+    markdown = report_of(text).to_markdown()
+    assert text not in markdown
+    assert text in Shape(MarkdownIt("commonmark").enable("table").render(markdown)).text
+
+
+def test_a_name_is_kept_whole_and_stored_once() -> None:
+    """An array of fixed width would drop a last NUL, and need 4 bytes for each letter in each row."""
+    assert report_of("\0").top(1)[0].query == "0\0"
+    report = report_of("x" * 10**6)
+    tracemalloc.start()
+    report.top(50)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+def test_text_that_is_no_unicode_is_spelled_out(tmp_path: Path) -> None:
+    """Python shows a file name in another encoding as halves of surrogate pairs, which no file of text takes."""
+    run = RunInfo(notes=["\udcff"], config={"\udcff": "\udcff"})
+    found = InfluenceReport.load(InfluenceReport(example_report().scores, run).save(tmp_path))
+    assert found.run == run and found.run.notes == ["\\udcff"] and found.run.config == {"\\udcff": "\\udcff"}
