@@ -114,7 +114,7 @@ class Stages:
     def state_dict(self) -> dict[str, Any]:
         """The stages so far, as the files of a report."""
         with tempfile.TemporaryDirectory() as folder:
-            bif_store.save(self.found, Path(folder))
+            bif_store.write(self.found, Path(folder))
             written = {file.name: bytearray(file.read_bytes()) for file in Path(folder).iterdir()}
         files = {name: torch.frombuffer(data, dtype=torch.uint8) for name, data in written.items()}
         return {"reached": list(self._reached), "files": files}
