@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -33,15 +31,13 @@ from ine_callback.sources import DataSource
 from ine_callback.trainer import (
     ModuleLoss,
     evaluating,
+    holds_whole_model,
     restarts_in_an_epoch,
     schedulers_of,
     steps_ahead,
     transferred,
     unscale,
 )
-
-WHOLE = (SingleDeviceStrategy, DDPStrategy)  # every process holds the whole model
-SPLIT = (DeepSpeedStrategy, XLAStrategy)  # DDP's subclasses that do not, or were never tried
 
 
 class InfluenceCallback(Callback):
@@ -90,6 +86,8 @@ class InfluenceCallback(Callback):
         >>> influence.enabled
         True
     """
+
+    steps_back = False  # for another one of the same Trainer
 
     def __init__(
         self,
@@ -142,12 +140,13 @@ class InfluenceCallback(Callback):
         if not self.enabled or stage != "fit":
             return
         owner = type(self).__name__
-        if not isinstance(trainer.strategy, WHOLE) or isinstance(trainer.strategy, SPLIT):
+        if not holds_whole_model(trainer):
             raise InfluenceError(
                 f"{owner}: under {type(trainer.strategy).__name__} no process holds the whole model; train with "
                 "strategy='ddp' or devices=1, or pass enabled=False."
             )
-        if sum(isinstance(other, InfluenceCallback) and other.enabled for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        rivals = (c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and not c.steps_back)  # type: ignore[attr-defined]
+        if sum(rival.enabled for rival in rivals) > 1:
             raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
         self.report, self._saved = None, {}
         self._tracker = RowTracker(owner)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ine_callback.batches import cut, led_by, size_of
 from ine_callback.isolation import isolated
+from ine_callback.trainer import overrides
 
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -28,7 +28,7 @@ class BatchHooks:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         owners = [owner for owner in (module, getattr(trainer, "datamodule", None)) if owner is not None]
-        self._names = [f"{type(o).__name__}.{name}" for o in owners for name in _HOOKS if is_overridden(name, o)]
+        self._names = [f"{type(o).__name__}.{name}" for o in owners for name in _HOOKS if overrides(o, name)]
         self._batch: Any = None
 
     def keep(self, batch: Any) -> Any:

@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from ine_callback.errors import QueryError
 
+# by name: those of the package pytorch_lightning are other classes
+_WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
+_SPLIT = {"DeepSpeedStrategy", "XLAStrategy"}  # DDP's subclasses that split the model, or were never tried
+
 
 class ModuleLoss:
     """The module's own loss of a batch: ``validation_step`` where it returns one, else ``training_step``.
@@ -73,6 +77,18 @@ def call_step(module: Any, name: str, batch: Any) -> Any:
 def _loss_of(output: Any) -> Tensor | None:
     value = output.get("loss") if isinstance(output, Mapping) else output
     return value if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def holds_whole_model(trainer: Trainer) -> bool:
+    """Whether every process holds the whole model, and so the gradient of a row."""
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    return bool(names & _WHOLE) and not names & _SPLIT
+
+
+def overrides(owner: object, hook: str) -> bool:
+    """Whether a module or datamodule has a hook of its own; under either name of Lightning."""
+    home: str = getattr(getattr(owner, hook, None), "__module__", "lightning.")
+    return home.split(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 @contextmanager
