@@ -27,13 +27,15 @@ from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.rows import RowTracker
 from ine_callback.scores import Floats
+from ine_callback.sharding import is_sharded
 from ine_callback.sources import DataSource
 from ine_callback.trainer import (
     ModuleLoss,
     evaluating,
-    holds_whole_model,
+    is_known,
     restarts_in_an_epoch,
     schedulers_of,
+    splits_tensors,
     steps_ahead,
     transferred,
     unscale,
@@ -140,10 +142,10 @@ class InfluenceCallback(Callback):
         if not self.enabled or stage != "fit":
             return
         owner = type(self).__name__
-        if not holds_whole_model(trainer):
+        if not is_known(trainer.strategy):
             raise InfluenceError(
-                f"{owner}: under {type(trainer.strategy).__name__} no process holds the whole model; train with "
-                "strategy='ddp' or devices=1, or pass enabled=False."
+                f"{owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
+                "strategy='ddp', ModelParallelStrategy (FSDP2) or devices=1, or pass enabled=False."
             )
         rivals = (c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and not c.steps_back)  # type: ignore[attr-defined]
         if sum(rival.enabled for rival in rivals) > 1:
@@ -184,6 +186,11 @@ class InfluenceCallback(Callback):
         if len(trainer.optimizers) != 1:
             raise InfluenceError(
                 f"{owner}: {len(trainer.optimizers)} optimizers are not supported; use one, or set enabled=False."
+            )
+        if splits_tensors(trainer.strategy):
+            raise InfluenceError(
+                f"{owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1), or "
+                "pass enabled=False."
             )
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
@@ -298,6 +305,11 @@ class InfluenceCallback(Callback):
 
     def _stages_of(self, trainer: Trainer, pl_module: LightningModule, chains: EndMethod) -> Stages:
         assert isinstance(chains, BIF) and self._recorder is not None
+        if is_sharded(pl_module):
+            raise InfluenceError(
+                f"{type(self).__name__}: BIF's chains need the whole weights in each process; leave BIF out here, and "
+                "call run_bif on a checkpoint with devices=1."
+            )
         return Stages(
             chains,
             pl_module,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block
 from ine_callback.options import InitialWeights
+from ine_callback.sharding import whole
 
 
 class InitialNoise:
@@ -26,7 +27,7 @@ class InitialNoise:
 
     def __init__(self, module: nn.Module, weights: InitialWeights) -> None:
         parameters = [p for p in module.parameters() if p.requires_grad]
-        found = {p: p.detach().float().var(unbiased=False) for p in parameters}
+        found = {p: whole(p.detach()).float().var(unbiased=False) for p in parameters}
         spread = bool(torch.stack([v > 0 for v in found.values()]).any()) if found else False
         self.random = weights == "random" and spread
         self.note = ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ine_callback import sharding
 from ine_callback.batches import cut, size_of
 from ine_callback.errors import QueryError
 from ine_callback.scores import QueryInfo, QueryKind
@@ -347,7 +348,7 @@ def gradients(
     for k, query in enumerate(queries):
         for weight, batch in query.batches:
             value = scalar(query.value(module, device(batch)), query)
-            grads = torch.autograd.grad(value * weight, parameters, allow_unused=True)
+            grads = sharding.gradients(value * weight, module, parameters)
             for total, grad in zip(out, grads, strict=True):
                 if grad is not None:
                     total[k] += grad.to_dense() if grad.is_sparse else grad

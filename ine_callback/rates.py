@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ine_callback.sharding import local, whole
+
 _SGD, _ADAM = (torch.optim.SGD,), (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -96,9 +98,9 @@ def _adam_scale(
     for p in parameters:
         state = optimizer.state.get(p, {})
         if "exp_avg_sq" in state:
-            total = total + state["exp_avg_sq"].float().sum() / (1 - group["betas"][1] ** state["step"])
+            total = total + whole(state["exp_avg_sq"].float().sum()) / (1 - group["betas"][1] ** state["step"])
         elif p.grad is not None:
-            total = total + (p.grad.detach().float() * unscale).square().sum()
+            total = total + (whole(p.grad.detach()).float() * unscale).square().sum()
         else:
             continue
         count += p.numel()
@@ -116,7 +118,7 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] |
 
 
 class Clipping:
-    """By how much a step's gradient was clipped, measured on the device.
+    """By how much a step's gradient was clipped, measured on the device, of the parts that this process holds.
 
     Args:
         optimizer: The optimizer whose gradients are clipped.
@@ -128,18 +130,30 @@ class Clipping:
 
     def before(self) -> None:
         """Called with the unclipped gradients in place."""
-        self._before = self._norm()
+        self._before = self._square()
 
-    def factor(self) -> Tensor | float:
-        """Clipped over unclipped norm, with the clipped gradients in place; 1 where nothing was measured."""
+    def after(self) -> Tensor | None:
+        """Squared norms [2] before and after, with the clipped gradients in place; None where nothing was measured."""
         if self._before is None:
-            return 1.0
+            return None
         before, self._before = self._before, None
-        return self._norm() / before.clamp_min(torch.finfo(before.dtype).tiny)
+        return torch.stack([before, self._square()])
 
-    def _norm(self) -> Tensor:
+    def _square(self) -> Tensor:
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        return torch.nn.utils.get_total_norm([local(grad) for grad in grads]).square()
+
+
+def clipped(squares: Tensor | None) -> Tensor | float:
+    """Clipped over unclipped norm, from their squares [2]; 1 where nothing was measured.
+
+    Example:
+        >>> clipped(torch.tensor([4.0, 1.0]))
+        tensor(0.5000)
+    """
+    if squares is None:
+        return 1.0
+    return (squares[1] / squares[0].clamp_min(torch.finfo(squares.dtype).tiny)).sqrt()
 
 
 class Schedule:

@@ -30,9 +30,10 @@ from ine_callback.options import InitialWeights, OnError, Uncaptured, check_opti
 from ine_callback.processes import Lockstep
 from ine_callback.provenance import run_info
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
-from ine_callback.rates import Clipping, known, plan, step_rate
+from ine_callback.rates import Clipping, clipped, known, plan, step_rate
 from ine_callback.report import InfluenceReport
 from ine_callback.reservoir import Reservoir
+from ine_callback.sharding import is_sharded, whole
 from ine_callback.signals import Signals
 from ine_callback.sources import DataSource
 from ine_callback.visits import Pending, Visits
@@ -168,6 +169,12 @@ class Recorder(Guard):
                 f"{self.owner}: no layer can be recorded: {self.coverage.first_reason()}; train without torch.compile, "
                 "or pass uncaptured='fallback' (slow: one backward pass a row)."
             )
+        self._sharded = is_sharded(self.module)
+        if self.config["uncaptured"] == "fallback" and self._sharded:
+            raise InfluenceError(
+                f"{self.owner}: uncaptured='fallback' cannot take single rows' gradients of parameters that processes "
+                "share; pass 'warn' or 'raise', or train with strategy='ddp'."
+            )
         self._device = next(self.module.parameters()).device
         self._processes = Lockstep(self._device, alone=not self.distributed)
         bound = self.bound = self._bind()
@@ -274,7 +281,9 @@ class Recorder(Guard):
         if self.coverage.thawed() and self.signals.held is None:
             self.signals.hold()
         if self.signals.held is not None:
-            self.coverage.probe(self._loss, data, len(rows))
+            if not self.coverage.probed:
+                fewest = min(there for there, _ in self._processes.meet(len(rows)))
+                self.coverage.probe(self._loss, data if fewest > 1 else None, len(rows))
         elif self.steps and (self._renew or self.steps % self.refresh_every == 0):
             self.signals.refresh()
             self._made, self._renew = self.steps, False
@@ -306,6 +315,7 @@ class Recorder(Guard):
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
         assert self.signals.held is not None
+        self._processes.meet()
         unscale = self.capture.unscale
         finite = unscale is None or _finite(self.module)
         if not all(there for there, _ in self._processes.meet(int(finite))):  # its step is skipped: the next pass is it
@@ -375,11 +385,13 @@ class Recorder(Guard):
         self.schedule.advance(lr)
         with torch.no_grad():
             visits = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
-            visits = visits.times(self._clipping.factor() / self._processes.count)
+            squares = self._clipping.after()
             sizes, known = zip(*self._processes.meet(len(visits.rows), self.ledger.check.count), strict=True)
+            if squares is not None and self._sharded:
+                self._processes.average([squares])
             if not any(sizes):
                 return
-            visits = visits.joined(self._processes, sizes)
+            visits = visits.joined(self._processes, sizes).times(clipped(squares) / self._processes.count)
             self.ledger.fold(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
         self.steps += 1
         if self.signals.curvature is not None:
@@ -441,4 +453,4 @@ class Recorder(Guard):
 
 def _finite(module: nn.Module) -> bool:
     """Whether all gradients are."""
-    return all(bool(p.grad.isfinite().all()) for p in module.parameters() if p.grad is not None)
+    return all(bool(whole(p.grad).isfinite().all()) for p in module.parameters() if p.grad is not None)

@@ -239,6 +239,7 @@ class Signals:
     def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
         """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
         parameters = [p for block in blocks for p in block.parameters]
+        self.processes.meet()  # the passes of a model split by FSDP2 are collectives
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         with torch.no_grad():

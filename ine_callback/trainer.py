@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -17,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.errors import QueryError
 
 # by name: those of the package pytorch_lightning are other classes
-_WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
-_SPLIT = {"DeepSpeedStrategy", "XLAStrategy"}  # DDP's subclasses that split the model, or were never tried
+_KNOWN = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+_UNKNOWN = {"DeepSpeedStrategy", "XLAStrategy"}  # subclasses of DDP's: one splits gradients, one was never tried
 
 
 class ModuleLoss:
@@ -79,10 +80,16 @@ def _loss_of(output: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.numel() == 1 else None
 
 
-def holds_whole_model(trainer: Trainer) -> bool:
-    """Whether every process holds the whole model, and so the gradient of a row."""
-    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    return bool(names & _WHOLE) and not names & _SPLIT
+def is_known(strategy: Strategy) -> bool:
+    """Whether whole gradients can be had under it."""
+    names = {kind.__name__ for kind in type(strategy).__mro__}
+    return bool(names & _KNOWN) and not names & _UNKNOWN
+
+
+def splits_tensors(strategy: Strategy) -> bool:
+    """Whether several processes work on the same rows (tensor parallelism)."""
+    mesh = getattr(strategy, "_device_mesh", None)
+    return mesh is not None and "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1
 
 
 def overrides(owner: object, hook: str) -> bool:

@@ -290,7 +290,7 @@ HOOKS = [
     (Recorder, "_before_step"),
     (Recorder, "_after_step"),
     (Clipping, "before"),
-    (Clipping, "factor"),
+    (Clipping, "after"),
     (Coverage, "prove"),
     (Coverage, "fallback"),
     (Capture, "start_batch"),

@@ -66,9 +66,11 @@ class BlockTable:
         self._joinable = joinable
         self.names = {p: n for n, p in module.named_parameters()}
         owners: dict[nn.Parameter, int] = {}
+        self._first: dict[tuple[nn.Module, str], nn.Parameter] = {}
         for child in module.modules():
-            for parameter in child.parameters(recurse=False):
+            for name, parameter in child.named_parameters(recurse=False):
                 owners[parameter] = owners.get(parameter, 0) + 1
+                self._first[child, name] = parameter
         self._shared = {p for p, count in owners.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
         self._refused: set[nn.Parameter] = set()
@@ -79,17 +81,22 @@ class BlockTable:
     def sort(self, module: nn.Module, records: Mapping[str, Record]) -> list[tuple[Block, Record]]:
         """Pairs each record of one module call with its block, joining weight and bias where both are matrices."""
         pairs: list[tuple[Block, Record]] = []
-        records = {k: r for k, r in records.items() if module.get_parameter(k) not in self._refused}
+        records = {k: r for k, r in records.items() if self._parameter(module, k) not in self._refused}
         weight, bias = records.get("weight"), records.get("bias")
         if isinstance(weight, Outer) and isinstance(bias, Outer):
-            parameters = (module.get_parameter("weight"), module.get_parameter("bias"))
+            parameters = (self._parameter(module, "weight"), self._parameter(module, "bias"))
             if not self._shared.intersection(parameters) and self._joinable(*parameters):
                 joined = weight.join(bias)
                 pairs.append((self._block(parameters, joined), joined))
                 del records["weight"], records["bias"]
         for name, record in records.items():
-            pairs.append((self._block((module.get_parameter(name),), record), record))
+            pairs.append((self._block((self._parameter(module, name),), record), record))
         return pairs
+
+    def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
+        """The optimizer's parameter: in a pass FSDP2 puts a whole one in its place."""
+        found = module.get_parameter(name)
+        return found if found in self.names else self._first.get((module, name), found)
 
     def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
         if parameters not in self._blocks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.records import Record
 from ine_callback.processes import Lockstep
+from ine_callback.sharding import whole
 
 _CANCELLED = 1e-2
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -32,9 +33,9 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool, processes: Lo
         totals[block] = totals[block] + record.total() if block in totals else record.total()
         squares[block] = squares.get(block, 0) + record.squared_norms().sum()
     known = [block for block in totals if all(p.grad is not None for p in block.parameters)]
-    pairs = {b: (_gradient(b, totals[b].dtype), totals[b]) for b in sorted(known, key=lambda block: block.key)}
     names = processes.common(block.key for block in known)
-    pairs = {block: pair for block, pair in pairs.items() if block.key in names}
+    common = sorted((block for block in known if block.key in names), key=lambda block: block.key)
+    pairs = {block: (_gradient(block, totals[block].dtype), totals[block]) for block in common}
     if _averaged([grad for grad, _ in pairs.values()], processes):
         processes.average(total for _, total in pairs.values())
     if not pairs:
@@ -58,7 +59,8 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool, processes: Lo
 
 
 def _gradient(block: Block, dtype: torch.dtype) -> Tensor:
-    dense = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in block.parameters if p.grad is not None]
+    grads = [whole(p.grad) for p in block.parameters if p.grad is not None]
+    dense = [g.to_dense() if g.is_sparse else g for g in grads]
     return block.to_layout([g[None].to(dtype) for g in dense])[0]
 
 

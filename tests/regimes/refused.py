@@ -71,7 +71,10 @@ def with_prelu() -> Classifier:
 
 
 # refused likewise, in a process of its own: tests/regimes/test_launched.py
-SPLIT = ("FSDP, ModelParallel, DeepSpeed", "no process holds the whole model; strategy='ddp' works")
+SPLIT = (
+    "FSDPStrategy, DeepSpeed, tensor parallelism",
+    "whole gradients cannot be had; strategy='ddp' and FSDP2 (ModelParallelStrategy) work",
+)
 
 REFUSED = [
     Refusal(

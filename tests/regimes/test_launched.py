@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 from ine_callback import InfluenceReport
+from ine_callback.trainer import is_known
 
+from .identical import differing
 from .regime import EPOCHS
-from .together import ROOT
+from .together import BROKEN, LAUNCHED, ROOT, TOGETHER, loaded, trained
 
 
 def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +33,24 @@ def test_ddp_leaves_one_report_and_every_process_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_strategy_that_splits_the_model_is_refused_with_a_remedy() -> None:
-    done = launched("model_parallel")
-    told = "under ModelParallelStrategy no process holds the whole model; train with strategy='ddp' or devices=1"
+def test_tensor_parallelism_is_refused_with_a_remedy() -> None:
+    done = launched("tensor_parallel")
+    told = "tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1)"
     assert done.returncode and told in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, XLAStrategy])
+def test_strategies_that_give_no_whole_gradients_are_unknown(kind: type) -> None:
+    assert not is_known(object.__new__(kind))
+
+
+@pytest.mark.parametrize("name", [name for _, name in BROKEN])
+def test_a_breakdown_in_one_process_leaves_a_split_model_alone(name: str) -> None:
+    """A pass of ours that only one process runs would mix its data with the training's."""
+    folder = trained(LAUNCHED[0])
+    for rank in range(2):
+        plain = loaded(folder / f"{TOGETHER.index(LAUNCHED[0])}-plain", rank)
+        broken = loaded(folder / name, rank)
+        assert not differing(plain[0], broken[0])
+        told = "the roof fell in" if rank else "process 1 of 2 stopped recording"
+        assert any(told in note for note in broken[2].run.notes), broken[2].run.notes

@@ -1,6 +1,7 @@
-"""Regimes of several processes: ``python -m tests.regimes.together FOLDER [NAME ...]`` trains them in forked ones.
+"""Regimes of several processes: ``python -m tests.regimes.together FOLDER [NAME ...]`` trains them.
 
-A process of its own does it, for a fork must not inherit threads of torch that ran before.
+A process of its own does it: a fork must not inherit threads of torch that ran before, and FSDP2 starts the command
+again for its second process.
 """
 
 from __future__ import annotations
@@ -15,18 +16,28 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ine_callback import InfluenceCallback, InfluenceReport
+from ine_callback import InfluenceCallback, InfluenceReport, Recorder
+from ine_callback.curvature import KFAC
+from ine_callback.sharding import whole
+from ine_callback.signals import Signals
+from ine_callback.visits import Pending
 
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .identical import History, differing, fitted
 from .once import once
 from .options import with_adamw
 from .reference import Event
-from .regime import BATCH, Classifier, Data, Regime, vectors
+from .regime import BATCH, Classifier, Data, Regime, adam, vectors
 
 ROOT = Path(__file__).parents[2]
+# before a pass of the model's own, after one, before the joining of visits, and in the first pass of a batch
+BROKEN = [(Recorder, "_start_batch"), (Signals, "settle"), (Pending, "take"), (KFAC, "observe")]
 
 
 class Shares(Sampler[list[int]]):
@@ -63,7 +74,7 @@ def _two(**options: Any) -> Any:
     return lambda: {"strategy": "ddp_fork", "devices": 2, **options}
 
 
-TOGETHER = [
+FORKED = [
     Regime("ddp, 2 processes", "processes", trainer=_two(), processes=2, tolerance=1e-5),
     Regime("ddp, AdamW", "processes", with_adamw, trainer=_two(), processes=2, tolerance=1e-5),
     Regime("ddp, padded sampler", "processes", data=nineteen, trainer=_two(), processes=2, tolerance=1e-5),
@@ -94,6 +105,36 @@ TOGETHER = [
 ]
 
 
+class Sharded(Classifier):
+    """Split over the processes by FSDP2: each linear layer, and what remains."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+def _fsdp(**options: Any) -> Any:
+    size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    return lambda: {"strategy": ModelParallelStrategy(**size), "devices": 2, **options}
+
+
+LAUNCHED = [
+    Regime("FSDP2", "processes", Sharded, trainer=_fsdp(), processes=2, tolerance=1e-5),
+    Regime(
+        "FSDP2, AdamW, accumulated and clipped",
+        "processes",
+        lambda: Sharded(optimizer=adam),
+        trainer=_fsdp(accumulate_grad_batches=2, gradient_clip_val=0.3),
+        processes=2,
+        tolerance=1e-5,
+    ),
+]
+TOGETHER = [*FORKED, *LAUNCHED]
+
+
 class Dump(L.Callback):
     """Saves what a process left; the processes end with the fit."""
 
@@ -103,7 +144,7 @@ class Dump(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         report = None if self.influence is None else self.influence.report
         last = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        left = fitted(trainer, self.history)
+        left, last = apply_to_collection((fitted(trainer, self.history), last), torch.Tensor, whole)
         file = self.file.with_name(f"{self.file.name}-{trainer.global_rank}")
         torch.save((left, self.watch.events, report, last), file)
 
@@ -116,6 +157,22 @@ def train(regime: Regime, file: Path, influence: InfluenceCallback | None) -> No
     own = [] if influence is None else [influence]
     callbacks = [*own, *options.get("callbacks", []), watch, history, Dump(file, watch, history, influence)]
     L.Trainer(**options | {"callbacks": callbacks}).fit(module, data.train, data.val)
+
+
+def break_down(regime: Regime, folder: Path) -> None:
+    """Trains while one of our methods fails in the second process, at its third call."""
+    for owner, name in BROKEN:
+        method, calls = getattr(owner, name), []
+
+        def breaks(*args: Any, method: Any = method, calls: Any = calls, **kwargs: Any) -> Any:
+            calls.append(0)
+            if len(calls) == 3 and torch.distributed.get_rank():
+                raise RuntimeError("the roof fell in")
+            return method(*args, **kwargs)
+
+        setattr(owner, name, breaks)
+        train(regime, folder / name, InfluenceCallback(["val", "self"], refresh_every=1))
+        setattr(owner, name, method)
 
 
 class Ends(L.Callback):
@@ -144,20 +201,21 @@ def resume(folder: Path) -> None:
         L.Trainer(**options).fit(module, data.train, data.val, ckpt_path=ckpt)
 
 
-def trained() -> Path:
-    """Where all regimes of several processes were trained, with and without the callback."""
+def trained(regime: Regime | None = None) -> Path:
+    """Where it was trained, with and without the callback; without a regime, where all in forked processes were."""
+    names = [regime.name] if regime in LAUNCHED else []
 
     def train_all(folder: Path) -> None:
-        command = [sys.executable, "-m", "tests.regimes.together", str(folder)]
+        command = [sys.executable, "-m", "tests.regimes.together", str(folder), *names]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
         assert not done.returncode, done.stderr[-5000:]
 
-    return once("together", train_all)
+    return once(f"launched-{TOGETHER.index(regime)}" if names else "forked", train_all)
 
 
 def examine_together(regime: Regime) -> Verdict:
     """The first process's verdict; all must have the same report, to the last bit."""
-    folder, number = trained(), TOGETHER.index(regime)
+    folder, number = trained(regime), TOGETHER.index(regime)
     plain, recorded = ([loaded(folder / f"{number}-{kind}", r) for r in range(2)] for kind in ("plain", "recorded"))
     events = [part[1] for part in plain]
     even = all(len(a.rows) == len(b.rows) for a, b in zip(*events, strict=True))
@@ -198,9 +256,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     for number, regime in enumerate(TOGETHER):
-        if not names or regime.name in names:
+        if regime.name in names or (not names and regime in FORKED):
             train(regime, folder / f"{number}-plain", None)
             train(regime, folder / f"{number}-recorded", recorder(regime))
+        if regime.name in names and regime is LAUNCHED[0]:
+            break_down(regime, folder)
     if not names:
         resume(folder)
 
