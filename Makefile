@@ -7,6 +7,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # Test processes: auto, a number, or 0 for none (needed by --pdb).
 JOBS   ?= auto
+SPREAD := -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -23,10 +24,10 @@ demo: $(VENV)/.installed ## trains a small CNN on digits with 10 % wrong labels;
 	$(PY) examples/digits.py --out demo
 
 test: $(VENV)/.installed-dev ## the test suite, without the tests that take minutes and the snippets
-	$(PYTEST) -n $(JOBS) --maxprocesses 4 --dist worksteal --ignore tests/test_docs.py
+	$(PYTEST) $(SPREAD) --ignore tests/test_docs.py
 
 test-all: $(VENV)/.installed-dev ## all tests
-	$(PYTEST) -n $(JOBS) --maxprocesses 4 --dist worksteal -m ""
+	$(PYTEST) $(SPREAD) -m ""
 
 lint: $(VENV)/.installed-dev ## linter and formatter, changing nothing
 	$(PY) -m ruff check
@@ -40,10 +41,10 @@ types: $(VENV)/.installed-dev ## type checker
 	$(PY) -m mypy
 
 doctest: $(VENV)/.installed-dev ## the examples in the docstrings
-	$(PYTEST) --doctest-modules ine_callback
+	$(PYTEST) $(SPREAD) --doctest-modules ine_callback
 
 snippets: $(VENV)/.installed-dev ## the code in README.md, CONTRIBUTING.md and docs/
-	$(PYTEST) tests/test_docs.py
+	$(PYTEST) $(SPREAD) tests/test_docs.py
 
 ci: ## all of the above in a fresh virtual environment, as CI does it
 	bash .ci/run

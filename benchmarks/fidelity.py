@@ -221,11 +221,12 @@ def suspicions(runs: Sequence[Floats], problem: g1.Problem) -> dict[str, float]:
     return {"auroc_mislabel": float(np.mean([auroc(s, bad) for s in runs])), **over_seeds(runs)}
 
 
-def side_by_side(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem) -> dict[str, Any]:
+def side_by_side(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bool = False) -> dict[str, Any]:
     """The default beside its alternatives and baselines."""
+    settings = list(ALTERNATIVES.items())[:: 3 if quick else 1]
     plain = [train(kind, seed, problem, None).seconds for seed in range(seeds)]
     out = {}
-    for name, setting in track(ALTERNATIVES.items(), description=f"{kind}: estimators"):
+    for name, setting in track(settings, description=f"{kind}: estimators"):
         runs = [train(kind, seed, problem, setting) for seed in range(seeds)]
         out[name] = judge([r.mu for r in runs], truth, problem)
         if setting.self_query:
@@ -234,10 +235,13 @@ def side_by_side(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem) ->
     return {"study": "estimators", "rows": out, "seconds_without_recorder": float(np.median(plain))}
 
 
-def own_study(kind: str, seeds: int, rows: Tensor, truth: Tensor, problem: g1.Problem) -> dict[str, Any]:
+def own_study(
+    kind: str, seeds: int, rows: Tensor, truth: Tensor, problem: g1.Problem, quick: bool = False
+) -> dict[str, Any]:
     """Self-influence and losses against the true influence [2, rows] of rows on their own loss, mean over seeds."""
     out, (true, error) = {}, truth.numpy()
-    for name, setting in track(OWN.items(), description=f"{kind}: self-influence"):
+    settings = list(OWN.items())[: 1 if quick else None]
+    for name, setting in track(settings, description=f"{kind}: self-influence"):
         runs = [train(kind, seed, problem, setting).suspicion for seed in range(seeds)]
         scores = {name: [run[SELF] for run in runs]}
         if name == SELF:
@@ -290,7 +294,9 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--seeds", type=int, default=3, help="one-run estimates (5: smoother)")
     parser.add_argument("--optimizers", nargs="+", choices=g1.OPTIMIZERS, default=g1.OPTIMIZERS)
     parser.add_argument("--sweep", action="store_true", help="intervals of refresh and curvature instead")
-    parser.add_argument("--quick", action="store_true", help="8 trainings a group, 2 seeds: to see it work")
+    parser.add_argument(
+        "--quick", action="store_true", help="8 trainings a group, 2 seeds, few settings: to see it work"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
     seeds, runs = (min(args.seeds, 2), min(args.runs, 8)) if args.quick else (args.seeds, args.runs)
@@ -306,11 +312,11 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     for kind in args.optimizers:
         file = Path(args.truth.format(optimizer=kind)) if args.truth else None
         truth = g1.truth(kind, runs, problem, file)
-        study = functools.partial(sweep, quick=args.quick) if args.sweep else side_by_side
-        found = study(kind, seeds, truth, problem)
+        found = (sweep if args.sweep else side_by_side)(kind, seeds, truth, problem, args.quick)
         if not args.sweep:
             rows = g1.single_rows(problem)[:: 10 if args.quick else 1]
-            found["own"] = own_study(kind, seeds, rows, g1.own_truth(kind, runs // 4, problem, file, rows), problem)
+            own = g1.own_truth(kind, runs // 4, problem, file, rows)
+            found["own"] = own_study(kind, seeds, rows, own, problem, args.quick)
         results["optimizers"][kind] = {"truth": truth.reliability(), **found}
         args.json.write_text(json.dumps(results, indent=1))
         for name, row in [*found["rows"].items(), *found.get("own", {"rows": {}})["rows"].items()]:

@@ -159,22 +159,8 @@ class Recorder(Guard):
         Raises:
             InfluenceError: About anything that can be known before the first step.
         """
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise InfluenceError(
-                f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
-                "Adam or AdamW, or leave the recording out."
-            )
-        if self.capture.dropped and not self.capture.names and self.config["uncaptured"] != "fallback":
-            raise InfluenceError(
-                f"{self.owner}: no layer can be recorded: {self.coverage.first_reason()}; train without torch.compile, "
-                "or pass uncaptured='fallback' (slow: one backward pass a row)."
-            )
+        self._refuse()
         self._sharded = is_sharded(self.module)
-        if self.config["uncaptured"] == "fallback" and self._sharded:
-            raise InfluenceError(
-                f"{self.owner}: uncaptured='fallback' cannot take single rows' gradients of parameters that processes "
-                "share; pass 'warn' or 'raise', or train with strategy='ddp'."
-            )
         self._device = next(self.module.parameters()).device
         self._processes = Lockstep(self._device, alone=not self.distributed)
         bound = self.bound = self._bind()
@@ -217,6 +203,24 @@ class Recorder(Guard):
         self.started = datetime.datetime.now(datetime.timezone.utc)
         self._clock = time.monotonic()
         self.running = self.recording = True
+
+    def _refuse(self) -> None:
+        """Raises about what cannot be recorded."""
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise InfluenceError(
+                f"{self.owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
+                "Adam or AdamW, or leave the recording out."
+            )
+        if self.capture.dropped and not self.capture.names and self.config["uncaptured"] != "fallback":
+            raise InfluenceError(
+                f"{self.owner}: no layer can be recorded: {self.coverage.first_reason()}; train without torch.compile, "
+                "or pass uncaptured='fallback' (slow: one backward pass a row)."
+            )
+        if self.config["uncaptured"] == "fallback" and is_sharded(self.module):
+            raise InfluenceError(
+                f"{self.owner}: uncaptured='fallback' cannot take single rows' gradients of parameters that processes "
+                "share; pass 'warn' or 'raise', or train with strategy='ddp'."
+            )
 
     def stop(self) -> None:
         """Removes every hook; scores stay available."""
