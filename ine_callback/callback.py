@@ -41,6 +41,8 @@ from ine_callback.trainer import (
     unscale,
 )
 
+KEY = "ine_callback"  # of the recording in a checkpoint
+
 
 class InfluenceCallback(Callback):
     """Records during ``Trainer.fit`` which training rows made the model what it is.
@@ -231,22 +233,21 @@ class InfluenceCallback(Callback):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The recording so far, for Lightning's checkpoints; empty outside of a fit."""
+    # Not state_dict: with that Lightning lets no second callback into a Trainer, be it switched off.
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._recorder is None:
-            return {}
+            return
         try:
             stages = None if self._stages is None else self._stages.state_dict()
-            return {"recorder": self._recorder.state_dict(), "stages": stages}
+            checkpoint[KEY] = {"recorder": self._recorder.state_dict(), "stages": stages}
         except Exception as error:  # a checkpoint must never be lost to us
             if self.on_error == "raise":
                 raise
             self._recorder.warn(f"a checkpoint was saved without the recording: {type(error).__name__}: {error}")
-            return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps what :meth:`state_dict` returned until the training goes on."""
-        self._saved = state_dict
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint.get(KEY, {})
 
     def _go_on(self, trainer: Trainer, recorder: Recorder) -> None:
         """Takes up what the checkpoint holds of the recording."""

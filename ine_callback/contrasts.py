@@ -46,15 +46,15 @@ class Contrasts:
         self._signs: dict[tuple[Block, tuple[int, ...]], Tensor] = {}
 
     def signs(self, block: Block, record: Record) -> Tensor:
-        """Ones, then ``count`` rows of balanced signs, [1 + J, units]; the block's name is their seed.
+        """Ones, then ``count`` rows of balanced signs, [1 + J, units]; the block's place in the model is their seed.
 
         A weight shared by an embedding and a linear layer has units of two kinds.
         """
         key = block, record.units
         if key not in self._signs:
             units = math.prod(record.units)
-            # by name: processes and resumed runs, which may meet blocks in another order, draw the same
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{block.name} {record.units}".encode()))
+            # processes and resumed runs, which may meet blocks in another order, draw the same
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{block.position} {record.units}".encode()))
             keys = torch.rand(self.count, units, generator=generator)
             signs = (keys.argsort(1) % 2) * 2.0 - 1.0 if units > 1 else torch.zeros_like(keys)
             self._signs[key] = torch.cat([torch.ones(1, units), signs]).to(block.parameters[0].device)

@@ -21,8 +21,8 @@ def outer(positions: int, groups: int = 1) -> Outer:
     return Outer(torch.randn(5, groups, positions, 4).double(), torch.randn(5, groups, positions, 3).double())
 
 
-def block(units: int, name: str = "weight") -> Block:
-    return Block(name, (nn.Parameter(torch.ones(units)),), (units,))
+def block(units: int, position: int = 0) -> Block:
+    return Block("weight", (nn.Parameter(torch.ones(units)),), (units,), position)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
     assert signs.abs().eq(1).all() and signs[0].eq(1).all() and signs[1:].sum(1).eq(0).all()
     assert contrasts.signs(ten, Vector(torch.ones(3, 10))) is signs
     assert Contrasts(4).signs(block(10), Vector(torch.ones(2, 10))).equal(signs)
-    assert not contrasts.signs(block(10, "other"), Vector(torch.ones(2, 10))).equal(signs)  # layers are independent
+    assert not contrasts.signs(block(10, 1), Vector(torch.ones(2, 10))).equal(signs)  # layers are independent
     assert contrasts.signs(ten, outer(1)).shape == (5, 3)  # a tied weight used in another way
 
 

@@ -417,7 +417,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not JSON": (lambda f: (f / "meta.json").write_text("{"), "not JSON"),
     "foreign": (lambda f: (f / "meta.json").write_text('{"format": "of another program"}'), "does not belong"),
     "newer": (lambda f: _edit(f, format_version=99), "99.*upgrade"),
-    "wrong rows": (lambda f: _edit(f, rows=61), "61"),
+    "wrong rows": (lambda f: _edit(f, rows=61), "180 lines, expected 183"),
 }
 
 

@@ -19,6 +19,7 @@ class Block:
         name: Dotted name of the first parameter.
         parameters: A single parameter, or weight and bias joined as a matrix with the bias as last column.
         layout: Shape of one row's gradient, see :mod:`ine_callback.capture.records`.
+        position: Of the first parameter among the model's.
         shared: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
         outputs: Whether its units are the network's outputs.
@@ -28,6 +29,7 @@ class Block:
     name: str
     parameters: tuple[nn.Parameter, ...]
     layout: tuple[int, ...]
+    position: int = 0
     shared: bool = False
     reused: bool = False
     outputs: bool = False
@@ -65,6 +67,7 @@ class BlockTable:
     ) -> None:
         self._joinable = joinable
         self.names = {p: n for n, p in module.named_parameters()}
+        self._positions = {p: k for k, p in enumerate(self.names)}
         owners: dict[nn.Parameter, int] = {}
         self._first: dict[tuple[nn.Module, str], nn.Parameter] = {}
         for child in module.modules():
@@ -100,8 +103,9 @@ class BlockTable:
 
     def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
         if parameters not in self._blocks:
-            shared = parameters[0] in self._shared
-            self._blocks[parameters] = Block(self.names[parameters[0]], parameters, record.layout, shared)
+            first = parameters[0]
+            name, position, shared = self.names[first], self._positions[first], first in self._shared
+            self._blocks[parameters] = Block(name, parameters, record.layout, position, shared)
         return self._blocks[parameters]
 
     def vector(self, parameter: nn.Parameter) -> Block:

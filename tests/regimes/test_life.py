@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ class Interrupt(L.Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """A process in a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 def test_ctrl_c_leaves_the_report_of_the_steps_before(tmp_path: Path) -> None:
     influence, data = recorded(dirpath=tmp_path / "report", on_error="raise"), vectors()
     with pytest.raises(SystemExit):  # what Lightning makes of it

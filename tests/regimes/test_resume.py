@@ -276,7 +276,7 @@ def test_processes_go_on_together(tmp_path: Path) -> None:
 def test_the_state_is_of_plain_types(tmp_path: Path) -> None:
     run(Regime("state", "resumed", data=ordered), tmp_path, None, False)
     loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert loaded["callbacks"]["InfluenceCallback"]["recorder"]["steps"] == 15
+    assert loaded["ine_callback"]["recorder"]["steps"] == 15
 
 
 def test_the_state_grows_as_documented() -> None:

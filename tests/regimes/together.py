@@ -130,6 +130,7 @@ LAUNCHED = [
         trainer=_fsdp(accumulate_grad_batches=2, gradient_clip_val=0.3),
         processes=2,
         tolerance=1e-5,
+        slow=True,
     ),
 ]
 TOGETHER = [*FORKED, *LAUNCHED]
