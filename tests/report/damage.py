@@ -103,9 +103,14 @@ def missing(folder: Path, random: Random) -> None:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every place of a JSON value, as its container and key."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
-    return [(value, key) for key in keys] + [place for key in keys for place in _places(value[key])]
+    """Every place of a JSON value, as its container and key; a former damage may have made it deep."""
+    found, nests = [], [value]
+    while nests:
+        nest = nests.pop()
+        keys = list(nest) if isinstance(nest, dict) else range(len(nest)) if isinstance(nest, list) else []
+        found += [(nest, key) for key in keys]
+        nests += [nest[key] for key in keys]
+    return found
 
 
 def _json(change: Callable[[Any, Any, Random], None]) -> Damage:
@@ -146,7 +151,7 @@ def _gone(holder: Any, key: Any, random: Random) -> None:
 
 def _deep(holder: Any, key: Any, random: Random) -> None:
     value: Any = 1
-    for _ in range(random.choice((5, 39, 45, 200, 400))):
+    for _ in range(random.choice((5, 39, 45, 200, 300))):
         value = [value] if random.random() < 0.5 else {"a": value}
     holder[key] = value
 
