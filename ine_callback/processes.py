@@ -83,7 +83,7 @@ class Lockstep(Processes):
         alone: As for :class:`Processes`. Otherwise all processes must make theirs at the same time.
 
     Attributes:
-        dissolved: Whether one of them left.
+        dissolved: Whether one of them left, or all are done.
 
     Example:
         >>> alone = Lockstep(torch.device("cpu"), alone=True)
@@ -119,6 +119,12 @@ class Lockstep(Processes):
             found = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)]
             nothing = torch.zeros(3, dtype=torch.int64)
             self._parting = dist.all_gather(found, nothing, group=self._host, async_op=True), found, nothing
+
+    def close(self) -> None:
+        """Gives the group back; where one of them left, words may still be on their way, and it stays."""
+        if self.count > 1 and not self.dissolved:
+            self.dissolved = True
+            dist.destroy_process_group(self._host)
 
     def _tell(self, numbers: list[int]) -> list[list[int]]:
         found = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)]

@@ -231,6 +231,7 @@ class Recorder(Guard):
         if self.running:
             self._seconds = time.monotonic() - self._clock
             self.signals.forget()
+            self._processes.close()
         self.running = False
         super().stop()
 
