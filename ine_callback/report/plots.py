@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 INK, FAINT, NULL = "#30343A", "#D9DCE1", "#B9BEC6"
 FLAG_AT = 0.05
 LONGEST = 80  # letters of a title
+CAP = 1e100  # what is larger comes from a damaged file, and its axis would overflow
 LABELLED = 6  # rows named at each end of the volcano, of three times as many that are tried
 
 
@@ -44,7 +45,7 @@ def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) ->
     column = report.column(query)
     ends = tails(report.info(query).kind)
     z, null = _z(report, column), report.scores.null_mu[column]
-    null = null[np.isfinite(null)]
+    null = null[np.abs(null) < CAP]
     reach = max(4.0, float(np.abs(np.concatenate([z, null])).max(initial=0.0)) * 1.04)
     bins = 2 * int(np.clip(np.sqrt(z.size), 15, 45))  # even, so that 0 is an edge and no bar mixes signs
     edges = np.linspace(-reach, reach, bins + 1)
@@ -71,7 +72,7 @@ def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: floa
     """Score against ``-log10`` of its q-value; rows with q-value at most ``q`` in colour, the extremes named by id."""
     column = report.column(query)
     ends = tails(report.info(query).kind)
-    mu, value = report.scores.mu[:, column], report.scores.q[:, column]
+    mu, value = np.clip(report.scores.mu[:, column], -CAP, CAP), report.scores.q[:, column]
     rows = np.flatnonzero(np.isfinite(mu) & np.isfinite(value))
     smallest = float(value[rows][value[rows] > 0].min(initial=1.0))
     height = -np.log10(np.maximum(value, smallest / 10))
@@ -113,10 +114,10 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
     places = [index + (0.8 if gap and index >= len(low) else 0.0) for index in range(len(entries))]
     for place, one in zip(places, entries, strict=True):
         color, flagged = ends.color(one.mu), one.q <= FLAG_AT
-        width = 1.96 * one.se if np.isfinite(one.se) else None
+        width = min(1.96 * one.se, CAP) if np.isfinite(one.se) else None
         ax.errorbar(
-            one.mu, place, xerr=width, fmt="o", color=color, markersize=5, elinewidth=1.6, markeredgewidth=1.3,
-            markerfacecolor=color if flagged else "white",
+            np.clip(one.mu, -CAP, CAP), place, xerr=width, fmt="o", color=color, markersize=5, elinewidth=1.6,
+            markeredgewidth=1.3, markerfacecolor=color if flagged else "white",
         )  # fmt: skip
         if np.isfinite(one.mean_loss):
             beside, text = ax.get_yaxis_transform(), number(one.mean_loss, 2)
@@ -124,8 +125,9 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
     ax.axvline(0.0, color=INK, linewidth=0.8)
     if entries:
         ax.set_ylim(places[0] - 0.8, places[-1] + 0.8)
-        reach = 1.08 * max(np.nanmax([abs(one.mu), abs(one.low), abs(one.high)]) for one in entries)
-        ax.set_xlim(-max(reach, 1e-12), max(reach, 1e-12))
+        reach = 1.08 * max(np.nanmax(np.abs([one.mu, one.low, one.high])) for one in entries)
+        reach = min(max(reach, 1e-12), 4 * CAP)
+        ax.set_xlim(-reach, reach)
     if any(np.isfinite(one.mean_loss) for one in entries):
         ax.text(1.015, 1.0, "loss", transform=ax.transAxes, fontsize=7.5, color=INK, va="bottom", style="italic")
     ax.set_yticks(places, [f"row {one.row}" for one in entries])
@@ -170,9 +172,9 @@ def blank(width: float, height: float) -> Figure:
 
 def _z(report: InfluenceReport, column: int) -> NDArray[np.float64]:
     mu, sd = report.scores.mu[:, column], report.scores.null_sd[:, column]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         z = mu / sd
-    return np.asarray(z[np.isfinite(z)], dtype=np.float64)
+    return np.asarray(z[np.abs(z) < CAP], dtype=np.float64)
 
 
 def _density(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -18,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import ine_callback
-from ine_callback.report import InfluenceReport, ReportError
+from ine_callback.report import InfluenceReport, ReportError, example_report
+from ine_callback.report.plots import PLOTS, svg
 from tests.report import saver
 from tests.report.damage import bomb_bytes, save_chains, save_plain
 from tests.report.fuzz import CLEAN, run, table
@@ -50,6 +52,7 @@ def test_the_judge_sees_what_it_is_there_to_see(tmp_path: Path) -> None:
 import os, socket, subprocess, sys
 from pathlib import Path
 from ine_callback.report import InfluenceReport, ReportError, example_report
+from ine_callback.report.plots import PLOTS, svg
 from tests.report.fuzz import Watch, judge
 folder = example_report(12).save(Path(sys.argv[1]) / "report")
 (folder.parent / "outside").touch()
@@ -279,3 +282,14 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_killed_at_many_random_moments(tmp_path: Path) -> None:
     killed_at_random(tmp_path / "report", 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mu", 1e308), ("mu", -1e308), ("se", 1e308), ("null_sd", 5e-324), ("null_mu", 1e308)]
+)
+def test_numbers_that_no_run_makes_are_drawn_all_the_same(name: str, value: float) -> None:
+    scores = example_report(60).scores
+    array = getattr(scores, name).copy()
+    array.flat[3] = value
+    report = InfluenceReport(dataclasses.replace(scores, **{name: array}))
+    assert all(b"<svg" in svg(plot, report) for plot in PLOTS)
