@@ -103,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=512, help="trainings a group for the truth")
     parser.add_argument("--seeds", type=int, default=2, help="trained networks")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="16 trainings a group, 1 seed, few draws: to see it work")
+    parser.add_argument("--quick", action="store_true", help="4 trainings a group, 1 seed, few draws: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
     where = folder(args.data)
     problem = g1.load(where)
-    truth = g1.truth("sgd", 16 if args.quick else args.runs, problem, args.truth)
+    truth = g1.truth("sgd", 4 if args.quick else args.runs, problem, args.truth)
     results: dict[str, Any] = {
         "protocol": "bif",
         "data": "scikit-learn digits" if where is None else "10,000 MNIST digits",

@@ -148,7 +148,7 @@ def process(rank: int, folder: str) -> None:
         "more, plain": train(2, rank, more=True, recorded=False),
     }
     for owner, name in PLACES:
-        for after in (0, 1) if name == "prove" else (0, 1, 5):
+        for after in (0,) if name == "prove" else (0, 5):
             found[owner.__name__, name, after] = broken(owner, name, rank, after)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -207,7 +207,7 @@ def test_training_is_as_without_us(together: list[dict[Any, Any]]) -> None:
             assert all(torch.equal(a, b) for a, b in zip(found[kind][0], plain, strict=True)), kind
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("after", [0, 5])
 @pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner.__name__}.{name}" for owner, name in PLACES])
 def test_a_breakdown_in_one_process_ends_the_recording_in_all(
     together: list[dict[Any, Any]], owner: type, name: str, after: int
