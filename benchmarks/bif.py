@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "variants": {},
     }
     for name in args.variants:
-        draws = (10, 30) if args.quick else PLAIN_DRAWS if name == "plain SGLD" else DRAWS
+        draws = (5, 10) if args.quick else PLAIN_DRAWS if name == "plain SGLD" else DRAWS
         results["variants"][name] = study(name, draws, 1 if args.quick else args.seeds, truth, problem)
         args.json.write_text(json.dumps(results, indent=1))
 
