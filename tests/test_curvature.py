@@ -16,7 +16,7 @@ EXACT = {"rtol": 1e-8, "atol": 1e-12}
 
 
 def block(record: Record, shared: bool = False) -> Block:
-    return Block("w", (nn.Parameter(torch.zeros(record.layout)),), record.layout, shared)
+    return Block("w", (nn.Parameter(torch.zeros(record.layout)),), record.layout, shared=shared)
 
 
 def observed(
