@@ -83,7 +83,7 @@ class Lockstep(Processes):
         alone: As for :class:`Processes`. Otherwise all processes must make theirs at the same time.
 
     Attributes:
-        dissolved: Whether one of them left, or all are done.
+        dissolved: Why they no longer meet; empty while they do.
 
     Example:
         >>> alone = Lockstep(torch.device("cpu"), alone=True)
@@ -93,7 +93,7 @@ class Lockstep(Processes):
 
     def __init__(self, device: torch.device, alone: bool) -> None:
         super().__init__(device, alone)
-        self.dissolved = False
+        self.dissolved = ""
         if self.count > 1:
             self._host = dist.new_group(backend="gloo")
 
@@ -101,35 +101,36 @@ class Lockstep(Processes):
         """Every process's two numbers, in their order. What may fail comes before, the exchange of data right after.
 
         Raises:
-            InfluenceError: If one of them has left.
+            InfluenceError: If one of them has left; at once, where that is known.
         """
         if self.count == 1:
             return [[one, other]]
-        found = self._tell([1, one, other])
-        left = [rank for rank, (there, *_) in enumerate(found) if not there]
-        if left:
-            self.dissolved = True
-            raise InfluenceError(f"process {left[0]} of {self.count} stopped recording; its own warning says why.")
-        return [numbers for _, *numbers in found]
+        if not self.dissolved:
+            work, told, _ = self._tell([1, one, other])
+            work.wait()
+            found = [part.tolist() for part in told]
+            left = [rank for rank, (there, *_) in enumerate(found) if not there]
+            if not left:
+                return [numbers for _, *numbers in found]
+            self.dissolved = f"process {left[0]} of {self.count} stopped recording; its own warning says why."
+        raise InfluenceError(self.dissolved)
 
     def leave(self) -> None:
         """Tells the others at their next meeting that this process records no more; waits for nobody."""
         if self.count > 1 and not self.dissolved:
-            self.dissolved = True
-            found = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)]
-            nothing = torch.zeros(3, dtype=torch.int64)
-            self._parting = dist.all_gather(found, nothing, group=self._host, async_op=True), found, nothing
+            self.dissolved = "this process stopped recording."
+            self._parting = self._tell([0, 0, 0])
 
     def close(self) -> None:
         """Gives the group back; where one of them left, words may still be on their way, and it stays."""
         if self.count > 1 and not self.dissolved:
-            self.dissolved = True
+            self.dissolved = "the recording is over."
             dist.destroy_process_group(self._host)
 
-    def _tell(self, numbers: list[int]) -> list[list[int]]:
-        found = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)]
-        dist.all_gather(found, torch.tensor(numbers), group=self._host)
-        return [part.tolist() for part in found]
+    def _tell(self, numbers: list[int]) -> tuple[Any, list[Tensor], Tensor]:
+        """Begins an exchange; all that it returns must live until it is over."""
+        told, mine = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)], torch.tensor(numbers)
+        return dist.all_gather(told, mine, group=self._host, async_op=True), told, mine
 
     def common(self, names: Iterable[str]) -> set[str]:
         """The names that all of them have. A meeting."""

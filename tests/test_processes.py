@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ine_callback.capture import Block, Capture
 from ine_callback.capture.records import Vector
 from ine_callback.coverage import Coverage
 from ine_callback.curvature import KFAC
+from ine_callback.errors import InfluenceError
 from ine_callback.ledger import Ledger
 from ine_callback.methods import FINE
 from ine_callback.processes import Lockstep
@@ -75,9 +77,12 @@ def problem(more: bool = False) -> tuple[Net, Batch, Batch, list[Tensor]]:
 
 
 def train(
-    parts: int = 1, rank: int = 0, recorded: bool = True, more: bool = False, **options: Any
+    parts: int = 1, rank: int = 0, recorded: bool = True, more: bool = False, saved: bool = False, **options: Any
 ) -> tuple[list[Tensor], InfluenceReport | None]:
-    """Trains on the ``rank``-th of ``parts`` of every batch; returns the weights and the report."""
+    """Trains on the ``rank``-th of ``parts`` of every batch; returns the weights and the report.
+
+    ``saved``: the state is asked for after every step, as checkpoints do.
+    """
     module, (x, y), held_out, order = problem(more)
     wrapped = DistributedDataParallel(module, find_unused_parameters=more) if parts > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)
@@ -95,6 +100,9 @@ def train(
         recorder.end_batch()
         optimizer.step()
         optimizer.zero_grad()
+        if saved:
+            with contextlib.suppress(InfluenceError):
+                recorder.state_dict()
     recorder.stop()
     return [p.detach().clone() for p in module.parameters()], recorder.report() if recorded else None
 
@@ -111,7 +119,7 @@ def broken(owner: type, name: str, rank: int, after: int) -> tuple[list[Tensor],
 
     setattr(owner, name, breaks)
     try:
-        return train(2, rank)
+        return train(2, rank, saved=True)
     finally:
         setattr(owner, name, method)
 
