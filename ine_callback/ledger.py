@@ -91,10 +91,10 @@ class Ledger:
                 f"{self._owner}: the checkpoint holds {saved} and {state['rows']} rows, this run has {here} and "
                 f"{self._rows or 'any number of'} rows; resume with the same data and settings."
             )
+        for method, of_method in zip(self._methods, state["methods"], strict=True):
+            method.load_state_dict(of_method)  # first: it may refuse, and then nothing is taken up
         self.check.count = max(self.check.count, state["rows"])
         self._losses.load_state_dict(state["losses"])
-        for method, of_method in zip(self._methods, state["methods"], strict=True):
-            method.load_state_dict(of_method)
         self._grow(max(self._size, state["size"]))
 
     def _settings(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,13 @@ def test_chains_of_earlier_stages_are_kept(tmp_path: Path) -> None:
 )
 def test_another_recordings_checkpoint_is_not_taken_up(options: Any, told: str, tmp_path: Path) -> None:
     regime = Regime("other", "resumed", data=ordered)
-    run(regime, tmp_path, 13, False)
+    run(regime, tmp_path / "one", 13, False)
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
     with pytest.warns(UserWarning, match=f"began at step 12 of a resumed run; earlier steps are missing .*{told}"):
-        resumed, _ = run(regime, tmp_path, None, True, on_error="warn", **options)
+        resumed, _ = run(regime, tmp_path / "one", None, True, on_error="warn", **options)
     assert resumed is not None and resumed.run.steps == 4
+    alone, _ = run(regime, tmp_path / "other", None, True, on_error="warn", queries="val")  # refused before all else
+    assert alone is not None and (resumed.scores.mean_loss == alone.scores.mean_loss).all()
 
 
 @pytest.mark.filterwarnings("ignore")
