@@ -93,6 +93,11 @@ class InfluenceCallback(Callback):
 
     steps_back = False  # for another one of the same Trainer
 
+    @property
+    def owner(self) -> str:
+        """Named in messages."""
+        return type(self).__name__
+
     def __init__(
         self,
         queries: str
@@ -116,7 +121,7 @@ class InfluenceCallback(Callback):
         dirpath: str | Path | None = None,
         on_error: OnError = "warn",
     ) -> None:
-        owner = type(self).__name__
+        owner = self.owner
         counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
         check_options(owner, on_error, uncaptured, initial_weights, **counts, max_query_rows=max_query_rows)
         parse(queries, owner)
@@ -143,7 +148,7 @@ class InfluenceCallback(Callback):
         self._recorder = self._stages = None
         if not self.enabled or stage != "fit":
             return
-        owner = type(self).__name__
+        owner = self.owner
         if not is_known(trainer.strategy):
             raise InfluenceError(
                 f"{owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
@@ -184,7 +189,7 @@ class InfluenceCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._tracker is None:
             return
-        owner = type(self).__name__
+        owner = self.owner
         if len(trainer.optimizers) != 1:
             raise InfluenceError(
                 f"{owner}: {len(trainer.optimizers)} optimizers are not supported; use one, or set enabled=False."
@@ -308,7 +313,7 @@ class InfluenceCallback(Callback):
         assert isinstance(chains, BIF) and self._recorder is not None
         if is_sharded(pl_module):
             raise InfluenceError(
-                f"{type(self).__name__}: BIF's chains need the whole weights in each process; leave BIF out here, and "
+                f"{self.owner}: BIF's chains need the whole weights in each process; leave BIF out here, and "
                 "call run_bif on a checkpoint with devices=1."
             )
         return Stages(
@@ -319,7 +324,7 @@ class InfluenceCallback(Callback):
             lambda batch: transferred(trainer, batch),
             lambda: evaluating(trainer),
             trainer.progress_bar_callback,
-            type(self).__name__,
+            self.owner,
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -336,7 +341,7 @@ class InfluenceCallback(Callback):
             if self.on_error == "raise":
                 raise
             message = f"BIF failed: {type(error).__name__}: {error}"
-            warnings.warn(f"{type(self).__name__}: {message} The report holds the rest.", stacklevel=2)
+            warnings.warn(f"{self.owner}: {message} The report holds the rest.", stacklevel=2)
             return [message]
         return []
 
@@ -352,7 +357,7 @@ class InfluenceCallback(Callback):
                 self.report = self._with_chains(trainer, self._stages, self.report)
             folder = self._folder
             if folder is not None and trainer.is_global_zero:
-                rank_zero_info(f"{type(self).__name__}: writing the influence report to {folder}")
+                rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
                 self.report.save(folder)
                 if find_spec("jinja2") and find_spec("matplotlib"):  # the extra `report`
                     self.report.write_html(folder / "report.html")
@@ -361,7 +366,7 @@ class InfluenceCallback(Callback):
                 raise
             unsaved = "the report could not be saved; it is in the callback: .report.save(folder)"
             what = "the report was lost" if self.report is None else unsaved
-            warnings.warn(f"{type(self).__name__}: {what}: {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(f"{self.owner}: {what}: {type(error).__name__}: {error}", stacklevel=2)
 
     def _with_chains(self, trainer: Trainer, stages: Stages, report: InfluenceReport) -> InfluenceReport:
         interrupted = trainer.state.status == TrainerStatus.INTERRUPTED

@@ -11,6 +11,7 @@ class EnvironmentCallback(InfluenceCallback):
     """Records what it can without a word from the user; steps back where a Trainer has a callback of its own."""
 
     steps_back = True
+    owner = "InfluenceCallback (INE_CALLBACK=1; 0 switches it off)"
 
     def __init__(self) -> None:
         super().__init__(["val", "self"])

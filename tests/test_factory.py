@@ -79,6 +79,16 @@ def test_it_steps_back_for_the_users_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert own.report is not None and other.report is None
 
 
+def test_what_it_cannot_record_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Climbs(Plain):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters())
+
+    monkeypatch.setenv("INE_CALLBACK", "1")
+    with pytest.raises(InfluenceError, match=r"INE_CALLBACK=1; 0 switches it off\): LBFGS"):
+        trainer().fit(Climbs(), DataLoader(TensorDataset(torch.randn(12, 4)), 4))
+
+
 def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INE_CALLBACK", "maybe")
     with pytest.raises(InfluenceError, match="INE_CALLBACK='maybe' is neither on nor off; set it to 1 or 0"):
