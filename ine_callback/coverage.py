@@ -32,7 +32,6 @@ class Coverage:
         share: Share of the trainable parameters whose rows' gradients are recorded.
         uncaptured: Parameter name -> why it is left out.
         approximate: Module name -> why its single rows are approximate.
-        probed: Whether the order of rows was looked at.
     """
 
     def __init__(self, module: nn.Module, capture: Capture, policy: Uncaptured, owner: str) -> None:
@@ -42,16 +41,19 @@ class Coverage:
         self.approximate = dict(capture.approximate)
         self.notes: list[str] = []
         self._slow: dict[str, nn.Parameter] = {}
-        self.probed = False
+        self._probed = False
         self._dropped: set[str] = set()
         self._proved: set[nn.Parameter] = set()
 
-    def probe(self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int) -> None:
+    def probe(
+        self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, processes: Lockstep
+    ) -> None:
         """Drops the layers whose inputs are not led by the batch's rows; later calls do nothing."""
-        if self.probed:
+        if self._probed:
             return
-        self.probed = True
-        if loss is None or batch is None or rows < 2:
+        self._probed = True
+        fewest = min(there for there, _ in processes.meet(rows))  # all probe, or none
+        if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return
         try:

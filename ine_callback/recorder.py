@@ -146,8 +146,8 @@ class Recorder(Guard):
         self._pending = Pending()
         self._row_losses: Tensor | None = None
         self._batch: tuple[Tensor, Any] | None = None
-        self._received = self._settled = self._renew = False
-        self._made = 0
+        self._received = self._settled = False
+        self._made = self._saved = 0  # steps before the directions were made, and a state was last saved
         self._clipping = Clipping(optimizer)
         self._seconds = 0.0
 
@@ -286,12 +286,10 @@ class Recorder(Guard):
         if self.coverage.thawed() and self.signals.held is None:
             self.signals.hold()
         if self.signals.held is not None:
-            if not self.coverage.probed:
-                fewest = min(there for there, _ in self._processes.meet(len(rows)))
-                self.coverage.probe(self._loss, data if fewest > 1 else None, len(rows))
-        elif self.steps and (self._renew or self.steps % self.refresh_every == 0):
+            self.coverage.probe(self._loss, data, len(rows), self._processes)
+        elif self.steps and (self._saved > self._made or self.steps % self.refresh_every == 0):
             self.signals.refresh()
-            self._made, self._renew = self.steps, False
+            self._made = self.steps
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
@@ -429,7 +427,7 @@ class Recorder(Guard):
         together = self.recording or self._processes.count == 1  # after the end others may be gone
         if together:
             self._processes.meet()
-        self._renew = self._made != self.steps  # Lightning saves again in the first step of a resumed run
+        self._saved = self.steps
         return {
             "steps": self.steps,
             "failed": self.failed,

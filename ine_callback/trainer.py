@@ -94,8 +94,8 @@ def splits_tensors(strategy: Strategy) -> bool:
 
 def overrides(owner: object, hook: str) -> bool:
     """Whether a module or datamodule has a hook of its own; under either name of Lightning."""
-    home: str = getattr(getattr(owner, hook, None), "__module__", "lightning.")
-    return home.split(".")[0] not in ("lightning", "pytorch_lightning")
+    home: str = getattr(owner, hook).__module__
+    return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
 
 @contextmanager

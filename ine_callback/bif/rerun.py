@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 
 from ine_callback.bif.rowloss import RowLoss
@@ -19,7 +18,7 @@ from ine_callback.methods.bif import BIF
 from ine_callback.queries import Query, parse
 from ine_callback.report import InfluenceReport
 from ine_callback.sources import DataSource
-from ine_callback.trainer import ModuleLoss, evaluating, transferred
+from ine_callback.trainer import ModuleLoss, evaluating, overrides, transferred
 
 OWNER = "run_bif"
 
@@ -111,11 +110,11 @@ def _first(
 ) -> Any:
     if given is not None:
         return given
-    if datamodule is not None and is_overridden(name, datamodule, parent=LightningDataModule):
+    if datamodule is not None and overrides(datamodule, name):
         return getattr(datamodule, name)()
     if of_trainer is not None:
         return of_trainer
-    return getattr(module, name)() if is_overridden(name, module, parent=LightningModule) else None
+    return getattr(module, name)() if overrides(module, name) else None
 
 
 @contextlib.contextmanager
