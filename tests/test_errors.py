@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from regimes.accidents import Accident, accident
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -301,48 +302,27 @@ HOOKS = [
 ]
 
 
-class Accident(Exception):
-    """Nothing in the package expects it."""
-
-
-def break_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: int) -> None:
-    """Lets a method of the real class fail from its call number ``after`` on."""
-    method, calls = getattr(owner, name), []
-
-    def breaks(*args: Any, **kwargs: Any) -> Any:
-        calls.append(0)
-        if len(calls) > after:
-            raise Accident("the roof fell in")
-        return method(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, breaks)
-
-
 @pytest.mark.parametrize("after", [0, 1], ids=["first call", "second call"])
 @pytest.mark.parametrize(("owner", "name"), HOOKS, ids=[f"{owner.__name__}.{name}" for owner, name in HOOKS])
-def test_an_accident_in_any_hook_never_ends_training(
-    owner: type, name: str, after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_accident_in_any_hook_never_ends_training(owner: type, name: str, after: int) -> None:
     if name == "prove" and after:
         pytest.skip("called once a run")
-    break_down(monkeypatch, owner, name, after)
     clipped = {"gradient_clip_val": 0.5}
-    report = survives(InfluenceCallback(["val", "self"], refresh_every=2), "Accident: the roof fell in", **clipped)
-    assert report is not None and any("the roof fell in" in note for note in report.run.notes)
-    with pytest.raises(Accident):
-        fit(InfluenceCallback(["val", "self"], refresh_every=2, on_error="raise"), **clipped)
+    with accident(owner, name, after):
+        report = survives(InfluenceCallback(["val", "self"], refresh_every=2), "Accident: the roof fell in", **clipped)
+        assert report is not None and any("the roof fell in" in note for note in report.run.notes)
+        with pytest.raises(Accident):
+            fit(InfluenceCallback(["val", "self"], refresh_every=2, on_error="raise"), **clipped)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "told"), [(FINE, "finish", "report was lost"), (InfluenceReport, "save", "could not be saved")]
 )
-def test_an_accident_after_training_loses_the_report_only(
-    owner: type, name: str, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_down(monkeypatch, owner, name, 0)
-    survives(InfluenceCallback("self", dirpath="report"), f"{told}.*Accident")
-    with pytest.raises(Accident):
-        fit(InfluenceCallback("self", dirpath="report", on_error="raise"))
+def test_an_accident_after_training_loses_the_report_only(owner: type, name: str, told: str) -> None:
+    with accident(owner, name, 0):
+        survives(InfluenceCallback("self", dirpath="report"), f"{told}.*Accident")
+        with pytest.raises(Accident):
+            fit(InfluenceCallback("self", dirpath="report", on_error="raise"))
 
 
 def test_a_folder_that_cannot_be_written_loses_the_file_but_not_the_report(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from regimes.once import once
+from regimes.accidents import accident
+from regimes.identical import unequal
+from regimes.once import spawned
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,23 +107,6 @@ def train(
     return [p.detach().clone() for p in module.parameters()], recorder.report() if recorded else None
 
 
-def broken(owner: type, name: str, rank: int, after: int) -> tuple[list[Tensor], InfluenceReport | None]:
-    """Trains while one method fails in one process, from a certain call on."""
-    method, calls = getattr(owner, name), []
-
-    def breaks(*args: Any, **kwargs: Any) -> Any:
-        calls.append(0)
-        if len(calls) > after and rank == 1:
-            raise RuntimeError("the roof fell in")
-        return method(*args, **kwargs)
-
-    setattr(owner, name, breaks)
-    try:
-        return train(2, rank, saved=True)
-    finally:
-        setattr(owner, name, method)
-
-
 def matrix() -> Block:
     return Block("weight", (nn.Parameter(torch.zeros(6)),), (6,))
 
@@ -157,20 +140,15 @@ def process(rank: int, folder: str) -> None:
     }
     for owner, name in PLACES:
         for after in (0,) if name == "prove" else (0, 5):
-            found[owner.__name__, name, after] = broken(owner, name, rank, after)
+            with accident(owner, name, after, lambda: rank == 1):
+                found[owner.__name__, name, after] = train(2, rank, saved=True)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def together() -> list[dict[Any, Any]]:
-    folder = once("processes", lambda folder: mp.spawn(process, (str(folder),), 2))  # type: ignore[no-untyped-call]
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def same(one: InfluenceReport, other: InfluenceReport) -> bool:
-    pairs = ((value, getattr(other.scores, name)) for name, value in vars(one.scores).items())
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs if isinstance(a, np.ndarray))
+    return spawned("processes", process)
 
 
 @pytest.mark.parametrize("kind", ["no reservoir", "growing"])
@@ -179,7 +157,7 @@ def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[d
     weights, alone = train(reservoir=0)
     (mine, one), (_, other) = (found[kind] for found in together)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, mine, strict=True))
-    assert same(one, other)
+    assert not unequal(one, other)
     for name in ("mu", "se", "null_sd", "mean_loss"):
         np.testing.assert_allclose(getattr(one.scores, name), getattr(alone.scores, name), rtol=2e-4, atol=1e-4)
     assert (one.observations == alone.observations).all() and one.run.steps == STEPS
@@ -190,7 +168,7 @@ def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[d
 def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[dict[Any, Any]]) -> None:
     (_, one), (_, other) = (found["default"] for found in together)
     alone = train()[1]
-    assert same(one, other) and alone is not None
+    assert not unequal(one, other) and alone is not None
     for k in range(2):  # which rows it draws differs
         assert np.corrcoef(one.scores.mu[:, k], alone.scores.mu[:, k])[0, 1] > 0.97
     assert np.abs(one.scores.mu - together[0]["no reservoir"][1].scores.mu).max() > 0.01
@@ -233,7 +211,7 @@ def test_a_breakdown_in_one_process_ends_the_recording_in_all(
 def test_a_layer_that_one_process_uses_is_left_out_in_all(together: list[dict[Any, Any]]) -> None:
     for kind in ("more", "more, by autograd"):
         (_, one), (_, other) = (found[kind] for found in together)
-        assert same(one, other) and one.run.steps == STEPS, (one.run.notes, other.run.notes)
+        assert not unequal(one, other) and one.run.steps == STEPS, (one.run.notes, other.run.notes)
 
 
 def test_one_alone_meets_nobody() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from regimes.once import once
+from regimes.once import spawned
 
 from ine_callback import BIF, BIFScores, EachRow, bif_scores
 from ine_callback.bif.tally import Scatter
@@ -41,8 +39,7 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def together() -> list[dict[str, BIFScores]]:
-    folder = once("chains", lambda folder: mp.spawn(process, (str(folder),), 2))  # type: ignore[no-untyped-call]
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return spawned("chains", process)
 
 
 @pytest.mark.parametrize("kind", ["reduced", "plain"])

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ine_callback import InfluenceReport
+
 
 class History(L.Callback):
     """Every logged metric and learning rate of every step: a difference that heals before the end shows here."""
@@ -40,6 +42,12 @@ def differing(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> list[st
     """The kinds of things that differ; empty for identical trainings."""
     assert one.keys() == other.keys()
     return [kind for kind in one if not _equal(one[kind], other[kind])]
+
+
+def unequal(one: InfluenceReport, other: InfluenceReport) -> list[str]:
+    """The arrays that two reports do not share, to the last bit."""
+    pairs = [(n, v, getattr(other.scores, n)) for n, v in vars(one.scores).items() if isinstance(v, np.ndarray)]
+    return [name for name, a, b in pairs if not np.array_equal(a, b, equal_nan=True)]
 
 
 def compare(one: dict[str, list[Any]], other: dict[str, list[Any]]) -> None:

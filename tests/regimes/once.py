@@ -8,7 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.multiprocessing as mp
 from filelock import FileLock  # comes with torch
 
 _NAME = "INE_TESTS_SHARED"
@@ -26,3 +29,9 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             (folder / "made").touch()
     return folder
+
+
+def spawned(name: str, process: Callable[[int, str], None]) -> list[Any]:
+    """What two processes found: each calls ``process(rank, folder)`` and saves ``folder/rank.pt``."""
+    folder = once(name, lambda folder: mp.spawn(process, (str(folder),), 2))  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

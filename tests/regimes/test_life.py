@@ -104,15 +104,6 @@ def test_a_full_disk_loses_the_files_but_not_the_report(limit: int, tmp_path: Pa
     assert influence.report.save(tmp_path / "elsewhere").exists()  # the remedy
 
 
-def test_a_folder_that_cannot_be_written_loses_the_files_but_not_the_report(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    influence = recorded(dirpath=tmp_path / "file" / "report")
-    data = vectors()
-    with pytest.warns(UserWarning, match=r"InfluenceCallback: .*could not be saved.*Not a directory"):
-        L.Trainer(**QUIET, callbacks=[influence]).fit(Classifier(), data.train, data.val)
-    assert influence.report is not None and (influence.report.observations == EPOCHS).all()
-
-
 class Interrupt(L.Callback):
     """Ctrl-C in the seventh step: the signal that a terminal sends."""
 

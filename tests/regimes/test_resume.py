@@ -14,16 +14,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from benchmarks.resume import Remembers
 from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport
 from ine_callback.ledger import Ledger
 from ine_callback.scores import QueryInfo
 
+from .accidents import accident
 from .data import Stream
 from .harness import QUIET
-from .identical import differing, left_behind
+from .identical import differing, left_behind, unequal
 from .options import with_adamw
 from .regime import BATCH, ROWS, Data, Regime, vectors
-from .together import loaded, trained, unequal
+from .together import loaded, trained
 
 EVERY = 3  # steps between checkpoints
 
@@ -44,27 +46,6 @@ class Killer(L.Callback):
 def by_epoch(items: Dataset[Any]) -> DataLoader[Any]:
     """An order that follows from the number of the epoch, so that it can be resumed at an epoch's end."""
     return DataLoader(items, BATCH, sampler=DistributedSampler(items, 1, 0, seed=5))
-
-
-class Remembers(DataLoader[Any]):
-    """A loader that goes on where it was, by the protocol that Lightning looks for."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.done = self.skip = 0
-
-    def __iter__(self) -> Any:
-        skip, self.skip = self.skip, 0
-        for number, batch in enumerate(super().__iter__()):
-            if number >= skip:
-                self.done = number + 1
-                yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done % len(self)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skip = state["done"]
 
 
 def remembering(items: Dataset[Any]) -> DataLoader[Any]:
@@ -226,18 +207,11 @@ def test_longer_training_plans_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_failed_recording_stays_ended_and_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    regime, fold, calls = Regime("failed", "resumed", data=ordered), FINE.fold, []
-
-    def breaks(*args: Any, **kwargs: Any) -> None:
-        calls.append(0)
-        if len(calls) == 9:
-            raise RuntimeError("the roof fell in")
-        fold(*args, **kwargs)
-
-    monkeypatch.setattr(FINE, "fold", breaks)
-    run(regime, tmp_path, 13, False, on_error="warn")
-    resumed, _ = run(regime, tmp_path, None, True, on_error="warn")
+def test_a_failed_recording_stays_ended_and_keeps_what_it_had(tmp_path: Path) -> None:
+    regime = Regime("failed", "resumed", data=ordered)
+    with accident(FINE, "fold", 8):
+        run(regime, tmp_path, 13, False, on_error="warn")
+        resumed, _ = run(regime, tmp_path, None, True, on_error="warn")
     assert resumed is not None and resumed.run.steps == 8 and resumed.observations.sum() == 8 * 5
     assert any("recording stopped after 8 steps" in note for note in resumed.run.notes)
 

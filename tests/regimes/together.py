@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -22,14 +21,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ine_callback import InfluenceCallback, InfluenceReport, Recorder
+from ine_callback import InfluenceCallback, Recorder
 from ine_callback.curvature import KFAC
 from ine_callback.sharding import whole
 from ine_callback.signals import Signals
 from ine_callback.visits import Pending
 
+from .accidents import accident
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
-from .identical import History, differing, fitted
+from .identical import History, differing, fitted, unequal
 from .once import once
 from .options import with_adamw
 from .reference import Event
@@ -163,17 +163,8 @@ def train(regime: Regime, file: Path, influence: InfluenceCallback | None) -> No
 def break_down(regime: Regime, folder: Path) -> None:
     """Trains while one of our methods fails in the second process, at its third call."""
     for owner, name in BROKEN:
-        method, calls = getattr(owner, name), []
-
-        def breaks(*args: Any, method: Any = method, calls: Any = calls, **kwargs: Any) -> Any:
-            calls.append(0)
-            if len(calls) == 3 and torch.distributed.get_rank():
-                raise RuntimeError("the roof fell in")
-            return method(*args, **kwargs)
-
-        setattr(owner, name, breaks)
-        train(regime, folder / name, InfluenceCallback(["val", "self"], refresh_every=1))
-        setattr(owner, name, method)
+        with accident(owner, name, 2, lambda: torch.distributed.get_rank() == 1):
+            train(regime, folder / name, InfluenceCallback(["val", "self"], refresh_every=1))
 
 
 class Ends(L.Callback):
@@ -228,12 +219,6 @@ def examine_together(regime: Regime) -> Verdict:
     verdict.changed += differing(plain[1][0], recorded[1][0])
     verdict.changed += [f"the processes' reports differ in {name}" for name in unequal(*(part[2] for part in recorded))]
     return verdict
-
-
-def unequal(one: InfluenceReport, other: InfluenceReport) -> list[str]:
-    """The arrays that two reports do not share, to the last bit."""
-    pairs = [(n, v, getattr(other.scores, n)) for n, v in vars(one.scores).items() if isinstance(v, np.ndarray)]
-    return [name for name, a, b in pairs if not np.array_equal(a, b, equal_nan=True)]
 
 
 def loaded(file: Path, rank: int) -> Any:
