@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture.records import Lookup, Outer, Record, Vector
+from ine_callback.capture.windows import Kernel, Windows
 
 LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, Record | Tensor]]
 
@@ -112,7 +113,12 @@ def linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, 
 
 
 def _weight_and_bias(a: Tensor, delta: Tensor) -> dict[str, Record]:
-    return {"weight": Outer(a, delta), "bias": Outer(a.new_ones(()).expand(*a.shape[:-1], 1), delta)}
+    return {"weight": Outer(a, delta), "bias": _bias(delta)}
+
+
+def _bias(delta: Tensor) -> Outer:
+    """A bias as the weight of an input of ones, so that it can join its layer's matrix."""
+    return Outer(delta.new_ones(()).expand(*delta.shape[:-1], 1), delta)
 
 
 def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
@@ -129,8 +135,9 @@ def convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[
     a, delta = by_row(a, rows), by_row(delta, rows)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(a, module._reversed_padding_repeated_twice, mode=mode)
-    patches = _patches(padded, module.kernel_size, module.stride, module.dilation, module.groups)
-    return _weight_and_bias(patches, _channels_last(delta, module.groups))
+    kernel = Kernel(module.kernel_size, module.stride, module.dilation, module.groups)
+    record = Windows(padded, _channels_last(delta, module.groups), kernel=kernel)
+    return {"weight": record, "bias": _bias(record.delta)}
 
 
 @register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -139,29 +146,12 @@ def transposed_convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: in
     assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     a, delta = by_row(a, rows), by_row(delta, rows)
     padding = module._reversed_padding_repeated_twice
-    patches = _patches(
-        F.pad(delta, padding), module.kernel_size, module.stride, module.dilation, module.groups, a.shape[2:]
-    )
-    return {"weight": Outer(patches, _channels_last(a, module.groups)), "bias": Vector(delta.flatten(2).sum(2))}
-
-
-def _patches(
-    x: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    positions: tuple[int, ...] | None = None,
-) -> Tensor:
-    """Sliding windows of x [b, C, *space] as [b, G, P, C/G * prod(kernel)], in the order of a convolution's weight."""
-    for d, (k, s, r) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + d, r * (k - 1) + 1, s)[..., ::r]
-        if positions is not None:
-            x = x.narrow(2 + d, 0, positions[d])
-    space = len(kernel)
-    grouped: Tensor = x.unflatten(1, (groups, -1))  # [b, G, C/G, *positions, *kernel]
-    x = grouped.movedim(2, 2 + space)  # [b, G, *positions, C/G, *kernel]
-    return x.reshape(x.shape[0], groups, math.prod(x.shape[2 : 2 + space]), -1)
+    kernel = Kernel(module.kernel_size, module.stride, module.dilation, module.groups)
+    padded = F.pad(delta, padding)
+    for d, (length, k, s, r) in enumerate(zip(a.shape[2:], kernel.size, kernel.stride, kernel.dilation, strict=True)):
+        padded = padded.narrow(2 + d, 0, (length - 1) * s + r * (k - 1) + 1)  # output padding has no window
+    windows = kernel.cut(padded)
+    return {"weight": Outer(windows, _channels_last(a, module.groups)), "bias": Vector(delta.flatten(2).sum(2))}
 
 
 def _channels_last(x: Tensor, groups: int) -> Tensor:

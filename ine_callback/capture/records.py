@@ -10,13 +10,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # Largest number of elements formed at once where per-row gradients have to be materialised (64 MB in float32).
 CHUNK_ELEMENTS = 1 << 24
+
+# Positions of a batch (rows x positions) that one look at the second moments takes; it takes every so manieth.
+MOST_POSITIONS = 1 << 12
+
+# Up to so many queries a direction is turned for each contrast first: one matrix product instead of many small ones.
+FEW_QUERIES = 4
 
 
 def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
@@ -70,11 +76,12 @@ class Record(ABC):
         """The sum of all rows' gradients [*layout]: what autograd adds to the parameter's ``grad``."""
 
     @abstractmethod
-    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         """Second moments whose Kronecker product approximates ``sum_i g_i g_i^T``, see :mod:`ine_callback.curvature`.
 
         Args:
             full: Whether the left (output) and the right (input) moment is a matrix or only its diagonal.
+            phase: In [0, 1): which positions are looked at where not all are.
 
         Returns:
             left ``[G, O, O]`` or ``[G, O]``, summed over rows and positions, and right ``[G, I, I]`` or ``[G, I]``,
@@ -101,71 +108,115 @@ class Outer(Record):
     Attributes:
         a: Inputs [b, G, P, I], P positions (1 without a sequence or space).
         delta: Output gradients [b, G, P, O].
+        ones: Whether a last input of ones belongs to it, which is never stored: the bias.
     """
 
     a: Tensor
     delta: Tensor
+    ones: bool = False
 
     @property
     def rows(self) -> int:
-        return self.a.shape[0]
+        return self.delta.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """I, with the input of ones."""
+        return self.a.shape[3] + self.ones
 
     @property
     def layout(self) -> tuple[int, ...]:
-        return (self.a.shape[1], self.delta.shape[3], self.a.shape[3])
+        return (self.delta.shape[1], self.delta.shape[3], self.inputs)
 
     @property
     def units(self) -> tuple[int, ...]:
         return self.layout[:2]
 
+    # -- the input side, which convolutions do not form ---------------------------------------------------------------
+
+    def formed(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Inputs of some rows [len, G, P, I]."""
+        return self._with_ones(self.a[rows])
+
+    def projected(self, basis: Tensor) -> Tensor:
+        """Inputs times a basis [G, I, K], as [b, G, P, K]."""
+        if not self.ones:
+            return self.a @ basis
+        return self.a @ basis[:, :-1] + basis[:, -1:]
+
+    def input_squares(self) -> Tensor:
+        """Squared norms of the inputs [b, G, P]."""
+        return self.a.square().sum(3) + float(self.ones)
+
+    def some_inputs(self, positions: slice) -> Tensor:
+        """Inputs at some positions [b, G, len, I]."""
+        return self._with_ones(self.a[:, :, positions])
+
+    def _with_ones(self, a: Tensor) -> Tensor:
+        return torch.cat([a, a.new_ones(()).expand(*a.shape[:-1], 1)], -1) if self.ones else a
+
+    # -- what records answer ------------------------------------------------------------------------------------------
+
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
-        queries, positions = direction.shape[0], self.a.shape[2]
-        if positions == 1:
+        queries, positions = direction.shape[0], self.delta.shape[2]
+        if positions == 1 or (queries == 1 and self._inner_first):
             # never forms a gradient: contract the inputs first, then the output gradients
-            inner = torch.einsum("bgi,qgoi->bqgo", self.a[:, :, 0], direction)
-            return (inner * self.delta[:, None, :, 0]).flatten(2) @ weights.T
-        if queries == 1:
-            inner = self.a @ direction[0].transpose(-1, -2)
-            return (inner * self.delta).sum(2).flatten(1)[:, None] @ weights.T
+            inner = self.projected(direction.permute(1, 3, 0, 2).flatten(2)).unflatten(3, (queries, -1))
+            return (inner * self.delta[:, :, :, None]).sum(2).transpose(1, 2).flatten(2) @ weights.T
         chunks = row_chunks(self.rows, direction[0].numel())
-        each = [torch.einsum("bgoi,qgoi->bqgo", self.gradient(s), direction).flatten(2) @ weights.T for s in chunks]
-        return torch.cat(each)
+        if queries > FEW_QUERIES:
+            each = [torch.einsum("bgoi,qgoi->bqgo", self.gradient(s), direction).flatten(2) @ weights.T for s in chunks]
+            return torch.cat(each)
+        turned = direction[:, None] * weights.view(-1, *self.units, 1)
+        flat = turned.flatten(0, 1).flatten(1).T
+        return torch.cat([self.gradient(s).flatten(1) @ flat for s in chunks]).unflatten(1, (queries, -1))
+
+    @property
+    def _inner_first(self) -> bool:
+        """Whether [P, O] for each row is less than its gradient [O, I]."""
+        return self.delta.shape[2] < self.inputs
 
     def energies(self) -> Tensor:
-        return (self.delta.square() * self.a.square().sum(3, keepdim=True)).sum(2).flatten(1)
+        return (self.delta.square() * self.input_squares()[..., None]).sum(2).flatten(1)
 
     def gradient(self, rows: slice) -> Tensor:
-        return self.delta[rows].transpose(-1, -2) @ self.a[rows]
+        return self.delta[rows].transpose(-1, -2) @ self.formed(rows)
 
     def total(self) -> Tensor:
-        return torch.einsum("bgpo,bgpi->goi", self.delta, self.a)
+        return torch.einsum("bgpo,bgpi->goi", self.delta, self.formed())
 
-    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-        return _moment(self.delta, full[0]), _moment(self.a, full[1]) / (self.a.shape[0] * self.a.shape[2])
+    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
+        positions = self.delta.shape[2]
+        every = min(positions, -(-self.rows * positions // MOST_POSITIONS))
+        looked = slice(int(phase * every), None, every)
+        delta, a = self.delta[:, :, looked], self.some_inputs(looked)
+        left = _moment(delta, full[0]) * (positions / delta.shape[2])
+        return left, _moment(a, full[1]) / (a.shape[0] * a.shape[2])
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Outer:
-        return Outer(self.a if right is None else self.a @ right, self.delta if left is None else self.delta @ left)
+        delta = self.delta if left is None else self.delta @ left
+        return replace(self, delta=delta) if right is None else Outer(self.projected(right), delta)
 
     def norms(self, weights: Tensor) -> Tensor:
-        if self.a.shape[2] == 1:
-            a, delta = self.a[:, :, 0].square(), self.delta[:, :, 0].square()
+        if self.delta.shape[2] == 1:
+            a, delta = self.formed()[:, :, 0].square(), self.delta[:, :, 0].square()
             return (torch.einsum("bgo,cgoi->bcgi", delta, weights) * a[:, None]).sum((2, 3))
         flat = weights.flatten(1).T
         return torch.cat([self.gradient(s).square_().flatten(1) @ flat for s in row_chunks(self.rows, flat.shape[0])])
 
     def squared_norms(self) -> Tensor:
-        if self.a.shape[2] == 1:
-            return (self.a.square().sum((2, 3)) * self.delta.square().sum((2, 3))).sum(1)
+        if self.delta.shape[2] == 1:
+            return (self.input_squares()[:, :, 0] * self.delta.square().sum((2, 3))).sum(1)
         chunks = row_chunks(self.rows, math.prod(self.layout))
         return torch.cat([self.gradient(s).square_().sum((1, 2, 3)) for s in chunks])
 
     def transposed(self) -> Outer:
         """The transposed gradients: units are inputs."""
-        return Outer(self.delta, self.a)
+        return Outer(self.delta, self.formed())
 
     def join(self, bias: Outer) -> Outer:
         """Weight and bias as one matrix whose last column is the bias (the homogeneous coordinate of K-FAC)."""
-        return Outer(torch.cat([self.a, bias.a], -1), self.delta)
+        return replace(self, ones=True)
 
 
 @dataclass(frozen=True)
@@ -210,7 +261,7 @@ class Lookup(Record):
         out = self.delta.new_zeros(self.entries, self.delta.shape[-1])
         return out.index_add_(0, self.ids.flatten(), self.delta.flatten(0, 1))[None]
 
-    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         # one-hot inputs: their second moment is exactly diagonal, the frequency of each entry
         counts = self.delta.new_zeros(self.entries).index_add_(
             0, self.ids.flatten(), self.delta.new_ones(self.ids.numel())
@@ -265,7 +316,7 @@ class Vector(Record):
     def total(self) -> Tensor:
         return self.g.sum(0)
 
-    def moments(self, full: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         return self.g.square().sum(0), self.g.new_ones(())
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Vector:

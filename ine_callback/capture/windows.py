@@ -1,0 +1,90 @@
+"""Convolutions: linear layers on windows of their input, which are seldom cut out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ine_callback.capture.records import Outer
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How windows lie: sizes [space], and the groups of channels."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def view(self, x: Tensor) -> Tensor:
+        """Sliding windows of x [b, C, *space] as a view [b, G, *positions, C/G, *size]."""
+        for d, (k, s, r) in enumerate(zip(self.size, self.stride, self.dilation, strict=True)):
+            x = x.unfold(2 + d, r * (k - 1) + 1, s)[..., ::r]
+        grouped: Tensor = x.unflatten(1, (self.groups, -1))  # [b, G, C/G, *positions, *size]
+        return grouped.movedim(2, 2 + len(self.size))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Windows of x [b, C, *space] as [b, G, P, C/G * prod(size)], in the order of a convolution's weight."""
+        return self._flat(self.view(x))
+
+    def cut_some(self, x: Tensor, positions: slice) -> Tensor:
+        """Those at some positions, [b, G, len, C/G * prod(size)]."""
+        view, space = self.view(x), len(self.size)
+        sides = view.shape[2 : 2 + space]
+        at = torch.arange(math.prod(sides), device=x.device)[positions]
+        places: list[Any] = [at // math.prod(sides[d + 1 :]) % side for d, side in enumerate(sides)]
+        return view[(slice(None), slice(None), *places)].flatten(3)
+
+    def _flat(self, view: Tensor) -> Tensor:
+        space = len(self.size)
+        return view.reshape(*view.shape[:2], math.prod(view.shape[2 : 2 + space]), -1)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """A convolution of x with kernels of this size, positions flattened: [b, channels, P]."""
+        convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.size) - 1]
+        found: Tensor = convolution(x, weight, bias, stride=self.stride, dilation=self.dilation, groups=groups)
+        return found.flatten(2)
+
+
+@dataclass(frozen=True)
+class Windows(Outer):
+    """An :class:`Outer` whose inputs are windows: ``a`` is the padded image [b, C, *space] that they are cut from.
+
+    A product of windows with a basis is a convolution of the image, so the windows (as many times larger as the kernel
+    has places) are cut for few rows or few positions only.
+    """
+
+    kernel: Kernel = Kernel((), (), (), 1)
+
+    @property
+    def inputs(self) -> int:
+        return self.a.shape[1] // self.kernel.groups * math.prod(self.kernel.size) + self.ones
+
+    @property
+    def _inner_first(self) -> bool:
+        return True
+
+    def formed(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        return self._with_ones(self.kernel.cut(self.a[rows]))
+
+    def some_inputs(self, positions: slice) -> Tensor:
+        return self._with_ones(self.kernel.cut_some(self.a, positions))
+
+    def projected(self, basis: Tensor) -> Tensor:
+        groups, _, width = basis.shape
+        weight, bias = (basis[:, :-1], basis[:, -1].flatten()) if self.ones else (basis, None)
+        kernels = weight.transpose(1, 2).reshape(groups * width, -1, *self.kernel.size)
+        found = self.kernel.convolve(self.a, kernels, bias, groups)
+        return found.unflatten(1, (groups, width)).transpose(2, 3)
+
+    def input_squares(self) -> Tensor:
+        groups = self.kernel.groups
+        squares = self.a.square().unflatten(1, (groups, -1)).sum(2)
+        window = squares.new_ones(groups, 1, *self.kernel.size)
+        return self.kernel.convolve(squares, window, None, groups) + float(self.ones)
