@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
+from ine_callback.lowrank import RANK
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.mixing import BatchHooks
-from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
+from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options, given
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
@@ -59,9 +60,12 @@ class InfluenceCallback(Callback):
             lists of dataset indices.
         methods: Methods to run; :class:`~ine_callback.FINE` by default.
         enabled: Switches everything off without removing the callback.
-        refresh_every: Optimizer steps between refreshes of the queries' gradients (docs/methods/fine.md has the
-            measured price of each choice).
-        curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run.
+        refresh_every: Optimizer steps between refreshes of the queries' gradients; None: 20 at first, later an eighth
+            of the steps so far (docs/methods/fine.md has the measured price of each choice).
+        curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run; None: 4
+            at first, later a 64th of the steps so far.
+        rank: Most dimensions of a layer's inputs in which the queries' directions are held, where those keep 99 % of
+            the signals' variance (else all). None: all, always.
         discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
             the scores agree with retraining). Off: the paper's first-order signal.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
@@ -108,8 +112,9 @@ class InfluenceCallback(Callback):
         | Callable[..., Any] = "val",
         methods: list[Method | EndMethod] | None = None,
         enabled: bool = True,
-        refresh_every: int = 20,
-        curvature_every: int = 4,
+        refresh_every: int | None = None,
+        curvature_every: int | None = None,
+        rank: int | None = RANK,
         discount: bool = True,
         max_dim: int = 1024,
         reservoir: int = 800,
@@ -122,13 +127,14 @@ class InfluenceCallback(Callback):
         on_error: OnError = "warn",
     ) -> None:
         owner = self.owner
-        counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
-        check_options(owner, on_error, uncaptured, initial_weights, **counts, max_query_rows=max_query_rows)
+        counts = given({"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank})
+        counts |= {"max_dim": max_dim, "max_query_rows": max_query_rows}
+        check_options(owner, on_error, uncaptured, initial_weights, **counts)
         parse(queries, owner)
         if methods is not None:
             split_methods(methods, owner)
         self.queries, self.methods, self.enabled = queries, methods, enabled
-        self.refresh_every, self.curvature_every = refresh_every, curvature_every
+        self.refresh_every, self.curvature_every, self.rank = refresh_every, curvature_every, rank
         self.discount, self.max_dim = discount, max_dim
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
         self.reservoir, self.uncaptured = reservoir, uncaptured
@@ -217,6 +223,7 @@ class InfluenceCallback(Callback):
             schedulers=schedulers_of(trainer),
             refresh_every=self.refresh_every,
             curvature_every=self.curvature_every,
+            rank=self.rank,
             discount=self.discount,
             max_dim=self.max_dim,
             reservoir=self.reservoir,

@@ -60,12 +60,23 @@ class Contrasts:
             self._signs[key] = torch.cat([torch.ones(1, units), signs]).to(block.parameters[0].device)
         return self._signs[key]
 
-    def of_queries(self, block: Block, record: Record, direction: Tensor) -> Tensor:
-        """A layer's part of the signals and their contrasts [b, Q, 1 + J] for directions U [Q, *layout]."""
+    def of_queries(self, block: Block, record: Record, direction: Tensor, basis: Tensor | None = None) -> Tensor:
+        """A layer's part of the signals and their contrasts [b, Q, 1 + J].
+
+        Args:
+            block: The layer's block.
+            record: Its record.
+            direction: Directions U [Q, *layout]; with a basis [Q, G, units, r].
+            basis: Dimensions in which the direction is given: [G, I, r] of the inputs, where these are the units
+                [G, O, r] of the output gradients.
+        """
         turned = _by_draws(block, record)
-        if turned is not record:
+        signs = self.signs(block, turned).to(direction.dtype)
+        if basis is not None:
+            turned = turned.rotated(None, basis)
+        elif turned is not record:
             direction = direction.transpose(-1, -2)
-        return turned.parts(direction, self.signs(block, turned).to(direction.dtype))
+        return turned.parts(direction, signs)
 
     def of_self(self, block: Block, records: Sequence[Record]) -> Tensor:
         """Factors [b, 1 + J] that turn a layer's self-influence into itself and its contrasts."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.records import Lookup, Record, Vector, row_chunks
+from ine_callback.lowrank import Side, heaviest
 from ine_callback.processes import Lockstep
 
 if TYPE_CHECKING:
@@ -35,11 +36,13 @@ class Discount:
         left: Eigenvectors of the output side [G, O, O], or None where it is diagonal.
         right: Eigenvectors of the input side [G, I, I], or None where it is diagonal.
         weight: ``exp(-exponent)`` in the eigenbasis [*layout], within (0, 1]; None for D = I.
+        sides: The moments that it comes from, left and right, where the block is a matrix with both.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     weight: Tensor | None = None
+    sides: tuple[Side, Side] | None = None
 
     def apply(self, v: Tensor) -> Tensor:
         """D v for v [Q, *layout]."""
@@ -59,6 +62,24 @@ class Discount:
         if self.weight is None:
             return record.squared_norms()[:, None].expand(-1, 2)
         return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
+
+    def leading(self) -> Discount:
+        """The same for :meth:`norms` alone, in the few eigenvectors that hold 99 % of ``<D g, g>``, or itself."""
+        if self.sides is None or self.weight is None:
+            return self
+        left, right = self.sides
+        energy = self.weight * left.values[..., :, None] * right.values[..., None, :]
+        basis, weight = [self.left, self.right], self.weight
+        for k, side in enumerate((left, right)):
+            chosen = None if side.vectors is None else heaviest(energy.sum(-1 - k))
+            if chosen is not None and side.vectors is not None:
+                basis[k] = side.vectors.gather(-1, chosen[:, None].expand(-1, side.vectors.shape[1], -1))
+                dim = 2 if k else 1
+                index = chosen[:, None, :] if k else chosen[:, :, None]
+                shape = list(weight.shape)
+                shape[dim] = chosen.shape[-1]
+                weight = weight.gather(dim, index.expand(shape))
+        return Discount(basis[0], basis[1], weight)
 
     def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
@@ -83,6 +104,7 @@ class _Factors:
     diagonal: Tensor | None = None
     uses: float = 0
     steps: float = 0
+    seen: float = 0
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.left, self.right, self.diagonal) if t is not None]
@@ -109,9 +131,9 @@ class KFAC:
     def __init__(self, max_dim: int = 1024) -> None:
         self.max_dim = max_dim
         self._factors: dict[str, _Factors] = {}
-        self._seen: set[str] = set()
+        self._seen: dict[str, int] = {}
 
-    def observe(self, block: Block, record: Record, terms: Tensor | float) -> None:
+    def observe(self, block: Block, record: Record, terms: Tensor | float, steps: int = 1) -> None:
         """Adds one use of a block.
 
         Args:
@@ -119,28 +141,31 @@ class KFAC:
             record: Its shares: gradients of the loss as it was differentiated.
             terms: Number of likelihood terms in the mean that the loss is (rows, or tokens): the inverse of the
                 coefficient with which each term enters the loss, so that ``H = terms * sum of share share^T``.
+            steps: Optimizer steps that the observation stands for.
         """
         factors = self._factors.get(block.name)
         if factors is None:
             factors = self._factors[block.name] = _Factors(self._sides(record))
-        left, right = record.moments(factors.full)
-        left = left * terms
+        golden = factors.uses * 0.618034 % 1.0  # spreads the positions looked at evenly over the looks
+        left, right = record.moments(factors.full, golden)
+        left = left * (terms * steps)
         if block.shared and not isinstance(record, Vector):
             outer = _diagonal(left, block.layout[1])[..., :, None] * _diagonal(right, block.layout[2])[..., None, :]
             factors.diagonal = outer if factors.diagonal is None else factors.diagonal.add_(outer)
         elif factors.left is None:
-            factors.left, factors.right = left, right.clone()
+            factors.left, factors.right = left, right * steps
         else:
             assert factors.right is not None
             factors.left.add_(left)
-            factors.right.add_(right)
-        factors.uses += 1
-        self._seen.add(block.name)
+            factors.right.add_(right, alpha=steps)
+        factors.uses += steps
+        factors.seen += record.rows
+        self._seen[block.name] = steps
 
     def end_step(self) -> None:
         """Closes an optimizer step: the blocks seen since the last one have one more observation."""
-        for name in self._seen:
-            self._factors[name].steps += 1
+        for name, steps in self._seen.items():
+            self._factors[name].steps += steps
         self._seen.clear()
 
     def pool(self, processes: Lockstep) -> None:
@@ -149,9 +174,9 @@ class KFAC:
             return
         known = {f"{name} {[t.shape for t in f.tensors()]}": f for name, f in self._factors.items()}
         factors = [known[key] for key in sorted(processes.common(known))]
-        counts = torch.tensor(processes.gather([(f.uses, f.steps) for f in factors])).double().mean(0)
-        for each, (uses, steps) in zip(factors, counts.tolist(), strict=True):
-            each.uses, each.steps = uses, steps
+        counts = torch.tensor(processes.gather([(f.uses, f.steps, f.seen) for f in factors])).double().mean(0)
+        for each, (uses, steps, seen) in zip(factors, counts.tolist(), strict=True):
+            each.uses, each.steps, each.seen = uses, steps, seen
         processes.average(tensor for each in factors for tensor in each.tensors())
 
     def discount(self, block: Block, exponent: Tensor | float, decay: Tensor | float = 0.0) -> Discount:
@@ -165,17 +190,17 @@ class KFAC:
         factors = self._factors.get(block.name)
         if factors is None:
             return Discount()
-        steps = max(factors.steps, 1)
+        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none is closed yet
         if factors.diagonal is not None:
             return Discount(weight=torch.exp(-(exponent * factors.diagonal / steps + decay)))
         assert factors.left is not None and factors.right is not None
         left_values, left = _eigen(factors.left / steps, factors.full[0])
         right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
         if factors.left.dim() == 1:  # a vector block has one side
-            values = left_values
-        else:
-            values = left_values[..., :, None] * right_values[..., None, :]
-        return Discount(left, right, torch.exp(-(exponent * values + decay)))
+            return Discount(left, right, torch.exp(-(exponent * left_values + decay)))
+        weight = torch.exp(-(exponent * left_values[..., :, None] * right_values[..., None, :] + decay))
+        sides = (Side.drawn(left_values, left, factors.seen), Side.drawn(right_values, right, factors.seen))
+        return Discount(left, right, weight, sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Every block's sums, by its name: tensors and plain types."""

@@ -43,3 +43,8 @@ def check_options(
             f"{owner}: initial_weights={initial_weights!r} is unknown; pass 'random' where another run would draw them "
             "anew, or 'fixed' where it would start from the same ones (fine-tuning)."
         )
+
+
+def given(counts: dict[str, int | None]) -> dict[str, int]:
+    """The options that are not left to the package."""
+    return {name: value for name, value in counts.items() if value is not None}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ine_callback.cadence import curvature_gap, refresh_gap
 from ine_callback.capture import Capture, Record
 from ine_callback.contrasts import CONTRASTS, Contrasts
 from ine_callback.coverage import Coverage
@@ -24,9 +25,10 @@ from ine_callback.errors import InfluenceError, RowsError
 from ine_callback.guard import Guard
 from ine_callback.ledger import Ledger
 from ine_callback.losses import Scale, read_loss
+from ine_callback.lowrank import RANK
 from ine_callback.methods import FINE, Method, checked_methods
 from ine_callback.noise import InitialNoise
-from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
+from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options, given
 from ine_callback.processes import Lockstep
 from ine_callback.provenance import run_info
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
@@ -52,8 +54,12 @@ class Recorder(Guard):
         methods: Methods to run; f-INE by default.
         total_steps: Optimizer steps planned (0: unknown), for the discount.
         schedulers: Pairs (scheduler, optimizer steps between its steps), for the discount.
-        refresh_every: Optimizer steps between refreshes of the directions.
-        curvature_every: Optimizer steps between observations of the curvature (they are averaged over the run).
+        refresh_every: Optimizer steps between refreshes of the directions; None: 20 at first, later an eighth of the
+            steps so far.
+        curvature_every: Optimizer steps between observations of the curvature (they are averaged over the run); None: 4
+            at first, later a 64th of the steps so far.
+        rank: Most dimensions of a layer's inputs in which directions are held, where those keep 99 % of the signals'
+            variance (else, and for None, all).
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
         reservoir: Rows whose captured gradients are kept for the part of the discount that sees across layers (0:
@@ -98,8 +104,9 @@ class Recorder(Guard):
         methods: Sequence[Method] | None = None,
         total_steps: int = 0,
         schedulers: Sequence[tuple[Any, int]] = (),
-        refresh_every: int = 20,
-        curvature_every: int = 4,
+        refresh_every: int | None = None,
+        curvature_every: int | None = None,
+        rank: int | None = RANK,
         discount: bool = True,
         max_dim: int = 1024,
         reservoir: int = 800,
@@ -113,8 +120,10 @@ class Recorder(Guard):
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         owner: str = "Recorder",
     ) -> None:
-        counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "max_dim": max_dim}
-        check_options(owner, on_error, uncaptured, initial_weights, **counts, accumulate=accumulate)
+        counts = {"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank}
+        check_options(
+            owner, on_error, uncaptured, initial_weights, **given(counts), max_dim=max_dim, accumulate=accumulate
+        )
         super().__init__(owner, on_error)
         self.module, self.optimizer = module, optimizer
         self.queries = parse(queries, owner)
@@ -124,7 +133,7 @@ class Recorder(Guard):
         self._loss, self._rows = loss, rows
         self.source = source or DataSource(owner, loss)
         self._horizon = (total_steps, schedulers)
-        self._max_dim = max_dim if discount else None
+        self._max_dim, self._rank = max_dim if discount else None, rank
         self._reservoir = Reservoir(reservoir if discount else 0)
         self._initial_weights: InitialWeights = initial_weights
         self._to_device, self._context = to_device or (lambda batch: batch), context
@@ -135,6 +144,7 @@ class Recorder(Guard):
             "methods": [type(m).__name__ for m in self.methods],
             "refresh_every": refresh_every,
             "curvature_every": curvature_every,
+            "rank": rank,
             "discount": discount,
             "max_dim": max_dim,
             "reservoir": reservoir,
@@ -148,6 +158,7 @@ class Recorder(Guard):
         self._batch: tuple[Tensor, Any] | None = None
         self._received = self._settled = False
         self._made = self._saved = 0  # steps before the directions were made, and a state was last saved
+        self._look = 0  # the step that looks at the curvature next
         self._clipping = Clipping(optimizer)
         self._seconds = 0.0
 
@@ -179,6 +190,7 @@ class Recorder(Guard):
             noise,
             Contrasts(CONTRASTS if noise.random else 0),
             self._processes,
+            self._rank,
             self._to_device,
             self._context,
         )
@@ -276,7 +288,7 @@ class Recorder(Guard):
         self._batch, self._settled, self._row_losses = (rows, data), False, None
         if not self._pending:
             self._prepare(rows, data)
-        self.signals.observe_curvature = self.steps % self.curvature_every == 0
+        self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look else 0
         self.capture.start_batch(len(rows))
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
@@ -287,7 +299,7 @@ class Recorder(Guard):
             self.signals.hold()
         if self.signals.held is not None:
             self.coverage.probe(self._loss, data, len(rows), self._processes)
-        elif self.steps and (self._saved > self._made or self.steps % self.refresh_every == 0):
+        elif self._saved > self._made or self.steps - self._made >= refresh_gap(self._made, self.refresh_every):
             self.signals.refresh()
             self._made = self.steps
 
@@ -396,6 +408,8 @@ class Recorder(Guard):
                 return
             visits = visits.joined(self._processes, sizes).times(clipped(squares) / self._processes.count)
             self.ledger.fold(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
+        if self.steps >= self._look:
+            self._look = self.steps + curvature_gap(self.steps, self.curvature_every)
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
@@ -430,6 +444,7 @@ class Recorder(Guard):
         self._saved = self.steps
         return {
             "steps": self.steps,
+            "look": self._look,
             "failed": self.failed,
             "notes": list(self.notes),
             "started": self.started.isoformat(),
@@ -445,7 +460,8 @@ class Recorder(Guard):
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
         self.ledger.load_state_dict(state["ledger"])
-        self.steps, self.notes = state["steps"], [*state["notes"], *self.notes]
+        self.steps, self._look = state["steps"], state["look"]
+        self.notes = [*state["notes"], *self.notes]
         self.started = datetime.datetime.fromisoformat(state["started"])
         self._clock -= state["seconds"]
         if state["failed"]:

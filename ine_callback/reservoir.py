@@ -180,19 +180,26 @@ class Reservoir:
     def full(self) -> bool:
         return self._filled >= self.rows
 
-    def draw(self, rows: int, terms: Tensor | float, window: int) -> None:
-        """Draws which rows of the coming records are kept; ``window`` rows share a step, ``terms`` its mean."""
+    def draw(self, rows: int, terms: Tensor | float, window: int, steps: int = 1) -> None:
+        """Draws which rows of the coming records are kept.
+
+        Args:
+            rows: Rows of the records.
+            terms: Terms of the mean that the loss is.
+            window: Rows that share the step.
+            steps: Optimizer steps that the records stand for.
+        """
         if not self._kept:
             return
         device = self._generator.device
         free = min(rows, self.rows - self._filled)
-        self._seen += rows
+        self._seen += rows if free > 0 else rows * steps
         picked = torch.randperm(rows, generator=self._generator, device=device)
         if free > 0:
             places = torch.arange(self._filled, self._filled + free, device=device)
             self._filled += free
         else:
-            self._owed += self.rows * rows / self._seen
+            self._owed += self.rows * rows * steps / self._seen
             free = min(int(self._owed), rows, self.rows)
             self._owed -= free
             places = torch.randperm(self.rows, generator=self._generator, device=device)[:free]

@@ -17,6 +17,7 @@ from ine_callback.curvature import KFAC, Discount
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
+from ine_callback.lowrank import RANK, low_rank
 from ine_callback.noise import InitialNoise
 from ine_callback.processes import Lockstep
 from ine_callback.queries import BoundQuery, gradients, scalar
@@ -29,11 +30,18 @@ class _Direction:
     """What a refresh leaves for one block: U of every query [Q, *layout], and the map D for self-influence.
 
     Self-influence is discounted by K-FAC alone: the reservoir's discount would need each row's own projections.
+
+    Attributes:
+        queries: U, or what is left of it in the basis.
+        discount: D.
+        weight: The block's rate relative to the step's.
+        basis: See :mod:`ine_callback.lowrank`.
     """
 
     queries: Tensor | None
     discount: Discount
     weight: Tensor | float
+    basis: Tensor | None = None
 
 
 @dataclass
@@ -60,6 +68,7 @@ class Signals:
         noise: Sizes of the initial weights, for the units of signals.
         contrasts: Signs of the layers' units.
         processes: Those that train together: directions are made of what all of them saw.
+        rank: Most dimensions of a layer's inputs that directions are held in; None: all.
         to_device: Moves a query batch to the module's device.
         context: Precision context for query evaluation.
     """
@@ -74,6 +83,7 @@ class Signals:
     noise: InitialNoise
     contrasts: Contrasts
     processes: Lockstep
+    rank: int | None = RANK
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
@@ -86,7 +96,8 @@ class Signals:
         self._own_variance: Tensor | None = None
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
-        self.observe_curvature, self.resumed = True, False
+        self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
+        self.kept: Tensor | None = None
         self._variance = torch.ones(len(self.queries))
 
     def check(self) -> None:
@@ -129,16 +140,16 @@ class Signals:
         if self.held is not None:
             self.held.append((block, record, self.scale))
             return
-        if self.curvature is not None and self.observe_curvature:
-            self.curvature.observe(block, record, self.scale.terms)
+        if self.curvature is not None and self.observing:
+            self.curvature.observe(block, record, self.scale.terms, self.observing)
         self._keep(block, record, self.scale)
         self._contract(block, record, self.scale)
 
     def _keep(self, block: Block, record: Record, scale: Scale) -> None:
-        if self.reservoir.full and not self.observe_curvature:
+        if self.reservoir.full and not self.observing:
             return
         if not self._drawn:
-            self.reservoir.draw(record.rows, scale.terms, self.window)
+            self.reservoir.draw(record.rows, scale.terms, self.window, self.observing)
             self._drawn = True
         self.reservoir.observe(block, record)
 
@@ -148,7 +159,8 @@ class Signals:
             return
         assert self._out is not None
         if direction.queries is not None:
-            self._out[:, : len(self.queries)] += self.contrasts.of_queries(block, record, direction.queries)
+            found = self.contrasts.of_queries(block, record, direction.queries, direction.basis)
+            self._out[:, : len(self.queries)] += found
         if self.self_query:
             if block.reused:
                 block.waiting.append(record)
@@ -181,7 +193,7 @@ class Signals:
             return
         if self.curvature is not None:
             for block, record, scale in held:
-                self.curvature.observe(block, record, scale.terms)
+                self.curvature.observe(block, record, scale.terms, self.observing)
         self.reservoir.open([(block, record) for block, record, _ in held], self.processes)
         for block, record, scale in held:
             self._keep(block, record, scale)
@@ -227,14 +239,30 @@ class Signals:
             variance = torch.zeros(len(self.queries), device=next(self.module.parameters()).device)
             for block, plan in plans.items():
                 if not self.queries:
-                    self._directions[block] = _Direction(None, plan.discount, plan.weight)
+                    self._directions[block] = self._direction(block, None, plan)
                     continue
                 u = plan.discount.apply(v[block])
                 if block in across:
                     u = (u + across[block]) / 2
                 variance += self.noise.variance(block, u)
-                self._directions[block] = _Direction(u * plan.weight, plan.discount, plan.weight)
+                self._directions[block] = self._direction(block, u * plan.weight, plan)
             self._variance = variance.to(self._dtype)
+
+    def _direction(self, block: Block, u: Tensor | None, plan: _Plan) -> _Direction:
+        """A block's direction in the form in which records are contracted with it."""
+        discount, sides = plan.discount, plan.discount.sides
+        if self.rank is not None:
+            discount = discount.leading()
+        if u is None or self.rank is None or sides is None or not block.matrix:
+            return _Direction(u, discount, plan.weight)
+        left, right = sides
+        turned = (u.transpose(-1, -2), right, left) if block.outputs else (u, left, right)  # see Contrasts
+        found = low_rank(*turned, self.rank)
+        if found is None:
+            return _Direction(u, discount, plan.weight)
+        basis, inside, share = found
+        self.kept = share if self.kept is None else torch.minimum(self.kept, share)
+        return _Direction(inside, discount, plan.weight, basis)
 
     def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
         """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""

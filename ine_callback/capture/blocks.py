@@ -20,6 +20,7 @@ class Block:
         parameters: A single parameter, or weight and bias joined as a matrix with the bias as last column.
         layout: Shape of one row's gradient, see :mod:`ine_callback.capture.records`.
         position: Of the first parameter among the model's.
+        matrix: Whether all its records are products of inputs and output gradients.
         shared: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
         outputs: Whether its units are the network's outputs.
@@ -30,6 +31,7 @@ class Block:
     parameters: tuple[nn.Parameter, ...]
     layout: tuple[int, ...]
     position: int = 0
+    matrix: bool = False
     shared: bool = False
     reused: bool = False
     outputs: bool = False
@@ -105,7 +107,8 @@ class BlockTable:
         if parameters not in self._blocks:
             first = parameters[0]
             name, position, shared = self.names[first], self._positions[first], first in self._shared
-            self._blocks[parameters] = Block(name, parameters, record.layout, position, shared)
+            matrix = isinstance(record, Outer) and not shared
+            self._blocks[parameters] = Block(name, parameters, record.layout, position, matrix, shared)
         return self._blocks[parameters]
 
     def vector(self, parameter: nn.Parameter) -> Block:

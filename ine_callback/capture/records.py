@@ -141,12 +141,12 @@ class Outer(Record):
     def projected(self, basis: Tensor) -> Tensor:
         """Inputs times a basis [G, I, K], as [b, G, P, K]."""
         if not self.ones:
-            return self.a @ basis
-        return self.a @ basis[:, :-1] + basis[:, -1:]
+            return torch.matmul(self.a, basis)
+        return torch.add(torch.matmul(self.a, basis[:, :-1]), basis[:, -1:])
 
     def input_squares(self) -> Tensor:
         """Squared norms of the inputs [b, G, P]."""
-        return self.a.square().sum(3) + float(self.ones)
+        return self.a.square().sum(3).add(float(self.ones))
 
     def some_inputs(self, positions: slice) -> Tensor:
         """Inputs at some positions [b, G, len, I]."""

@@ -80,8 +80,8 @@ class Windows(Outer):
         groups, _, width = basis.shape
         weight, bias = (basis[:, :-1], basis[:, -1].flatten()) if self.ones else (basis, None)
         kernels = weight.transpose(1, 2).reshape(groups * width, -1, *self.kernel.size)
-        found = self.kernel.convolve(self.a, kernels, bias, groups)
-        return found.unflatten(1, (groups, width)).transpose(2, 3)
+        found: Tensor = self.kernel.convolve(self.a, kernels, bias, groups).unflatten(1, (groups, width))
+        return found.transpose(2, 3)
 
     def input_squares(self) -> Tensor:
         groups = self.kernel.groups
