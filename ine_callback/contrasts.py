@@ -81,8 +81,7 @@ class Contrasts:
     def of_self(self, block: Block, records: Sequence[Record]) -> Tensor:
         """Factors [b, 1 + J] that turn a layer's self-influence into itself and its contrasts."""
         turned = [_by_draws(block, record) for record in records]
-        energies = [record.energies() for record in turned]
-        parts = [e @ self.signs(block, r).to(e.dtype).T for e, r in zip(energies, turned, strict=True)]
+        parts = [record.energies(self.signs(block, record).to(record.dtype)) for record in turned]
         total = torch.stack(parts).sum(0)
         return total / total[:, :1].clamp_min(torch.finfo(total.dtype).tiny)  # no gradient at all: 0 of 0
 

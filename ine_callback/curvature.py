@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.records import Lookup, Record, Vector, row_chunks
-from ine_callback.lowrank import Side, heaviest
+from ine_callback.lowrank import Side, Sketch, sketched
 from ine_callback.processes import Lockstep
 
 if TYPE_CHECKING:
@@ -61,25 +61,14 @@ class Discount:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
         if self.weight is None:
             return record.squared_norms()[:, None].expand(-1, 2)
-        return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
+        return record.norms_in(self.left, self.right, torch.stack([self.weight, self.weight.square()]))
 
-    def leading(self) -> Discount:
-        """The same for :meth:`norms` alone, in the few eigenvectors that hold 99 % of ``<D g, g>``, or itself."""
+    def sketched(self) -> Sketched | Discount:
+        """Nearly the same :meth:`norms` by a few columns, see :func:`ine_callback.lowrank.sketched`, or itself."""
         if self.sides is None or self.weight is None:
             return self
-        left, right = self.sides
-        energy = self.weight * left.values[..., :, None] * right.values[..., None, :]
-        basis, weight = [self.left, self.right], self.weight
-        for k, side in enumerate((left, right)):
-            chosen = None if side.vectors is None else heaviest(energy.sum(-1 - k))
-            if chosen is not None and side.vectors is not None:
-                basis[k] = side.vectors.gather(-1, chosen[:, None].expand(-1, side.vectors.shape[1], -1))
-                dim = 2 if k else 1
-                index = chosen[:, None, :] if k else chosen[:, :, None]
-                shape = list(weight.shape)
-                shape[dim] = chosen.shape[-1]
-                weight = weight.gather(dim, index.expand(shape))
-        return Discount(basis[0], basis[1], weight)
+        rows, columns, weights = sketched(self.weight, *self.sides)
+        return self if rows is None and columns is None else Sketched(rows, columns, self.left, self.right, weights)
 
     def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
@@ -92,6 +81,34 @@ class Discount:
             changed = self.apply(g)
             out.append(torch.stack([(changed * g).flatten(1).sum(1), changed.flatten(1).square().sum(1)], 1))
         return torch.cat(out)
+
+
+@dataclass
+class Sketched:
+    """A discount for :meth:`norms` alone.
+
+    Attributes:
+        rows: Sketch of the output side, or None.
+        columns: Sketch of the input side, or None.
+        left: Columns of the output side as drawn last [G, O, n].
+        right: Columns of the input side as drawn last [G, I, m].
+        weights: Of the squares in these columns [2, G, n, m], for ``<D g, g>`` and for ``|D g|^2``.
+    """
+
+    rows: Sketch | None
+    columns: Sketch | None
+    left: Tensor | None
+    right: Tensor | None
+    weights: Tensor
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draws new columns: errors of rows met at several steps average out."""
+        self.left = self.left if self.rows is None else self.rows.draw(generator)
+        self.right = self.right if self.columns is None else self.columns.draw(generator)
+
+    def norms(self, record: Record) -> Tensor:
+        """See :meth:`Discount.norms`."""
+        return record.norms_in(self.left, self.right, self.weights)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 KEPT = 0.99  # share of the signals' variance that a basis must keep
+TOP, MIXED = 8, 16  # columns of a sketch
 RANK = 32  # most dimensions of a basis
 SMALLEST, WORTH = 32, 0.5  # sides of a layer with fewer dimensions, and bases of more than half of them, save nothing
 SPARE, ROUNDS = 8, 3  # of the subspace iteration
@@ -98,11 +99,74 @@ def _leading(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return values.flip(-1)[..., :most], (basis @ turn).flip(-1)[..., :most]
 
 
-def heaviest(energy: Tensor) -> Tensor | None:
-    """Indices [G, r] of the entries of an energy [G, K] that hold nearly all of it, or None where they are many."""
-    if energy.shape[-1] < SMALLEST:
-        return None
-    values, order = energy.sort(-1, descending=True)
-    shares = values.cumsum(-1) / values.sum(-1, keepdim=True).clamp_min(1e-30)
-    r = int((shares < 1 - (1 - KEPT) / 2).sum(-1).max()) + 1
-    return order[..., :r] if r <= WORTH * energy.shape[-1] else None
+@dataclass(frozen=True)
+class Sketch:
+    """Few columns for one side of a layer: its steepest eigenvectors, then random mixtures of all others.
+
+    Attributes:
+        side: The side.
+        steepest: Indices of its steepest eigenvectors [G, TOP].
+        factors: Squared factor [G, K] with which the others enter the mixtures, 0 for the steepest.
+    """
+
+    side: Side
+    steepest: Tensor
+    factors: Tensor
+
+    @classmethod
+    def of(cls, side: Side, factors: Tensor) -> Sketch:
+        """The sketch for squared factors [G, K]."""
+        steepest = side.values.topk(TOP, -1).indices
+        return cls(side, steepest, factors.scatter(-1, steepest, 0.0))
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """New mixtures: columns [G, K, TOP + MIXED]."""
+        shape = (*self.factors.shape, MIXED)
+        signs = torch.randint(2, shape, generator=generator, device=generator.device).to(self.factors) * 2.0 - 1.0
+        mixtures = signs * (self.factors / MIXED).sqrt()[..., None]
+        first = torch.zeros_like(mixtures[..., :1]).expand(-1, -1, TOP).scatter(1, self.steepest[:, None], 1.0)
+        return self.side.out_of(torch.cat([first, mixtures], -1))
+
+    @property
+    def scales(self) -> Tensor:
+        """Squared factor [G, K] of every eigenvector in its cell's columns."""
+        return self.factors.scatter(-1, self.steepest, 1.0)
+
+    def cells(self, x: Tensor) -> Tensor:
+        """x [..., G, n, K] summed over the eigenvectors of each cell: the steepest, one each, and all others."""
+        member = torch.zeros_like(self.factors)[..., None].expand(-1, -1, TOP).scatter(1, self.steepest[:, None], 1.0)
+        return x @ torch.cat([member, 1.0 - member.sum(-1, keepdim=True)], -1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Values of cells [..., TOP + 1] as values of columns."""
+        return torch.cat([x[..., :-1], x[..., -1:].expand(*x.shape[:-1], MIXED)], -1)
+
+
+def sketched(weight: Tensor, left: Side, right: Side) -> tuple[Sketch | None, Sketch | None, Tensor]:
+    """Sketches of both sides and weights [2, G, n, m] of squares in their columns.
+
+    The weighted sums of squares are nearly ``sum weight g^2`` and ``sum weight^2 g^2``: steepest eigenvectors keep
+    their weights; the others, which are many and whose weights are much alike, are met by their random mixtures. The
+    weights make the expectation under the moments exact in each cell. A side of few dimensions stays as it is (None).
+
+    Args:
+        weight: D's weights in the eigenbases [G, O, I].
+        left: Moment of the output gradients.
+        right: Moment of the inputs.
+    """
+    energy = left.values[..., :, None] * right.values[..., None, :]
+    wanted = weight * energy
+    rows, columns = (
+        Sketch.of(side, wanted.sum(along) / energy.sum(along)) if side.values.shape[-1] >= 2 * (TOP + MIXED) else None
+        for side, along in ((left, -1), (right, -2))
+    )
+
+    def cells(x: Tensor) -> Tensor:
+        x = x if columns is None else columns.cells(x)
+        return x if rows is None else rows.cells(x.transpose(-1, -2)).transpose(-1, -2)
+
+    scaled = energy if rows is None else energy * rows.scales[..., :, None]
+    scaled = scaled if columns is None else scaled * columns.scales[..., None, :]
+    found = cells(torch.stack([wanted, weight * wanted])) / cells(scaled).clamp_min(1e-30)
+    found = found if columns is None else columns.spread(found)
+    return rows, columns, found if rows is None else rows.spread(found.transpose(-1, -2)).transpose(-1, -2)

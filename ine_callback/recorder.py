@@ -289,6 +289,8 @@ class Recorder(Guard):
         if not self._pending:
             self._prepare(rows, data)
         self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look else 0
+        if self.signals.observing:
+            self.signals.draw()
         self.capture.start_batch(len(rows))
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))

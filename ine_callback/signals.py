@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
 from ine_callback.contrasts import Contrasts
-from ine_callback.curvature import KFAC, Discount
+from ine_callback.curvature import KFAC, Discount, Sketched
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
@@ -34,12 +35,14 @@ class _Direction:
     Attributes:
         queries: U, or what is left of it in the basis.
         discount: D.
+        own: D in the form in which a row's own gradient meets it.
         weight: The block's rate relative to the step's.
         basis: See :mod:`ine_callback.lowrank`.
     """
 
     queries: Tensor | None
     discount: Discount
+    own: Discount | Sketched
     weight: Tensor | float
     basis: Tensor | None = None
 
@@ -98,6 +101,7 @@ class Signals:
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
         self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
         self.kept: Tensor | None = None
+        self._draws = 0
         self._variance = torch.ones(len(self.queries))
 
     def check(self) -> None:
@@ -165,7 +169,7 @@ class Signals:
             if block.reused:
                 block.waiting.append(record)
             else:
-                self._add_self(block, [record], direction.discount.norms(record), scale)
+                self._add_self(block, [record], direction.own.norms(record), scale)
 
     def _add_self(self, block: Block, records: Sequence[Record], norms: Tensor, scale: Scale) -> None:
         """Adds a block's part of <P D g_i, s_i> and of |sigma D g_i|^2; a row's own gradient is rows x its share."""
@@ -247,22 +251,32 @@ class Signals:
                 variance += self.noise.variance(block, u)
                 self._directions[block] = self._direction(block, u * plan.weight, plan)
             self._variance = variance.to(self._dtype)
+        self.draw()
 
     def _direction(self, block: Block, u: Tensor | None, plan: _Plan) -> _Direction:
         """A block's direction in the form in which records are contracted with it."""
         discount, sides = plan.discount, plan.discount.sides
-        if self.rank is not None:
-            discount = discount.leading()
+        sketch = self.rank is not None and self.self_query and block.matrix
+        own = discount.sketched() if sketch else discount
         if u is None or self.rank is None or sides is None or not block.matrix:
-            return _Direction(u, discount, plan.weight)
+            return _Direction(u, discount, own, plan.weight)
         left, right = sides
         turned = (u.transpose(-1, -2), right, left) if block.outputs else (u, left, right)  # see Contrasts
         found = low_rank(*turned, self.rank)
         if found is None:
-            return _Direction(u, discount, plan.weight)
+            return _Direction(u, discount, own, plan.weight)
         basis, inside, share = found
         self.kept = share if self.kept is None else torch.minimum(self.kept, share)
-        return _Direction(inside, discount, plan.weight, basis)
+        return _Direction(inside, discount, own, plan.weight, basis)
+
+    def draw(self) -> None:
+        """Draws new columns for the sketches of self-influence."""
+        self._draws += 1
+        for block, direction in self._directions.items():
+            if isinstance(direction.own, Sketched):
+                # blocks may be met in another order in a resumed run
+                seed = zlib.crc32(f"{block.key} {self._draws}".encode())
+                direction.own.draw(torch.Generator(block.parameters[0].device).manual_seed(seed))
 
     def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
         """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
@@ -289,7 +303,7 @@ class Signals:
                 self.curvature.pool(self.processes)
             curvature = self.curvature.state_dict()
         reservoir = self.reservoir.state_dict(self.processes if together else None)
-        parts = {"noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
+        parts = {"draws": self._draws, "noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
         return {"curvature": curvature, "reservoir": reservoir, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -299,6 +313,7 @@ class Signals:
         self.reservoir.load_state_dict(state["reservoir"])
         self.noise.load_state_dict(state["noise"])
         self.schedule.load_state_dict(state["schedule"])
+        self._draws = state["draws"]
         self.resumed = True
 
     def forget(self) -> None:

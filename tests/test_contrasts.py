@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,11 @@ def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
     assert contrasts.signs(ten, outer(1)).shape == (5, 3)  # a tied weight used in another way
 
 
+def each_unit(record: Record) -> Tensor:
+    """Energies of every single unit."""
+    return record.energies(torch.eye(math.prod(record.units)).double())
+
+
 @pytest.mark.parametrize(
     ("record", "others"),
     [(outer(1), 3), (outer(1, groups=2), 3), (Vector(torch.randn(5, 3).double()), ())],
@@ -95,24 +102,24 @@ def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
 def test_energies_are_the_squared_gradients_of_each_unit(record: Record, others: int | tuple[int, ...]) -> None:
     squared = record.gradient(slice(0, 5)).square()
     expected = (squared.sum(others) if others else squared).flatten(1)
-    torch.testing.assert_close(record.energies(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(each_unit(record), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_energies_leave_out_products_of_positions() -> None:
     whole = outer(6, groups=2)
-    each = [Outer(whole.a[:, :, [k]], whole.delta[:, :, [k]]).energies() for k in range(6)]
-    torch.testing.assert_close(whole.energies(), torch.stack(each).sum(0), rtol=1e-10, atol=1e-10)
+    each = [each_unit(Outer(whole.a[:, :, [k]], whole.delta[:, :, [k]])) for k in range(6)]
+    torch.testing.assert_close(each_unit(whole), torch.stack(each).sum(0), rtol=1e-10, atol=1e-10)
     table = Lookup(torch.randint(4, (5, 6)), torch.randn(5, 6, 3).double(), 4)
     single = [Lookup(table.ids[:, [k]], table.delta[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
     expected = torch.stack(single).square().sum((0, 2, 3))
-    torch.testing.assert_close(table.energies(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(each_unit(table), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_self_influence_is_turned_by_energies() -> None:
     one, two = outer(1), outer(1)
     contrasts, three = Contrasts(4), block(3)
     signs = contrasts.signs(three, one).double()
-    energies = one.energies() + two.energies()
+    energies = each_unit(one) + each_unit(two)
     found = contrasts.of_self(three, [one, two])
     torch.testing.assert_close(found, energies @ signs.T / energies.sum(1, keepdim=True), rtol=1e-10, atol=1e-10)
     assert found[:, 0].eq(1).all() and found[:, 1:].abs().max() <= 1

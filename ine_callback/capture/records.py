@@ -47,6 +47,11 @@ class Record(ABC):
 
     @property
     @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
+
+    @property
+    @abstractmethod
     def units(self) -> tuple[int, ...]:
         """The part of :attr:`layout` that counts output units: ``(G, O)``, ``(E,)`` or ``(D,)``."""
 
@@ -64,8 +69,12 @@ class Record(ABC):
         return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
     @abstractmethod
-    def energies(self) -> Tensor:
-        """Squared gradients of each output unit [b, units], products of different positions left out."""
+    def energies(self, weights: Tensor) -> Tensor:
+        """Weighted squared gradients of output units [b, C], products of different positions left out.
+
+        Args:
+            weights: A weight for each unit, in C ways [C, units].
+        """
 
     @abstractmethod
     def gradient(self, rows: slice) -> Tensor:
@@ -96,6 +105,10 @@ class Record(ABC):
     def norms(self, weights: Tensor) -> Tensor:
         """``sum weight * g_i^2`` [b, C] with C elementwise weights [C, *layout]."""
 
+    def norms_in(self, left: Tensor | None, right: Tensor | None, weights: Tensor) -> Tensor:
+        """:meth:`norms` of the gradients in two bases, see :meth:`rotated`."""
+        return self.rotated(left, right).norms(weights)
+
     @abstractmethod
     def squared_norms(self) -> Tensor:
         """``|g_i|^2`` [b]."""
@@ -114,6 +127,10 @@ class Outer(Record):
     a: Tensor
     delta: Tensor
     ones: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.delta.dtype
 
     @property
     def rows(self) -> int:
@@ -176,8 +193,9 @@ class Outer(Record):
         """Whether [P, O] for each row is less than its gradient [O, I]."""
         return self.delta.shape[2] < self.inputs
 
-    def energies(self) -> Tensor:
-        return (self.delta.square() * self.input_squares()[..., None]).sum(2).flatten(1)
+    def energies(self, weights: Tensor) -> Tensor:
+        squares = self.delta.square() @ weights.view(-1, *self.units).permute(1, 2, 0)  # [b, G, P, C]
+        return (squares * self.input_squares()[..., None]).sum((1, 2))
 
     def gradient(self, rows: slice) -> Tensor:
         return self.delta[rows].transpose(-1, -2) @ self.formed(rows)
@@ -203,6 +221,14 @@ class Outer(Record):
             return (torch.einsum("bgo,cgoi->bcgi", delta, weights) * a[:, None]).sum((2, 3))
         flat = weights.flatten(1).T
         return torch.cat([self.gradient(s).square_().flatten(1) @ flat for s in row_chunks(self.rows, flat.shape[0])])
+
+    def norms_in(self, left: Tensor | None, right: Tensor | None, weights: Tensor) -> Tensor:
+        if left is None or self.delta.shape[2] <= self.delta.shape[3]:
+            return self.rotated(left, right).norms(weights)
+        record, flat = self.rotated(None, right), weights.flatten(1).T  # many positions: these are summed over first
+        chunks = row_chunks(self.rows, math.prod(record.layout))
+        turned = (left.transpose(-1, -2) @ record.gradient(s) for s in chunks)
+        return torch.cat([g.square_().flatten(1) @ flat for g in turned])
 
     def squared_norms(self) -> Tensor:
         if self.delta.shape[2] == 1:
@@ -234,6 +260,10 @@ class Lookup(Record):
     entries: int
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.delta.dtype
+
+    @property
     def rows(self) -> int:
         return self.ids.shape[0]
 
@@ -248,8 +278,8 @@ class Lookup(Record):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.delta).sum(1) for u in direction], 1) @ weights.T
 
-    def energies(self) -> Tensor:
-        return self.delta.square().sum(1)
+    def energies(self, weights: Tensor) -> Tensor:
+        return self.delta.square().sum(1) @ weights.T
 
     def gradient(self, rows: slice) -> Tensor:
         ids, delta = self.ids[rows], self.delta[rows]
@@ -293,6 +323,10 @@ class Vector(Record):
     g: Tensor
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.g.dtype
+
+    @property
     def rows(self) -> int:
         return self.g.shape[0]
 
@@ -307,8 +341,8 @@ class Vector(Record):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("bd,qcd->bqc", self.g, direction[:, None] * weights)
 
-    def energies(self) -> Tensor:
-        return self.g.square()
+    def energies(self, weights: Tensor) -> Tensor:
+        return self.g.square() @ weights.T
 
     def gradient(self, rows: slice) -> Tensor:
         return self.g[rows]
