@@ -64,11 +64,11 @@ class Discount:
         return record.norms_in(self.left, self.right, torch.stack([self.weight, self.weight.square()]))
 
     def sketched(self) -> Sketched | Discount:
-        """Nearly the same :meth:`norms` by a few columns, see :func:`ine_callback.lowrank.sketched`, or itself."""
+        """Nearly the same :meth:`norms` by few columns, see :mod:`ine_callback.lowrank`; of a vector itself."""
         if self.sides is None or self.weight is None:
             return self
         rows, columns, weights = sketched(self.weight, *self.sides)
-        return self if rows is None and columns is None else Sketched(rows, columns, self.left, self.right, weights)
+        return Sketched(rows, columns, self.left, self.right, weights)
 
     def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""

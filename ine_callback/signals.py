@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,46 +13,17 @@ from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
 from ine_callback.contrasts import Contrasts
-from ine_callback.curvature import KFAC, Discount, Sketched
+from ine_callback.curvature import KFAC, Discount
+from ine_callback.directions import Direction, Own, Plan, direction_of
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
-from ine_callback.lowrank import RANK, low_rank
+from ine_callback.lowrank import RANK
 from ine_callback.noise import InitialNoise
 from ine_callback.processes import Lockstep
 from ine_callback.queries import BoundQuery, gradients, scalar
 from ine_callback.rates import Schedule, rate_of, same_rate, step_rate
 from ine_callback.reservoir import Reservoir
-
-
-@dataclass
-class _Direction:
-    """What a refresh leaves for one block: U of every query [Q, *layout], and the map D for self-influence.
-
-    Self-influence is discounted by K-FAC alone: the reservoir's discount would need each row's own projections.
-
-    Attributes:
-        queries: U, or what is left of it in the basis.
-        discount: D.
-        own: D in the form in which a row's own gradient meets it.
-        weight: The block's rate relative to the step's.
-        basis: See :mod:`ine_callback.lowrank`.
-    """
-
-    queries: Tensor | None
-    discount: Discount
-    own: Discount | Sketched
-    weight: Tensor | float
-    basis: Tensor | None = None
-
-
-@dataclass
-class _Plan:
-    """What one block's direction is made of: the K-FAC discount, its weight, the exponents of both discounts."""
-
-    discount: Discount
-    weight: Tensor | float
-    exponents: tuple[Tensor | float, Tensor | float]
 
 
 @dataclass
@@ -94,7 +64,7 @@ class Signals:
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
         self.columns = len(self.queries) + int(self.self_query)
-        self._directions: dict[Block, _Direction] = {}
+        self._directions: dict[Block, Direction] = {}
         self._out: Tensor | None = None
         self._own_variance: Tensor | None = None
         self.scale = Scale(1.0, 1.0)
@@ -162,21 +132,19 @@ class Signals:
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
         assert self._out is not None
-        if direction.queries is not None:
-            found = self.contrasts.of_queries(block, record, direction.queries, direction.basis)
-            self._out[:, : len(self.queries)] += found
-        if self.self_query:
-            if block.reused:
-                block.waiting.append(record)
-            else:
-                self._add_self(block, [record], direction.own.norms(record), scale)
+        signals, own = direction.contract(record, self.self_query and not block.reused)
+        if signals is not None:
+            self._out[:, : len(self.queries)] += signals
+        if own is not None:
+            self._add_own(block, own, scale)
+        elif self.self_query:
+            block.waiting.append(record)
 
-    def _add_self(self, block: Block, records: Sequence[Record], norms: Tensor, scale: Scale) -> None:
+    def _add_own(self, block: Block, own: Own, scale: Scale) -> None:
         """Adds a block's part of <P D g_i, s_i> and of |sigma D g_i|^2; a row's own gradient is rows x its share."""
         assert self._out is not None and self._own_variance is not None
-        signals = norms[:, :1] * (self._directions[block].weight * scale.rows)
-        self._out[:, -1] += signals * self.contrasts.of_self(block, records)
-        self._own_variance += norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
+        self._out[:, -1] += own.norms[:, :1] * (self._directions[block].weight * scale.rows) * own.turned
+        self._own_variance += own.norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
 
     def hold(self) -> None:
         """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""
@@ -215,7 +183,7 @@ class Signals:
         for block in self.table:
             if block.waiting:
                 norms = self._directions[block].discount.norms_of_sum(block.waiting)
-                self._add_self(block, block.waiting, norms, self.scale)
+                self._add_own(block, Own(norms, self.contrasts.of_self(block, block.waiting)), self.scale)
                 block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
@@ -253,30 +221,17 @@ class Signals:
             self._variance = variance.to(self._dtype)
         self.draw()
 
-    def _direction(self, block: Block, u: Tensor | None, plan: _Plan) -> _Direction:
-        """A block's direction in the form in which records are contracted with it."""
-        discount, sides = plan.discount, plan.discount.sides
-        sketch = self.rank is not None and self.self_query and block.matrix
-        own = discount.sketched() if sketch else discount
-        if u is None or self.rank is None or sides is None or not block.matrix:
-            return _Direction(u, discount, own, plan.weight)
-        left, right = sides
-        turned = (u.transpose(-1, -2), right, left) if block.outputs else (u, left, right)  # see Contrasts
-        found = low_rank(*turned, self.rank)
-        if found is None:
-            return _Direction(u, discount, own, plan.weight)
-        basis, inside, share = found
-        self.kept = share if self.kept is None else torch.minimum(self.kept, share)
-        return _Direction(inside, discount, own, plan.weight, basis)
+    def _direction(self, block: Block, u: Tensor | None, plan: Plan) -> Direction:
+        direction, share = direction_of(block, self.contrasts, u, plan, self.rank, self.self_query)
+        if share is not None:
+            self.kept = share if self.kept is None else torch.minimum(self.kept, share)
+        return direction
 
     def draw(self) -> None:
-        """Draws new columns for the sketches of self-influence."""
+        """Draws new columns for the sketches of self-influence: errors of rows met at several steps average out."""
         self._draws += 1
-        for block, direction in self._directions.items():
-            if isinstance(direction.own, Sketched):
-                # blocks may be met in another order in a resumed run
-                seed = zlib.crc32(f"{block.key} {self._draws}".encode())
-                direction.own.draw(torch.Generator(block.parameters[0].device).manual_seed(seed))
+        for direction in self._directions.values():
+            direction.draw(self._draws)
 
     def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
         """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
@@ -325,7 +280,7 @@ class Signals:
         """Sentences for the report about what was left out."""
         return [note for note in (self.reservoir.note, self.noise.note) if note]
 
-    def _plan(self, block: Block, remaining: float, unscale: Tensor | float) -> _Plan:
+    def _plan(self, block: Block, remaining: float, unscale: Tensor | float) -> Plan:
         """A block's discount and weight; parameter groups with their own learning rates count relative to the first."""
         rate, step = rate_of(self.optimizer, block.parameters, unscale), step_rate(self.optimizer)
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -333,4 +288,4 @@ class Signals:
         ahead = remaining * (rate.lr / lr if lr else 1.0)
         exponents = ahead * rate.curvature, ahead * rate.decay
         discount = Discount() if self.curvature is None else self.curvature.discount(block, *exponents)
-        return _Plan(discount, weight, exponents)
+        return Plan(discount, weight, exponents)

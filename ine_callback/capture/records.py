@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ine_callback.capture.compressed import Compressed
+
 # Largest number of elements formed at once where per-row gradients have to be materialised (64 MB in float32).
 CHUNK_ELEMENTS = 1 << 24
 
 # Positions of a batch (rows x positions) that one look at the second moments takes; it takes every so manieth.
-MOST_POSITIONS = 1 << 12
-
-# Up to so many queries a direction is turned for each contrast first: one matrix product instead of many small ones.
-FEW_QUERIES = 4
+MOST_POSITIONS = 1 << 10
 
 
 def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
@@ -157,13 +156,13 @@ class Outer(Record):
 
     def projected(self, basis: Tensor) -> Tensor:
         """Inputs times a basis [G, I, K], as [b, G, P, K]."""
-        if not self.ones:
-            return torch.matmul(self.a, basis)
-        return torch.add(torch.matmul(self.a, basis[:, :-1]), basis[:, -1:])
+        found: Tensor = self.a @ basis[:, : self.a.shape[3]]
+        return found + basis[:, -1:] if self.ones else found
 
     def input_squares(self) -> Tensor:
         """Squared norms of the inputs [b, G, P]."""
-        return self.a.square().sum(3).add(float(self.ones))
+        squares: Tensor = self.a.square().sum(3)
+        return squares + 1.0 if self.ones else squares
 
     def some_inputs(self, positions: slice) -> Tensor:
         """Inputs at some positions [b, G, len, I]."""
@@ -179,14 +178,10 @@ class Outer(Record):
         if positions == 1 or (queries == 1 and self._inner_first):
             # never forms a gradient: contract the inputs first, then the output gradients
             inner = self.projected(direction.permute(1, 3, 0, 2).flatten(2)).unflatten(3, (queries, -1))
-            return (inner * self.delta[:, :, :, None]).sum(2).transpose(1, 2).flatten(2) @ weights.T
+            units: Tensor = (inner * self.delta[:, :, :, None]).sum(2).transpose(1, 2).flatten(2)
+            return units @ weights.T
         chunks = row_chunks(self.rows, direction[0].numel())
-        if queries > FEW_QUERIES:
-            each = [torch.einsum("bgoi,qgoi->bqgo", self.gradient(s), direction).flatten(2) @ weights.T for s in chunks]
-            return torch.cat(each)
-        turned = direction[:, None] * weights.view(-1, *self.units, 1)
-        flat = turned.flatten(0, 1).flatten(1).T
-        return torch.cat([self.gradient(s).flatten(1) @ flat for s in chunks]).unflatten(1, (queries, -1))
+        return torch.cat([Compressed(self.gradient(s)).parts(direction, weights) for s in chunks])
 
     @property
     def _inner_first(self) -> bool:
@@ -222,19 +217,15 @@ class Outer(Record):
         flat = weights.flatten(1).T
         return torch.cat([self.gradient(s).square_().flatten(1) @ flat for s in row_chunks(self.rows, flat.shape[0])])
 
-    def norms_in(self, left: Tensor | None, right: Tensor | None, weights: Tensor) -> Tensor:
-        if left is None or self.delta.shape[2] <= self.delta.shape[3]:
-            return self.rotated(left, right).norms(weights)
-        record, flat = self.rotated(None, right), weights.flatten(1).T  # many positions: these are summed over first
-        chunks = row_chunks(self.rows, math.prod(record.layout))
-        turned = (left.transpose(-1, -2) @ record.gradient(s) for s in chunks)
-        return torch.cat([g.square_().flatten(1) @ flat for g in turned])
-
     def squared_norms(self) -> Tensor:
         if self.delta.shape[2] == 1:
             return (self.input_squares()[:, :, 0] * self.delta.square().sum((2, 3))).sum(1)
         chunks = row_chunks(self.rows, math.prod(self.layout))
         return torch.cat([self.gradient(s).square_().sum((1, 2, 3)) for s in chunks])
+
+    def compressed(self, columns: Tensor) -> Compressed:
+        """The gradients times columns [G, I, k]."""
+        return Compressed(self.delta.transpose(-1, -2) @ self.projected(columns))
 
     def transposed(self) -> Outer:
         """The transposed gradients: units are inputs."""
