@@ -6,7 +6,7 @@ Self-influence is discounted by K-FAC alone: the reservoir's discount would need
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class Direction:
 
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         """Signals with their contrasts [b, Q, 1 + J] and, if asked for, the row's own gradient."""
+        return self._contract_apart(record, with_own)
+
+    def _contract_apart(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         signals = None
         if self.queries is not None:
             signals = self.contrasts.of_queries(self.block, record, self.queries, self.basis)
@@ -88,6 +91,9 @@ class Joint(Direction):
 
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         assert isinstance(record, Outer) and isinstance(self.own, Sketched) and self.own.right is not None
+        if record.delta.shape[2] == 1:  # a gradient is one product: its two sides are met one by one
+            basis = self.own.right if self.basis is None else self.basis
+            return replace(self, basis=basis)._contract_apart(record, with_own)
         columns, rank = self.own.right, 0
         if self.basis is not None:
             columns, rank = torch.cat([self.basis, columns], -1), self.basis.shape[-1]

@@ -32,8 +32,8 @@ class Compressed:
             units: Tensor = torch.einsum("bgoi,qgoi->bqgo", self.g, direction)
             return units.flatten(2) @ weights.T
         turned = direction[:, None] * weights.view(-1, *self.g.shape[1:3], 1)
-        found: Tensor = self.g.flatten(1) @ turned.flatten(2).flatten(0, 1).T
-        return found.unflatten(1, (queries, -1))
+        found: Tensor = (self.g.flatten(1) @ turned.flatten(2).flatten(0, 1).T).unflatten(1, (queries, -1))
+        return found
 
     def energies(self, weights: Tensor) -> Tensor:
         """Weighted squared gradients of output units [b, C]."""

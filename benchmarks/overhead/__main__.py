@@ -1,0 +1,189 @@
+"""What a recording costs: steps with it and without it, in turn.
+
+    python -m benchmarks.overhead --json overhead.json [--data DIR]           # CPU, one thread
+    python -m benchmarks.overhead --json overhead.json --device cuda          # GPT-2 small, ResNet-18, ViT-S, LoRA
+
+Every stepper has a network of its own, the same at the start and fed the same rows; in each round every stepper takes
+one step, so that all meet the same load. CPU times are CPU seconds of one thread, GPU times are by CUDA events around
+the step. A recording has three kinds of steps: ordinary ones; those that look at the curvature too; and refreshes of
+the directions. The last two become rare (``ine_callback/cadence.py``), so the table gives the ratio of each kind's
+median to the plain step's, with a 95 % interval by bootstrap, and what follows for whole runs of 1,000 to 100,000
+steps. ``fidelity`` compares the scores of the default with those of the exact mode on the same rows: Spearman, and the
+error's standard deviation by the scores'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from scipy.stats import spearmanr
+
+from benchmarks.data import folder
+from benchmarks.fidelity import machine
+from benchmarks.overhead import workloads
+from benchmarks.overhead.steppers import LOOK, ORDINARY, REFRESH, Plain, Recorded, steppers, trainable
+from ine_callback.cadence import curvature_gap, refresh_gap
+
+LENGTHS = (1_000, 10_000, 100_000)
+SLOW, SLOW_ROUNDS = "one backward pass a row", 3
+WARM_UP = 3
+
+
+class Clock:
+    """Seconds of one step: of the CPU, or of the GPU between two events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+
+def counts(steps: int) -> dict[str, int]:
+    """How many steps of each kind a run of that length has."""
+    found = dict.fromkeys((ORDINARY, LOOK, REFRESH), 0)
+    refresh = look = 0
+    for step in range(steps):
+        kind = REFRESH if step == refresh else LOOK if step == look else ORDINARY
+        found[kind] += 1
+        if step == refresh:
+            refresh += refresh_gap(step, None)
+        if step == look:
+            look += curvature_gap(step, None)
+    return found
+
+
+def timed(workload: workloads.Workload, device: torch.device, rounds: int, peers: bool) -> dict[str, Any]:
+    """Seconds of every stepper's steps, by kind, the peak memory of each, and the fidelity of the default."""
+    made: dict[str, Plain] = {}
+    memory: dict[str, float] = {}
+    for name, make in steppers(workload, device, peers).items():
+        try:
+            made[name] = make()
+        except Exception as error:
+            print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
+    seconds: dict[str, list[tuple[str, float]]] = {name: [] for name in made}
+    clock, g = Clock(device), torch.Generator().manual_seed(2)
+    for turn in track(range(rounds), description=workload.name):
+        rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
+        batch = workload.x[rows].to(device), workload.y[rows].to(device)
+        for name in list(made)[turn % 2 :: 2] + list(made)[1 - turn % 2 :: 2]:
+            if name == SLOW and turn >= SLOW_ROUNDS + WARM_UP:
+                continue
+            if clock.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            before = clock.now()
+            try:
+                kind = made[name].step(rows.to(device), batch)
+            except Exception as error:
+                print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
+                del made[name], seconds[name]
+                continue
+            if turn >= WARM_UP:
+                seconds[name].append((kind, clock.now() - before))
+            if clock.cuda:
+                memory[name] = max(memory.get(name, 0.0), float(torch.cuda.max_memory_allocated()))
+    found = {name: summary(seconds[name], seconds["plain"]) for name in made}
+    for name, value in memory.items():
+        found[name]["peak_memory_ratio"] = value / memory["plain"]
+    out = {
+        "what": workload.what,
+        "parameters": trainable(made["plain"].model),
+        "plain_ms": 1e3 * float(np.median([s for _, s in seconds["plain"]])),
+        "steppers": found,
+        "fidelity": fidelity(made["one query and self"], made["the same, exact"]),
+    }
+    for stepper in made.values():
+        stepper.close()
+    return out
+
+
+def summary(steps: Sequence[tuple[str, float]], plain: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Ratios to the plain step's median by kind, each with its interval, and for runs of several lengths."""
+    base = np.array([s for _, s in plain])
+    found: dict[str, Any] = {}
+    for kind in (ORDINARY, LOOK, REFRESH):
+        own = np.array([s for k, s in steps if k == kind])
+        if own.size:
+            g = np.random.default_rng(0)
+            draws = [np.median(g.choice(own, own.size)) / np.median(g.choice(base, base.size)) for _ in range(400)]
+            ratio = float(np.median(own) / np.median(base))
+            found[kind] = {"ratio": ratio, "interval": np.quantile(draws, [0.025, 0.975]).tolist(), "steps": own.size}
+    if LOOK in found and REFRESH in found:
+        found["runs"] = {n: sum(c * found[kind]["ratio"] for kind, c in counts(n).items()) / n for n in LENGTHS}
+    return found
+
+
+def fidelity(default: Plain, exact: Plain) -> dict[str, Any]:
+    """Scores of the default mode against those of the exact one."""
+    assert isinstance(default, Recorded) and isinstance(exact, Recorded)
+    ours, truth = default.report().scores, exact.report().scores
+    found = {}
+    for k, query in enumerate(truth.queries):
+        seen = np.isfinite(truth.mu[:, k]) & np.isfinite(ours.mu[:, k])
+        a, b = ours.mu[seen, k], truth.mu[seen, k]
+        found[query.name] = {
+            "spearman": float(spearmanr(a, b)[0]),
+            "relative_error": float((a - b).std() / b.std()),
+            "visits_a_row": float(truth.observations[seen].mean()),
+        }
+    kept = default.recorder.signals.kept
+    return {"queries": found, "kept_share": None if kept is None else float(kept)}
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """One table."""
+    print(f"\n{found['what']}: {found['parameters']:,} parameters, plain step {found['plain_ms']:.1f} ms")
+    for stepper, row in found["steppers"].items():
+        kinds = "  ".join(
+            f"{kind} {row[kind]['ratio']:.2f} ({row[kind]['interval'][0]:.2f}-{row[kind]['interval'][1]:.2f})"
+            for kind in (ORDINARY, LOOK, REFRESH)
+            if kind in row
+        )
+        runs = "  ".join(f"{int(n):,} steps {ratio:.2f}" for n, ratio in row.get("runs", {}).items())
+        memory = f"  memory {row['peak_memory_ratio']:.2f}" if "peak_memory_ratio" in row else ""
+        print(f"  {stepper:30s}{kinds}  {runs}{memory}")
+    print(f"  default against exact: {found['fidelity']}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else what scikit-learn brings along")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--workloads", nargs="+", choices=[*workloads.CPU, *workloads.CUDA])
+    parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")
+    parser.add_argument("--no-peers", action="store_true", help="our own steppers alone")
+    parser.add_argument("--quick", action="store_true", help="25 steps of the MLP: to see it work")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    names = ["mlp"] if args.quick else args.workloads or (workloads.CUDA if device.type == "cuda" else workloads.CPU)
+    where = folder(args.data)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else None
+    results: dict[str, Any] = {"protocol": "overhead", "machine": machine(), "device": card or "CPU, one thread"}
+    results["workloads"] = {}
+    for name in names:
+        if lacks := workloads.missing(name):
+            print(f"{name} is left out: {lacks} is not installed")
+            continue
+        found = timed(workloads.load(name, where), device, 25 if args.quick else args.rounds, not args.no_peers)
+        results["workloads"][name] = found
+        args.json.write_text(json.dumps(results, indent=1))
+        show(name, found)
+
+
+if __name__ == "__main__":
+    main()

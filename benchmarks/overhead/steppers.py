@@ -1,0 +1,146 @@
+"""One training step with and without a recording, and as other libraries take each row's gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.overhead.workloads import Workload, loss_of
+from ine_callback import Recorder
+from ine_callback.cadence import curvature_gap, refresh_gap
+from ine_callback.lowrank import RANK
+from ine_callback.report import InfluenceReport
+
+ORDINARY, LOOK, REFRESH = "ordinary", "look", "refresh"
+MANY = 8  # queries of "ours, 8 queries"
+AHEAD = 10_000  # steps that the recordings take for planned
+
+
+class Plain:
+    """A network of its own, trained on the same rows in the same order as every other stepper's."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        torch.manual_seed(1)
+        self.workload, self.device = workload, device
+        self.model = workload.network().to(device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=workload.lr)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 on a GPU."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with self.precision():
+            return loss_of(self.model, batch)
+
+    def step(self, rows: Tensor, batch: tuple[Tensor, Tensor]) -> str:
+        """Takes a step; returns what kind of step it was."""
+        self.loss(batch).backward()
+        self._update()
+        return ORDINARY
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class Recorded(Plain):
+    """With a recording by ``Recorder``."""
+
+    def __init__(self, workload: Workload, device: torch.device, queries: Any, rank: int | None = RANK) -> None:
+        super().__init__(workload, device)
+        self.recorder = Recorder(
+            *(self.model, self.optimizer, len(workload.x), queries, loss_of),
+            total_steps=AHEAD,
+            context=self.precision,
+            to_device=lambda batch: tuple(part.to(device) for part in batch),
+            rank=rank,
+            on_error="raise",
+        )
+        self.recorder.start()
+        self._steps = self._refresh = self._look = 0
+
+    def step(self, rows: Tensor, batch: tuple[Tensor, Tensor]) -> str:
+        kind = self._kind()
+        with self.recorder.batch(rows, batch):
+            loss = self.loss(batch)
+            self.recorder.see(loss)
+            loss.backward()
+        self._update()
+        return kind
+
+    def _kind(self) -> str:
+        """What the planned cadence makes of this step."""
+        refresh, look = self._steps == self._refresh, self._steps == self._look
+        if refresh:
+            self._refresh += refresh_gap(self._steps, None)
+        if look:
+            self._look += curvature_gap(self._steps, None)
+        self._steps += 1
+        return REFRESH if refresh else LOOK if look else ORDINARY
+
+    def report(self) -> InfluenceReport:
+        """What was recorded."""
+        return self.recorder.report()
+
+    def close(self) -> None:
+        self.recorder.stop()
+
+
+class Opacus(Plain):
+    """Opacus's per-row gradients, formed and thrown away."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        from opacus import GradSampleModule
+
+        super().__init__(workload, device)
+        self.model = GradSampleModule(self.model, loss_reduction="mean")
+
+    def _update(self) -> None:
+        super()._update()
+        for p in self.trained:
+            p.grad_sample = None  # type: ignore[attr-defined]
+
+
+class Loop(Plain):
+    """A backward pass for every row."""
+
+    def step(self, rows: Tensor, batch: tuple[Tensor, Tensor]) -> str:
+        for k in range(len(rows)):
+            torch.autograd.grad(self.loss((batch[0][k : k + 1], batch[1][k : k + 1])), self.trained)
+        return super().step(rows, batch)
+
+
+def steppers(workload: Workload, device: torch.device, peers: bool) -> dict[str, Callable[[], Plain]]:
+    """All of them by name, not made yet."""
+    query = workload.query
+    many = {f"part {k}": (query[0][k::MANY], query[1][k::MANY]) for k in range(MANY)}
+    both = {"val": query, "self": "self"}
+    found: dict[str, Callable[[], Plain]] = {
+        "plain": lambda: Plain(workload, device),
+        "one query": lambda: Recorded(workload, device, {"val": query}),
+        "one query and self": lambda: Recorded(workload, device, both),
+        "the same, exact": lambda: Recorded(workload, device, both, None),
+        f"{MANY} queries and self": lambda: Recorded(workload, device, many | {"self": "self"}),
+    }
+    if peers and importlib.util.find_spec("opacus"):
+        found["Opacus, gradient of each row"] = lambda: Opacus(workload, device)
+    if peers:
+        found["one backward pass a row"] = lambda: Loop(workload, device)
+    return found
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
