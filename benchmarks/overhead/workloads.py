@@ -165,7 +165,7 @@ def of_images(name: str, path: Path | None) -> Workload:
     small = torch.randn(2304, 3, 8, 8, generator=g)
     x = F.interpolate(small, 32, mode="bicubic") + 0.2 * torch.randn(2304, 3, 32, 32, generator=g)
     y = torch.randint(10, (2304,), generator=g)
-    network = resnet18 if name == "resnet18" else ViT
+    network: Callable[[], nn.Module] = resnet18 if name == "resnet18" else ViT
     what = {"resnet18": "ResNet-18, 32 x 32, batch 512", "vit": "ViT-S on patches of 4 x 4, batch 256"}[name]
     return Workload(name, what, x[:2048], y[:2048], (x[2048:], y[2048:]), network, 512 if name == "resnet18" else 256)
 
