@@ -20,6 +20,7 @@ from ine_callback.report.files import replacing
 from ine_callback.report.group import GroupScore
 from ine_callback.report.reading import FAULTS, ReportError
 from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.samples import Render
 from ine_callback.report.table import ScoreTable, as_text
 from ine_callback.report.validate import checked
 from ine_callback.report.words import plain
@@ -399,14 +400,32 @@ class InfluenceReport:
         except FAULTS as error:
             raise ReportError(Path(folder), str(error)) from error
 
-    def write_html(self, path: str | Path, queries: Iterable[str] | None = None) -> Path:
-        """Writes one static, self-contained HTML file (no scripts, no network); needs the extra ``report``.
+    def write_html(
+        self,
+        path: str | Path,
+        queries: Iterable[str] | None = None,
+        samples: Any = None,
+        labels: Any = None,
+        render: Render | None = None,
+    ) -> Path:
+        """Writes one self-contained HTML file that opens without network; needs the extra ``report``.
+
+        The page runs our script and Bokeh's, and nothing from data: text stays text, and a row is shown as an image, a
+        text or values. What goes wrong in reading or rendering a row is told in the page.
 
         Args:
             path: File to write.
-            queries: Names of the queries shown in full; by default the first four. All are in the overview.
+            queries: Names of the queries with a tab; by default the first 24. All are in the overview.
+            samples: The training set: ``samples[row]`` of the rows shown, at most 240, are read and put into the file.
+            labels: Class of each row [N], numbers or texts; by default what ``samples`` tells of it.
+            render: Makes a sample an :class:`~ine_callback.report.Image`, a :class:`~ine_callback.report.Text` or
+                :class:`~ine_callback.report.Values`; by default :func:`~ine_callback.report.rendered`.
+
+        Raises:
+            KeyError: On a query that does not exist.
+            ValueError: If there is not one label for each row.
         """
-        return html.write_html(self, Path(path), queries)
+        return html.write_html(self, Path(path), queries, samples, labels, render)
 
     @property
     def plot(self) -> Plots:
