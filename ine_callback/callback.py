@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
+from ine_callback.isolation import unmoved
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.mixing import BatchHooks
 from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options
@@ -359,8 +360,11 @@ class InfluenceCallback(Callback):
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
                 self.report.save(folder)
-                if find_spec("jinja2") and find_spec("matplotlib"):  # the extra `report`
-                    self.report.write_html(folder / "report.html")
+                if find_spec("jinja2") and find_spec("bokeh"):  # the extra `report`
+                    loader = None if self._tracker is None else self._tracker.loader
+                    rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
+                    with unmoved(rows):
+                        self.report.write_html(folder / "report.html", samples=rows)
         except Exception as error:  # a trained model must never be lost to its report
             if self.on_error == "raise":
                 raise

@@ -6,6 +6,7 @@ a policy that forbids code made of strings.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 FEATURE = "InfluenceReport.write_html"
 TALL = 330  # pixels
-# Bokeh's own names for the page's colours: the script finds a renderer by its name and paints it.
-ROW = [("row", "@row"), ("class", "@class"), ("μ", "@mu_text"), ("95 %", "@interval"), ("q", "@q"), ("loss", "@loss")]
+# What a point says of its row: columns of its source, formatted when they are shown.
+ROW = [("row", "@row"), ("class", "@class"), ("μ", "@x{%+.3g}")]
+SCORE = [("95 %", "@low{%+.3g} … @high{%+.3g}"), ("q", "@q{%.2g}"), ("mean loss", "@loss{%.3g}")]
 
 
 def script() -> str:
@@ -38,13 +40,13 @@ def volcano() -> figure:
     """Score against ``-log10 q``: one point a row."""
     plot = _plot("", "−log₁₀ q   (higher: less likely chance)", "tap")
     points = [
-        plot.scatter("x", "y", source=_source(name, "x y row class mu_text interval q loss"), name=color, size=size,
+        plot.scatter("x", "y", source=_source(name, "x y row class low high q loss"), name=color, size=size,
                      line_color=None, fill_alpha=alpha, nonselection_fill_alpha=alpha, legend_label=name)
         for name, color, size, alpha in (("rest", "null", 5, 0.65), ("low", "low", 7, 0.8), ("high", "high", 7, 0.8))
     ]  # fmt: skip
     _line(plot, "limit")
     _ring(plot)
-    _hover(plot, ROW, points)
+    _hover(plot, ROW + SCORE, points)
     _legend(plot)
     return plot
 
@@ -63,11 +65,11 @@ def null() -> figure:
 def chains() -> figure:
     """μ against BIF, one point a row that both scored."""
     plot = _plot("influence μ (f-INE)", "BIF", "tap")
-    columns = "x y row class mu_text bif_text"
+    columns = "x y row class"
     points = [plot.scatter("x", "y", source=_source("both", columns), name="high", size=6, line_color=None,
                            fill_alpha=0.7, nonselection_fill_alpha=0.7)]  # fmt: skip
     _ring(plot)
-    _hover(plot, [*ROW[:3], ("BIF", "@bif_text")], points)
+    _hover(plot, [*ROW, ("BIF", "@y{%+.3g}")], points)
     return plot
 
 
@@ -80,10 +82,10 @@ def course() -> figure:
         legend_label="middle 90 % of the rows",
     )  # fmt: skip
     lines = _source("lines", "xs ys row side")
-    drawn = [plot.multi_line("xs", "ys", source=lines, name="lines", line_color="side", line_width=2)]
-    points = _source("points", "x y row side score")
-    drawn = [plot.scatter("x", "y", source=points, name="lines", fill_color="side", line_color=None, size=7)]
-    _hover(plot, [("row", "@row"), ("stage", "@x"), ("correlation", "@score")], drawn)
+    plot.multi_line("xs", "ys", source=lines, name="lines", line_color="side", line_width=2)
+    points = _source("points", "x y row side")
+    dots = plot.scatter("x", "y", source=points, name="lines", fill_color="side", line_color=None, size=7)
+    _hover(plot, [("row", "@row"), ("stage", "@x"), ("correlation", "@y{%+.2f}")], [dots])
     _legend(plot)
     return plot
 
@@ -94,7 +96,7 @@ def tradeoff() -> figure:
     curves = _source("curves", "xs ys name size mean z color")
     drawn = plot.multi_line("xs", "ys", source=curves, name="lines", line_color="color", line_width=2, line_alpha=0.85)
     _line(plot, "chance")
-    shown = [("class", "@name"), ("rows", "@size"), ("mean μ", "@mean"), ("z", "@z")]
+    shown = [("class", "@name"), ("rows", "@size"), ("mean μ", "@mean{%+.3g}"), ("z", "@z{%+.1f}")]
     _hover(plot, shown, [drawn], line_policy="nearest")
     return plot
 
@@ -105,7 +107,7 @@ def _plot(x: str, y: str, tools: str = "", **options: Any) -> figure:
     plot: figure = plotting.figure(
         height=TALL, sizing_mode="stretch_width", tools=f"pan,box_zoom,wheel_zoom,reset,{tools}".rstrip(","),
         active_drag=None, active_scroll=None,  # a finger scrolls the page
-        toolbar_location="above", x_axis_label=x, y_axis_label=y, min_width=200, **options,
+        toolbar_location="right", x_axis_label=x, y_axis_label=y, min_width=200, **options,
     )  # fmt: skip
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
@@ -133,13 +135,16 @@ def _ring(plot: figure) -> None:
 
 def _hover(plot: figure, shown: list[tuple[str, str]], renderers: list[Any], **options: Any) -> None:
     models = need("bokeh.models", FEATURE)
-    plot.add_tools(models.HoverTool(tooltips=shown, renderers=renderers, **options))
+    formatted = [name for _, text in shown for name in re.findall(r"(@\w+)\{", text)]
+    plot.add_tools(
+        models.HoverTool(tooltips=shown, renderers=renderers, formatters=dict.fromkeys(formatted, "printf"), **options)
+    )
 
 
 def _legend(plot: figure) -> None:
-    plot.add_layout(plot.legend[0], "above")
-    plot.legend.orientation = "horizontal"
-    plot.legend.background_fill_color = plot.legend.border_line_color = None
-    plot.legend.padding = plot.legend.margin = 0
-    plot.legend.label_text_font = "system-ui"
-    plot.legend.label_text_font_size = "12px"
+    legend = plot.legend[0]
+    plot.add_layout(legend, "above")
+    legend.update(
+        orientation="horizontal", background_fill_color=None, border_line_color=None, padding=0, margin=0,
+        label_text_font="system-ui", label_text_font_size="12px",
+    )  # fmt: skip

@@ -39,7 +39,7 @@ TABS, DETAILED = (
     24,
     4,
 )  # queries with a tab unless the caller names them, and those with tables for a page without script
-LISTED, CARDS, MOST = 10, 8, 240  # lines of a table; rows shown at each end of a query, and in all
+LISTED, CARDS, MOST = 10, 9, 240  # lines of a table; rows shown at each end of a query, and in all
 
 
 def write_html(
@@ -103,7 +103,7 @@ def page(
         matrix=None if known is None else _matrix(report, *known),
         samples=shown,
         faults=faults,
-        wide=" wide" if any(hasattr(one, "pieces") or hasattr(one, "lines") for one in shown.values()) else "",
+        wide=" wide" if any(one.kind != "image" for one in shown.values()) else "",
         chains=None if report.bif is None else _chains(report, report.bif),
         run=_provenance(report),
     )

@@ -29,7 +29,7 @@ Classes = tuple[list[str], NDArray[np.int64]]
 
 
 def listed_rows(report: InfluenceReport, columns: Sequence[int]) -> NDArray[np.int64]:
-    """The rows [n] that the page holds: all, or of many the ends, those with small q-values and a sample of the rest."""
+    """The rows [n] that the page holds: all, or of many the ends, small q-values and a sample of the rest."""
     budget = max(FEWEST, PAIRS // max(len(columns), 1))
     if report.rows <= budget:
         return np.arange(report.rows)
@@ -66,8 +66,8 @@ def encoded(data: Any) -> str:
     """JSON for a ``<script type="application/json">``: no letter in it can end the element.
 
     Example:
-        >>> encoded("</script>")
-        '"\\\\u003c/script\\\\u003e"'
+        >>> "<" in encoded("</script>"), json.loads(encoded("</script>"))
+        (False, '</script>')
     """
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 and the like are escaped
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

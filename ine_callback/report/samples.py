@@ -86,8 +86,9 @@ def rendered(sample: Any) -> Shown:
         >>> rendered((np.zeros((3, 16, 16)), 4)).width, rendered({"age": 3}).lines
         (16, [('age', '3', None)])
     """
-    if isinstance(sample, list | tuple) and len(sample) and not isinstance(sample[0], int | float):
-        sample = sample[0]
+    if isinstance(sample, tuple | list):
+        first = next(iter(sample), 0)
+        sample = sample if isinstance(first, int | float) else first
     if isinstance(sample, str):
         return Text(sample)
     if isinstance(sample, Mapping):
@@ -107,13 +108,20 @@ def rendered(sample: Any) -> Shown:
 def classes_of(dataset: Any, rows: int) -> tuple[list[str], NDArray[np.int64]] | None:
     """Names of a data set's classes and each row's class [N], where the data set tells them without reading a row.
 
-    It does as ``dataset.targets`` (torchvision) or as the second of ``dataset.tensors`` (``TensorDataset``).
+    It does as ``dataset.targets`` (torchvision) or as the second of ``dataset.tensors`` (``TensorDataset``); a
+    ``Subset`` as the data set behind it.
     """
-    tensors = getattr(dataset, "tensors", ())
-    for labels in (getattr(dataset, "targets", None), tensors[1] if len(tensors) > 1 else None):
-        array = np.empty(0) if labels is None else array_of(labels)
-        if array.shape == (rows,) and array.dtype.kind in "biu" and len(np.unique(array)) <= CLASSES:
-            return classes(array, getattr(dataset, "classes", None))
+    try:
+        if hasattr(dataset, "indices") and hasattr(dataset, "dataset"):
+            found = classes_of(dataset.dataset, len(dataset.dataset))
+            return None if found is None or len(dataset) != rows else (found[0], found[1][array_of(dataset.indices)])
+        tensors: tuple[Any, ...] = getattr(dataset, "tensors", ())
+        for labels in (getattr(dataset, "targets", None), tensors[1] if len(tensors) > 1 else None):
+            array = np.empty(0) if labels is None else array_of(labels)
+            if array.shape == (rows,) and array.dtype.kind in "biu" and len(np.unique(array)) <= CLASSES:
+                return classes(array, getattr(dataset, "classes", None))
+    except Exception:  # a stranger's code, and the page does without classes
+        return None
     return None
 
 

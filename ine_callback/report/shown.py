@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Image:
         8
     """
 
+    kind: ClassVar[str] = "image"
     data: bytes
     width: int = 0
 
@@ -85,6 +86,7 @@ class Text:
         [('to ', 0.5), ('be', -1.0)]
     """
 
+    kind: ClassVar[str] = "text"
     tokens: str | Sequence[str]
     weights: Sequence[float] | None = None
 
@@ -127,6 +129,7 @@ class Values:
         [('age', '51', 2.5), ('name', 'Ada', None)]
     """
 
+    kind: ClassVar[str] = "values"
     values: Mapping[str, Any]
     z: Mapping[str, float] | None = None
 
@@ -173,7 +176,7 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _value(value: Any) -> str:
     if isinstance(value, float | np.floating):
-        return f"{value:.4g}"
+        return f"{value:.6g}"
     return plain(value)[:200]
 
 

@@ -4,7 +4,7 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const documents = JSON.parse(document.getElementById("charts").textContent);
 const at = (id) => document.getElementById(id);
-const PAGE = 50, CARDS = 8;
+const PAGE = 25, CARDS = 9;
 
 // ---- numbers ----
 
@@ -61,6 +61,8 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+const heads = (names) => element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
+
 function sampleOf(row) {
   const found = document.querySelector(`#samples [data-row="${row}"] .sample`);
   return found ? found.cloneNode(true) : null;
@@ -76,7 +78,6 @@ const query = () => unpacked(page.queries[state.query]);
 
 const sources = new Map(); // "plot.source" to the data sources of that name
 const plots = new Map();
-const shapes = { volcano: "x y row class mu_text interval q loss", both: "x y row class mu_text bif_text" };
 
 async function embed() {
   for (const [name, item] of Object.entries(documents)) {
@@ -94,7 +95,7 @@ async function embed() {
     if (source) source.selected.properties.indices.change.connect(() => {
       const [first] = source.selected.indices;
       if (first === undefined) return;
-      choose(source.data.row[first]);
+      choose(source.data.row[first], true);
       source.selected.indices = [];
     });
   }
@@ -106,14 +107,13 @@ function fill(key, data) {
   if (source) source.data = data;
 }
 
-function points(which, height, shape) {
+function points(which, height, names) {
   const now = query();
   const columns = {
-    x: (k) => now.mu[k], y: height, row: (k) => rows[k], class: (k) => className(k) || "–",
-    mu_text: (k) => signed(now.mu[k], now.places), interval: (k) => interval(now, k),
-    q: (k) => probability(now.height[k]), loss: (k) => number(loss[k], 3), bif_text: (k) => now.bif[k].toPrecision(3),
+    x: (k) => now.mu[k], y: height, row: (k) => rows[k], class: (k) => className(k) || "–", loss: (k) => loss[k],
+    low: (k) => now.mu[k] - 1.96 * now.se[k], high: (k) => now.mu[k] + 1.96 * now.se[k], q: (k) => 10 ** -now.height[k],
   };
-  return Object.fromEntries(shape.split(" ").map((name) => [name, which.map(columns[name])]));
+  return Object.fromEntries(names.split(" ").map((name) => [name, which.map(columns[name])]));
 }
 
 function span(values) {
@@ -140,7 +140,7 @@ function draw() {
   const groups = { rest: [], low: [], high: [] };
   for (const k of drawn) groups[now.flagged[k] ? (now.mu[k] > 0 ? "high" : "low") : "rest"].push(k);
   for (const [side, which] of Object.entries(groups)) {
-    fill(`volcano.${side}`, points(which, (k) => now.height[k], shapes.volcano));
+    fill(`volcano.${side}`, points(which, (k) => now.height[k], "x y row class low high q loss"));
   }
   const volcano = plots.get("volcano"), reach = span(drawn.map((k) => now.mu[k]));
   const limit = -Math.log10(page.flag), top = Math.max(span(drawn.map((k) => now.height[k])), 1.5 * limit);
@@ -164,9 +164,13 @@ function drawNull(now) {
     left: bars.map((k) => edges[k]), right: bars.map((k) => edges[k + 1]), top: bars.map((k) => chance[k]),
     bottom: bars.map(() => floor),
   });
-  for (const [side, from, to] of [["low", 0, middle], ["high", middle, 2 * middle]]) {
+  for (let [side, from, to] of [["low", 0, middle], ["high", middle, 2 * middle]]) {
+    while (from < to && density[from] < floor) from += 1; // no line along the floor where no rows are
+    while (to > from && density[to - 1] < floor) to -= 1;
     const bins = Array.from({ length: to - from }, (_, k) => Math.max(density[from + k], floor));
-    fill(`null.${side}`, { x: Array.from(edges.subarray(from, to + 1)), y: [...bins, bins.at(-1)] });
+    const x = Array.from(edges.subarray(from, to + 1)), y = [...bins, bins.at(-1)];
+    if (side === "low") { x.unshift(x[0]); y.unshift(floor); } else { x.push(x.at(-1)); y.push(floor); }
+    fill(`null.${side}`, bins.length ? { x, y } : { x: [], y: [] });
   }
   range(plot.x_range, edges[0], edges.at(-1));
   range(plot.y_range, floor, 4);
@@ -181,7 +185,7 @@ function drawChains(now, drawn) {
   shown("course", Boolean(now.course));
   if (both.length) {
     const plot = plots.get("chains");
-    fill("chains.both", points(both, (k) => now.bif[k], shapes.both));
+    fill("chains.both", points(both, (k) => now.bif[k], "x y row class"));
     const reach = span(both.map((k) => now.mu[k])), tall = span(both.map((k) => now.bif[k]));
     range(plot.x_range, -reach, reach);
     range(plot.y_range, -tall, tall);
@@ -199,22 +203,27 @@ function drawChains(now, drawn) {
     const all = lines.flatMap((line) => line.score.map((score, k) => ({ score, x: stages[k], line })));
     fill("course.points", {
       x: all.map((one) => one.x), y: all.map((one) => one.score), row: all.map((one) => one.line.row),
-      side: all.map((one) => colour(one.line)), score: all.map((one) => signed(one.score, 2)),
+      side: all.map((one) => colour(one.line)),
     });
   }
 }
 
 function drawGroups(now) {
-  shown("tradeoff", Boolean(now.groups?.length));
-  if (!now.groups?.length) return;
+  if (!now.groups) return;
   const side = colors(), alpha = Array.from({ length: 41 }, (_, k) => k / 40);
   fill("tradeoff.chance", { x: [0, 1], y: [1, 0] });
   fill("tradeoff.curves", {
     xs: now.groups.map(() => alpha), ys: now.groups.map((one) => Array.from(floats(one.curve))),
     name: now.groups.map((one) => one.name), size: now.groups.map((one) => one.size),
-    mean: now.groups.map((one) => signed(one.mean, now.places)), z: now.groups.map((one) => signed(one.z, 1)),
+    mean: now.groups.map((one) => one.mean), z: now.groups.map((one) => one.z),
     color: now.groups.map((one) => (one.mean * now.suspect > 0 ? side.suspect : side.good)),
   });
+  const lines = [...now.groups].sort((a, b) => now.suspect * (b.mean - a.mean)).map((one) => element("tr", {},
+    element("th", { scope: "row" }, one.name), element("td", {}, one.size.toLocaleString("en")),
+    element("td", { class: `mu ${one.mean * now.suspect > 0 ? "suspect" : "good"}` }, signed(one.mean, now.places + 1)),
+    element("td", {}, signed(one.z, 1)),
+  ));
+  at("groups").replaceChildren(element("thead", {}, heads(["class", "rows", "mean μ", "z"])), element("tbody", {}, ...lines));
 }
 
 function shown(plot, visible) {
@@ -281,7 +290,7 @@ function card(now, k) {
   const sample = sampleOf(rows[k]);
   if (sample) made.append(sample);
   made.append(element("span", { class: "who" }, `row ${rows[k]}`));
-  if (classOf) made.append(element("span", { class: "class" }, className(k)));
+  if (classOf) made.append(element("span", { class: "class" }, `class ${className(k)}`));
   made.append(
     element("span", { class: `mu ${tone(now, k)}` }, `μ ${signed(now.mu[k], now.places)}`),
     element("span", { class: "soft" }, `q ${probability(now.height[k])}`),
@@ -299,7 +308,7 @@ function choose(row, scroll = false) {
   const found = order.indexOf(place.get(row));
   if (found >= 0) state.page = Math.floor(found / PAGE);
   table();
-  if (scroll) at("detail").scrollIntoView({ behavior: "smooth", block: "nearest" });
+  if (scroll && innerWidth <= 1100) at("detail").scrollIntoView({ block: "start" }); // beside the rest where there is room
 }
 
 function detail() {
@@ -308,6 +317,7 @@ function detail() {
   const facts = element("dl", {});
   const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
   if (classOf) fact("class", className(k));
+  fact("95 % interval", interval(query(), k));
   fact("seen", seen[k] ? `${seen[k]}×` : "never");
   fact("mean loss", number(loss[k], 3));
   const body = element("tbody");
@@ -316,16 +326,15 @@ function detail() {
     const line = element("tr", index === state.query ? { class: "now" } : {}, element("th", { scope: "row" }, each.name));
     line.append(
       element("td", { class: `mu ${tone(each, k)}` }, signed(each.mu[k], each.places)),
-      element("td", {}, interval(each, k)), element("td", {}, probability(each.height[k])),
+      element("td", {}, probability(each.height[k])),
     );
     body.append(line);
   });
-  const head = element("tr", {}, ...["query", "μ", "95 % interval", "q"].map((name) => element("th", { scope: "col" }, name)));
   const missing = document.querySelector("#samples [data-row]") ? "This row itself is not in the file." : "";
   box.replaceChildren(
     element("h3", { id: "detail-title" }, `Row ${state.row}`),
     sampleOf(state.row) ?? element("p", { class: "soft" }, missing), facts,
-    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, head), body)),
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, heads(["query", "μ", "q"])), body)),
   );
   for (const button of document.querySelectorAll(".card-row")) {
     button.classList.toggle("chosen", Number(button.dataset.row) === state.row);
@@ -370,7 +379,7 @@ function table() {
   const keys = columns(), pages = Math.max(1, Math.ceil(order.length / PAGE));
   state.page = Math.min(Math.max(state.page, 0), pages - 1);
   const head = element("tr", {}, ...keys.map((key) => {
-    const chosen = key === state.by, cell = element("th", { scope: "col" });
+    const chosen = key === state.by, cell = element("th", { scope: "col", class: COLUMNS[key].left ? "left" : "" });
     cell.setAttribute("aria-sort", chosen ? (state.up ? "ascending" : "descending") : "none");
     const button = element("button", { type: "button", "data-by": key }, COLUMNS[key].title, chosen ? (state.up ? " ▲" : " ▼") : "");
     button.addEventListener("click", () => {
@@ -401,7 +410,7 @@ function line(keys, k) {
     if (key === "mu" && finite(now.mu[k])) cell.className = `mu ${tone(now, k)}`;
     made.append(cell);
   }
-  made.addEventListener("click", () => choose(rows[k]));
+  made.addEventListener("click", () => choose(rows[k], true));
   return made;
 }
 
@@ -466,7 +475,7 @@ function start() {
     link.addEventListener("click", () => open(Number(link.dataset.open)));
   }
   if (page.queries.length) open(page.first);
-  embed().then(draw);
+  embed().then(draw).then(() => at("panel").setAttribute("aria-busy", "false"));
 }
 
 start();
