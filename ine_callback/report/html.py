@@ -113,7 +113,7 @@ def page(
 @lru_cache
 def _scripts() -> tuple[str, tuple[str, str]]:
     """The content security policy, and the two scripts that it lets run."""
-    both = (script(), _resource("report.js"))
+    both = (script(), _resource("plots.js") + _resource("report.js"))
     hashes = " ".join(f"'sha256-{b64encode(sha256(code.encode()).digest()).decode('ascii')}'" for code in both)
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'"
     return f"{policy}; form-action 'none'", both

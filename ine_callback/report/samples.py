@@ -61,23 +61,30 @@ class Samples:
         return found
 
     def _with_z(self, found: Values) -> Values:
-        """Beside the columns' means and standard deviations over rows spread over the data set."""
-        if self._columns is None:
-            at = np.unique(np.linspace(0, len(self._dataset) - 1, REFERENCE).astype(int)).tolist()
-            table = np.array([_numbers(rendered(self._dataset[row])) for row in at])
-            self._columns = table.mean(0), table.std(0)
-        mean, sd = self._columns
-        with np.errstate(divide="ignore", invalid="ignore"):
-            z = (_numbers(found) - mean) / sd
+        mean, sd = self._columns = self._columns or self._reference()
+        numbers = _numbers(found)
+        with np.errstate(all="ignore"):
+            z = (numbers - mean) / sd if mean.shape == numbers.shape else np.full(numbers.shape, np.nan)
         kept = {name: round(float(one), 2) for name, one in zip(found.values, z, strict=True) if np.isfinite(one)}
         return Values(found.values, kept)
+
+    def _reference(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Means and standard deviations of the columns over rows spread over the data set; empty where it has none."""
+        try:
+            at = np.unique(np.linspace(0, len(self._dataset) - 1, REFERENCE).astype(int)).tolist()
+            with np.errstate(all="ignore"):
+                table = np.array([_numbers(rendered(self._dataset[row])) for row in at])
+                return table.mean(0), table.std(0)
+        except Exception:  # rows that differ or cannot be read: values without z-scores
+            return np.empty(0), np.empty(0)
 
 
 def rendered(sample: Any) -> Shown:
     """A sample by its type: text, a picture, or values.
 
     Of a pair (input, label) the input is shown. A string, or the entry ``"text"`` of a mapping, is a text; a PIL image,
-    and an array or tensor [H, W], [C, H, W] or [H, W, C], a picture; flat numbers and other mappings are values.
+    and an array or tensor [H, W], [C, H, W] or [H, W, C], a picture; flat numbers and other mappings are values, flat
+    whole numbers are taken for tokens.
 
     Raises:
         TypeError: For anything else; write a ``render`` for it.
@@ -98,6 +105,8 @@ def rendered(sample: Any) -> Shown:
     if hasattr(sample, "getbands"):  # a PIL image
         return Image.of(sample)
     array = array_of(sample)
+    if array.ndim == 1 and array.dtype.kind in "iu":  # tokens, which only their tokenizer can spell
+        return Text(" ".join(map(str, array.tolist())))
     if array.ndim <= 1 and array.dtype.kind in "biuf":
         return Values({f"x{k}": value for k, value in enumerate(np.atleast_1d(array).tolist())})
     if array.ndim in (2, 3) and min(size_of(array)) > 1 and array.dtype.kind in "biuf":
