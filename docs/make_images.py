@@ -53,7 +53,7 @@ def screenshot(report: InfluenceReport, seed: int, path: Path) -> None:
     with TemporaryDirectory() as folder, sync_playwright() as play:
         page = report.write_html(Path(folder) / "report.html", samples=_digits(seed)[0])
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 1500}, device_scale_factor=1.25)
+        tab = browser.new_page(viewport={"width": 1400, "height": 1560}, device_scale_factor=1.2)
         tab.goto(page.as_uri())
         tab.wait_for_selector("#panel[aria-busy=false]")
         tab.locator("#first .card-row").nth(1).click()

@@ -75,8 +75,9 @@ class InfluenceCallback(Callback):
         num_rows: Number of training rows, where the dataset has no length.
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
-        dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
-            the trainer's log folder, and nothing is saved where there is no logger.
+        dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML, in which the most extreme
+            training rows are shown); by default ``influence`` in the trainer's log folder, and nothing is saved where
+            there is no logger.
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:

@@ -39,7 +39,7 @@ TABS, DETAILED = (
     24,
     4,
 )  # queries with a tab unless the caller names them, and those with tables for a page without script
-LISTED, CARDS, MOST = 10, 9, 240  # lines of a table; rows shown at each end of a query, and in all
+LISTED, CARDS, MOST = 10, 8, 240  # lines of a table; rows shown at each end of a query, and in all
 
 
 def write_html(
@@ -62,7 +62,7 @@ def page(
     render: Render | None = None,
 ) -> str:
     """The HTML document as text."""
-    jinja2 = need("jinja2", "InfluenceReport.write_html")
+    template = _template()
     policy, scripts = _scripts()
     names = list(report.queries[:TABS] if queries is None else queries)
     facts = report.summary()
@@ -70,19 +70,7 @@ def page(
     data = payload(report, facts, names, known)
     shown, faults = _samples(report, names, samples, render)
     combined = report.run.config.get("combined")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ine_callback.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "plain": plain,
-        "signed": signed,
-        "check": lambda p: null_check(float("nan") if p is None else p),
-    }
-    text: str = environment.get_template("report.html.j2").render(
+    text: str = template.render(
         policy=policy,
         scripts=scripts,
         style=_resource("report.css"),
@@ -92,7 +80,8 @@ def page(
         flag_at=FLAG_AT,
         answers=answers(report, facts),
         headline=headline(facts),
-        warnings=warnings(report, facts),
+        alarms=[line for line in warnings(report, facts) if line.startswith("NULL")],
+        warnings=[line for line in warnings(report, facts) if not line.startswith("NULL")],
         overview=[query | {"ends": tails(query["kind"])} for query in facts["queries"]],
         names=names,
         sections=[_section(report, facts["queries"][report.column(name)]) for name in names[:DETAILED]],
@@ -108,6 +97,24 @@ def page(
         run=_provenance(report),
     )
     return text
+
+
+@lru_cache
+def _template() -> Any:
+    jinja2 = need("jinja2", "InfluenceReport.write_html")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ine_callback.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": plain,
+        "signed": signed,
+        "check": lambda p: null_check(float("nan") if p is None else p),
+    }
+    return environment.get_template("report.html.j2")
 
 
 @lru_cache

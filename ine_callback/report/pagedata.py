@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ine_callback.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
 
-PAIRS, FEWEST = 400_000, 2_000  # of a row and a query in a file, and rows in any file
+PAIRS, FEWEST = 200_000, 2_000  # of a row and a query in a file, and rows in any file
 ENDS = 40  # rows at each end of a query that are always there
 CAP = 1e30  # float32's range; what is larger comes from a damaged file
 GROUPS, POINTS = 12, 41  # trade-off curves, and their points

@@ -3,7 +3,7 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const documents = JSON.parse(document.getElementById("charts").textContent);
 const at = (id) => document.getElementById(id);
-const PAGE = 25, CARDS = 9;
+const PAGE = 25, CARDS = 8;
 
 // ---- numbers ----
 
