@@ -406,7 +406,7 @@ class InfluenceReport:
             render: Makes a sample an ``Image``, a ``Text`` or ``Values`` (see :func:`~ine_callback.report.rendered`).
 
         Raises:
-            ValueError: If there is not one label for each row; KeyError on a query that does not exist.
+            ValueError: If labels are no classes of the rows; KeyError on a query that does not exist.
         """
         return html.write_html(self, Path(path), queries, samples, labels, render)
 

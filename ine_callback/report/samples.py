@@ -137,11 +137,18 @@ def classes_of(dataset: Any, rows: int) -> tuple[list[str], NDArray[np.int64]] |
 def classes(labels: Any, names: Sequence[Any] | None = None) -> tuple[list[str], NDArray[np.int64]]:
     """Names of the classes and each row's index among them [N].
 
+    Raises:
+        ValueError: On more than 1,000 classes.
+
     Example:
         >>> classes(["cat", "dog", "cat"])
         (['cat', 'dog'], array([0, 1, 0]))
     """
     values, which = np.unique(array_of(labels), return_inverse=True)
+    if len(values) > CLASSES:
+        raise ValueError(
+            f"InfluenceReport.write_html: {len(values):,} different labels; give at most {CLASSES:,} classes"
+        )
     keys = [values.item(k) for k in range(len(values))]
     if names is not None and all(isinstance(key, int) and 0 <= key < len(names) for key in keys):
         return [plain(f"{key} {names[key]}")[:60] for key in keys], which.astype(np.int64)

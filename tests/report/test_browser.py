@@ -112,7 +112,7 @@ def test_the_worst_rows_are_there_with_their_images_and_a_click_shows_them(page:
     cards.nth(2).click()
     assert page.locator("#detail-title").inner_text() == f"Row {worst[2]}"
     assert page.locator("#detail img").count() == 1
-    assert page.locator("#table tr[aria-selected=true] td").first.inner_text() == str(worst[2])
+    assert page.locator("#table tr[aria-current=true] td").first.inner_text() == str(worst[2])
     row = page.evaluate("sources.get('volcano.high').data.row[5]")
     page.locator("#plot-volcano").scroll_into_view_if_needed()
     x, y = page.evaluate(

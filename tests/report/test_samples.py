@@ -108,6 +108,8 @@ def test_a_data_set_that_is_slow_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_labels_must_fit() -> None:
     with pytest.raises(ValueError, match="2 labels for 60 rows"):
         page(example_report(), labels=[1, 2])
+    with pytest.raises(ValueError, match="2,000 different labels; give at most 1,000 classes"):
+        page(example_report(2000), labels=np.arange(2000) / 7)
 
 
 def test_classes_are_found_without_reading_a_row() -> None:

@@ -38,7 +38,7 @@ function unpacked(query) {
   if (!query.ready) {
     for (const name of ["mu", "se", "height"]) query[name] = floats(query[name]);
     if (query.bif) query.bif = floats(query.bif);
-    const limit = -Math.log10(page.flag);
+    const limit = -Math.log10(page.flag) - 1e-6; // heights are rounded to 32 bits
     query.flagged = everyRow.map((k) => query.height[k] >= limit && query.mu[k] !== 0);
     query.ready = true;
   }
@@ -199,7 +199,7 @@ function table() {
 }
 
 function line(keys, k) {
-  const now = query(), made = element("tr", rows[k] === state.row ? { class: "chosen", "aria-selected": "true" } : {});
+  const now = query(), made = element("tr", rows[k] === state.row ? { class: "chosen", "aria-current": "true" } : {});
   for (const key of keys) {
     const text = COLUMNS[key].text(k), cell = element("td", COLUMNS[key].left ? { class: "left" } : {});
     if (key === "row") cell.append(element("button", { type: "button", class: "link", "aria-label": `show row ${text}` }, text));
