@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,10 +24,7 @@ DPI = 200  # the figures are 8 inches wide: 1600 pixels, sharp at half the width
 
 def digits(report: InfluenceReport, seed: int) -> Figure:
     """The demo's scores over their null, beside the rows that it says to look at first."""
-    sys.path.insert(0, str(HERE.parent / "examples"))
-    from digits import noisy_digits
-
-    train, _, true = noisy_digits(seed)
+    train, _, true = _digits(seed)
     images, given = train.tensors
     query = report.recommended_query
     suspects = report.drop_list(query=query)
@@ -43,6 +43,30 @@ def digits(report: InfluenceReport, seed: int) -> Figure:
         color = ORANGE if given[row] != true[row] else INK
         ax.set_xlabel(f"labelled {given[row]}", fontsize=8.5, color=color, labelpad=3)
     return figure
+
+
+def screenshot(report: InfluenceReport, seed: int, path: Path) -> None:
+    """The demo's page as a browser shows it; needs playwright and a Chromium."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    with TemporaryDirectory() as folder, sync_playwright() as play:
+        page = report.write_html(Path(folder) / "report.html", samples=_digits(seed)[0])
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1400, "height": 1560}, device_scale_factor=1.2)
+        tab.goto(page.as_uri())
+        tab.wait_for_selector("#panel[aria-busy=false]")
+        tab.locator("#first .card-row").nth(1).click()
+        tab.screenshot(path=path)
+        browser.close()
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def _digits(seed: int) -> tuple[Any, Any, Any]:
+    sys.path.insert(0, str(HERE.parent / "examples"))
+    from digits import noisy_digits
+
+    return noisy_digits(seed)
 
 
 def flow() -> Figure:
@@ -94,14 +118,16 @@ def _arrow(ax: Axes, begin: tuple[float, float], end: tuple[float, float]) -> No
 
 
 def main() -> None:
-    """Draws both."""
+    """Draws all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=Path, default=Path("demo"), help="folder of the digits report")
     parser.add_argument("--seed", type=int, default=0, help="seed it was made with")
     args = parser.parse_args()
     images = HERE / "images"
     images.mkdir(exist_ok=True)
-    for name, figure in {"digits": digits(InfluenceReport.load(args.report), args.seed), "flow": flow()}.items():
+    report = InfluenceReport.load(args.report)
+    screenshot(report, args.seed, images / "report.png")
+    for name, figure in {"digits": digits(report, args.seed), "flow": flow()}.items():
         figure.savefig(images / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})
 
 

@@ -20,6 +20,7 @@ from rich.text import Text
 from scipy.stats import spearmanr
 
 from ine_callback import BIF, FINE, InfluenceCallback
+from ine_callback.report import Text as Characters
 
 sys.path.insert(0, str(Path(__file__).parent))
 from char_lm import LENGTH, encode, fit, options, quiet, rows_and_queries
@@ -72,7 +73,9 @@ def main() -> None:
                 + coloured(piece[: LENGTH + 1], found.terms.scores[k, :, column]),
                 soft_wrap=True,
             )
-    if args.out is not None:
+    if args.out is not None:  # again, with characters in place of their numbers
+        pieces = [piece for _, piece in rows]
+        report.write_html(args.out / "report.html", samples=pieces, render=lambda piece: Characters(list(piece[1:])))
         print(f"\nSaved: InfluenceReport.load({str(args.out)!r})")
 
 

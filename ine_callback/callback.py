@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
+from ine_callback.isolation import unmoved
 from ine_callback.lowrank import RANK
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.mixing import BatchHooks
@@ -80,6 +81,7 @@ class InfluenceCallback(Callback):
             per-row autograd (``"fallback"``, slow: one backward pass a row).
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the trainer's log folder, and nothing is saved where there is no logger.
+        show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:
@@ -124,6 +126,7 @@ class InfluenceCallback(Callback):
         num_rows: int | None = None,
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
+        show_rows: bool = True,
         on_error: OnError = "warn",
     ) -> None:
         owner = self.owner
@@ -139,7 +142,7 @@ class InfluenceCallback(Callback):
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
         self.reservoir, self.uncaptured = reservoir, uncaptured
         self.initial_weights: InitialWeights = initial_weights
-        self.dirpath, self.on_error = dirpath, on_error
+        self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
@@ -366,8 +369,11 @@ class InfluenceCallback(Callback):
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
                 self.report.save(folder)
-                if find_spec("jinja2") and find_spec("matplotlib"):  # the extra `report`
-                    self.report.write_html(folder / "report.html")
+                if find_spec("jinja2") and find_spec("bokeh"):  # the extra `report`
+                    loader = self._tracker.loader if self._tracker is not None and self.show_rows else None
+                    rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
+                    with unmoved(rows):
+                        self.report.write_html(folder / "report.html", samples=rows)
         except Exception as error:  # a trained model must never be lost to its report
             if self.on_error == "raise":
                 raise

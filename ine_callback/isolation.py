@@ -6,7 +6,9 @@ import contextlib
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from torchmetrics import Metric, MetricCollection
 _METRICS = (Metric, MetricCollection)
 _INTERNAL = frozenset(nn.Module().__dict__)
 _DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
+
+_MANY = 100  # parts of a container in which generators are looked for
 
 Restore = Callable[[], None]
 
@@ -56,6 +60,41 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for restore in restores:
                 restore()
         _set_rng_states(states)
+
+
+@contextlib.contextmanager
+def unmoved(dataset: Any) -> Iterator[None]:
+    """Rows of a data set may be read inside: random augmentation leaves no trace in the random number generators.
+
+    Those of the process are restored, and those that the data set holds, in its transforms too.
+
+    Args:
+        dataset: Any object.
+    """
+    states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    seen: set[int] = set()
+    restores = [restore for generator in _generators(dataset) for restore in _remember(generator, seen)]
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+        _set_rng_states(states)
+
+
+def _generators(holder: Any) -> Iterator[Any]:
+    """The random number generators that an object holds, and that what it holds holds."""
+    waiting, seen = deque([holder]), {id(holder)}
+    while waiting and len(seen) < _DEEP:
+        value = waiting.popleft()
+        if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            yield value
+            continue
+        own = value if isinstance(value, list | tuple | dict) else getattr(value, "__dict__", {})
+        parts = islice(own.values() if isinstance(own, Mapping) else own, _MANY)
+        new = [part for part in parts if id(part) not in seen and not isinstance(part, type | ModuleType)]
+        seen.update(map(id, new))
+        waiting.extend(new)
 
 
 def compiled_parts(module: nn.Module) -> list[nn.Module]:

@@ -33,6 +33,7 @@ EVERY_OPTION: dict[str, Any] = {
     "enabled": False,
     "refresh_every": 2,
     "curvature_every": 3,
+    "rank": 7,
     "discount": False,
     "max_dim": 33,
     "reservoir": 99,
@@ -42,6 +43,7 @@ EVERY_OPTION: dict[str, Any] = {
     "num_rows": 77,
     "uncaptured": "raise",
     "dirpath": "elsewhere",
+    "show_rows": False,
     "on_error": "raise",
 }
 

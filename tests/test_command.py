@@ -152,10 +152,7 @@ def test_html_is_the_report_that_python_writes(tmp_path: Path) -> None:
     example_report(12).save("small")
     assert main(["html", "small"]) == 0
     expected = example_report(12).write_html(tmp_path / "expected.html").read_text("utf-8")
-    found = Path("small/report.html").read_text("utf-8")
-    assert found.count("base64,") == 9
-    # matplotlib names the parts of an SVG at random
-    assert re.sub(r"base64,[^\"]+", "", found) == re.sub(r"base64,[^\"]+", "", expected)
+    assert Path("small/report.html").read_text("utf-8") == expected
 
 
 @pytest.mark.parametrize(

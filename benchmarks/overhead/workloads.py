@@ -129,19 +129,18 @@ def of_digits(name: str, path: Path | None) -> Workload:
     x = (x - 0.1307) / 0.3081
     side = round(x.shape[1] ** 0.5)
     n = min(4096, len(x) * 3 // 4)
-    what: str
-    network: Callable[[], nn.Module]
-    what, network, batch = {
+    known: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
         "mlp": (f"MLP {side * side}-512-256-10, batch 128", partial(mlp, x.shape[1]), 128),
         "cnn": (f"CNN of 32 and 64 channels, {side} x {side}, batch 64", partial(cnn, side), 64),
-    }[name]
+    }
+    what, network, batch = known[name]
     return Workload(name, what, x[:n], y[:n], (x[n : n + 256], y[n : n + 256]), network, batch)
 
 
 def of_text(name: str, path: Path | None, queries: int) -> Workload:
     written = text(path)
     letters = {c: k for k, c in enumerate(sorted(set(written)))}
-    what, network, length, batch, lr = {
+    known: dict[str, tuple[str, Callable[[], nn.Module], int, int, float]] = {
         "transformer": (
             "character transformer, 4 blocks of width 128, 64 characters, batch 32",
             partial(Transformer, len(letters), 64, 128, 4, 4),
@@ -151,7 +150,8 @@ def of_text(name: str, path: Path | None, queries: int) -> Workload:
         ),
         "gpt2": ("GPT-2 small, 1,024 tokens, batch 16", partial(gpt2, False), 1024, 16, 3e-4),
         "lora": ("GPT-2 small with LoRA of rank 8, 1,024 tokens, batch 16", partial(gpt2, True), 1024, 16, 3e-4),
-    }[name]
+    }
+    what, network, length, batch, lr = known[name]
     codes = torch.tensor([letters[c] for c in written])
     pieces = codes[: len(codes) // (length + 1) * (length + 1)].view(-1, length + 1)
     x, y = pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
@@ -165,7 +165,8 @@ def of_images(name: str, path: Path | None) -> Workload:
     small = torch.randn(2304, 3, 8, 8, generator=g)
     x = F.interpolate(small, 32, mode="bicubic") + 0.2 * torch.randn(2304, 3, 32, 32, generator=g)
     y = torch.randint(10, (2304,), generator=g)
-    network: Callable[[], nn.Module] = resnet18 if name == "resnet18" else ViT
+    network: Callable[[], nn.Module]
+    network = resnet18 if name == "resnet18" else ViT
     what = {"resnet18": "ResNet-18, 32 x 32, batch 512", "vit": "ViT-S on patches of 4 x 4, batch 256"}[name]
     return Workload(name, what, x[:2048], y[:2048], (x[2048:], y[2048:]), network, 512 if name == "resnet18" else 256)
 

@@ -6,16 +6,22 @@ from ine_callback.report.group import GroupScore
 from ine_callback.report.reading import ReportError
 from ine_callback.report.report import InfluenceReport
 from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.samples import rendered
+from ine_callback.report.shown import Image, Text, Values
 from ine_callback.report.table import RowScore, ScoreTable
 
 __all__ = [
     "Agreement",
     "Comparison",
     "GroupScore",
+    "Image",
     "InfluenceReport",
     "ReportError",
     "RowScore",
     "RunInfo",
     "ScoreTable",
+    "Text",
+    "Values",
     "example_report",
+    "rendered",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.bif.scores import BIFScores
-from ine_callback.report.plots import FAINT, INK, NULL, blank, dress, svg_of
+from ine_callback.report.plots import FAINT, INK, NULL, dress
 from ine_callback.report.words import BLUE, ORANGE, plain
 from ine_callback.scores import Floats
 
@@ -40,7 +40,7 @@ def stages(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
         raise ValueError(
             f"InfluenceReport: chains ran at {len(found)} stages; BIF(at=[2, 5, 'end']) runs them at three."
         )
-    rows, score, se = _common(found, query)
+    rows, score, se = common(found, query)
     x = np.arange(len(found))
     low, high = np.nanpercentile(score, [5, 95], axis=1)
     ax.fill_between(x, low, high, color=NULL, alpha=0.45, linewidth=0, label="middle 90 % of the rows")
@@ -63,7 +63,7 @@ def stages(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
     ax.legend(fontsize=7.5, frameon=False, loc="best")
 
 
-def _common(found: Sequence[BIFScores], query: str | None) -> tuple[NDArray[np.int64], Floats, Floats]:
+def common(found: Sequence[BIFScores], query: str | None) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Rows that every stage scores [R], their correlations with the query and standard errors [stages, R]."""
     rows = found[0].rows
     for one in found[1:]:
@@ -75,10 +75,3 @@ def _common(found: Sequence[BIFScores], query: str | None) -> tuple[NDArray[np.i
         score.append(one.correlation[at, column])
         se.append(one.se[at, column] / (one.row_sd[at] * one.query_sd[column]))
     return rows, np.stack(score), np.stack(se)
-
-
-def svg(report: InfluenceReport, query: str | None = None) -> bytes:
-    """The plot as a self-contained SVG image."""
-    drawn = blank(6.5, 3.5)
-    stages(report, drawn.subplots(), query)
-    return svg_of(drawn)

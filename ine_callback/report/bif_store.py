@@ -17,11 +17,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ine_callback.bif.scores import BIFScores, Screen, TermScores
-from ine_callback.report.files import find
+from ine_callback.report import store
+from ine_callback.report.files import find, replacing
 from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number, read_json, read_table
-from ine_callback.report.runinfo import jsonable
+from ine_callback.report.runinfo import RunInfo, jsonable
 from ine_callback.report.store import doubles, queries_fault, write_table
-from ine_callback.scores import QueryInfo
+from ine_callback.scores import QueryInfo, Scores
 
 FORMAT, VERSION = "ine_callback.bif", 2
 FILES = SCORES, TERMS, META = "bif.parquet", "bif_terms.parquet", "bif.json"
@@ -42,6 +43,14 @@ def _schema(integers: Sequence[str], numbers: Sequence[str]) -> pa.Schema:
 
 SCORES_SCHEMA = _schema(("row",), (*MATRICES, "row_sd"))
 TERMS_SCHEMA = _schema(("row", "term"), OF_TERMS)
+
+
+def save(scores: Scores, run: RunInfo, stages: Sequence[BIFScores], folder: Path) -> Path:
+    """See :meth:`InfluenceReport.save`: the whole report, with its chains."""
+    with replacing(folder, store.FILES + FILES) as aside:
+        store.write(scores, run, aside)
+        write(stages, aside)
+    return folder
 
 
 def write(stages: Sequence[BIFScores], folder: Path) -> None:

@@ -1,46 +1,105 @@
-"""The report as one static HTML file: no scripts, no network, every text from data escaped."""
+"""The report as one HTML file: our script and data that it draws; no network, every text from data stays text.
+
+The page's policy lets run only the two scripts whose hashes it names, ours and Bokeh's, and nothing from data.
+"""
 
 from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from hashlib import sha256
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report import bif_plots, bif_view, plots
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.report import bif_view
+from ine_callback.report.answers import answers, class_matrix
+from ine_callback.report.charts import charts, script
 from ine_callback.report.files import replace_file
 from ine_callback.report.optional import need
+from ine_callback.report.pagedata import Classes, encoded, payload
+from ine_callback.report.samples import Render, Samples, classes, classes_of
+from ine_callback.report.shown import Shown, Text
 from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnings
-from ine_callback.report.words import ORANGE, null_check, plain, tails
+from ine_callback.report.words import ORANGE, decimals, null_check, plain, signed, tails
 
 if TYPE_CHECKING:
     from ine_callback.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
     from ine_callback.report.table import ScoreTable
 
-DETAILED = 4  # queries shown with plots and tables unless the caller names them
-LISTED, FLAGGED = 10, 100
-_ALT = {
-    "distribution": "Histogram of the scores over their permutation null",
-    "volcano": "Scores against the negative logarithm of their q-values",
-    "extremes": "The most extreme rows with 95 % intervals",
-}
+TABS = 24  # queries with a tab unless the caller names them
+DETAILED = 4  # queries with tables for a page without script
+LISTED, CARDS, MOST = 10, 8, 240  # lines of a table; rows shown at each end of a query, and in all
 
 
-def write_html(report: InfluenceReport, path: Path, queries: Iterable[str] | None = None) -> Path:
-    """Writes :func:`page` to ``path``."""
-    return replace_file(path, page(report, queries).encode())
+def write_html(
+    report: InfluenceReport,
+    path: Path,
+    queries: Iterable[str] | None = None,
+    samples: Any = None,
+    labels: Any = None,
+    render: Render | None = None,
+) -> Path:
+    """See :meth:`InfluenceReport.write_html`."""
+    return replace_file(path, page(report, queries, samples, labels, render).encode())
 
 
-def page(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
+def page(
+    report: InfluenceReport,
+    queries: Iterable[str] | None = None,
+    samples: Any = None,
+    labels: Any = None,
+    render: Render | None = None,
+) -> str:
     """The HTML document as text."""
-    jinja2 = need("jinja2", "InfluenceReport.write_html")
-    need("matplotlib", "InfluenceReport.write_html")
-    names = list(report.queries[:DETAILED] if queries is None else queries)
+    template = _template()
+    policy, scripts = _scripts()
+    names = list(report.queries[:TABS] if queries is None else queries)
     facts = report.summary()
+    known = _classes(report, samples, labels)
+    data = payload(report, facts, names, known)
+    shown, faults = _samples(report, names, samples, render)
     combined = report.run.config.get("combined")
+    text: str = template.render(
+        policy=policy,
+        scripts=scripts,
+        style=_resource("report.css"),
+        data=encoded(data),
+        charts=encoded(charts()),
+        facts=facts,
+        flag_at=FLAG_AT,
+        answers=answers(report, facts),
+        headline=headline(facts),
+        alarms=[line for line in warnings(report, facts) if line.startswith("NULL")],
+        warnings=[line for line in warnings(report, facts) if not line.startswith("NULL")],
+        overview=[query | {"ends": tails(query["kind"])} for query in facts["queries"]],
+        names=names,
+        sections=[_section(report, facts["queries"][report.column(name)]) for name in names[:DETAILED]],
+        more=len(report.queries) - len(names),
+        runs=f"{combined} runs" if combined else "one run",
+        scatter=_scatter(report),
+        classes=known,
+        matrix=None if known is None else _matrix(report, *known),
+        samples=shown,
+        faults=faults,
+        wide=" wide" if any(one.kind != "image" for one in shown.values()) else "",
+        chains=None if report.bif is None else _chains(report, report.bif),
+        run=_provenance(report),
+    )
+    return text
+
+
+@lru_cache
+def _template() -> Any:
+    jinja2 = need("jinja2", "InfluenceReport.write_html")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ine_callback.report"),
         autoescape=True,
@@ -48,22 +107,69 @@ def page(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": plain, "check": lambda p: null_check(float("nan") if p is None else p)}
-    text: str = environment.get_template("report.html.j2").render(
-        facts=facts,
-        flag_at=FLAG_AT,
-        headline=headline(facts),
-        advice=advice(report, facts),
-        warnings=warnings(report, facts),
-        overview=[query | {"ends": tails(query["kind"])} for query in facts["queries"]],
-        sections=[_section(report, facts["queries"][report.column(name)]) for name in names],
-        more=len(report.queries) - len(names),
-        runs=f"{combined} runs" if combined else "one run",
-        scatter=_scatter(report),
-        chains=None if report.bif is None else _chains(report, report.bif),
-        run=_provenance(report),
-    )
-    return text
+    environment.filters |= {
+        "plain": plain,
+        "signed": signed,
+        "check": lambda p: null_check(float("nan") if p is None else p),
+    }
+    return environment.get_template("report.html.j2")
+
+
+@lru_cache
+def _scripts() -> tuple[str, tuple[str, str]]:
+    """The content security policy, and the two scripts that it lets run."""
+    both = (script(), _resource("plots.js") + _resource("report.js"))
+    hashes = " ".join(f"'sha256-{b64encode(sha256(code.encode()).digest()).decode('ascii')}'" for code in both)
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'"
+    return f"{policy}; form-action 'none'", both
+
+
+def _resource(name: str) -> str:
+    return (files("ine_callback.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _classes(report: InfluenceReport, samples: Any, labels: Any) -> Classes | None:
+    """Names of the classes and each row's class, as given or as the data set tells them."""
+    if labels is None:
+        return None if samples is None else classes_of(samples, report.rows)
+    if len(labels) != report.rows:
+        raise ValueError(
+            f"InfluenceReport.write_html: {len(labels):,} labels for {report.rows:,} rows; give the class of each row"
+        )
+    return classes(labels)
+
+
+def _samples(
+    report: InfluenceReport, names: Sequence[str], samples: Any, render: Render | None
+) -> tuple[dict[int, Shown], list[str]]:
+    """The rows that cards show, the suspects first; and in words which of them could not be read."""
+    if samples is None:
+        return {}, []
+    wanted = report.drop_list()[: MOST // 3].tolist()
+    for name in sorted(names, key=lambda name: name != report.recommended_query):
+        wanted += [*report.top(CARDS, name).rows.tolist(), *report.bottom(CARDS, name).rows.tolist()]
+    found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MOST])
+    lines = [f"Row {row} could not be shown: {why}" for row, why in list(faults.items())[:3]]
+    lines += [f"… and {len(faults) - 3} more rows."] if len(faults) > 3 else []
+    return {row: _with_terms(report, row, one) for row, one in found.items()}, lines
+
+
+def _with_terms(report: InfluenceReport, row: int, one: Shown) -> Shown:
+    """Tokens without weights get BIF's scores of the row's terms."""
+    found = report.bif
+    if not isinstance(one, Text) or one.weights is not None or found is None or found.terms is None:
+        return one
+    at = np.flatnonzero(found.rows == row)
+    asked = [info.name for info in found.queries]
+    column = asked.index(report.recommended_query) if report.recommended_query in asked else 0
+    if isinstance(one.tokens, str) or not at.size or len(one.tokens) > found.terms.scores.shape[1]:
+        return one
+    return replace(one, weights=found.terms.scores[at[0], : len(one.tokens), column].tolist())
+
+
+def _matrix(report: InfluenceReport, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
+    found = class_matrix(report, names, which)
+    return None if found is None else found | {"places": decimals([found["largest"]])}
 
 
 def notebook(report: InfluenceReport) -> str:
@@ -83,23 +189,11 @@ def notebook(report: InfluenceReport) -> str:
 
 
 def _section(report: InfluenceReport, query: dict[str, Any]) -> dict[str, Any]:
+    """Tables for a page without script."""
     name, ends = query["name"], tails(query["kind"])
-    flagged = report.flagged(FLAG_AT, name)
-    more = f" (the first {FLAGGED} of {len(flagged):,})" if len(flagged) > FLAGGED else f" ({len(flagged):,})"
     upper, lower = report.top(LISTED, name), report.bottom(LISTED, name)
     longest = max((abs(one.mu) for one in [*upper[:1], *lower[:1]]), default=0.0) or 1.0  # bars of a query compare
-    return query | {
-        "plots": [
-            {
-                "name": plot,
-                "alt": f"{_ALT[plot]}, query {plain(name)}",
-                "data": _data_uri(plots.svg(plot, report, name)),
-            }
-            for plot in plots.PLOTS
-        ],
-        "tables": [_table(upper, ends.upper, longest), _table(lower, ends.lower, longest)],
-        "flagged": _table(flagged, f"All flagged rows, q ≤ {FLAG_AT:g}{more}", longest, FLAGGED),
-    }
+    return query | {"tables": [_table(upper, ends.upper, longest), _table(lower, ends.lower, longest)]}
 
 
 def _scatter(report: InfluenceReport) -> str:
@@ -123,34 +217,21 @@ def _chains(report: InfluenceReport, found: BIFScores) -> dict[str, Any]:
                 "name": query.name,
                 "agreement": bif_view.agreement(found, report.scores, query.name),
                 "tables": bif_view.ends(found, column, LISTED),
-                "course": _course(report, query.name),
             }
             for column, query in enumerate(found.queries[:DETAILED])
         ],
     }
 
 
-def _course(report: InfluenceReport, query: str) -> dict[str, str] | None:
-    """The plot over the stages of training, where there are several."""
-    if len(report.bif_stages) < 2:
-        return None
-    alt = f"Bayesian influence of the extreme rows at each stage of training, query {plain(query)}"
-    return {"alt": alt, "data": _data_uri(bif_plots.svg(report, query))}
-
-
-def _table(table: ScoreTable, title: str, longest: float, limit: int = LISTED) -> dict[str, Any]:
+def _table(table: ScoreTable, title: str, longest: float) -> dict[str, Any]:
     """A table for the template; ``mark`` of a line is its score's tone, ``width`` its bar in per cent."""
-    cells = table.cells(limit)
-    part = table[:limit]
+    cells = table.cells(LISTED)
+    part = table[:LISTED]
     marks = [
         {"tone": "suspect" if color == ORANGE else "good", "width": round(min(100.0, 100 * abs(one.mu) / longest))}
         for one, color in zip(part, cells.colors, strict=True)
     ]
     return {"title": title, "head": cells.head, "lines": list(zip(cells.body, marks, strict=True))}
-
-
-def _data_uri(image: bytes) -> str:
-    return f"data:image/svg+xml;base64,{b64encode(image).decode('ascii')}"
 
 
 def _provenance(report: InfluenceReport) -> list[tuple[str, str]]:

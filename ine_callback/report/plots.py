@@ -7,7 +7,7 @@ rows that pull hard on their own loss), blue the other end, grey the null and ev
 from __future__ import annotations
 
 from collections.abc import Callable
-from io import BytesIO
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,26 +42,20 @@ def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) ->
         >>> ax.get_xlabel()
         '← harmful     z = μ / its sd under the null     helpful →'
     """
-    column = report.column(query)
     ends = tails(report.info(query).kind)
-    z, null = _z(report, column), report.scores.null_mu[column]
-    null = null[np.abs(null) < CAP]
-    reach = max(4.0, float(np.abs(np.concatenate([z, null])).max(initial=0.0)) * 1.04)
-    bins = 2 * int(np.clip(np.sqrt(z.size), 15, 45))  # even, so that 0 is an edge and no bar mixes signs
-    edges = np.linspace(-reach, reach, bins + 1)
-    if null.size:
-        ax.stairs(_density(null, edges), edges, fill=True, color=NULL, linewidth=0, label=f"null, {null.size:,} draws")
+    found = densities(report, report.column(query))
+    edges, reach = found.edges, found.edges[-1]
+    if found.draws:
+        ax.stairs(found.null, edges, fill=True, color=NULL, linewidth=0, label=f"null, {found.draws:,} draws")
     else:
         grid = np.linspace(-reach, reach, 400)
-        normal = np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi)
-        ax.fill_between(grid, normal, color=NULL, linewidth=0, label="standard normal null")
-    density, middle = _density(z, edges), bins // 2
+        ax.fill_between(grid, _normal(grid), color=NULL, linewidth=0, label="standard normal null")
+    middle = len(found.rows) // 2
     for word, sign, first in ((ends.low, -1.0, 0), (ends.high, 1.0, middle)):
-        half, its_edges = density[first : first + middle], edges[first : first + middle + 1]
+        half, its_edges = found.rows[first : first + middle], edges[first : first + middle + 1]
         ax.stairs(half, its_edges, color=ends.color(sign), linewidth=1.7, baseline=None, label=f"{word} rows")
     ax.set_yscale("log")
-    single = [1.0 / (size * (edges[1] - edges[0])) for size in (null.size, z.size) if size]
-    ax.set_ylim(bottom=0.5 * min([*single, 0.01]), top=4.0)  # a bar of one row is visible
+    ax.set_ylim(bottom=found.floor, top=4.0)
     ax.set_xlim(-reach, reach)
     dress(ax, "Scores over the null", _axis(ends, "z = μ / its sd under the null"), "density of rows")
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -74,8 +68,7 @@ def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: floa
     ends = tails(report.info(query).kind)
     mu, value = np.clip(report.scores.mu[:, column], -CAP, CAP), report.scores.q[:, column]
     rows = np.flatnonzero(np.isfinite(mu) & np.isfinite(value))
-    smallest = float(value[rows][value[rows] > 0].min(initial=1.0))
-    height = -np.log10(np.maximum(value, smallest / 10))
+    height = heights(value)
     line = -float(np.log10(max(q, 1e-12)))
     flagged = value <= q
     groups = [(rows[~flagged[rows]], NULL, "not flagged")]
@@ -150,24 +143,50 @@ def figure(report: InfluenceReport, query: str | None = None) -> Figure:
     return drawn
 
 
-def svg(name: str, report: InfluenceReport, query: str | None = None) -> bytes:
-    """One plot as a self-contained SVG image with a transparent background; point clouds inside are pixels."""
-    drawn = blank(4.5, 3.5)
-    PLOTS[name](report, drawn.subplots(), query)
-    return svg_of(drawn)
-
-
-def svg_of(drawn: Figure) -> bytes:
-    """A figure as a self-contained SVG image with a transparent background."""
-    file = BytesIO()
-    drawn.savefig(file, format="svg", dpi=160, transparent=True, metadata={"Date": None, "Creator": None})
-    return file.getvalue()
-
-
 def blank(width: float, height: float) -> Figure:
     """An empty figure of so many inches."""
     drawn: Figure = need("matplotlib.figure", "InfluenceReport plots").Figure((width, height), layout="constrained")
     return drawn
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Histograms of ``z = mu / null_sd`` and of its null, over the same bins.
+
+    Attributes:
+        edges: Bins' edges [B + 1], symmetric, 0 among them, so that no bar mixes signs.
+        null: Density of the null in each bin [B]; the standard normal's where no draws were kept.
+        rows: Density of the rows in each bin [B].
+        draws: Number of draws of the null.
+        floor: Where a logarithmic axis begins: a bar of one row is visible.
+    """
+
+    edges: NDArray[np.float64]
+    null: NDArray[np.float64]
+    rows: NDArray[np.float64]
+    draws: int
+    floor: float
+
+
+def densities(report: InfluenceReport, column: int) -> Densities:
+    """What :func:`distribution` draws."""
+    z, null = _z(report, column), report.scores.null_mu[column]
+    null = null[np.abs(null) < CAP]
+    reach = max(4.0, float(np.abs(np.concatenate([z, null])).max(initial=0.0)) * 1.04)
+    edges = np.linspace(-reach, reach, 2 * int(np.clip(np.sqrt(z.size), 15, 45)) + 1)
+    expected = _density(null, edges) if null.size else _normal((edges[1:] + edges[:-1]) / 2)
+    single = [1.0 / (size * (edges[1] - edges[0])) for size in (null.size, z.size) if size]
+    return Densities(edges, expected, _density(z, edges), null.size, 0.5 * min([*single, 0.01]))
+
+
+def heights(q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``-log10 q``, with a q-value of 0 a little above the others; NaN stays."""
+    smallest = float(q[q > 0].min(initial=1.0))
+    return np.asarray(-np.log10(np.maximum(q, smallest / 10)), dtype=np.float64)
+
+
+def _normal(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi), dtype=np.float64)
 
 
 def _z(report: InfluenceReport, column: int) -> NDArray[np.float64]:

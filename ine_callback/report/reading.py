@@ -6,6 +6,8 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +35,17 @@ class ReportError(InfluenceError):
     def __init__(self, folder: Path, fault: str, remedy: str = REMEDY) -> None:
         fault = plain(fault[:LONGEST])  # it can hold foreign text
         super().__init__(f"InfluenceReport.load: {folder}: {fault}; {remedy}")
+
+
+@contextmanager
+def named(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong in foreign data inside is a :class:`ReportError` that names the folder."""
+    try:
+        yield
+    except ReportError:
+        raise
+    except FAULTS as error:
+        raise ReportError(folder, str(error)) from error
 
 
 def open_plain(folder: Path, name: str) -> BinaryIO:

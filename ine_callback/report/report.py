@@ -16,13 +16,12 @@ from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
 from ine_callback.report.export import Format
-from ine_callback.report.files import replacing
 from ine_callback.report.group import GroupScore
-from ine_callback.report.reading import FAULTS, ReportError
+from ine_callback.report.reading import named
 from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.samples import Render
 from ine_callback.report.table import ScoreTable, as_text
 from ine_callback.report.validate import checked
-from ine_callback.report.words import plain
 from ine_callback.scores import QueryInfo, Scores
 
 if TYPE_CHECKING:
@@ -132,11 +131,7 @@ class InfluenceReport:
         wrong question for label errors: flipped labels act as label smoothing and lower the loss of wrong,
         over-confident predictions. Numbers: docs/methods/fine.md.
         """
-        for kind in ("self", "margin"):
-            for query in self.scores.queries:
-                if query.kind == kind:
-                    return query.name
-        return self.queries[0]
+        return selection.recommended(self.scores)
 
     def info(self, query: str | None = None) -> QueryInfo:
         """Kind and question of a query."""
@@ -371,11 +366,7 @@ class InfluenceReport:
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.
         """
-        path = Path(folder)
-        with replacing(path, store.FILES + bif_store.FILES) as aside:
-            store.write(self.scores, self.run, aside)
-            bif_store.write(self.bif_stages, aside)
-        return path
+        return bif_store.save(self.scores, self.run, self.bif_stages, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path) -> InfluenceReport:
@@ -392,21 +383,32 @@ class InfluenceReport:
             >>> bool((again.top(5, "val").rows == example_report().top(5, "val").rows).all())
             True
         """
-        try:
+        with named(Path(folder)):
             return cls(*store.load(Path(folder)), bif_store.load(Path(folder)))
-        except ReportError:
-            raise
-        except FAULTS as error:
-            raise ReportError(Path(folder), str(error)) from error
 
-    def write_html(self, path: str | Path, queries: Iterable[str] | None = None) -> Path:
-        """Writes one static, self-contained HTML file (no scripts, no network); needs the extra ``report``.
+    def write_html(
+        self,
+        path: str | Path,
+        queries: Iterable[str] | None = None,
+        samples: Any = None,
+        labels: Any = None,
+        render: Render | None = None,
+    ) -> Path:
+        """Writes one self-contained HTML file that opens without network; needs the extra ``report``.
+
+        The page runs our script and Bokeh's, and nothing from data. A row that cannot be shown is told in the page.
 
         Args:
             path: File to write.
-            queries: Names of the queries shown in full; by default the first four. All are in the overview.
+            queries: Names of the queries with a tab; by default the first 24. All are in the overview.
+            samples: The training set: ``samples[row]`` of at most 240 rows are read and put into the file.
+            labels: Class of each row [N], numbers or texts; by default what ``samples`` tells of it.
+            render: Makes a sample an ``Image``, a ``Text`` or ``Values`` (see :func:`~ine_callback.report.rendered`).
+
+        Raises:
+            ValueError: If labels are no classes of the rows; KeyError on a query that does not exist.
         """
-        return html.write_html(self, Path(path), queries)
+        return html.write_html(self, Path(path), queries, samples, labels, render)
 
     @property
     def plot(self) -> Plots:
@@ -424,10 +426,7 @@ class InfluenceReport:
         return as_text(self)
 
     def __repr__(self) -> str:
-        names = ", ".join(repr(plain(name)) for name in self.queries[:5]) + (", …" if len(self.queries) > 5 else "")
-        missing = self.unseen.size
-        note = f"; {missing:,} row{'s' if missing > 1 else ''} never observed" if missing else ""
-        return f"InfluenceReport({self.rows:,} rows, queries: {names}{note})"
+        return view.one_line(self)
 
     def _repr_html_(self) -> str:
         return html.notebook(self)

@@ -49,6 +49,15 @@ def table(scores: Scores, rows: Rows, column: int | NDArray[np.int64], title: st
     return ScoreTable(columns(scores, rows, which), kinds, title, note)
 
 
+def recommended(scores: Scores) -> str:
+    """See :attr:`InfluenceReport.recommended_query`."""
+    for kind in ("self", "margin"):
+        for query in scores.queries:
+            if query.kind == kind:
+                return query.name
+    return scores.queries[0].name
+
+
 def extreme(scores: Scores, k: int, column: int, largest: bool) -> ScoreTable:
     """See :meth:`InfluenceReport.top` and :meth:`InfluenceReport.bottom`."""
     who = "top" if largest else "bottom"

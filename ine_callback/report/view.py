@@ -106,6 +106,14 @@ def advice(report: InfluenceReport, facts: dict[str, Any]) -> str:
     return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
 
 
+def one_line(report: InfluenceReport) -> str:
+    """What ``repr`` says."""
+    names = ", ".join(repr(plain(name)) for name in report.queries[:5]) + (", …" if len(report.queries) > 5 else "")
+    missing = report.unseen.size
+    note = f"; {missing:,} row{'s' if missing > 1 else ''} never observed" if missing else ""
+    return f"InfluenceReport({report.rows:,} rows, queries: {names}{note})"
+
+
 def terminal(report: InfluenceReport) -> Group:
     """See :class:`InfluenceReport`: what ``rich`` prints."""
     from rich.console import Group

@@ -83,7 +83,7 @@ def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     best = report.bif.correlation[:, 0].argmax()
     assert lines[0].get_ydata()[-1] == report.bif.correlation[best, 0]
     page = (tmp_path / "it" / "report.html").read_text()
-    assert "Bayesian influence of the extreme rows at each stage" in page and "After epoch 2" in page
+    assert '"stages":["epoch 1","epoch 2","end"]' in page and "After epoch 2" in page
     _, single, _ = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"chains ran at 1 stages; .*at=\[2, 5, 'end'\]"):
         single.plot.stages()

@@ -47,6 +47,7 @@ def test_digits_finds_wrong_labels_and_writes_what_it_promises(program: Callable
     assert str(report.drop_list()[0]) in printed and "bit by bit" in printed
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.lstrip().startswith("<!") and "</html>" in page and "self" in page
+    assert f'<figure data-row="{report.drop_list()[0]}">' in page and page.count("data:image/png") > 100
     assert (out / "scores.parquet").is_file()
 
 
@@ -75,6 +76,7 @@ def test_bif_char_lm_shows_which_characters_helped(program: Callable[..., str], 
     report = InfluenceReport.load(tmp_path / "report")
     assert [found.at for found in report.bif_stages] == [1, "end"] and report.bif is not None
     assert report.bif.terms is not None and report.bif.terms.scores.shape == (4, 48, len(report.queries))
+    assert 'class="helps"' in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     for title in report.queries:
         assert f"{title}: rank agreement of BIF with f-INE's μ" in printed
         assert f"row {report.bif.top(1, title)[0]:4d}" in printed

@@ -1,0 +1,105 @@
+"""What a reader wants to know first: what to fix, what matters, and whether to believe it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.report import bif_view
+from ine_callback.report.view import advice
+from ine_callback.report.words import plain, tails
+
+if TYPE_CHECKING:
+    from ine_callback.report.report import InfluenceReport
+
+LARGEST = 20  # classes, and queries, of a matrix
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question of the reader's, answered in a number or a word.
+
+    Attributes:
+        question: What is asked.
+        short: The answer at a glance.
+        tone: Its colour's name.
+        lines: Sentences below.
+        query: Name of the query to open for more.
+    """
+
+    question: str
+    short: str
+    tone: str
+    lines: list[str]
+    query: str | None = None
+
+
+def answers(report: InfluenceReport, facts: dict[str, Any]) -> list[Answer]:
+    """The three of them.
+
+    Example:
+        >>> from ine_callback.report import example_report
+        >>> report = example_report()
+        >>> [answer.short for answer in answers(report, report.summary())]
+        ['3 rows', '5 help · 3 harm', 'Yes, by its own checks']
+    """
+    return [_fix(report, facts), _matters(facts), _believe(report, facts)]
+
+
+def _fix(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
+    name = facts["recommended_query"]
+    count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
+    short = f"{count:,} row{'' if count == 1 else 's'}"
+    self_query = report.info(name).kind == "self"
+    what = "pull on their own loss, so look at their labels" if self_query else "harm, so look at them"
+    lines = [plain(f"Those that stand out (q ≤ {facts['flagged_at_q']:g} on {name!r}) by their {what}.")]
+    lines = ["No row stands out."] if not count else lines
+    return Answer("What to fix", short, "suspect" if count else "ok", [*lines, advice(report, facts)], name)
+
+
+def _matters(facts: dict[str, Any]) -> Answer:
+    """Of the query that asks about predictions: a margin rather than a loss."""
+    order = {"margin": 0, "loss": 1, "custom": 2, "self": 3}
+    query = min(facts["queries"], key=lambda query: order[query["kind"]])
+    ends = tails(query["kind"])
+    verbs = ("help", "harm") if ends.suspect < 0 else (ends.high, ends.low)
+    short = f"{query['helpful']:,} {verbs[0]} · {query['harmful']:,} {verbs[1]}"
+    total = f"Rows flagged at q ≤ {facts['flagged_at_q']:g} of {query['scored']:,} with a score on {query['name']!r}."
+    return Answer("What matters", short, "good", [plain(total), plain(query["question"])], query["name"])
+
+
+def _believe(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
+    known = [query for query in facts["queries"] if query["null_ks_p"] is not None]
+    failed, chains = len(facts["null_checks_failed"]), report.bif
+    checks = f"Null check passed for {len(known) - failed} of {len(known)} queries." if known else "No null check."
+    lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."]
+    if chains is not None:
+        passed = sum(screen.passed for screen in chains.screens)
+        lines.append(f"Bayesian influence: {bif_view.verdict(chains)} ({passed} of {len(chains.screens)} screens).")
+    if failed or (chains is not None and not chains.reliable):
+        return Answer("Can I believe it?", "Not all of it", "alarm", lines)
+    return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)
+
+
+def class_matrix(report: InfluenceReport, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
+    """Mean score of the rows of each class on the query of each class, where there are queries named ``…/class``."""
+    keys = {name.partition(" ")[0]: name for name in names}
+    asked = [(column, query) for column, query in enumerate(report.queries) if query.rpartition("/")[2] in keys]
+    asked = [one for one in asked if "/" in one[1]][:LARGEST]
+    shown = [k for k in range(len(names)) if (which == k).any()][:LARGEST]
+    if len(asked) < 2 or not shown:
+        return None
+    mu = np.clip(report.scores.mu[:, [column for column, _ in asked]], -1e30, 1e30)
+    scored = np.isfinite(mu)
+    mean = np.full((len(shown), len(asked)), np.nan)
+    for line, k in enumerate(shown):
+        rows = (which == k)[:, None] & scored
+        with np.errstate(invalid="ignore"):
+            mean[line] = np.where(rows, mu, 0.0).sum(0) / rows.sum(0)
+    largest = float(np.nanmax(np.abs(mean), initial=0.0)) or 1.0
+    cells = [[{"mu": value, "width": round(abs(value) / largest, 3)} for value in line] for line in mean.tolist()]
+    heads = [keys[query.rpartition("/")[2]] for _, query in asked]
+    return {"head": heads, "lines": list(zip([names[k] for k in shown], cells, strict=True)), "largest": largest}

@@ -1,0 +1,168 @@
+"""The numbers that the report's page draws, lists and sorts, as compact JSON that cannot leave its element."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.report import bif_plots
+from ine_callback.report.plots import densities, heights
+from ine_callback.report.selection import group
+from ine_callback.report.words import decimals, null_check, plain, tails
+from ine_callback.stats.ranks import spearman
+
+if TYPE_CHECKING:
+    from ine_callback.bif.scores import BIFScores
+    from ine_callback.report.report import InfluenceReport
+
+PAIRS, FEWEST = 200_000, 2_000  # of a row and a query in a file, and rows in any file
+ENDS = 40  # rows at each end of a query that are always there
+CAP = 1e30  # float32's range; what is larger comes from a damaged file
+GROUPS, POINTS = 12, 41  # trade-off curves, and their points
+STAGES = 3  # rows drawn at each end over the stages of training
+Classes = tuple[list[str], NDArray[np.int64]]
+
+
+def listed_rows(report: InfluenceReport, columns: Sequence[int]) -> NDArray[np.int64]:
+    """The rows [n] that the page holds: all, or of many the ends, small q-values and a sample of the rest."""
+    budget = max(FEWEST, PAIRS // max(len(columns), 1))
+    if report.rows <= budget:
+        return np.arange(report.rows)
+    scores, which = report.scores, list(columns)
+    mu = np.nan_to_num(scores.mu[:, which], nan=0.0)
+    urgent = np.nan_to_num(scores.q[:, which], nan=1.0).min(1, initial=1.0)
+    ends = np.concatenate([np.argsort(side, axis=0)[:ENDS].ravel() for side in (mu, -mu)])
+    urgent[ends] = -1.0
+    rest = urgent > 0.05
+    urgent[rest] = 1.0 + np.random.default_rng(0).random(int(rest.sum()))
+    return np.sort(np.argsort(urgent, kind="stable")[:budget])
+
+
+def payload(
+    report: InfluenceReport, facts: dict[str, Any], names: Sequence[str], classes: Classes | None
+) -> dict[str, Any]:
+    """All that the page's script reads; texts without control characters, arrays as base64 of little-endian bytes."""
+    columns = [report.column(name) for name in names]
+    rows = listed_rows(report, columns)
+    first = names.index(report.recommended_query) if report.recommended_query in names else 0
+    return {
+        "total": report.rows,
+        "flag": facts["flagged_at_q"],
+        "rows": _ints(rows),
+        "seen": _ints(report.observations[rows]),
+        "loss": _floats(report.scores.mean_loss[rows]),
+        "classes": None if classes is None else {"names": classes[0], "of": _ints(classes[1][rows])},
+        "first": first,
+        "queries": [_query(report, facts["queries"][column], column, rows, classes) for column in columns],
+    }
+
+
+def encoded(data: Any) -> str:
+    """JSON for a ``<script type="application/json">``: no letter in it can end the element.
+
+    Example:
+        >>> "<" in encoded("</script>"), json.loads(encoded("</script>"))
+        (False, '</script>')
+    """
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 and the like are escaped
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _query(
+    report: InfluenceReport, facts: dict[str, Any], column: int, rows: NDArray[np.int64], classes: Classes | None
+) -> dict[str, Any]:
+    scores, ends = report.scores, tails(facts["kind"])
+    mu, found = scores.mu[:, column], densities(report, column)
+    check = facts["null_ks_p"]
+    return {
+        "name": plain(facts["name"]),
+        "question": plain(facts["question"]),
+        **{name: getattr(ends, name) for name in ("upper", "lower", "high", "low", "suspect", "axis")},
+        "positive": facts["helpful"],
+        "negative": facts["harmful"],
+        "check": null_check(float("nan") if check is None else check),
+        "places": decimals(mu),
+        "mu": _floats(mu[rows]),
+        "se": _floats(scores.se[rows, column]),
+        "height": _floats(heights(scores.q[:, column])[rows]),
+        "null": {
+            **{name: _floats(getattr(found, name)) for name in ("edges", "null", "rows")},
+            "floor": found.floor,
+            "draws": found.draws,
+        },
+        "groups": None if classes is None else _groups(report, column, *classes),
+        **_chains(report, facts["name"], rows),
+    }
+
+
+def _groups(report: InfluenceReport, column: int, names: list[str], which: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """The rows of each of the largest classes as one set, with its trade-off curve."""
+    scored = np.isfinite(report.scores.mu[:, column])
+    sizes = np.bincount(which[scored], minlength=len(names))
+    lines = []
+    for index in np.argsort(-sizes, kind="stable")[:GROUPS].tolist():
+        if not sizes[index]:
+            continue
+        one = group(report.scores, np.flatnonzero(scored & (which == index)), column)
+        mean = min(max(one.mu / one.size, -CAP), CAP)
+        if np.isfinite([one.mu, one.z]).all():
+            z = min(max(one.z, -CAP), CAP)
+            lines.append({"name": names[index], "size": one.size, "mean": mean, "z": z, "curve": _curve(one.mu)})
+    return lines
+
+
+def _curve(mu: float) -> str:
+    from ine_callback.stats.tradeoff import tradeoff
+
+    return _floats(tradeoff(mu, np.linspace(0.0, 1.0, POINTS)))
+
+
+def _chains(report: InfluenceReport, query: str, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """BIF's scores of the page's rows, its course over the stages and its terms, where chains asked the query."""
+    found = report.bif
+    if found is None or query not in [info.name for info in found.queries]:
+        return {"bif": None, "course": None}
+    column, bif = found.column(query), np.full(len(rows), np.nan)
+    _, here, there = np.intersect1d(rows, found.rows, return_indices=True)
+    bif[here] = found.ranking[there, column]
+    both = np.isfinite(bif) & np.isfinite(report.scores.mu[rows, report.column(query)])
+    mu = report.scores.mu[rows, report.column(query)]
+    rank = float(spearman(mu[both], bif[both])) if both.sum() > 2 else float("nan")
+    return {
+        "bif": _floats(bif),
+        "agreement": f"rank agreement {rank:.2f}" if np.isfinite(rank) else "",
+        "course": _course(report.bif_stages, query),
+    }
+
+
+def _course(stages: Sequence[BIFScores], query: str) -> dict[str, Any] | None:
+    """The rows that are most extreme at the last stage, over all stages; as ``report.plot.stages``."""
+    asked = all(query in [info.name for info in stage.queries] for stage in stages)
+    if len(stages) < 2 or not asked:
+        return None
+    rows, score, _ = bif_plots.common(stages, query)
+    score = np.clip(np.nan_to_num(score), -CAP, CAP)
+    if not rows.size:
+        return None
+    order = np.argsort(-score[-1], kind="stable")
+    chosen = list(dict.fromkeys([*order[:STAGES].tolist(), *order[::-1][:STAGES].tolist()]))
+    low, high = np.percentile(score, [5, 95], axis=1)
+    return {
+        "stages": ["end" if stage.at == "end" else f"epoch {stage.at}" for stage in stages],
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "lines": [{"row": int(rows[k]), "score": score[:, k].tolist()} for k in chosen],
+    }
+
+
+def _floats(values: NDArray[np.float64]) -> str:
+    return b64encode(np.clip(values, -CAP, CAP).astype("<f4").tobytes()).decode("ascii")
+
+
+def _ints(values: NDArray[np.int64]) -> str:
+    return b64encode(values.astype("<i4").tobytes()).decode("ascii")

@@ -1,0 +1,283 @@
+// The page's own script, after plots.js. Text from data goes into the page through textContent alone, or onto Bokeh's canvas.
+
+const page = JSON.parse(document.getElementById("data").textContent);
+const documents = JSON.parse(document.getElementById("charts").textContent);
+const at = (id) => document.getElementById(id);
+const PAGE = 25, CARDS = 8;
+
+// ---- numbers ----
+
+function bytes(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
+}
+const floats = (text) => new Float32Array(bytes(text));
+const ints = (text) => new Int32Array(bytes(text));
+
+const rows = ints(page.rows), seen = ints(page.seen), loss = floats(page.loss);
+const classOf = page.classes && ints(page.classes.of);
+const place = new Map(Array.from(rows, (row, k) => [row, k])); // of a row id in the arrays
+const everyRow = Array.from(rows.keys());
+
+const sign = (text) => text.replace("-", "−");
+const finite = Number.isFinite;
+
+function number(value, places) {
+  if (!finite(value)) return "–";
+  return sign(Math.abs(value) >= 1e6 ? value.toExponential(2) : value.toFixed(places));
+}
+function signed(value, places) {
+  return finite(value) ? (value > 0 ? "+" : "") + number(value, places) : "–";
+}
+function probability(height) {
+  const q = 10 ** -height;
+  return !finite(height) ? "–" : q < 0.001 ? "<0.001" : q.toFixed(3);
+}
+const className = (k) => (classOf ? page.classes.names[classOf[k]] : "");
+
+function unpacked(query) {
+  if (!query.ready) {
+    for (const name of ["mu", "se", "height"]) query[name] = floats(query[name]);
+    if (query.bif) query.bif = floats(query.bif);
+    const limit = -Math.log10(page.flag) - 1e-6; // heights are rounded to 32 bits
+    query.flagged = everyRow.map((k) => query.height[k] >= limit && query.mu[k] !== 0);
+    query.ready = true;
+  }
+  return query;
+}
+const tone = (query, k) => (query.mu[k] * query.suspect > 0 ? "suspect" : "good");
+const interval = (query, k) => {
+  const reach = 1.96 * query.se[k];
+  if (!finite(reach)) return "–";
+  return `${signed(query.mu[k] - reach, query.places)} … ${signed(query.mu[k] + reach, query.places)}`;
+};
+
+// ---- elements ----
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children); // strings become text nodes
+  return made;
+}
+
+const heads = (names) => element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
+
+function sampleOf(row) {
+  const found = document.querySelector(`#samples [data-row="${row}"] .sample`);
+  return found ? found.cloneNode(true) : null;
+}
+
+// ---- state ----
+
+const state = { query: page.first, row: null, text: "", side: "all", cls: "all", by: "mu", up: false, page: 0 };
+let order = [];
+const query = () => unpacked(page.queries[state.query]);
+
+// ---- cards: the most extreme rows themselves ----
+
+function cards(target, title, end) {
+  const now = query();
+  const which = everyRow.filter((k) => now.mu[k] * end > 0).sort((a, b) => end * (now.mu[b] - now.mu[a])).slice(0, CARDS);
+  at(`${target}-title`).textContent = title;
+  at(target).replaceChildren(...(which.length ? which.map((k) => card(now, k)) : [element("p", { class: "soft" }, "None.")]));
+}
+
+function card(now, k) {
+  const made = element("button", { class: "card-row", type: "button", "data-row": rows[k] });
+  const sample = sampleOf(rows[k]);
+  if (sample) made.append(sample);
+  made.append(element("span", { class: "who" }, `row ${rows[k]}`));
+  if (classOf) made.append(element("span", { class: "class" }, `class ${className(k)}`));
+  made.append(
+    element("span", { class: `mu ${tone(now, k)}` }, `μ ${signed(now.mu[k], now.places)}`),
+    element("span", { class: "soft" }, `q ${probability(now.height[k])}`),
+  );
+  made.addEventListener("click", () => choose(rows[k], true));
+  return made;
+}
+
+// ---- the row that the reader chose ----
+
+function choose(row, scroll = false) {
+  state.row = row;
+  detail();
+  ring();
+  const found = order.indexOf(place.get(row));
+  if (found >= 0) state.page = Math.floor(found / PAGE);
+  table();
+  if (scroll && innerWidth <= 1100) at("detail").scrollIntoView({ block: "start" }); // beside the rest where there is room
+}
+
+function detail() {
+  const k = place.get(state.row), box = at("detail-body");
+  if (k === undefined) return;
+  const facts = element("dl", {});
+  const fact = (name, value) => facts.append(element("dt", {}, name), element("dd", {}, value));
+  if (classOf) fact("class", className(k));
+  fact("95 % interval", interval(query(), k));
+  fact("seen", seen[k] ? `${seen[k]}×` : "never");
+  fact("mean loss", number(loss[k], 3));
+  const body = element("tbody");
+  page.queries.forEach((one, index) => {
+    const each = unpacked(one);
+    const line = element("tr", index === state.query ? { class: "now" } : {}, element("th", { scope: "row" }, each.name));
+    line.append(
+      element("td", { class: `mu ${tone(each, k)}` }, signed(each.mu[k], each.places)),
+      element("td", {}, probability(each.height[k])),
+    );
+    body.append(line);
+  });
+  const missing = document.querySelector("#samples [data-row]") ? "This row itself is not in the file." : "";
+  box.replaceChildren(
+    element("h3", { id: "detail-title" }, `Row ${state.row}`),
+    sampleOf(state.row) ?? element("p", { class: "soft" }, missing), facts,
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, heads(["query", "μ", "q"])), body)),
+  );
+  for (const button of document.querySelectorAll(".card-row")) {
+    button.classList.toggle("chosen", Number(button.dataset.row) === state.row);
+  }
+}
+
+// ---- the table of all rows ----
+
+const COLUMNS = {
+  row: { title: "row", value: (k) => rows[k], text: (k) => String(rows[k]) },
+  class: { title: "class", value: (k) => classOf[k], text: className, left: true },
+  mu: { title: "μ", value: (k) => query().mu[k], text: (k) => signed(query().mu[k], query().places) },
+  interval: { title: "95 % interval", value: (k) => query().se[k], text: (k) => interval(query(), k) },
+  q: { title: "q", value: (k) => -query().height[k], text: (k) => probability(query().height[k]) },
+  bif: { title: "BIF", value: (k) => query().bif[k], text: (k) => (finite(query().bif[k]) ? sign(query().bif[k].toPrecision(3)) : "–") },
+  loss: { title: "mean loss", value: (k) => loss[k], text: (k) => number(loss[k], 3) },
+  seen: { title: "seen", value: (k) => seen[k], text: (k) => (seen[k] ? `${seen[k]}×` : "never") },
+};
+const columns = () => Object.keys(COLUMNS).filter((key) => (key !== "class" || classOf) && (key !== "bif" || query().bif));
+
+function arrange() { // filter and sort
+  const now = query(), words = state.text.toLowerCase().split(/[\s,;]+/).filter(Boolean);
+  const sides = {
+    all: () => true, flagged: (k) => now.flagged[k], suspect: (k) => now.flagged[k] && now.mu[k] * now.suspect > 0,
+    other: (k) => now.flagged[k] && now.mu[k] * now.suspect < 0, unseen: (k) => !seen[k],
+  };
+  const word = (k) => words.some((each) => String(rows[k]) === each || className(k).toLowerCase().includes(each));
+  const cls = state.cls === "all" ? null : Number(state.cls);
+  const kept = everyRow.filter((k) => sides[state.side](k) && (cls === null || classOf[k] === cls) && (!words.length || word(k)));
+  const values = Float64Array.from(everyRow, COLUMNS[columns().includes(state.by) ? state.by : "mu"].value);
+  const side = state.up ? 1 : -1;
+  order = kept.sort((a, b) => {
+    const x = values[a], y = values[b];
+    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y); // without a score: last
+    return side * (x - y) || a - b;
+  });
+  state.page = 0;
+  table();
+}
+
+function table() {
+  const keys = columns(), pages = Math.max(1, Math.ceil(order.length / PAGE));
+  state.page = Math.min(Math.max(state.page, 0), pages - 1);
+  const head = element("tr", {}, ...keys.map((key) => {
+    const chosen = key === state.by, cell = element("th", { scope: "col", class: COLUMNS[key].left ? "left" : "" });
+    cell.setAttribute("aria-sort", chosen ? (state.up ? "ascending" : "descending") : "none");
+    const button = element("button", { type: "button", "data-by": key }, COLUMNS[key].title, chosen ? (state.up ? " ▲" : " ▼") : "");
+    button.addEventListener("click", () => {
+      state.up = chosen ? !state.up : key === "row" || key === "q" || key === "class";
+      state.by = key;
+      arrange();
+      document.querySelector(`#table [data-by="${key}"]`).focus();
+    });
+    cell.append(button);
+    return cell;
+  }));
+  const lines = order.slice(state.page * PAGE, (state.page + 1) * PAGE).map((k) => line(keys, k));
+  at("table").replaceChildren(
+    element("caption", {}, "All rows on this query"), element("thead", {}, head), element("tbody", {}, ...lines),
+  );
+  const from = order.length ? state.page * PAGE + 1 : 0, held = rows.length < page.total ? ` held here, of ${page.total.toLocaleString("en")}` : "";
+  at("count").textContent = `${from}–${Math.min(from + PAGE - 1, order.length)} of ${order.length.toLocaleString("en")} rows${held}`;
+  at("previous").disabled = state.page === 0;
+  at("next").disabled = state.page === pages - 1;
+}
+
+function line(keys, k) {
+  const now = query(), made = element("tr", rows[k] === state.row ? { class: "chosen", "aria-current": "true" } : {});
+  for (const key of keys) {
+    const text = COLUMNS[key].text(k), cell = element("td", COLUMNS[key].left ? { class: "left" } : {});
+    if (key === "row") cell.append(element("button", { type: "button", class: "link", "aria-label": `show row ${text}` }, text));
+    else cell.textContent = text;
+    if (key === "mu" && finite(now.mu[k])) cell.className = `mu ${tone(now, k)}`;
+    made.append(cell);
+  }
+  made.addEventListener("click", () => choose(rows[k], true));
+  return made;
+}
+
+// ---- tabs and controls ----
+
+function open(index) {
+  state.query = index;
+  const now = query();
+  document.querySelectorAll("[role=tab]").forEach((tab, k) => {
+    tab.setAttribute("aria-selected", String(k === index));
+    tab.tabIndex = k === index ? 0 : -1;
+  });
+  at("panel").setAttribute("aria-labelledby", `tab-${index}`);
+  at("question").textContent = now.question;
+  at("check").textContent = `null check ${now.check}`;
+  at("check").className = `tag ${now.check.split(" ")[0]}`;
+  const ends = [[now.lower, -1], [now.upper, 1]]; // the end to inspect comes first
+  if (now.suspect > 0) ends.reverse();
+  cards("first", ...ends[0]);
+  cards("second", ...ends[1]);
+  for (const [value, text] of [["suspect", now.suspect > 0 ? now.high : now.low], ["other", now.suspect > 0 ? now.low : now.high]]) {
+    at("side").querySelector(`[value=${value}]`).textContent = `flagged, ${text}`;
+  }
+  state.by = "mu";
+  state.up = now.suspect < 0;
+  arrange();
+  draw();
+  if (state.row === null && order.length) state.row = rows[order[0]];
+  detail();
+  ring();
+  table();
+}
+
+function dark() {
+  const scheme = document.documentElement.style.colorScheme;
+  return scheme ? scheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+function start() {
+  if (at("gallery")) at("gallery").hidden = true; // cards and the chosen row show copies
+  const tabs = [...document.querySelectorAll("[role=tab]")];
+  tabs.forEach((tab, index) => {
+    tab.addEventListener("click", () => open(index));
+    tab.addEventListener("keydown", (event) => {
+      const steps = { ArrowRight: 1, ArrowLeft: -1, Home: -index, End: tabs.length - 1 - index };
+      if (!(event.key in steps)) return;
+      event.preventDefault();
+      const next = (index + steps[event.key] + tabs.length) % tabs.length;
+      open(next);
+      tabs[next].focus();
+    });
+  });
+  if (page.classes) {
+    at("class").append(...page.classes.names.map((text, index) => element("option", { value: index }, text)));
+  } else at("class").closest("label").hidden = true;
+  at("text").addEventListener("input", () => { state.text = at("text").value; arrange(); });
+  at("side").addEventListener("change", () => { state.side = at("side").value; arrange(); });
+  at("class").addEventListener("change", () => { state.cls = at("class").value; arrange(); });
+  at("previous").addEventListener("click", () => { state.page -= 1; table(); });
+  at("next").addEventListener("click", () => { state.page += 1; table(); });
+  at("theme").addEventListener("click", () => {
+    document.documentElement.style.colorScheme = dark() ? "light" : "dark";
+    draw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  for (const link of document.querySelectorAll("[data-open]")) {
+    link.addEventListener("click", () => open(Number(link.dataset.open)));
+  }
+  if (page.queries.length) open(page.first);
+  embed().then(draw).then(() => at("panel").setAttribute("aria-busy", "false"));
+}
+
+start();

@@ -1,0 +1,70 @@
+"""A synthetic report of everything that the page can draw, with rows to show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from scipy.special import ndtr
+from scipy.stats import false_discovery_control
+
+from ine_callback.bif.scores import BIFScores, Screen, TermScores
+from ine_callback.report import InfluenceReport, example_report
+from ine_callback.scores import QueryInfo, QueryKind, Scores
+
+CLASSES, TERMS = ("cat", "dog", "owl"), 12
+
+
+def report_of(rows: int = 240, named: str = "", chains: bool = True) -> InfluenceReport:
+    """Self-influence, a margin and one query a class, with chains at three stages; ``named`` is in every name."""
+    random = np.random.default_rng(1)
+    kinds: dict[str, QueryKind] = {"self": "self", "margin": "margin"} | {f"class/{name}": "loss" for name in CLASSES}
+    queries = tuple(QueryInfo(f"{named}{name}", kind, f"What about {name}? {named}") for name, kind in kinds.items())
+    z = random.standard_normal((rows, len(queries)))
+    which = classes_of(rows)
+    for k in range(len(CLASSES)):  # a class helps itself, and harms the next one
+        z[which == k, 2 + k] += 3.0
+        z[which == (k + 1) % len(CLASSES), 2 + k] -= 2.0
+    z[:8, 0] += np.linspace(9.0, 5.0, 8)
+    z[:8, 1] -= 6.0
+    z[-1] = np.nan
+    seen = np.arange(rows) < rows - 1
+    p = 2.0 * ndtr(-np.abs(z))
+    q = np.full_like(p, np.nan)
+    q[seen] = np.stack([false_discovery_control(column) for column in p[seen].T], axis=1)
+    null_sd = np.where(seen[:, None], 0.05, np.nan) * np.ones(len(queries))
+    scores = Scores(
+        queries=queries, mu=z * null_sd, se=null_sd, p=p, q=q, t=z, p_t=p, null_sd=null_sd,
+        observations=np.where(seen, 9, 0), mean_loss=np.where(seen, random.gamma(1.5, 0.3, rows), np.nan),
+        null_mu=random.standard_normal((len(queries), 4 * rows)), null_ks_p=np.full(len(queries), 0.4),
+    )  # fmt: skip
+    run = replace(example_report().run, rows=rows, notes=[f"Synthetic. {named}"])
+    asked = queries[:2]
+    stages = [_chains(scores, asked, at, weight, named) for at, weight in ((2, 0.2), (5, 0.7), ("end", 1.0))]
+    return InfluenceReport(scores, run, stages if chains else None)
+
+
+def classes_of(rows: int) -> np.ndarray:
+    """Each row's class, as a number."""
+    return np.arange(rows) % len(CLASSES)
+
+
+def labels_of(rows: int, named: str = "") -> list[str]:
+    """Each row's class, as a name."""
+    return [f"{named}{CLASSES[k]}" for k in classes_of(rows)]
+
+
+def _chains(scores: Scores, queries: tuple[QueryInfo, ...], at: int | str, weight: float, named: str) -> BIFScores:
+    random = np.random.default_rng(2)
+    rows = np.arange(min(60, len(scores.mu) - 1))
+    found = weight * scores.mu[rows][:, : len(queries)] + 0.03 * random.standard_normal((len(rows), len(queries)))
+    small = np.full_like(found, 0.03)
+    q = np.full_like(found, 0.2)
+    sd = np.full(len(rows), 1.0)
+    terms = random.standard_normal((len(rows), TERMS, len(queries))) * found[:, None]
+    return BIFScores(
+        rows, queries, found, small, q, q, found, small, found, 0 * found, found + 400.0, sd, sd[: len(queries)],
+        np.zeros((4, 20)), (Screen(f"drift{named}", 0.1, "below 0.5", True, "raise burn_in"),),
+        settings={"step_size": 1e-4, "n_beta": 30.0, "localization": 100.0}, at=at,  # type: ignore[arg-type]
+        terms=TermScores(terms, np.abs(terms), np.abs(terms)),
+    )  # fmt: skip

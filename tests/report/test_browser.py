@@ -1,0 +1,217 @@
+"""The report's page in a browser: it opens without network, works, stays responsive, and runs nothing from data."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.report import pages
+from tests.report.test_hostile_text import PAYLOADS
+
+api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
+HOSTILE = "".join(PAYLOADS.values())
+ROWS, WIDE, PHONE = 240, {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One headless Chromium: the system's, or playwright's own."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    with api.sync_playwright() as play:
+        try:
+            one = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except api.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield one
+        one.close()
+
+
+def write(path: Path) -> None:
+    """A page of everything, of many rows, or of hostile text."""
+    if path.name == "all.html":
+        images = np.random.default_rng(0).random((ROWS, 1, 8, 8))
+        pages.report_of(ROWS).write_html(path, samples=images, labels=pages.labels_of(ROWS))
+    elif path.name == "many.html":
+        pages.report_of(20_000, chains=False).write_html(path, labels=pages.labels_of(20_000))
+    else:
+        texts = [(HOSTILE, {HOSTILE: HOSTILE})[row % 2] for row in range(ROWS)]
+        pages.report_of(ROWS, HOSTILE).write_html(path, samples=texts, labels=pages.labels_of(ROWS, HOSTILE))
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+    """Opens a page offline; at the end nothing may have gone wrong in any, and nothing been asked of a network."""
+    faults: list[str] = []
+    folder = tmp_path_factory.mktemp("pages")
+
+    def open_page(name: str, **options: Any) -> Any:
+        page = browser.new_context(offline=True, viewport=WIDE, **options).new_page()
+        page.on("console", lambda one: faults.append(one.text) if one.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("dialog", lambda one: faults.append(one.message))
+        page.on("request", lambda one: None if one.url.startswith(("file:", "data:")) else faults.append(one.url))
+        if not (folder / name).exists():  # a test process may run few of these tests
+            write(folder / name)
+        page.goto((folder / name).as_uri())
+        if options.get("java_script_enabled", True):
+            page.wait_for_selector("#panel[aria-busy=false]")
+        return page
+
+    yield open_page
+    assert not faults
+
+
+@pytest.fixture(scope="module")
+def shared(opened: Open) -> Any:
+    """The page of everything."""
+    return opened("all.html")
+
+
+@pytest.fixture
+def page(shared: Any) -> Any:
+    """The same at its first tab, wide, light and unfiltered."""
+    shared.set_viewport_size(WIDE)
+    shared.evaluate("Object.assign(state, { text: '', side: 'all', cls: 'all' }); open(0)")
+    return shared
+
+
+def first_rows(page: Any, count: int = 3) -> list[int]:
+    return [int(text) for text in page.locator("#table tbody td:first-child").all_inner_texts()[:count]]
+
+
+def test_plots_are_drawn_and_follow_the_tabs(page: Any) -> None:
+    for name in ("volcano", "null", "chains", "course", "tradeoff"):
+        image = Image.open(io.BytesIO(page.locator(f"#plot-{name}").screenshot())).convert("HSV")
+        colored = (np.asarray(image)[..., 1] > 100).sum()  # points and lines; axes and the null are grey
+        assert colored > 100, name
+    before = page.evaluate("[...sources.get('volcano.rest').data.x]")
+    page.get_by_role("tab", name="class/dog").click()
+    assert page.evaluate("[...sources.get('volcano.rest').data.x]") != before
+    assert page.locator("#plot-chains").is_hidden()  # no chains asked this query
+    page.keyboard.press("ArrowLeft")
+    assert page.get_by_role("tab", selected=True).inner_text() == "class/cat"
+    assert page.locator("#question").inner_text() == "What about class/cat?"
+    assert page.get_by_role("tab", selected=True).evaluate("tab => tab === document.activeElement")
+
+
+def test_the_worst_rows_are_there_with_their_images_and_a_click_shows_them(page: Any) -> None:
+    report = pages.report_of(ROWS)
+    cards = page.locator("#first .card-row")
+    worst = report.top(8, "self").rows.tolist()
+    assert [int(card.get_attribute("data-row")) for card in cards.all()] == worst
+    assert cards.locator("img").count() == 8 and page.locator("#gallery").is_hidden()
+    cards.nth(2).click()
+    assert page.locator("#detail-title").inner_text() == f"Row {worst[2]}"
+    assert page.locator("#detail img").count() == 1
+    assert page.locator("#table tr[aria-current=true] td").first.inner_text() == str(worst[2])
+    row = page.evaluate("sources.get('volcano.high').data.row[5]")
+    page.locator("#plot-volcano").scroll_into_view_if_needed()
+    x, y = page.evaluate(
+        "(() => { const {x, y} = sources.get('volcano.high').data, view = Bokeh.index.find_one(plots.get('volcano'));"
+        "const box = view.el.getBoundingClientRect(), {x_scale, y_scale} = view.frame;"
+        "return [box.x + x_scale.compute(x[5]), box.y + y_scale.compute(y[5])] })()"
+    )
+    page.mouse.click(x, y)
+    page.wait_for_selector(f"#detail-title:text-is('Row {row}')", timeout=5000)
+
+
+def test_the_table_sorts_and_filters(page: Any) -> None:
+    report = pages.report_of(ROWS)
+    assert first_rows(page) == report.top(3, "self").rows.tolist()
+    page.get_by_role("button", name="μ ▼").click()
+    assert first_rows(page) == report.bottom(3, "self").rows.tolist()
+    assert page.locator("#table th[aria-sort=ascending]").inner_text() == "μ ▲"
+    page.get_by_role("button", name="mean loss", exact=True).click()
+    assert first_rows(page) == report.suspect_labels(3).tolist()
+    page.locator("#side").select_option("suspect")
+    assert page.locator("#count").inner_text().endswith(f"of {report.drop_list().size} rows")
+    page.locator("#side").select_option("all")
+    page.locator("#class").select_option(label="owl")
+    assert {row % 3 for row in first_rows(page, 25)} == {2}
+    page.locator("#class").select_option("all")
+    page.locator("#text").fill("17, 4")
+    assert sorted(first_rows(page)) == [4, 17]
+    page.locator("#text").fill("")
+    page.get_by_role("button", name="Next page").click()
+    assert page.locator("#count").inner_text() == "26–50 of 240 rows"
+    page.locator("#side").select_option("unseen")
+    assert first_rows(page) == [239]
+
+
+def test_twenty_thousand_rows_stay_responsive(opened: Open) -> None:
+    page = opened("many.html")
+    assert page.locator("#count").inner_text() == "1–25 of 20,000 rows"
+    timed = "action => { const from = performance.now(); action(); return performance.now() - from }"
+    for action in (
+        "document.querySelector('[data-by=loss]').click()",
+        "at('text').value = 'dog'; at('text').dispatchEvent(new Event('input'))",
+        "at('tab-1').click()",
+    ):
+        assert page.evaluate(f"({timed})(() => {{ {action} }})") < 1000, (
+            action
+        )  # tens of milliseconds on an idle machine
+    assert page.locator("#count").inner_text() == "1–25 of 6,667 rows"
+
+
+def test_hostile_text_stays_text(opened: Open) -> None:
+    page = opened("hostile.html")
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+    page.locator("#first .card-row").first.click()
+    page.locator("#table tbody tr").nth(3).click()
+    page.locator("#plot-volcano").hover()
+    assert page.evaluate("document.querySelectorAll('script').length") == 4
+    foreign = "iframe, base, object, img, link, main style, [onload], [onerror], [onmouseover], [href^=java]"
+    assert page.evaluate(f"document.querySelectorAll('{foreign}').length") == 0
+    assert page.evaluate("document.documentElement.dataset.owned") is None
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert HOSTILE[:200] in page.locator("[role=tab]").first.text_content()
+    assert "<script>" in page.locator("#class").text_content() and "<script>" in page.locator("#detail").text_content()
+
+
+def test_only_the_page_s_own_scripts_run(browser: Any, tmp_path: Path) -> None:
+    """What escaping let through would be stopped by the policy; without the policy we would see it."""
+    text = pages.report_of(ROWS).write_html(tmp_path / "r.html", []).read_text("utf-8")
+    guarded = text.replace("</main>", PAYLOADS["element"] + PAYLOADS["handler"] + "</main>")
+    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", guarded)
+    page = browser.new_page()
+    owned = []
+    for each in (guarded, bare):
+        (tmp_path / "r.html").write_text(each, "utf-8")
+        page.goto((tmp_path / "r.html").as_uri())
+        owned.append(page.evaluate("document.documentElement.dataset.owned"))
+    assert owned == [None, "1"]
+
+
+def test_dark_scheme_and_its_switch(page: Any) -> None:
+    shade = "parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
+    axis = "plots.get('volcano').below[0].axis_label_text_color"
+    light = page.evaluate(axis)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(shade) < 60 and page.evaluate(axis) != light
+    page.get_by_role("button", name="Switch between light and dark").click()
+    assert page.evaluate(shade) > 200 and page.evaluate(axis) == light
+
+
+def test_a_phone_s_width_is_enough(page: Any) -> None:
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_without_script_tables_and_rows_are_there(opened: Open) -> None:
+    page = opened("all.html", java_script_enabled=False)
+    assert (
+        page.locator("h2", has_text="margin").first.is_visible() and page.locator("noscript table").first.is_visible()
+    )
+    assert page.locator("#samples img").first.is_visible() and not page.locator("#table").is_visible()
