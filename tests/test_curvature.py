@@ -262,3 +262,15 @@ def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(monkeypa
     expected = kfac.discount(own, 0.3).apply(torch.ones(1, *own.layout))
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_single)
     torch.testing.assert_close(kfac.discount(own, 0.3).apply(torch.ones(1, *own.layout)), expected)
+
+
+def test_an_observation_may_stand_for_several_steps() -> None:
+    first, later = outer(), outer()
+    own, thrice = observed(first, later, later, later)
+    once = KFAC()
+    once.observe(own, first, 1.0)
+    once.end_step()
+    once.observe(own, later, 1.0, steps=3)
+    once.end_step()
+    expected, found = thrice.discount(own, 0.7), once.discount(own, 0.7)
+    torch.testing.assert_close(dense(found, first.layout), dense(expected, first.layout), **EXACT)

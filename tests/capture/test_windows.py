@@ -1,0 +1,94 @@
+"""Windows that are not cut out, against windows that are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ine_callback.capture import Outer
+from ine_callback.capture import records as module
+from ine_callback.capture.layers import convolution
+from ine_callback.capture.windows import Windows
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+LAYERS = {
+    "plain": (nn.Conv2d(3, 4, 3), (3, 7, 6)),
+    "strided, dilated, padded": (nn.Conv2d(2, 4, (2, 3), stride=(2, 1), dilation=(1, 2), padding=(1, 2)), (2, 7, 9)),
+    "groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 5, 5)),
+    "one dimension": (nn.Conv1d(3, 5, 4, stride=3), (3, 17)),
+    "three dimensions": (nn.Conv3d(2, 3, 2), (2, 4, 3, 4)),
+    "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 5)),
+}
+
+
+@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
+def pair(request: pytest.FixtureRequest) -> tuple[Windows, Outer]:
+    """A convolution's record with its bias, and the same with all windows formed."""
+    layer, shape = request.param
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(5, *shape, generator=draw, dtype=torch.float64)
+    delta = torch.randn(5, *layer.double()(a).shape[1:], generator=draw, dtype=torch.float64)
+    records = convolution(layer, a, delta, 5)
+    lazy = records["weight"].join(records["bias"])
+    assert isinstance(lazy, Windows)
+    return lazy, Outer(lazy.formed(), lazy.delta)
+
+
+def test_they_answer_alike(pair: tuple[Windows, Outer]) -> None:
+    lazy, formed = pair
+    groups, out, inputs = formed.layout
+    assert lazy.layout == formed.layout and lazy.rows == formed.rows and lazy.units == formed.units
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    signs = draw(3, groups * out)
+    for queries in (1, 2, 6):
+        u = draw(queries, *formed.layout)
+        torch.testing.assert_close(lazy.parts(u, signs), formed.parts(u, signs), **EXACT)
+    torch.testing.assert_close(lazy.energies(signs), formed.energies(signs), **EXACT)
+    torch.testing.assert_close(lazy.squared_norms(), formed.squared_norms(), **EXACT)
+    torch.testing.assert_close(lazy.total(), formed.total(), **EXACT)
+    weights = draw(2, *formed.layout)
+    torch.testing.assert_close(lazy.norms(weights), formed.norms(weights), **EXACT)
+    left, right = draw(groups, out, 2), draw(groups, inputs, 3)
+    turned = lazy.rotated(left, right), formed.rotated(left, right)
+    torch.testing.assert_close(turned[0].gradient(slice(1, 4)), turned[1].gradient(slice(1, 4)), **EXACT)
+    torch.testing.assert_close(lazy.compressed(right).g, formed.gradient(slice(None)) @ right, **EXACT)
+    torch.testing.assert_close(
+        lazy.transposed().gradient(slice(0, 5)), formed.transposed().gradient(slice(0, 5)), **EXACT
+    )
+    rows = torch.tensor([3, 0])
+    assert torch.equal(lazy.formed(rows), formed.a[rows])
+
+
+def test_the_windows_are_those_of_unfold() -> None:
+    layer, shape = LAYERS["strided, dilated, padded"]
+    assert isinstance(layer, nn.Conv2d)
+    a = torch.randn(5, *shape, dtype=torch.float64)
+    record = convolution(layer, a, layer.double()(a), 5)["weight"]
+    assert isinstance(record, Windows)
+    options = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
+    unfolded = F.unfold(a, layer.kernel_size, **options)
+    torch.testing.assert_close(record.formed()[:, 0], unfolded.transpose(1, 2), **EXACT)
+
+
+@pytest.mark.parametrize("full", [(True, True), (False, False)])
+def test_looks_at_some_positions_cover_all_of_them(
+    pair: tuple[Windows, Outer], full: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every position is looked at once in as many phases as there are strides."""
+    formed = pair[1]
+    positions = formed.delta.shape[2]
+    truth = formed.moments(full)
+    monkeypatch.setattr(module, "MOST_POSITIONS", formed.rows * positions // 3)
+    every = -(-positions * formed.rows // module.MOST_POSITIONS)
+    for record in pair:
+        phases = [(k + 0.5) / every for k in range(every)]
+        looks = [record.moments(full, phase) for phase in phases]
+        sizes = [len(range(k, positions, every)) for k in range(every)]
+        for side in range(2):
+            mean = sum(look[side] * size for look, size in zip(looks, sizes, strict=True)) / positions
+            torch.testing.assert_close(mean, truth[side], **EXACT)
