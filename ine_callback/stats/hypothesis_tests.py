@@ -87,8 +87,9 @@ def fit_variance_prior(variance: ArrayLike, df: ArrayLike) -> VariancePrior:
         return VariancePrior(0.0, 1.0)
     middle = float(np.median(s2))
     s2 = np.maximum(s2, 1e-5 * (middle if middle > 0 else float(s2.mean())))
-    e = np.log(s2) - special.digamma(nu / 2) + np.log(nu / 2)
-    spread = float(e.var(ddof=1) - special.polygamma(1, nu / 2).mean())
+    each, which = np.unique(nu, return_inverse=True)  # rows are many, their degrees of freedom few
+    e = np.log(s2) + (np.log(each / 2) - special.digamma(each / 2))[which]
+    spread = float(e.var(ddof=1) - special.polygamma(1, each / 2)[which].mean())
     if spread <= 0:
         return VariancePrior(math.inf, float((nu * s2).sum() / nu.sum()))
     half = inverse_trigamma(spread)
