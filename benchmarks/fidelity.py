@@ -32,6 +32,7 @@ from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.metrics import Floats, agreement, auroc, over_seeds
 from ine_callback import Recorder
+from ine_callback.lowrank import RANK
 from ine_callback.methods.fine import FINE
 from ine_callback.options import InitialWeights
 from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
@@ -66,9 +67,10 @@ def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Setting:
     """How a run is recorded; the intervals are the package's defaults."""
 
-    refresh_every: int = 20
+    refresh_every: int | None = None
     discount: bool = True
-    curvature_every: int = 4
+    curvature_every: int | None = None
+    rank: int | None = RANK
     self_query: bool = False
     reservoir: int = 800
     initial_weights: InitialWeights = "random"
@@ -95,6 +97,7 @@ class SummedFINE(FINE):
 
 ALTERNATIVES = {
     "default": Setting(self_query=True),
+    "nothing in low rank": Setting(rank=None, self_query=True),
     "discount by K-FAC alone": Setting(reservoir=0),
     "noise of the rows' order alone": Setting(initial_weights="fixed"),
     "discount off (first order)": Setting(discount=False),
@@ -174,6 +177,7 @@ def make_recorder(model: nn.Module, optimizer: Any, scheduler: Any, problem: g1.
         schedulers=[] if scheduler is None else [(scheduler, 1)],
         refresh_every=setting.refresh_every,
         curvature_every=setting.curvature_every,
+        rank=setting.rank,
         discount=setting.discount,
         reservoir=setting.reservoir,
         initial_weights=setting.initial_weights,
