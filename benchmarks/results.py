@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import cost
+from benchmarks.markdown import number, table
 from benchmarks.pictures import PLOTS
 
 HEAD = """\
@@ -149,21 +151,6 @@ Spearman per query: over the 55 groups, mean over queries. Slope: of the truth o
 are too large. AUROC and seeds: the most suspicious rows are those with the lowest mean score over queries (or the
 highest self-influence or loss). Plain training without a recorder: {plain:.2f} s.
 """
-
-
-def number(value: float | None) -> str:
-    if value is None or value != value:
-        return ""
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
-
-
-def numbers(values: float | list[float]) -> str:
-    return " / ".join(map(number, values)) if isinstance(values, list) else number(values)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def g1(results: dict[str, Any]) -> Iterable[str]:
@@ -352,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.notes:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
-    sections |= {"bif_devinterp": bif_devinterp, "resume": resume}
+    sections |= {"bif_devinterp": bif_devinterp, "resume": resume, "overhead": cost.overhead, "scale": cost.scale}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

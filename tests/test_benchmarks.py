@@ -32,13 +32,15 @@ def run(module: str, *arguments: str) -> str:
         ("mislabel", "## Wrong labels"),
         ("randomness", "## Stability"),
         ("bif", "## BIF by the number of draws"),
-        ("fidelity --optimizers sgd", "Influence of a row on its own loss"),
+        ("overhead", "## Overhead"),
+        ("scale", "## Growth with rows"),
         ("lds --problems logistic transformer --only run", "## Retraining, transformer"),
         pytest.param(
             "lds --problems logistic --only BIF", "| ine_callback BIF, Laplace term |", marks=pytest.mark.long
         ),
         pytest.param("lds", "## Protocol G2", marks=pytest.mark.long),
         pytest.param("fidelity", "## Protocol G1", marks=pytest.mark.long),
+        pytest.param("fidelity --optimizers sgd", "Influence of a row on its own loss", marks=pytest.mark.long),
         pytest.param("fidelity --sweep", "## Protocol G1", marks=pytest.mark.long),
     ],
 )

@@ -1,0 +1,91 @@
+"""Sections on what a recording costs, for results.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.markdown import table
+
+OVERHEAD_HEAD = """\
+## Overhead: {what} ({device})
+
+```bash
+python -m benchmarks.overhead --workloads {name} --json overhead.json{flags}
+```
+
+{parameters:,} parameters, {plain:.1f} ms a plain step. Time of a step by that of the plain step, with the 95 % interval of
+the medians' ratio; `look`: a step that observes the curvature too, `refresh`: one that makes new directions. Both become
+rare, so whole runs cost what the last columns say. "exact": `rank=None`.
+"""
+FIDELITY = """\
+The default against the exact mode, after {visits:.1f} visits a row: {lines}. Directions kept {kept:.1%} of the signals'
+variance at least.
+"""
+SCALE_HEAD = """\
+## Growth with rows and queries
+
+```bash
+python -m benchmarks.scale --json scale.json
+```
+
+f-INE's part of a step of {batch} rows, and its state; then the end of the fit: scores with all tests, files, page.
+"""
+
+
+def overhead(results: dict[str, Any]) -> Iterable[str]:
+    """A section for each workload of ``benchmarks.overhead``."""
+    flags = "" if results["device"].startswith("CPU") else " --device cuda"
+    for name, found in results["workloads"].items():
+        known = {"what": found["what"], "device": results["device"], "name": name, "parameters": found["parameters"]}
+        yield OVERHEAD_HEAD.format(**known, plain=found["plain_ms"], flags=flags)
+        lengths = found["steppers"]["one query"]["runs"]
+        memory = ["peak memory"] if "peak_memory_ratio" in found["steppers"]["plain"] else []
+        yield table(
+            ["", "ordinary", "look", "refresh", *(f"{int(n):,} steps" for n in lengths), *memory],
+            ([stepper, *_cells(row, list(lengths), bool(memory))] for stepper, row in found["steppers"].items()),
+        )
+        lines = [
+            f"{query} Spearman {each['spearman']:.4f}, error {each['relative_error']:.3f} of the scores' deviation"
+            for query, each in found["fidelity"]["queries"].items()
+        ]
+        visits = next(iter(found["fidelity"]["queries"].values()))["visits_a_row"]
+        yield FIDELITY.format(visits=visits, lines="; ".join(lines), kept=found["fidelity"]["kept_share"] or 1.0)
+
+
+def _cells(row: dict[str, Any], lengths: list[str], memory: bool) -> list[str]:
+    kinds = []
+    for kind in ("ordinary", "look", "refresh"):
+        found = row.get(kind)
+        low, high = found["interval"] if found else (0.0, 0.0)
+        kinds.append(f"{found['ratio']:.2f} ({low:.2f}–{high:.2f})" if found else "")
+    runs = [f"{row['runs'][n]:.2f}" if "runs" in row else "" for n in lengths]
+    return [*kinds, *runs, *([f"{row['peak_memory_ratio']:.3f}"] if memory else [])]
+
+
+def scale(results: dict[str, Any]) -> Iterable[str]:
+    """The section of a file of ``benchmarks.scale``."""
+    yield SCALE_HEAD.format(batch=results["batch"])
+    yield table(
+        ["rows", "queries", "accumulators", "ms a step", "state, MB"],
+        (
+            [
+                f"{r['rows']:,}",
+                f"{r['queries']}",
+                f"{r['rows'] * r['queries']:,}",
+                f"{r['fold_ms']:.2f}",
+                f"{r['state_bytes'] / 1e6:,.1f}",
+            ]
+            for r in results["steps"]
+        ),
+    )
+    columns = {"scores_s": "scores", "save_s": "save", "html_s": "page", "fit_end_s": "fit end, s", "load_s": "load"}
+    yield table(
+        ["rows", "queries", *columns.values(), "files, MB"],
+        (
+            [f"{r['rows']:,}", f"{r['queries']}"]
+            + [f"{r[c]:.2f}" for c in columns]
+            + [f"{(r['file_bytes'] + r['html_bytes']) / 1e6:,.1f}"]
+            for r in results["ends"]
+        ),
+    )
