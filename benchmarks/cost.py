@@ -14,13 +14,13 @@ OVERHEAD_HEAD = """\
 python -m benchmarks.overhead --workloads {name} --json overhead.json{flags}
 ```
 
-{parameters:,} parameters, {plain:.1f} ms a plain step. Time of a step by that of the plain step, with the 95 % interval of
-the medians' ratio; `look`: a step that observes the curvature too, `refresh`: one that makes new directions. Both become
-rare, so whole runs cost what the last columns say. "exact": `rank=None`.
+{parameters:,} parameters, {plain:.1f} ms a plain step. Time of a step by that of the plain step, with the 95 % interval
+of the medians' ratio; `look`: a step that observes the curvature too, `refresh`: one that makes new directions. Both
+become rare, so whole runs cost what the last columns say. "exact": `rank=None`.
 """
 FIDELITY = """\
-The default against the exact mode, after {visits:.1f} visits a row: {lines}. Directions kept {kept:.1%} of the signals'
-variance at least.
+The default against the exact mode, after {visits:.1f} visits a row: {lines}.
+Directions kept {kept:.1%} of the signals' variance at least.
 """
 SCALE_HEAD = """\
 ## Growth with rows and queries
