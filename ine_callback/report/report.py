@@ -18,10 +18,12 @@ from ine_callback.report.compare import Comparison
 from ine_callback.report.export import Format
 from ine_callback.report.files import replacing
 from ine_callback.report.group import GroupScore
+from ine_callback.report.labels import suggest_labels
 from ine_callback.report.reading import FAULTS, ReportError
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable, as_text
 from ine_callback.report.validate import checked
+from ine_callback.report.weights import weights
 from ine_callback.report.words import plain
 from ine_callback.scores import QueryInfo, Scores
 
@@ -229,6 +231,8 @@ class InfluenceReport:
             array([ 3, 29, 17])
         """
         return selection.by_loss(self.scores, k)
+
+    suggest_labels, weights = suggest_labels, weights
 
     def row(self, row: int) -> ScoreTable:
         """One row on every query; a row that was never observed has NaN and says so.
