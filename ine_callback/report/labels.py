@@ -62,7 +62,7 @@ class LabelSuggestions:
             >>> found.corrected([1, 1, 1])
             array([1, 1, 0])
         """
-        out = np.array(labels, dtype=np.int64)
+        out = np.asarray(labels).astype(np.int64)
         sure = self.confidence >= confidence
         out[self.rows[sure]] = self.proposed[sure]
         return out
