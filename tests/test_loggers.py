@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ine_callback import InfluenceCallback
+from ine_callback import InfluenceCallback, loggers
 from ine_callback.loggers import SHARE, RunLog
 from ine_callback.report import example_report
 
 QUERY = 'some <script>"é"'  # of letters that not all loggers take
 NAME = "some _script____"
+
+
+@pytest.fixture(autouse=True)
+def _every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So short an epoch would often go without, by the clock."""
+    monkeypatch.setattr(loggers, "SHARE", math.inf)
 
 
 class Net(L.LightningModule):
@@ -35,13 +42,13 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(loggers: list[Any], *callbacks: InfluenceCallback) -> L.Trainer:
+def fit(told: list[Any], *callbacks: InfluenceCallback) -> L.Trainer:
     torch.manual_seed(0)
     x = torch.randn(48, 4)
     data = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8, shuffle=True)
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", logger=loggers, log_every_n_steps=2, callbacks=[*callbacks], **quiet
+        max_epochs=2, accelerator="cpu", logger=told, log_every_n_steps=2, callbacks=[*callbacks], **quiet
     )
     trainer.fit(Net(), data)
     return trainer
@@ -126,7 +133,8 @@ def test_nothing_is_logged_when_that_is_switched_off() -> None:
     assert not [metrics for _, metrics in bare.metrics if any(key.startswith("influence") for key in metrics)]
 
 
-def test_scores_of_an_epoch_are_left_out_where_they_are_dear() -> None:
+def test_scores_of_an_epoch_are_left_out_where_they_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "SHARE", SHARE)
     bare, asked = Bare(), []
     log = RunLog(
         L.Trainer(logger=bare, accelerator="cpu", enable_checkpointing=False), "InfluenceCallback", strict=True
