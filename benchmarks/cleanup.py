@@ -177,17 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems = ["flips"] if args.quick or where is None else args.problems or ["flips", *HUMAN]
     results: dict[str, Any] = {"protocol": "cleanup", "machine": machine(), "problems": {}}
     for name in problems:
-        synthetic = where is None or name == "flips"
-        problem = flipped(where, held_out=5000) if synthetic else human(where, HUMAN[name], held_out=2000)
+        if where is None or name == "flips":
+            problem = flipped(where, held_out=5000)
+        else:
+            problem = human(where, HUMAN[name], held_out=2000)
         if args.quick:
-            first = slice(300)
-            problem = Problem(
-                *(part[first] for part in (problem.x, problem.y, problem.true, problem.wrong)),
-                problem.xq,
-                problem.yq,
-                4,
-                0.05,
-            )
+            x, y, true = problem.x[:300], problem.y[:300], problem.true[:300]
+            problem = replace(problem, x=x, y=y, true=true, wrong=problem.wrong[:300], epochs=4)
         runs = [one_seed(problem, seed) for seed in track(range(seeds), description=name)]
         about = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "tests": len(problem.yq) - QUERIES}
         suggestions = {key: float(np.nanmean([found[key] for _, found in runs])) for key in runs[0][1]}

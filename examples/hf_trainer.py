@@ -1,4 +1,4 @@
-"""The same recording in a Hugging Face Trainer: a tiny BERT learns to tell which of two kinds of words a text has more of.
+"""The same recording in a Hugging Face Trainer: a tiny BERT learns of which kind of word a text has more.
 
 Nothing is downloaded: texts and model are made here; 10 % of the labels are wrong.
 
@@ -44,10 +44,11 @@ def make_trainer(train: Dataset, val: Dataset, out: str, epochs: float, seed: in
         **{"intermediate_size": 64, "max_position_embeddings": LENGTH + 1},
         **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
     )
-    arguments = TrainingArguments(
+    settings = {
         **{"output_dir": out, "num_train_epochs": epochs, "learning_rate": 2e-3, "per_device_train_batch_size": 32},
-        **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": seed, **options},
-    )
+        **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": seed},
+    }
+    arguments = TrainingArguments(**{**settings, **options})
     return Trainer(BertForSequenceClassification(config), arguments, train_dataset=train, eval_dataset=val)
 
 

@@ -30,7 +30,7 @@ from ine_callback.sources import DataSource
 OWNER = "InfluenceTrainerCallback"
 
 
-class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transformers imports lazily
+class InfluenceTrainerCallback(TrainerCallback):
     """Records while a Hugging Face ``Trainer`` trains; adds itself to it. Training is bit-identical with and without.
 
     The report is saved to ``influence`` in the Trainer's output folder. One process without float16 scaling; the
@@ -69,8 +69,8 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transf
     ) -> None:
         self.report: InfluenceReport | None = None
         self._trainer, self._queries, self._max_query_rows = trainer, queries, max_query_rows
-        self._options = {"methods": methods, "initial_weights": initial_weights, "refresh_every": refresh_every}
-        self._options |= {"uncaptured": uncaptured, "on_error": on_error}
+        self._options: dict[str, Any] = {"methods": methods, "initial_weights": initial_weights}
+        self._options |= {"refresh_every": refresh_every, "uncaptured": uncaptured, "on_error": on_error}
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None
         self._tracker = RowTracker(OWNER)

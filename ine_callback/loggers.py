@@ -121,14 +121,14 @@ def _files(report: InfluenceReport, folder: Path | None) -> Iterator[Path]:
 
 
 def _show(logger: Any, report: InfluenceReport, files: Path, step: int) -> None:
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     figures = {_name(q): report.figure(q) for q in report.queries[:FIGURES]} if find_spec("matplotlib") else {}
     if hasattr(logger, "log_table") and hasattr(logger, "log_image"):  # Weights & Biases
         first = report.top(100, report.recommended_query)
         logger.log_table(f"{PREFIX}/first_rows", columns=list(first[0]._fields), data=[list(row) for row in first])
         for name, figure in figures.items():
             logger.log_image(f"{PREFIX}/{name}/figure", [_image(figure)])
-        experiment.log_artifact(str(files), name="influence-report", type="report")  # type: ignore[union-attr]
+        experiment.log_artifact(str(files), name="influence-report", type="report")
     elif hasattr(experiment, "log_artifacts") and hasattr(logger, "run_id"):  # MLflow
         for name, figure in figures.items():
             experiment.log_figure(logger.run_id, figure, f"{PREFIX}/{name.replace('/', '_')}.png")

@@ -98,7 +98,7 @@ def suggest_labels(
     """Which label each suspected row may really have, with the probability that it is right.
 
     With *out-of-fold* probabilities, of models that were not trained on the row, the confidence is honest: on digits
-    with 10 % wrong labels it adds up to the number of right proposals (docs/howto.md). With those of a model that was
+    with random flips it adds up to nearly the number of right proposals (docs/howto.md). With those of a model that was
     trained on the row itself it is not: such a model has learnt the wrong label too, so the noise found is near 0, and
     so are all confidences; the order of the other classes is still good.
 
@@ -172,8 +172,8 @@ def _harmed(report: InfluenceReport, given: Labels, rows: Labels) -> Labels:
             f"{WHO}: without probabilities the report needs one query for each class, from one Query.per_class('val'); "
             f"its queries are {', '.join(map(repr, report.queries[:20]))}"
         )
-    mu = report.scores.mu[np.ix_(rows, list(classes.values()))]
-    numbers = np.array(list(classes))
+    mu = report.scores.mu[rows][:, list(classes.values())]
+    numbers = np.array(list(classes), dtype=np.int64)
     mu = np.where((numbers == given[rows, None]) | np.isnan(mu), np.inf, mu)
     out: Labels = numbers[mu.argmin(1)]
     return out
