@@ -41,10 +41,11 @@ TRACIN_CHECKPOINTS = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows x with labels y, of which ``wrong`` are not the true ones; held-out xq with true labels yq."""
+    """Rows x with labels y, of which ``wrong`` are not the ``true`` ones; held-out xq with true labels yq."""
 
     x: Tensor
     y: Tensor
+    true: Tensor
     wrong: NDArray[np.bool_]
     xq: Tensor
     yq: Tensor
@@ -52,16 +53,16 @@ class Problem:
     lr: float
 
 
-def flipped(where: Path | None, share: float = 0.2) -> Problem:
-    """Digits with a share of the labels replaced by another class."""
+def flipped(where: Path | None, share: float = 0.2, held_out: int = 500) -> Problem:
+    """Digits with a share of the labels replaced by another class; fewer are held out where there are fewer."""
     x, true = digits(where)
     g = torch.Generator().manual_seed(5)
     order = torch.randperm(len(x), generator=g)
     n = min(5000, len(x) * 2 // 3)
-    rows, held_out = order[:n], order[n : n + 500]
+    rows, query = order[:n], order[n : n + held_out]
     wrong = torch.rand(n, generator=g) < share
     y = torch.where(wrong, (true[rows] + torch.randint(1, 10, (n,), generator=g)) % 10, true[rows])
-    return Problem(x[rows], y, wrong.numpy(), x[held_out], true[held_out], 10, 0.05)
+    return Problem(x[rows], y, true[rows], wrong.numpy(), x[query], true[query], 10, 0.05)
 
 
 def human(where: Path, column: str, rows: int = 4000, held_out: int = 500) -> Problem:
@@ -74,7 +75,7 @@ def human(where: Path, column: str, rows: int = 4000, held_out: int = 500) -> Pr
         images(raw["test_jpeg"], raw["test_offsets"], held_out),
     )
     yq = torch.tensor(raw["test_label"][:held_out]).long()
-    return Problem(x, y, (y != clean).numpy(), xq, yq, 12, 0.05)
+    return Problem(x, y, clean, (y != clean).numpy(), xq, yq, 12, 0.05)
 
 
 def images(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], count: int) -> Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recorder import Recorder
     from ine_callback.report import InfluenceReport
+    from ine_callback.sampler import InfluenceSampler
 
 __all__ = [
     "BIF",
@@ -27,6 +28,7 @@ __all__ = [
     "EachRow",
     "InfluenceCallback",
     "InfluenceReport",
+    "InfluenceSampler",
     "LossQuery",
     "MarginQuery",
     "PerClassQuery",
@@ -53,6 +55,7 @@ _MODULES = {
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recorder": ["Recorder"],
     "report": ["InfluenceReport"],
+    "sampler": ["InfluenceSampler"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

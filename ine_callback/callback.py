@@ -20,6 +20,7 @@ from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import unmoved
+from ine_callback.loggers import RunLog
 from ine_callback.lowrank import RANK
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.mixing import BatchHooks
@@ -82,6 +83,7 @@ class InfluenceCallback(Callback):
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the trainer's log folder, and nothing is saved where there is no logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
+        log: Whether the trainer's loggers get scalars at the end of an epoch, and the report at the end of the fit.
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:
@@ -127,6 +129,7 @@ class InfluenceCallback(Callback):
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
         show_rows: bool = True,
+        log: bool = True,
         on_error: OnError = "warn",
     ) -> None:
         owner = self.owner
@@ -143,10 +146,12 @@ class InfluenceCallback(Callback):
         self.reservoir, self.uncaptured = reservoir, uncaptured
         self.initial_weights: InitialWeights = initial_weights
         self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
+        self._wants_log = log  # Lightning puts the module's `log` into every callback
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
         self._stages: Stages | None = None
+        self._log: RunLog | None = None
         self._saved: dict[str, Any] = {}
         self._folder: Path | None = None
         self._undo: list[Callable[[], None]] = []
@@ -154,7 +159,7 @@ class InfluenceCallback(Callback):
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._recorder = self._stages = None
+        self._recorder = self._stages = self._log = None
         if not self.enabled or stage != "fit":
             return
         owner = self.owner
@@ -243,6 +248,7 @@ class InfluenceCallback(Callback):
         self._recorder.start()
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
+        self._log = RunLog(trainer, owner, self.on_error == "raise") if self._wants_log else None
         if trainer.global_step:
             self._go_on(trainer, self._recorder)
 
@@ -342,6 +348,8 @@ class InfluenceCallback(Callback):
             with self._recorder.capture.paused():
                 for note in self._run_chains(self._stages, trainer.current_epoch + 1):
                     self._recorder.note(note)
+        if self._recorder is not None and self._recorder.recording and self._log is not None:
+            self._log.epoch(self._recorder.ledger.scores)
 
     def _run_chains(self, stages: Stages, at: Stage, mu: Floats | None = None) -> list[str]:
         """A stage's chains; a note where they could not run, for nothing else must be lost to them."""
@@ -374,6 +382,8 @@ class InfluenceCallback(Callback):
                     rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
                     with unmoved(rows):
                         self.report.write_html(folder / "report.html", samples=rows)
+            if self._log is not None:
+                self._log.end(self.report)
         except Exception as error:  # a trained model must never be lost to its report
             if self.on_error == "raise":
                 raise

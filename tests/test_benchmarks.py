@@ -30,6 +30,7 @@ def run(module: str, *arguments: str) -> str:
     [
         ("runs", "## Several runs"),
         ("mislabel", "## Wrong labels"),
+        ("cleanup", "## Acting on it"),
         ("randomness", "## Stability"),
         ("bif", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),

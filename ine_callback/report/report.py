@@ -17,11 +17,13 @@ from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
 from ine_callback.report.export import Format
 from ine_callback.report.group import GroupScore
+from ine_callback.report.labels import suggest_labels
 from ine_callback.report.reading import named
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.samples import Render
 from ine_callback.report.table import ScoreTable, as_text
 from ine_callback.report.validate import checked
+from ine_callback.report.weights import weights
 from ine_callback.scores import QueryInfo, Scores
 
 if TYPE_CHECKING:
@@ -224,6 +226,8 @@ class InfluenceReport:
             array([ 3, 29, 17])
         """
         return selection.by_loss(self.scores, k)
+
+    suggest_labels, weights = suggest_labels, weights
 
     def row(self, row: int) -> ScoreTable:
         """One row on every query; a row that was never observed has NaN and says so.
