@@ -66,8 +66,8 @@ class InfluenceCallback(Callback):
             of the steps so far (docs/methods/fine.md has the measured price of each choice).
         curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run; None: 4
             at first, later a 64th of the steps so far.
-        rank: Most dimensions of a layer's inputs in which the queries' directions are held, where those keep 99 % of
-            the signals' variance (else all). None: all, always.
+        rank: Most dimensions of a layer's inputs, for each query, in which directions are held, where those keep 99 %
+            of the signals' variance (else all). None: all, always, and self-influence without sketches (slow).
         discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
             the scores agree with retraining). Off: the paper's first-order signal.
         max_dim: Sides of a layer larger than this use a diagonal curvature.

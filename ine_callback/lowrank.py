@@ -16,7 +16,7 @@ from torch import Tensor
 
 KEPT = 0.99  # share of the signals' variance that a basis must keep
 TOP, MIXED = 8, 16  # columns of a sketch
-RANK = 32  # most dimensions of a basis
+RANK, MOST = 32, 256  # most dimensions of a basis: for each query, and in all
 SMALLEST, WORTH = 32, 0.5  # sides of a layer with fewer dimensions, and bases of more than half of them, save nothing
 SPARE, ROUNDS = 8, 3  # of the subspace iteration
 
@@ -61,7 +61,7 @@ def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Ten
         u: Directions [Q, G, O, I].
         left: Moment of the output gradients.
         right: Moment of the inputs.
-        rank: Most dimensions.
+        rank: Most dimensions for each query.
 
     Returns:
         basis [G, I, r], directions [Q, G, O, r] and the share kept (a scalar).
@@ -69,7 +69,7 @@ def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Ten
     inputs = u.shape[-1]
     if inputs < SMALLEST:
         return None
-    most = min(rank, int(WORTH * inputs))
+    most = min(rank * u.shape[0], MOST, int(WORTH * inputs))
     in_basis = right.into(u) * right.values[:, None].sqrt()
     weighted = left.into(in_basis.transpose(-1, -2)) * left.values[:, None].sqrt()  # [Q, G, I, O]
     stacked = weighted.permute(1, 0, 3, 2).flatten(1, 2)  # [G, Q O, I]

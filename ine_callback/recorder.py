@@ -58,8 +58,8 @@ class Recorder(Guard):
             steps so far.
         curvature_every: Optimizer steps between observations of the curvature (they are averaged over the run); None: 4
             at first, later a 64th of the steps so far.
-        rank: Most dimensions of a layer's inputs in which directions are held, where those keep 99 % of the signals'
-            variance (else, and for None, all).
+        rank: Most dimensions of a layer's inputs, for each query, in which directions are held, where those keep 99 %
+            of the signals' variance (else all); None: all, and self-influence without sketches.
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
         reservoir: Rows whose captured gradients are kept for the part of the discount that sees across layers (0:
