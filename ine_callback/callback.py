@@ -78,12 +78,14 @@ class InfluenceCallback(Callback):
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
         row_fn: Maps a batch to the dataset index of each of its rows [b]; needed for iterable datasets only.
         num_rows: Number of training rows, where the dataset has no length.
+        layers: Names of the modules to record, as patterns (``["model.h.11.*", "head"]``); None: all. Fewer cost less,
+            and the scores speak for their parameters alone.
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the trainer's log folder, and nothing is saved where there is no logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
-        log: Whether the trainer's loggers get scalars at the end of an epoch, and the report at the end of the fit.
+        to_loggers: Whether the trainer's loggers get scalars at the end of an epoch, and the report at the end of the fit.
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:
@@ -126,10 +128,11 @@ class InfluenceCallback(Callback):
         max_query_rows: int = 2000,
         row_fn: Callable[[Any], Tensor] | None = None,
         num_rows: int | None = None,
+        layers: list[str] | None = None,
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
         show_rows: bool = True,
-        log: bool = True,
+        to_loggers: bool = True,
         on_error: OnError = "warn",
     ) -> None:
         owner = self.owner
@@ -143,10 +146,10 @@ class InfluenceCallback(Callback):
         self.refresh_every, self.curvature_every, self.rank = refresh_every, curvature_every, rank
         self.discount, self.max_dim = discount, max_dim
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
-        self.reservoir, self.uncaptured = reservoir, uncaptured
+        self.reservoir, self.layers, self.uncaptured = reservoir, layers, uncaptured
         self.initial_weights: InitialWeights = initial_weights
         self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
-        self._wants_log = log  # Lightning puts the module's `log` into every callback
+        self.to_loggers = to_loggers
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
@@ -236,6 +239,7 @@ class InfluenceCallback(Callback):
             max_dim=self.max_dim,
             reservoir=self.reservoir,
             initial_weights=self.initial_weights,
+            layers=self.layers,
             uncaptured=self.uncaptured,
             accumulate=trainer.accumulate_grad_batches,
             distributed=trainer.world_size > 1,
@@ -248,7 +252,7 @@ class InfluenceCallback(Callback):
         self._recorder.start()
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
-        self._log = RunLog(trainer, owner, self.on_error == "raise") if self._wants_log else None
+        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.to_loggers else None
         if trainer.global_step:
             self._go_on(trainer, self._recorder)
 

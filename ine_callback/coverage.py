@@ -90,16 +90,24 @@ class Coverage:
         names = {p: n for n, p in self._module.named_parameters()}
         for block, reason in wrong.items():
             missing.update({names[p]: reason for p in block.parameters})
-        self._settle(missing)
+        self._settle(self._without_deselected(missing))
         self._dropped = set(self._capture.dropped)
         self._proved.update(p for p in self._module.parameters() if p.requires_grad)
         return [item for item in held if item[0] not in wrong]
 
+    def _without_deselected(self, missing: dict[str, str]) -> dict[str, str]:
+        """What is missing although it was asked for; the share recorded counts all that is missing."""
+        self.share = 1.0 - share_of(self._module, missing)
+        rest = {n: why for n, why in missing.items() if n.rpartition(".")[0] not in self._capture.deselected}
+        if len(rest) < len(missing):
+            left = share_of(self._module, set(missing) - set(rest))
+            self.notes.append(f"layers= leaves out {left:.1%} of the trainable parameters: scores speak for the others")
+        return rest
+
     def _settle(self, missing: dict[str, str]) -> None:
-        share = share_of(self._module, missing)
-        self.share = 1.0 - share
         if not missing:
             return
+        share = share_of(self._module, missing)
         listing = "; ".join(
             f"{name} ({share_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8]
         )
@@ -109,7 +117,7 @@ class Coverage:
         parameters = dict(self._module.named_parameters())
         if self._policy == "fallback":
             self._slow = {name: parameters[name] for name in missing}
-            self.share = 1.0
+            self.share += share
             self.notes.append(f"per-row autograd (one backward pass a row) for: {', '.join(missing)}")
             return
         self.uncaptured = {

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Literal, get_args
+
+from torch import nn
 
 from ine_callback.errors import InfluenceError
 
@@ -48,3 +52,22 @@ def check_options(
 def given(counts: dict[str, int | None]) -> dict[str, int]:
     """The options that are not left to the package."""
     return {name: value for name, value in counts.items() if value is not None}
+
+
+def checked_layers(layers: Sequence[str] | None, module: nn.Module, owner: str) -> Sequence[str] | None:
+    """The patterns of modules' names, each of which must fit one.
+
+    Raises:
+        InfluenceError: For a pattern that fits none, with some names that there are.
+    """
+    if layers is None:
+        return None
+    names = [name for name, child in module.named_modules() if any(True for _ in child.parameters(recurse=False))]
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    lost = [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]
+    if lost or not patterns:
+        raise InfluenceError(
+            f"{owner}: layers={patterns!r}: {lost[0] if lost else 'nothing'!r} fits no module with parameters of its "
+            f"own; there are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}."
+        )
+    return patterns

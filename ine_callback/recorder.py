@@ -28,7 +28,7 @@ from ine_callback.losses import Scale, read_loss
 from ine_callback.lowrank import RANK
 from ine_callback.methods import FINE, Method, checked_methods
 from ine_callback.noise import InitialNoise
-from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options, given
+from ine_callback.options import InitialWeights, OnError, Uncaptured, check_options, checked_layers, given
 from ine_callback.processes import Lockstep
 from ine_callback.provenance import run_info
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
@@ -66,6 +66,7 @@ class Recorder(Guard):
             none).
         initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
             randomness; ``fixed`` (fine-tuning) only the order of the rows.
+        layers: Patterns of the names of the modules to record, e.g. ``["*.11.*", "head"]``; None: all.
         uncaptured: What to do about parameters without a capture: name them, raise, or use per-row autograd (slow).
         accumulate: Micro-batches whose losses are averaged into one step.
         distributed: Whether the processes of the default group train together, each on its part of a batch (DDP; give
@@ -111,6 +112,7 @@ class Recorder(Guard):
         max_dim: int = 1024,
         reservoir: int = 800,
         initial_weights: InitialWeights = "random",
+        layers: Sequence[str] | None = None,
         uncaptured: Uncaptured = "warn",
         accumulate: int = 1,
         distributed: bool = False,
@@ -137,7 +139,7 @@ class Recorder(Guard):
         self._reservoir = Reservoir(reservoir if discount else 0)
         self._initial_weights: InitialWeights = initial_weights
         self._to_device, self._context = to_device or (lambda batch: batch), context
-        self.capture = Capture(module, self._receive, self.fail)
+        self.capture = Capture(module, self._receive, self.fail, checked_layers(layers, module, owner))
         self.coverage = Coverage(module, self.capture, uncaptured, owner)
         self.config: dict[str, Any] = {
             "queries": list(self.queries),
@@ -149,6 +151,7 @@ class Recorder(Guard):
             "max_dim": max_dim,
             "reservoir": reservoir,
             "initial_weights": initial_weights,
+            "layers": None if layers is None else list(layers),
             "uncaptured": uncaptured,
         }
         self.running = False

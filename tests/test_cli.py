@@ -41,9 +41,11 @@ EVERY_OPTION: dict[str, Any] = {
     "max_query_rows": 44,
     "row_fn": "test_cli.first_rows",
     "num_rows": 77,
+    "layers": ["net.*"],
     "uncaptured": "raise",
     "dirpath": "elsewhere",
     "show_rows": False,
+    "to_loggers": False,
     "on_error": "raise",
 }
 

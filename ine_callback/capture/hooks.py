@@ -7,7 +7,8 @@ module and break in-place activations). Neither draws random numbers, synchronis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ class Capture:
         module: The model.
         receive: Called in the backward pass with a module and the records of one of its calls.
         fail: Called with an exception raised inside a hook, so that the backward pass itself goes on.
+        layers: Patterns (``fnmatch``) of the modules' names; None: all.
 
     Attributes:
         active: Hooks do nothing while this is False.
         rows: Number of rows of the current batch.
+        deselected: Names of modules that no pattern fits.
         dropped: Module name -> why its gradients cannot be told apart by rows.
         approximate: Module name -> why single rows are approximate.
         unscale: Factor that undoes the scaling of the loss under mixed precision.
@@ -42,11 +45,20 @@ class Capture:
         observe_call: Set by the probe: called with (name, first input) of each hooked module instead of recording.
     """
 
-    def __init__(self, module: nn.Module, receive: Receiver, fail: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        receive: Receiver,
+        fail: Callable[[Exception], None],
+        layers: Sequence[str] | None = None,
+    ) -> None:
         self._receive, self._fail = receive, fail
         self.active, self.rows = False, 0
         inside = {child for part in compiled_parts(module) for child in part.modules()}
-        known = {child: name for name, child in module.named_modules() if _capturable(child)}
+        found = {child: name for name, child in module.named_modules() if _capturable(child)}
+        fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
+        self.deselected = set(found.values()) - set(fits)
+        known = {child: name for child, name in found.items() if name not in self.deselected}
         self.names = {child: name for child, name in known.items() if child not in inside}
         self.dropped = {name: _COMPILED for child, name in known.items() if child in inside}
         self.approximate = {

@@ -145,3 +145,27 @@ def test_the_recorder_checks_its_options(option: dict[str, object]) -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(InfluenceError, match=rf"Recorder: {next(iter(option))}="):
         Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), 4, **option)
+
+
+def test_layers_leave_the_others_out_in_silence() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = run(BY_NAME["mlp"], layers=["0"], uncaptured="raise")
+    others = [p for name, p in result.model.named_parameters() if not name.startswith("0.")]
+    whole = sum(p.numel() for p in result.model.parameters())
+    left = sum(p.numel() for p in others)
+    assert others and result.recorder.coverage.share == pytest.approx(1 - left / whole)
+    assert any("layers= leaves out" in note for note in result.recorder.coverage.notes)
+
+
+def test_signals_are_those_of_the_layers_recorded() -> None:
+    def frozen(model: nn.Module) -> dict[nn.Parameter, float]:
+        return {p: 0.0 for name, p in model.named_parameters() if not name.startswith("0.")}
+
+    check(run(BY_NAME["mlp"], layers=["0"], speed=frozen))
+
+
+@pytest.mark.parametrize("layers", [["head.*"], [], "nothing"])
+def test_patterns_that_fit_no_layer_are_refused(layers: list[str]) -> None:
+    with pytest.raises(InfluenceError, match=r"Recorder: layers=.* fits no module"):
+        run(BY_NAME["mlp"], layers=layers)
