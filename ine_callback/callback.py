@@ -85,7 +85,8 @@ class InfluenceCallback(Callback):
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the trainer's log folder, and nothing is saved where there is no logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
-        to_loggers: Whether the trainer's loggers get scalars at the end of an epoch, and the report at the end of the fit.
+        to_loggers: Whether the trainer's loggers get scalars at the end of an epoch, and at the end of the fit the
+            report (its page without training rows).
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:
