@@ -85,7 +85,7 @@ class InfluenceCallback(Callback):
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the trainer's log folder, and nothing is saved where there is no logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
-        to_loggers: Whether the trainer's loggers get scalars at the end of an epoch, and at the end of the fit the
+        log_scores: Whether the trainer's loggers get scalars at the end of an epoch, and at the end of the fit the
             report (its page without training rows).
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
@@ -133,7 +133,7 @@ class InfluenceCallback(Callback):
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
         show_rows: bool = True,
-        to_loggers: bool = True,
+        log_scores: bool = True,
         on_error: OnError = "warn",
     ) -> None:
         owner = self.owner
@@ -150,7 +150,7 @@ class InfluenceCallback(Callback):
         self.reservoir, self.layers, self.uncaptured = reservoir, layers, uncaptured
         self.initial_weights: InitialWeights = initial_weights
         self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
-        self.to_loggers = to_loggers
+        self.log_scores = log_scores
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
@@ -253,7 +253,7 @@ class InfluenceCallback(Callback):
         self._recorder.start()
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
-        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.to_loggers else None
+        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             self._go_on(trainer, self._recorder)
 

@@ -15,7 +15,7 @@ class EnvironmentCallback(InfluenceCallback):
 
     def __init__(self) -> None:
         super().__init__(
-            ["val", "self"], to_loggers=False
+            ["val", "self"], log_scores=False
         )  # a program that knows nothing of us finds its logs as they were
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -45,7 +45,7 @@ EVERY_OPTION: dict[str, Any] = {
     "uncaptured": "raise",
     "dirpath": "elsewhere",
     "show_rows": False,
-    "to_loggers": False,
+    "log_scores": False,
     "on_error": "raise",
 }
 
