@@ -77,7 +77,7 @@ class InfluenceCallback(Callback):
             per-row autograd (``"fallback"``, slow: one backward pass a row).
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the trainer's log folder, and nothing is saved where there is no logger.
-        log: Whether the trainer's loggers get scalars at the end of an epoch, and the report at the end of the fit.
+        log_scores: Whether the trainer's loggers get scalars at the end of an epoch, and the report in the end.
         on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
 
     Attributes:
@@ -121,7 +121,7 @@ class InfluenceCallback(Callback):
         num_rows: int | None = None,
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
-        log: bool = True,
+        log_scores: bool = True,
         on_error: OnError = "warn",
     ) -> None:
         owner = self.owner
@@ -136,8 +136,7 @@ class InfluenceCallback(Callback):
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
         self.reservoir, self.uncaptured = reservoir, uncaptured
         self.initial_weights: InitialWeights = initial_weights
-        self.dirpath, self.on_error = dirpath, on_error
-        self._wants_log = log  # Lightning puts the module's `log` into every callback
+        self.dirpath, self.log_scores, self.on_error = dirpath, log_scores, on_error
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
@@ -238,7 +237,7 @@ class InfluenceCallback(Callback):
         self._recorder.start()
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
-        self._log = RunLog(trainer, owner, self.on_error == "raise") if self._wants_log else None
+        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             self._go_on(trainer, self._recorder)
 

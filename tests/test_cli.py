@@ -41,6 +41,7 @@ EVERY_OPTION: dict[str, Any] = {
     "row_fn": "test_cli.first_rows",
     "num_rows": 77,
     "uncaptured": "raise",
+    "log_scores": False,
     "dirpath": "elsewhere",
     "on_error": "raise",
 }

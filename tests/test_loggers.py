@@ -129,7 +129,7 @@ def test_a_broken_logger_costs_a_warning_and_the_others_nothing(tmp_path: Path) 
 
 def test_nothing_is_logged_when_that_is_switched_off() -> None:
     bare = Bare()
-    fit([bare], influence(log=False))
+    fit([bare], influence(log_scores=False))
     assert not [metrics for _, metrics in bare.metrics if any(key.startswith("influence") for key in metrics)]
 
 
