@@ -109,6 +109,7 @@ def test_held_out_rows_are_not_trained_on(example: Load) -> None:
     assert not trained & {character for piece in held_out["a"] for character in piece[:48]}
 
 
+@pytest.mark.long  # ten trainings
 def test_retrain_compares_what_is_dropped(program: Callable[..., str]) -> None:
     printed = program("retrain.py", "--seeds", "2", "--epochs", "1")
     lines = {line[:18].strip(): line[18:].split() for line in printed.splitlines() if "±" in line}
