@@ -43,6 +43,7 @@ EVERY_OPTION: dict[str, Any] = {
     "num_rows": 77,
     "layers": ["net.*"],
     "uncaptured": "raise",
+    "log_scores": False,
     "dirpath": "elsewhere",
     "show_rows": False,
     "log_scores": False,

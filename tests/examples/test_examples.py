@@ -109,3 +109,11 @@ def test_held_out_rows_are_not_trained_on(example: Load) -> None:
     assert len(train) == 18 and len(held_out["a"]) == 2
     trained = {character for _, piece in train for character in piece[:48]}
     assert not trained & {character for piece in held_out["a"] for character in piece[:48]}
+
+
+@pytest.mark.long  # ten trainings
+def test_retrain_compares_what_is_dropped(program: Callable[..., str]) -> None:
+    printed = program("retrain.py", "--seeds", "2", "--epochs", "1")
+    lines = {line[:18].strip(): line[18:].split() for line in printed.splitlines() if "±" in line}
+    assert {"nothing", "drop_list(q=.05)", "highest loss", "random rows"} <= set(lines)
+    assert lines["nothing"][0] == "0" and lines["drop_list(q=.05)"][0] == lines["random rows"][0]
