@@ -46,7 +46,6 @@ EVERY_OPTION: dict[str, Any] = {
     "log_scores": False,
     "dirpath": "elsewhere",
     "show_rows": False,
-    "log_scores": False,
     "on_error": "raise",
 }
 
