@@ -69,7 +69,7 @@ def ours(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floats
         batch_size=BATCH,
         preconditioner="none",
         reduced=False,
-        eval_rows=BATCH,
+        eval_rows=len(problem.x),
         seed=seed,
     )
     queries = {"row": EachRow((problem.xq, problem.yq))}

@@ -66,6 +66,8 @@ class BIFScores:
         plain_se: Its standard error [R, Q].
         laplace: Covariance under the quadratic posterior, gᵢᵀ V v [R, Q]: no noise, but only to first order (NaN
             without a twin).
+        second_order: Part of ``scores`` that is there because losses bend, not because they slope: the covariance of
+            what is even in the deviation [R, Q] (NaN without mirrored pairs).
         trend: Part of ``plain`` that is there because loss and query both drift with the draw index [R, Q].
         size: Effective number of draws behind ``plain`` [R, Q].
         row_sd: Standard deviation of each row's loss over the draws [R].
@@ -93,6 +95,7 @@ class BIFScores:
     plain: Floats
     plain_se: Floats
     laplace: Floats
+    second_order: Floats
     trend: Floats
     size: Floats
     row_sd: Floats
@@ -192,5 +195,5 @@ def example_bif_scores() -> BIFScores:
     screen = Screen("drift", 0.1, "below 0.5", True, "raise burn_in")
     sd, loss = np.ones(5), np.zeros((2, 3))
     none, many = np.zeros((5, 1)), np.full((5, 1), 400.0)
-    errors = (flat, flat, flat, scores, flat, scores, none, many)
+    errors = (flat, flat, flat, scores, flat, scores, none, none, many)
     return BIFScores(np.arange(5), (info,), scores, *errors, sd, sd[:1], loss, (screen,))
