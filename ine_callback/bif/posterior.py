@@ -17,7 +17,7 @@ from ine_callback.methods.bif import BIF
 from ine_callback.stats.chains import minibatch_bias
 
 LIMIT = 2**28  # numbers held for the rows' gradients: 1 GiB in float32
-TRIED = 4  # draws at a time that tell how far is too far
+TRIED = 4  # draws, mirrored, that tell how far is too far
 PROBED = 8  # of the Fisher's directions, one of which is taken for the steepest
 _ALPHA = 0.1  # RMSprop's preconditioner is 1 / (sqrt(mean square) + alpha)
 _TOGETHER = 8  # displacements tried at a time
@@ -67,10 +67,10 @@ class LocalPosterior:
         return torch.randperm(self.count, generator=self.generator, device=self.weights.device)
 
     def _pull(self, fisher: Quadratic) -> float:
-        def losses(deviations: Tensor) -> Tensor:
-            return self.flat.values(self.weights + deviations, self.losses, self._others)
+        def loss(deviations: Tensor) -> Tensor:
+            return self.flat.values(self.weights + deviations, self.losses, self._others).mean(1)
 
-        return pull(fisher, self.weights, self.settings.n_beta, losses, lambda: self._normal(TRIED))
+        return pull(fisher, self.weights, self.settings.n_beta, loss, self._normal(TRIED))
 
     def _normal(self, count: int) -> Tensor:
         size = (count, len(self.weights))

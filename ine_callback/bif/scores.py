@@ -66,8 +66,6 @@ class BIFScores:
         plain_se: Its standard error [R, Q].
         laplace: Covariance under the quadratic posterior, gᵢᵀ V v [R, Q]: no noise, but only to first order (NaN
             without a twin).
-        second_order: Part of ``scores`` that is there because losses bend, not because they slope: the covariance of
-            what is even in the deviation [R, Q] (NaN without mirrored pairs).
         trend: Part of ``plain`` that is there because loss and query both drift with the draw index [R, Q].
         size: Effective number of draws behind ``plain`` [R, Q].
         row_sd: Standard deviation of each row's loss over the draws [R].
@@ -95,7 +93,6 @@ class BIFScores:
     plain: Floats
     plain_se: Floats
     laplace: Floats
-    second_order: Floats
     trend: Floats
     size: Floats
     row_sd: Floats
@@ -140,11 +137,6 @@ class BIFScores:
         return np.divide(self.scores, scale, out=np.full_like(self.scores, np.nan), where=scale > 0)
 
     @property
-    def noise_share(self) -> Floats:
-        """Share of the scores' variance over the rows that is Monte-Carlo noise, per query [Q]."""
-        return noise_share(self.scores, self.se)
-
-    @property
     def shrunk(self) -> Floats:
         """Scores drawn towards the Laplace term by as much as their noise asks for [R, Q]: biased, less error.
 
@@ -179,14 +171,6 @@ class BIFScores:
         return self.rows[np.argsort(self.ranking[:, self.column(query)], kind="stable")][:k]
 
 
-def noise_share(scores: Floats, se: Floats) -> Floats:
-    """Mean squared standard error over the variance of the scores, per query [Q]."""
-    variance = scores.var(0)
-    noise = (se**2).mean(0)
-    out: Floats = np.divide(noise, variance, out=np.full_like(noise, np.nan), where=variance > 0)
-    return out
-
-
 def example_bif_scores() -> BIFScores:
     """Five rows on one query, for examples."""
     scores = np.array([[0.1], [0.5], [-0.3], [0.0], [0.9]])
@@ -195,5 +179,5 @@ def example_bif_scores() -> BIFScores:
     screen = Screen("drift", 0.1, "below 0.5", True, "raise burn_in")
     sd, loss = np.ones(5), np.zeros((2, 3))
     none, many = np.zeros((5, 1)), np.full((5, 1), 400.0)
-    errors = (flat, flat, flat, scores, flat, scores, none, none, many)
+    errors = (flat, flat, flat, scores, flat, scores, none, many)
     return BIFScores(np.arange(5), (info,), scores, *errors, sd, sd[:1], loss, (screen,))

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
+from ine_callback.bif.locality import forgotten
 from ine_callback.bif.readout import Readout
 from ine_callback.bif.scores import BIFScores, Screen, TermScores
-from ine_callback.bif.screens import Facts, screens, second_order_share
+from ine_callback.bif.screens import Facts, screens
 from ine_callback.bif.sgld import SGLD, Curved
 from ine_callback.bif.shared import join_chains
 from ine_callback.methods.bif import BIF
@@ -84,7 +85,7 @@ class Tally:
         self._plain_block, self._twin_block = Comoments(), Comoments()
         self._plain_held: list[tuple[Tensor, Tensor]] = []
         self._twin_held: list[tuple[Tensor, Tensor]] = []
-        self._plain_scatter, self._scatter, self._even_scatter = Scatter(), Scatter(), Scatter()
+        self._plain_scatter, self._scatter, self._rows_scatter = Scatter(), Scatter(), Scatter()
         self._rows, self._queries = Traces(settings.draws), Traces(settings.draws)
         self._loss: list[Tensor] = []
 
@@ -104,22 +105,14 @@ class Tally:
         self._rows.update(rows)
         self._queries.update(queries)
         self._loss.append(rows[:, :: self.readout.width].mean(1).cpu())
-        self._plain_held.append((self._turned(rows), self._turned(queries)))
+        self._plain_held.append((rows, queries))
         if self.twins and twin is not None:
-            changes = self.readout.row_changes(twin), self.readout.query_changes(twin)
-            self._twin_held.append((self._turned(changes[0]), self._turned(changes[1])))
+            self._twin_held.append((self.readout.row_changes(twin), self.readout.query_changes(twin)))
         if self._plain_block.count + len(self._plain_held) == self._block:
             self._close()
         elif len(self._plain_held) == _HELD:
             self._fold()
         return True
-
-    def _turned(self, values: Tensor) -> Tensor:
-        """Mirrored chains [C, K] as the odd and the even parts of their pairs; covariances add up as before."""
-        if not self.sampler.antithetic:
-            return values
-        one, other = values.chunk(2)
-        return torch.cat([one - other, one + other]) / 2**0.5
 
     def _fold(self) -> None:
         """Draws that were held enter the block."""
@@ -132,13 +125,11 @@ class Tally:
         """Ends a block: its covariances are one sample of the scatter for every independent chain."""
         self._fold()
         covariance = self._plain_block.covariance()
-        plain = self._independent(covariance)
-        self._plain_scatter.add(plain)
-        if self.sampler.antithetic:
-            even = _even(covariance)[:, :: self.readout.width]
-            self._even_scatter.add(even - even.mean(1, keepdim=True))
+        self._plain_scatter.add(self._independent(covariance))
         if self.twins:
-            self._scatter.add(plain - self._independent(self._twin_block.covariance()))
+            covariance = covariance - self._twin_block.covariance()
+            self._scatter.add(self._independent(covariance))
+        self._rows_scatter.add(self._independent(self._apart(covariance)))
         self._merge()
 
     def _merge(self) -> None:
@@ -148,7 +139,7 @@ class Tally:
         self._plain_block, self._twin_block = Comoments(), Comoments()
 
     def _independent(self, covariance: Tensor) -> Tensor:
-        """Of mirrored chains' parts [C, R, Q] the covariances of the pairs [C/2, R, Q]."""
+        """Mirrored chains [C, R, Q] averaged to their pairs [C/2, R, Q]."""
         return covariance.unflatten(0, (2, -1)).mean(0) if self.sampler.antithetic else covariance
 
     def gather(self, processes: Processes) -> None:
@@ -156,7 +147,7 @@ class Tally:
         self._merge()
         if processes.count == 1:
             return
-        kept = ("_plain", "_twin", "_rows", "_queries", "_plain_scatter", "_scatter", "_even_scatter", "_loss")
+        kept = ("_plain", "_twin", "_rows", "_queries", "_plain_scatter", "_scatter", "_rows_scatter", "_loss")
         parts = processes.gather({name: getattr(self, name) for name in kept})
         device = self.readout.flat.weights.device
 
@@ -207,20 +198,17 @@ class Tally:
     def _estimates(self) -> tuple[dict[str, Any], TermScores | None]:
         """Covariances, errors and tests of the rows [R, Q], and of their terms."""
         plain = self._plain.covariance().mean(0)
-        laplace = second_order = torch.full_like(plain, math.nan)
+        laplace = torch.full_like(plain, math.nan)
         scores = plain
         se = plain_se = self._error(self._plain_scatter, self._plain.covariance())
         if isinstance(self.sampler.coordinates, Curved):
             laplace = self.readout.covariance(self.sampler.coordinates, self.sampler.law)
-        if self.sampler.antithetic:
-            second_order = _even(self._plain.covariance()).mean(0)
         if self.twins:
             # the Laplace term is the twins' true covariance, not that of a sample of so many draws: so the bias that
             # comes from taking off the sample's own means cancels to first order too
             scores = plain - (self._twin.covariance().mean(0) - laplace)
             se = self._error(self._scatter, self._plain.covariance() - self._twin.covariance())
-        found = {"scores": scores, "se": se, "plain": plain, "plain_se": plain_se}
-        found |= {"laplace": laplace, "second_order": second_order}
+        found = {"scores": scores, "se": se, "plain": plain, "plain_se": plain_se, "laplace": laplace}
         width = self.readout.width
         lines = {k: _array(value.unflatten(0, (-1, width))) for k, value in found.items()}
         lines["p"] = self._p(scores, se).reshape(lines["se"].shape)
@@ -269,15 +257,16 @@ class Tally:
         whole = float(covariance.mean(0).abs().sum())
         return float((covariance - self._trend()).mean(0).abs().sum()) / whole if whole > 0 else math.nan
 
+    def _apart(self, covariance: Tensor) -> Tensor:
+        """Rows' covariances [C, R, Q] without what all rows have in common, which ranks none; of lines [C, -1, Q]."""
+        of_rows = covariance[:, :: self.readout.width]
+        return of_rows - of_rows.mean(1, keepdim=True)
+
     def _screens(self, found: dict[str, Floats], loss: Floats, facts: Facts) -> list[Screen]:
-        noise = self._even_scatter.error()
-        share = second_order_share(found["second_order"], _array(noise), found["laplace"])
-        return screens(self.settings.draws, found["scores"], found["se"], share, self._survives(), loss, facts)
-
-
-def _even(covariance: Tensor) -> Tensor:
-    """What the even parts of mirrored pairs add to the pairs' covariances, [C/2, R, Q] of [C, R, Q]."""
-    return covariance.chunk(2)[1] / 2
+        covariance = self._plain.covariance() - (self._twin.covariance() if self.twins else 0)
+        noise = _array(self._error(self._rows_scatter, self._apart(covariance)))
+        lost = forgotten(float(loss.mean()), *self.readout.trained_and_blank())
+        return screens(self.settings.draws, found["scores"], noise, self._survives(), lost, loss, facts)
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -23,9 +23,9 @@ from ine_callback.report.runinfo import jsonable
 from ine_callback.report.store import doubles, queries_fault, write_table
 from ine_callback.scores import QueryInfo
 
-FORMAT, VERSION = "ine_callback.bif", 3
+FORMAT, VERSION = "ine_callback.bif", 2
 FILES = SCORES, TERMS, META = "bif.parquet", "bif_terms.parquet", "bif.json"
-MATRICES = ("scores", "se", "p", "q", "plain", "plain_se", "laplace", "second_order", "trend", "size")
+MATRICES = ("scores", "se", "p", "q", "plain", "plain_se", "laplace", "trend", "size")
 OF_TERMS = ("scores", "se", "q")
 FIELDS = {
     "at": (int, str), "rows": int, "terms": int, "queries": list, "query_sd": list, "loss": list, "screens": list,

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from ine_callback.bif.locality import RADIUS, pull
+from ine_callback.bif.locality import RADIUS, forgotten, pull
 from ine_callback.bif.quadratic import Quadratic
 
 P = 40
 WEIGHTS = torch.full((P,), 0.5)
-DRAWS = torch.Generator().manual_seed(0)
+NORMAL = torch.randn(4, P, generator=torch.Generator().manual_seed(0))
 FLAT = Quadratic(torch.zeros(1, P), 1.0, 1.0)
 
 
-Losses = Callable[[Tensor], Tensor]
-
-
-def normal() -> Tensor:
-    return torch.randn(4, P, generator=DRAWS)
-
-
-def found_by(losses: Losses, fisher: Quadratic = FLAT, n_beta: float | None = None) -> float:
-    """γ for losses [C] or [C, R]."""
-    return pull(fisher, WEIGHTS, n_beta, lambda d: losses(d).reshape(len(d), -1), normal)
-
-
-def radius(losses: Losses, n_beta: float | None = None) -> float:
+def radius(loss: object, n_beta: float | None = None) -> float:
     """In norms of the weights."""
-    return float((P / found_by(losses, n_beta=n_beta)) ** 0.5 / WEIGHTS.norm())
+    found = pull(FLAT, WEIGHTS, n_beta, loss, NORMAL)  # type: ignore[arg-type]
+    return float((P / found) ** 0.5 / WEIGHTS.norm())
 
 
-def well(width: float) -> Losses:
+def well(width: float) -> object:
     """A quadratic basin that is flat outside of its width."""
     return lambda d: 1.0 - torch.exp(-d.square().sum(1) / width**2)
 
@@ -42,7 +31,7 @@ def well(width: float) -> Losses:
 @pytest.mark.parametrize("n_beta", [None, 10.0])
 def test_a_basin_gets_half_the_weights_norm(n_beta: float | None) -> None:
     assert radius(lambda d: 2.0 + d.square().sum(1), n_beta) == pytest.approx(RADIUS)
-    assert radius(lambda d: 2.0 + d.square().sum(1) + 9 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
+    assert radius(lambda d: 2.0 + d.square().sum(1) + 2 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
 
 
 def test_a_narrow_basin_gets_less() -> None:
@@ -54,7 +43,7 @@ def test_a_narrow_basin_gets_less() -> None:
 def test_losses_that_explode_or_do_not_care() -> None:
     assert radius(lambda d: d.square().sum(1) ** 3) < RADIUS / 8  # never four times as much: as near as is tried
     assert radius(lambda d: torch.ones(len(d))) == pytest.approx(RADIUS)
-    assert pull(FLAT, torch.zeros(P), None, lambda d: d.sum(1), normal) == 1.0
+    assert pull(FLAT, torch.zeros(P), None, lambda d: d.sum(1), NORMAL) == 1.0
 
 
 def test_where_the_data_are_steep_draws_stay_near() -> None:
@@ -65,15 +54,17 @@ def test_where_the_data_are_steep_draws_stay_near() -> None:
     def loss(d: Tensor) -> Tensor:
         return 1.0 + d[:, 1:].square().sum(1) + torch.where(d[:, 0].abs() < 0.1, d[:, 0] ** 2, 50.0)
 
-    assert found_by(loss, Quadratic(steep, 1.0, 1.0), 1000.0) < found_by(loss)
+    near = pull(Quadratic(steep, 1.0, 1.0), WEIGHTS, 1000.0, loss, NORMAL)
+    assert near < pull(FLAT, WEIGHTS, None, loss, NORMAL)
 
 
-def test_draws_stay_where_slopes_tell_rows_apart() -> None:
-    """Rows with slopes of one size, and bends that grow from row to row."""
-    slopes = torch.randn(P, 30, generator=torch.Generator().manual_seed(1))
+def test_draws_stay_where_the_model_knows() -> None:
+    """A basin as wide as you like, whose loss is soon above that of no weights at all."""
 
-    def rows(bend: float) -> Losses:
-        return lambda d: 2.0 + d @ slopes + bend * d.square().sum(1, keepdim=True) * torch.linspace(0, 1, 30)
+    def steep(height: float) -> object:
+        return lambda d: 2.0 + height * d.square().sum(1) - (height - 1) * 10.0 * ((d + 0.5).abs().amax(1) < 1e-3)
 
-    found = [radius(rows(bend)) for bend in (0.0, 0.1, 10.0, 30.0)]
-    assert found[0] == found[1] == pytest.approx(RADIUS) and found[1] > found[2] > found[3]
+    assert radius(steep(1.0)) == pytest.approx(RADIUS)
+    found = [radius(steep(height)) for height in (2.0, 6.0, 100.0)]
+    assert RADIUS > found[0] > found[1] > found[2]
+    assert [forgotten(loss, 2.0, 12.0) for loss in (2.0, 12.0)] == [0.0, 1.0] and math.isnan(forgotten(3.0, 2.0, 2.0))
