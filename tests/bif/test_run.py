@@ -298,7 +298,7 @@ def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
 
 def test_noise_is_named() -> None:
     model, rows, query = network()
-    few = bif_scores(model, rows, {"q": query}, BIF(2, 8, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
+    few = bif_scores(model, rows, {"q": query}, BIF(2, 4, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
     assert any("noise share" in reason and "raise draws" in reason for reason in few.reasons)
 
 
