@@ -9,7 +9,8 @@ is the row's. Rows and queries are its observables, evaluated at every draw. How
 
     chain         w ← w − (lr/2) (nbeta ∇L_B + localization (w − w*)) + √lr ξ, ξ ~ N(0, 1), in ``SGMCMC.sgld``: ours,
                   with lr = step_size, n_beta and localization of the same meaning, no factor apart
-    minibatch     its ``batch_size`` is also that of the observables: so our ``eval_rows`` is the same number
+    minibatch     the same; its ``batch_size`` is also that of its observables, while ours are evaluated in batches of
+                  ``eval_rows``, a setting of their own: all rows at once
     rows of it    each once an epoch, the first epoch's order again in all others; ours are drawn with replacement
     start         at w*; ours in the quadratic posterior's law: so ``burn_in`` is ten times the slowest relaxation
     draw          after the first of ``num_steps_bw_draws`` steps; ours after the last of ``thinning``
@@ -69,7 +70,7 @@ def ours(problem: g1.Problem, model: nn.Module, draws: int, seed: int) -> Floats
         batch_size=BATCH,
         preconditioner="none",
         reduced=False,
-        eval_rows=BATCH,
+        eval_rows=len(problem.x),
         seed=seed,
     )
     queries = {"row": EachRow((problem.xq, problem.yq))}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Batch = Any
 Function = Callable[[nn.Module, Batch], Tensor]
+Named = dict[str, Tensor]
+Over = Callable[[Callable[[Named], Tensor]], Callable[[Named], Tensor]]  # vmap, or what does the same for one vector
 
 
 class Flat:
@@ -37,6 +40,11 @@ class Flat:
     def __init__(self, module: nn.Module) -> None:
         self._call = _Call(module)
         self._parameters = {name: p for name, p in self._call.named_parameters() if p.requires_grad}
+        first = {id(p): name for name, p in self._parameters.items()}
+        names = self._call.named_parameters(remove_duplicate=False)
+        self._tied = {
+            name: first[id(p)] for name, p in names if id(p) in first
+        }  # torch would look them up anew per call
         parts = [p.detach().flatten() for p in self._parameters.values()]
         widest = torch.float32
         for part in parts:
@@ -45,29 +53,41 @@ class Flat:
         self.notes: list[str] = []
         self._batched = True
 
-    def _named(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector [P] as the parameters it stands for."""
-        parts = vector.split([p.numel() for p in self._parameters.values()])
+    def _named(self, vectors: Tensor) -> Named:
+        """Vectors [..., P] as the parameters they stand for, each [..., *shape]."""
+        parts = vectors.split([p.numel() for p in self._parameters.values()], -1)
         named = zip(self._parameters.items(), parts, strict=True)
-        return {name: part.view(p.shape).to(p.dtype) for (name, p), part in named}
+        return {name: part.view(*vectors.shape[:-1], *p.shape).to(p.dtype) for (name, p), part in named}
 
-    def _at(self, vector: Tensor, function: Function, batch: Batch) -> Tensor:
-        value: Tensor = functional_call(self._call, self._named(vector), (function, batch))
+    def _at(self, named: Named, function: Function, batch: Batch) -> Tensor:
+        tied = {name: named[first] for name, first in self._tied.items()}
+        value: Tensor = functional_call(self._call, tied, (function, batch), tie_weights=False)
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
     def values(self, vectors: Tensor, function: Function, batch: Batch) -> Tensor:
         """``function(module, batch)`` [k] at each of the vectors [C, P], as [C, k], without a gradient."""
+
+        def compute(vectors: Tensor, over: Over) -> Tensor:
+            return over(lambda named: self._at(named, function, batch))(self._named(vectors))
+
         with torch.no_grad():
-            return self._map(lambda v: self._at(v, function, batch), vectors)
+            return self._map(compute, vectors)
 
     def gradients(self, vectors: Tensor, function: Function, batch: Batch) -> Tensor:
         """Gradient [C, P] of the mean of ``function(module, batch)`` at each of the vectors [C, P]."""
-        return self._map(grad(lambda v: self._at(v, function, batch).mean()), vectors)
+
+        def compute(vectors: Tensor, over: Over) -> Tensor:
+            # autograd around vmap: a quarter less work than ``vmap(grad(...))``, which wraps every tensor twice
+            leaf = vectors.detach().requires_grad_()
+            means = over(lambda named: self._at(named, function, batch).mean())(self._named(leaf))
+            return torch.autograd.grad(means.sum(), leaf)[0]
+
+        return self._map(compute, vectors)
 
     def jacobian(self, vector: Tensor, function: Function, batch: Batch) -> Tensor:
         """Gradient [k, P] of every entry of ``function(module, batch)`` [k] at one vector [P]."""
         vector = vector.detach().requires_grad_()
-        values = self._at(vector, function, batch)
+        values = self._at(self._named(vector), function, batch)
         rows = [torch.autograd.grad(value, vector, retain_graph=True)[0] for value in values]
         return torch.stack(rows) if rows else vector.new_zeros(0, len(vector))
 
@@ -77,31 +97,44 @@ class Flat:
         A directional derivative costs about two evaluations and needs no gradient of a single row.
         """
 
-        def along(direction: Tensor) -> Tensor:
-            change: Tensor = jvp(lambda v: self._at(v, function, batch), (self.weights,), (direction,))[1]
-            return change
+        def compute(directions: Tensor, over: Over) -> Tensor:
+            def along(direction: Named) -> Tensor:
+                change: Tensor = jvp(lambda named: self._at(named, function, batch), (here,), (direction,))[1]
+                return change
 
+            return over(along)(self._named(directions))
+
+        here = self._named(self.weights)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no forward derivative
-            return self._map(along, directions)
+            return self._map(compute, directions)
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
         """The CPU's fused attention cannot be batched: vmap would run it chain by chain."""
         return sdpa_kernel(SDPBackend.MATH) if self.weights.device.type == "cpu" else contextlib.nullcontext()
 
-    def _map(self, function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    def _map(self, compute: Callable[[Tensor, Over], Tensor], vectors: Tensor) -> Tensor:
         """All vectors in one batched pass; one by one where the module has an operation that cannot be batched."""
-        if self._batched:
-            try:
-                with self._attention():
-                    return vmap(function, randomness="different")(vectors).detach()
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                # only what fails batched and works alone is vmap's fault; anything else is raised by the next line
-                single = torch.stack([function(vector).detach() for vector in vectors])
-                self._batched = False
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                self.notes.append(f"chains ran one by one, which is slower: the model cannot be batched ({first})")
-                return single
-        return torch.stack([function(vector).detach() for vector in vectors])
+        if not self._batched:
+            return _singly(compute, vectors)
+        try:
+            with self._attention():
+                return compute(vectors, partial(vmap, randomness="different")).detach()
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            # only what fails batched and works alone is vmap's fault; anything else is raised by the next line
+            single = _singly(compute, vectors)
+            self._batched = False
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.notes.append(f"chains ran one by one, which is slower: the model cannot be batched ({first})")
+            return single
+
+
+def _singly(compute: Callable[[Tensor, Over], Tensor], vectors: Tensor) -> Tensor:
+    """One vector [1, P] at a time, so that memory does not grow with their number."""
+
+    def alone(function: Callable[[Named], Tensor]) -> Callable[[Named], Tensor]:
+        return lambda named: function({name: part[0] for name, part in named.items()})[None]
+
+    return torch.cat([compute(vector[None], alone).detach() for vector in vectors])
 
 
 class _Call(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,13 +67,14 @@ class LocalPosterior:
         return torch.randperm(self.count, generator=self.generator, device=self.weights.device)
 
     def _pull(self, fisher: Quadratic) -> float:
-        size = (TRIED, len(self.weights))
-        normal = torch.randn(size, generator=self.generator, dtype=self.weights.dtype, device=self.weights.device)
-
         def loss(deviations: Tensor) -> Tensor:
             return self.flat.values(self.weights + deviations, self.losses, self._others).mean(1)
 
-        return pull(fisher, self.weights, self.settings.n_beta, loss, normal)
+        return pull(fisher, self.weights, self.settings.n_beta, loss, self._normal(TRIED))
+
+    def _normal(self, count: int) -> Tensor:
+        size = (count, len(self.weights))
+        return torch.randn(size, generator=self.generator, dtype=self.weights.dtype, device=self.weights.device)
 
     def _data_weight(self, fisher: Quadratic) -> float:
         """n_beta for which the steepest measured curvature is as strong as the pull."""
@@ -139,7 +141,7 @@ class LocalPosterior:
 
         The stationary variance is 1 / (h − ε h²/4) instead of 1/h, and right for averaged noise.
         """
-        quarter = sampler.step_size * self._largest() / 4
+        quarter = sampler.step_size * self._largest / 4
         if quarter >= 1:
             return math.inf
         return 0.0 if sampler.averaged else quarter / (1 - quarter)
@@ -155,7 +157,7 @@ class LocalPosterior:
         Raises:
             RuntimeError: If no step size is small enough.
         """
-        step = 1.0 / self._largest()
+        step = 1.0 / self._largest
         for _ in range(_HALVINGS):
             deviation = self._stable(step)
             if deviation is not None:
@@ -167,13 +169,13 @@ class LocalPosterior:
             "losses are finite at the trained weights"
         )
 
+    @cached_property
     def _largest(self) -> float:
-        """Largest eigenvalue of SᵀAS, by power iteration."""
+        """Largest eigenvalue of SᵀAS; where S does not share A's directions, by power iteration."""
         coordinates = self.coordinates()
-        x = torch.randn(
-            self.weights.shape, generator=self.generator, dtype=self.weights.dtype, device=self.weights.device
-        )
-        size = 1.0
+        if isinstance(coordinates, Curved):
+            return float(coordinates.curvature(torch.tensor(self.quadratic.largest)))
+        x, size = self._normal(1)[0], 1.0
         for _ in range(30):
             x = coordinates.pull(self.quadratic.apply(coordinates.deviation(x / x.norm()), lambda a: a))
             size = float(x.norm())

@@ -106,6 +106,11 @@ class Readout:
         """Lines [C, R (1 + T)] at weights [C, P]."""
         return torch.cat([self.flat.values(weights, self.losses, part) for part in self._parts], 1)
 
+    def trained_and_blank(self) -> tuple[float, float]:
+        """Mean loss of the rows at the trained weights, and where all are 0."""
+        trained, blank = (self.rows(share * self.flat.weights[None])[:, :: self.width].mean() for share in (1.0, 0.0))
+        return float(trained), float(blank)
+
     def queries(self, weights: Tensor) -> Tensor:
         """Queries [C, Q] at weights [C, P]."""
         return torch.cat([self._read(group, weights) for group in self._queries], 1)

@@ -19,9 +19,10 @@ from ine_callback.bif.posterior import LocalPosterior, initial_state
 from ine_callback.bif.readout import Readout, chosen_rows, groups, taken
 from ine_callback.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
 from ine_callback.bif.scores import BIFScores, Stage
+from ine_callback.bif.screens import Facts
 from ine_callback.bif.sgld import SGLD, Curved, State
 from ine_callback.bif.shared import share
-from ine_callback.bif.tally import Facts, Tally
+from ine_callback.bif.tally import Tally
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import isolated
 from ine_callback.methods.bif import BIF

@@ -137,11 +137,6 @@ class BIFScores:
         return np.divide(self.scores, scale, out=np.full_like(self.scores, np.nan), where=scale > 0)
 
     @property
-    def noise_share(self) -> Floats:
-        """Share of the scores' variance over the rows that is Monte-Carlo noise, per query [Q]."""
-        return noise_share(self.scores, self.se)
-
-    @property
     def shrunk(self) -> Floats:
         """Scores drawn towards the Laplace term by as much as their noise asks for [R, Q]: biased, less error.
 
@@ -174,14 +169,6 @@ class BIFScores:
     def bottom(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
         """Dataset indices of the ``k`` most harmful rows, worst first."""
         return self.rows[np.argsort(self.ranking[:, self.column(query)], kind="stable")][:k]
-
-
-def noise_share(scores: Floats, se: Floats) -> Floats:
-    """Mean squared standard error over the variance of the scores, per query [Q]."""
-    variance = scores.var(0)
-    noise = (se**2).mean(0)
-    out: Floats = np.divide(noise, variance, out=np.full_like(noise, np.nan), where=variance > 0)
-    return out
 
 
 def example_bif_scores() -> BIFScores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,34 +12,22 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
+from ine_callback.bif.locality import forgotten
 from ine_callback.bif.readout import Readout
-from ine_callback.bif.scores import SIZE, SURVIVES, BIFScores, Screen, TermScores, noise_share
+from ine_callback.bif.scores import BIFScores, Screen, TermScores
+from ine_callback.bif.screens import Facts, screens
 from ine_callback.bif.sgld import SGLD, Curved
 from ine_callback.bif.shared import join_chains
 from ine_callback.methods.bif import BIF
 from ine_callback.processes import Processes
 from ine_callback.scores import Floats
-from ine_callback.stats.chains import drift, effective_size, fisher_z, paired_size, split_rhat
+from ine_callback.stats.chains import fisher_z, paired_size
 from ine_callback.stats.comoments import Comoments, Traces
 from ine_callback.stats.hypothesis_tests import benjamini_hochberg
 
 BLOCKS = 4  # parts of a chain whose scatter gives the standard error
 _SMALLEST_BLOCK = 8
-RHAT, DRIFT, BIAS, INFLATION, STRENGTH, BALANCE, NOISE = 1.1, 0.5, 0.25, 0.5, 0.1, 0.98, 0.5
-
-
-class Facts(NamedTuple):
-    """What the posterior tells of the chains.
-
-    Attributes:
-        bias: See :func:`ine_callback.stats.chains.minibatch_bias`.
-        inflation: Of the variance by the step size, see :meth:`.posterior.LocalPosterior.inflation`.
-        strength: Of the data, see :attr:`.posterior.LocalPosterior.strength`.
-    """
-
-    bias: float
-    inflation: float
-    strength: float
+_HELD = 16  # draws that enter the covariances together: each entry is then touched once for so many
 
 
 class Scatter:
@@ -95,7 +83,9 @@ class Tally:
         self._block = max(_SMALLEST_BLOCK, settings.draws // BLOCKS)
         self._plain, self._twin = Comoments(), Comoments()
         self._plain_block, self._twin_block = Comoments(), Comoments()
-        self._plain_scatter, self._scatter = Scatter(), Scatter()
+        self._plain_held: list[tuple[Tensor, Tensor]] = []
+        self._twin_held: list[tuple[Tensor, Tensor]] = []
+        self._plain_scatter, self._scatter, self._rows_scatter = Scatter(), Scatter(), Scatter()
         self._rows, self._queries = Traces(settings.draws), Traces(settings.draws)
         self._loss: list[Tensor] = []
 
@@ -115,22 +105,35 @@ class Tally:
         self._rows.update(rows)
         self._queries.update(queries)
         self._loss.append(rows[:, :: self.readout.width].mean(1).cpu())
-        self._plain_block.update(rows[None], queries[None])
+        self._plain_held.append((rows, queries))
         if self.twins and twin is not None:
-            self._twin_block.update(self.readout.row_changes(twin)[None], self.readout.query_changes(twin)[None])
-        if self._plain_block.count == self._block:
+            self._twin_held.append((self.readout.row_changes(twin), self.readout.query_changes(twin)))
+        if self._plain_block.count + len(self._plain_held) == self._block:
             self._close()
+        elif len(self._plain_held) == _HELD:
+            self._fold()
         return True
+
+    def _fold(self) -> None:
+        """Draws that were held enter the block."""
+        for block, held in ((self._plain_block, self._plain_held), (self._twin_block, self._twin_held)):
+            if held:
+                block.update(*(torch.stack(values) for values in zip(*held, strict=True)))
+                held.clear()
 
     def _close(self) -> None:
         """Ends a block: its covariances are one sample of the scatter for every independent chain."""
-        plain = self._independent(self._plain_block.covariance())
-        self._plain_scatter.add(plain)
+        self._fold()
+        covariance = self._plain_block.covariance()
+        self._plain_scatter.add(self._independent(covariance))
         if self.twins:
-            self._scatter.add(plain - self._independent(self._twin_block.covariance()))
+            covariance = covariance - self._twin_block.covariance()
+            self._scatter.add(self._independent(covariance))
+        self._rows_scatter.add(self._independent(self._apart(covariance)))
         self._merge()
 
     def _merge(self) -> None:
+        self._fold()
         self._plain.merge(self._plain_block)
         self._twin.merge(self._twin_block)
         self._plain_block, self._twin_block = Comoments(), Comoments()
@@ -144,7 +147,7 @@ class Tally:
         self._merge()
         if processes.count == 1:
             return
-        kept = ("_plain", "_twin", "_rows", "_queries", "_plain_scatter", "_scatter", "_loss")
+        kept = ("_plain", "_twin", "_rows", "_queries", "_plain_scatter", "_scatter", "_rows_scatter", "_loss")
         parts = processes.gather({name: getattr(self, name) for name in kept})
         device = self.readout.flat.weights.device
 
@@ -153,7 +156,7 @@ class Tally:
 
         for name in kept[:4]:
             setattr(self, name, type(getattr(self, name)).joined([part[name] for part in parts], join))
-        for name in kept[4:6]:
+        for name in kept[4:7]:
             setattr(self, name, Scatter.joined([part[name] for part in parts], device))
         self._loss = [join(draw).cpu() for draw in zip(*(part["_loss"] for part in parts), strict=True)]
 
@@ -176,7 +179,7 @@ class Tally:
         """
         found, terms = self._estimates()
         loss = torch.stack(self._loss, 1).double().numpy()
-        screens = self._screens(found["scores"], found["se"], loss, facts)
+        checks = self._screens(found, loss, facts)
         return BIFScores(
             rows=rows,
             queries=self.readout.infos,
@@ -185,7 +188,7 @@ class Tally:
             row_sd=_array(self._rows.variance().mean(0).sqrt()[:: self.readout.width]),
             query_sd=_array(self._queries.variance().mean(0).sqrt()),
             loss=loss,
-            screens=tuple(screens),
+            screens=tuple(checks),
             settings=settings,
             terms=terms,
             **described,
@@ -254,33 +257,16 @@ class Tally:
         whole = float(covariance.mean(0).abs().sum())
         return float((covariance - self._trend()).mean(0).abs().sum()) / whole if whole > 0 else math.nan
 
-    def _screens(self, scores: Floats, se: Floats, loss: Floats, facts: Facts) -> list[Screen]:
-        complete = loss.shape[1] == self.settings.draws
-        rhat, size, slope = split_rhat(loss), effective_size(loss), drift(loss)
-        survives, positive = self._survives(), float((scores > 0).mean())
-        balance = max(positive, 1 - positive)
-        noise = float(np.nanmedian(noise_share(scores, se))) if np.isfinite(se).any() and len(scores) > 2 else math.nan
-        bias, bent, strength = facts
-        stronger = "raise n_beta or lower localization: else the score is hardly more than a product of gradients"
-        slower = "raise burn_in, or step_size where the chains are stable"
-        return [
-            Screen("draws", loss.shape[1], f"{self.settings.draws}", complete, "lower step_size or raise localization"),
-            Screen("split R-hat of the loss", rhat, f"below {RHAT}", rhat < RHAT, slower),
-            Screen("effective draws of the loss", size, f"above {SIZE:g}", size > SIZE, "raise draws or thinning"),
-            Screen("drift of the loss", slope, f"within ±{DRIFT}", not abs(slope) > DRIFT, slower),
-            Screen("covariance left without trend", survives, f"above {SURVIVES}", not survives < SURVIVES, slower),
-            Screen("step-size bias", bent, f"below {INFLATION}", bent < INFLATION, "lower step_size"),
-            Screen("minibatch bias", bias, f"below {BIAS}", not bias > BIAS, "raise batch_size or lower step_size"),
-            Screen("data against pull", strength, f"above {STRENGTH}", strength > STRENGTH, stronger),
-            Screen(
-                "share of scores with one sign",
-                balance,
-                f"below {BALANCE}",
-                scores.size < 20 or balance < BALANCE,
-                "look for drift; raise localization, so that chains do not all climb together",
-            ),
-            Screen("noise share of the scores", noise, f"below {NOISE}", not noise > NOISE, "raise draws or chains"),
-        ]
+    def _apart(self, covariance: Tensor) -> Tensor:
+        """Rows' covariances [C, R, Q] without what all rows have in common, which ranks none; of lines [C, -1, Q]."""
+        of_rows = covariance[:, :: self.readout.width]
+        return of_rows - of_rows.mean(1, keepdim=True)
+
+    def _screens(self, found: dict[str, Floats], loss: Floats, facts: Facts) -> list[Screen]:
+        covariance = self._plain.covariance() - (self._twin.covariance() if self.twins else 0)
+        noise = _array(self._error(self._rows_scatter, self._apart(covariance)))
+        lost = forgotten(float(loss.mean()), *self.readout.trained_and_blank())
+        return screens(self.settings.draws, found["scores"], noise, self._survives(), lost, loss, facts)
 
 
 def _array(tensor: Tensor) -> Floats:

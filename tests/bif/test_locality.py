@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from ine_callback.bif.locality import RADIUS, pull
+from ine_callback.bif.locality import RADIUS, forgotten, pull
 from ine_callback.bif.quadratic import Quadratic
 
 P = 40
@@ -29,7 +31,7 @@ def well(width: float) -> object:
 @pytest.mark.parametrize("n_beta", [None, 10.0])
 def test_a_basin_gets_half_the_weights_norm(n_beta: float | None) -> None:
     assert radius(lambda d: 2.0 + d.square().sum(1), n_beta) == pytest.approx(RADIUS)
-    assert radius(lambda d: 2.0 + d.square().sum(1) + 9 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
+    assert radius(lambda d: 2.0 + d.square().sum(1) + 2 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
 
 
 def test_a_narrow_basin_gets_less() -> None:
@@ -54,3 +56,15 @@ def test_where_the_data_are_steep_draws_stay_near() -> None:
 
     near = pull(Quadratic(steep, 1.0, 1.0), WEIGHTS, 1000.0, loss, NORMAL)
     assert near < pull(FLAT, WEIGHTS, None, loss, NORMAL)
+
+
+def test_draws_stay_where_the_model_knows() -> None:
+    """A basin as wide as you like, whose loss is soon above that of no weights at all."""
+
+    def steep(height: float) -> object:
+        return lambda d: 2.0 + height * d.square().sum(1) - (height - 1) * 10.0 * ((d + 0.5).abs().amax(1) < 1e-3)
+
+    assert radius(steep(1.0)) == pytest.approx(RADIUS)
+    found = [radius(steep(height)) for height in (2.0, 6.0, 100.0)]
+    assert RADIUS > found[0] > found[1] > found[2]
+    assert [forgotten(loss, 2.0, 12.0) for loss in (2.0, 12.0)] == [0.0, 1.0] and math.isnan(forgotten(3.0, 2.0, 2.0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ine_callback.bif.readout import EachRow
 from ine_callback.bif.run import bif_scores
 from ine_callback.bif.scores import BIFScores
+from ine_callback.bif.screens import noise_share
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif import BIF
 from ine_callback.queries import CallableQuery, MarginQuery
@@ -259,6 +260,26 @@ def test_a_pull_that_leaves_the_data_nothing_is_caught() -> None:
     assert healthy(localization=1e6).reliable  # the data are given a weight to match
 
 
+def test_draws_that_have_forgotten_what_was_learned_are_caught() -> None:
+    far = healthy(localization=0.2, n_beta=1.0, draws=40)
+    assert any("learning lost" in reason and "raise localization" in reason for reason in far.reasons)
+
+
+def test_noise_is_that_of_rows_against_each_other() -> None:
+    """What all rows have in common ranks none of them, however noisy it is."""
+    scores = np.array([[5.0], [6.0], [7.0]])
+    assert noise_share(scores, np.full((3, 1), 0.5)) == pytest.approx(0.25 / scores.var())
+    model, rows, query = network()
+
+    def together(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return entropies(module, batch) + 300 * sum(p.square().sum() for p in module.parameters()) ** 2
+
+    bif = BIF(draws=40, localization=300.0, n_beta=10.0)
+    found = bif_scores(model, rows, {"q": EachRow(query)}, bif, together, progress=False)
+    (screen,) = (s for s in found.screens if s.name == "noise share of the scores")
+    assert screen.value < 0.5 * np.median((found.se**2).mean(0) / found.scores.var(0))
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
     """L = ½ Σ h w², h = 1 .. 5: at a step of 4 share / h the variance is 1 / (1 - share) times too large."""
@@ -277,7 +298,7 @@ def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
 
 def test_noise_is_named() -> None:
     model, rows, query = network()
-    few = bif_scores(model, rows, {"q": query}, BIF(2, 8, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
+    few = bif_scores(model, rows, {"q": query}, BIF(2, 4, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
     assert any("noise share" in reason and "raise draws" in reason for reason in few.reasons)
 
 
