@@ -76,8 +76,8 @@ class Direction:
     def draw(self, turn: int) -> None:
         """Draws new columns for the sketch."""
         if isinstance(self.own, Sketched):
-            # blocks may be met in another order in a resumed run
-            seed = zlib.crc32(f"{self.block.key} {turn}".encode())
+            # blocks may be met in another order in a resumed run, and have other names in a LightningModule
+            seed = zlib.crc32(f"{self.block.position} {self.block.layout} {turn}".encode())
             self.own.draw(torch.Generator(self.block.parameters[0].device).manual_seed(seed))
 
 
