@@ -30,7 +30,7 @@ from ine_callback.sources import DataSource
 OWNER = "InfluenceTrainerCallback"
 
 
-class InfluenceTrainerCallback(TrainerCallback):
+class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Records while a Hugging Face ``Trainer`` trains; adds itself to it. Training is bit-identical with and without.
 
     The report is saved to ``influence`` in the Trainer's output folder. One process without float16 scaling; the
