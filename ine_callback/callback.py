@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ine_callback.options import InitialWeights, OnError, Uncaptured, check_opti
 from ine_callback.queries import Query, parse
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
+from ine_callback.report.html import save_with_page
 from ine_callback.rows import RowTracker
 from ine_callback.scores import Floats
 from ine_callback.sharding import is_sharded
@@ -381,12 +381,10 @@ class InfluenceCallback(Callback):
             folder = self._folder
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
-                self.report.save(folder)
-                if find_spec("jinja2") and find_spec("bokeh"):  # the extra `report`
-                    loader = self._tracker.loader if self._tracker is not None and self.show_rows else None
-                    rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
-                    with unmoved(rows):
-                        self.report.write_html(folder / "report.html", samples=rows)
+                loader = self._tracker.loader if self._tracker is not None and self.show_rows else None
+                rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
+                with unmoved(rows):
+                    save_with_page(self.report, folder, rows)
             if self._log is not None:
                 self._log.end(self.report)
         except Exception as error:  # a trained model must never be lost to its report

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ine_callback.methods import Method
 from ine_callback.options import InitialWeights, OnError, Uncaptured
 from ine_callback.recorder import Recorder
 from ine_callback.report import InfluenceReport
+from ine_callback.report.html import save_with_page
 from ine_callback.rows import RowBatch, RowTracker
 from ine_callback.sources import DataSource
 
@@ -170,9 +170,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         try:
             self.report = recorder.report()
             if state.is_world_process_zero:
-                self.report.save(self._folder)
-                if find_spec("jinja2") and find_spec("matplotlib"):  # the extra `report`
-                    self.report.write_html(self._folder / "report.html")
+                save_with_page(self.report, self._folder)
         except Exception as error:  # a trained model must never be lost to its report
             if self._options["on_error"] == "raise":
                 raise

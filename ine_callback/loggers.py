@@ -21,6 +21,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 
 from ine_callback.report import InfluenceReport
+from ine_callback.report.html import save_with_page
 from ine_callback.scores import Scores
 
 PREFIX = "influence"
@@ -113,9 +114,7 @@ def _name(text: str) -> str:
 def _files(report: InfluenceReport) -> Iterator[str]:
     """The report's files for a server: its page shows scores alone, never training rows."""
     with tempfile.TemporaryDirectory() as made:
-        report.save(made)
-        if find_spec("jinja2") and find_spec("bokeh"):  # the extra `report`
-            report.write_html(Path(made) / "report.html")
+        save_with_page(report, Path(made))
         yield made
 
 

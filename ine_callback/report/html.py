@@ -13,6 +13,7 @@ from functools import lru_cache
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from ine_callback.report import bif_view
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
-from ine_callback.report.files import replace_file
 from ine_callback.report.optional import need
 from ine_callback.report.pagedata import Classes, encoded, payload
 from ine_callback.report.samples import Render, Samples, classes, classes_of
@@ -40,16 +40,11 @@ DETAILED = 4  # queries with tables for a page without script
 LISTED, CARDS, MOST = 10, 8, 240  # lines of a table; rows shown at each end of a query, and in all
 
 
-def write_html(
-    report: InfluenceReport,
-    path: Path,
-    queries: Iterable[str] | None = None,
-    samples: Any = None,
-    labels: Any = None,
-    render: Render | None = None,
-) -> Path:
-    """See :meth:`InfluenceReport.write_html`."""
-    return replace_file(path, page(report, queries, samples, labels, render).encode())
+def save_with_page(report: InfluenceReport, folder: Path, samples: Any = None) -> None:
+    """Saves the report and, where the extra ``report`` is installed, its page."""
+    report.save(folder)
+    if find_spec("jinja2") and find_spec("bokeh"):
+        report.write_html(folder / "report.html", samples=samples)
 
 
 def page(

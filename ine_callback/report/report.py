@@ -16,6 +16,7 @@ from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
 from ine_callback.report.export import Format
+from ine_callback.report.files import replace_file
 from ine_callback.report.group import GroupScore
 from ine_callback.report.labels import suggest_labels
 from ine_callback.report.reading import named
@@ -412,7 +413,7 @@ class InfluenceReport:
         Raises:
             ValueError: If labels are no classes of the rows; KeyError on a query that does not exist.
         """
-        return html.write_html(self, Path(path), queries, samples, labels, render)
+        return replace_file(Path(path), html.page(self, queries, samples, labels, render).encode())
 
     @property
     def plot(self) -> Plots:
