@@ -82,8 +82,12 @@ class Contrasts:
         """Factors [b, 1 + J] that turn a layer's self-influence into itself and its contrasts."""
         turned = [_by_draws(block, record) for record in records]
         parts = [record.energies(self.signs(block, record).to(record.dtype)) for record in turned]
-        total = torch.stack(parts).sum(0)
-        return total / total[:, :1].clamp_min(torch.finfo(total.dtype).tiny)  # no gradient at all: 0 of 0
+        return turned_by(torch.stack(parts).sum(0))
+
+
+def turned_by(energies: Tensor) -> Tensor:
+    """Factors [b, 1 + J] from the energies of all units and, for each contrast, their signed sums."""
+    return energies / energies[:, :1].clamp_min(torch.finfo(energies.dtype).tiny)  # no gradient at all: 0 of 0
 
 
 def _by_draws(block: Block, record: Record) -> Record:

@@ -33,16 +33,22 @@ class Discount:
     """The linear map D of one block: rotate, weight, rotate back (``None``: the identity).
 
     Attributes:
-        left: Eigenvectors of the output side [G, O, O], or None where it is diagonal.
-        right: Eigenvectors of the input side [G, I, I], or None where it is diagonal.
         weight: ``exp(-exponent)`` in the eigenbasis [*layout], within (0, 1]; None for D = I.
         sides: The moments that it comes from, left and right, where the block is a matrix with both.
     """
 
-    left: Tensor | None = None
-    right: Tensor | None = None
     weight: Tensor | None = None
     sides: tuple[Side, Side] | None = None
+
+    @property
+    def left(self) -> Tensor | None:
+        """Eigenvectors of the output side [G, O, O], or None where it is diagonal."""
+        return None if self.sides is None else self.sides[0].vectors
+
+    @property
+    def right(self) -> Tensor | None:
+        """Eigenvectors of the input side [G, I, I], or None where it is diagonal."""
+        return None if self.sides is None else self.sides[1].vectors
 
     def apply(self, v: Tensor) -> Tensor:
         """D v for v [Q, *layout]."""
@@ -61,7 +67,7 @@ class Discount:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
         if self.weight is None:
             return record.squared_norms()[:, None].expand(-1, 2)
-        return record.norms_in(self.left, self.right, torch.stack([self.weight, self.weight.square()]))
+        return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
 
     def sketched(self) -> Sketched | Discount:
         """Nearly the same :meth:`norms` by few columns, see :mod:`ine_callback.lowrank`; of a vector itself."""
@@ -101,6 +107,11 @@ class Sketched:
     right: Tensor | None
     weights: Tensor
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether the input side has columns; a diagonal moment of few dimensions has none."""
+        return self.columns is not None or self.right is not None
+
     def draw(self, generator: torch.Generator) -> None:
         """Draws new columns: errors of rows met at several steps average out."""
         self.left = self.left if self.rows is None else self.rows.draw(generator)
@@ -108,7 +119,7 @@ class Sketched:
 
     def norms(self, record: Record) -> Tensor:
         """See :meth:`Discount.norms`."""
-        return record.norms_in(self.left, self.right, self.weights)
+        return record.rotated(self.left, self.right).norms(self.weights)
 
 
 @dataclass
@@ -214,10 +225,10 @@ class KFAC:
         left_values, left = _eigen(factors.left / steps, factors.full[0])
         right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
         if factors.left.dim() == 1:  # a vector block has one side
-            return Discount(left, right, torch.exp(-(exponent * left_values + decay)))
+            return Discount(torch.exp(-(exponent * left_values + decay)))
         weight = torch.exp(-(exponent * left_values[..., :, None] * right_values[..., None, :] + decay))
         sides = (Side.drawn(left_values, left, factors.seen), Side.drawn(right_values, right, factors.seen))
-        return Discount(left, right, weight, sides)
+        return Discount(weight, sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Every block's sums, by its name: tensors and plain types."""

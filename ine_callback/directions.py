@@ -6,13 +6,13 @@ Self-influence is discounted by K-FAC alone: the reservoir's discount would need
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, Outer, Record
-from ine_callback.contrasts import Contrasts
+from ine_callback.contrasts import Contrasts, turned_by
 from ine_callback.curvature import Discount, Sketched
 from ine_callback.lowrank import low_rank
 
@@ -61,14 +61,16 @@ class Direction:
     weight: Tensor | float
     basis: Tensor | None = None
 
+    @property
+    def inputs(self) -> Tensor | None:
+        """The dimensions [G, I, r] that the queries are given in; None: all."""
+        return self.basis
+
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         """Signals with their contrasts [b, Q, 1 + J] and, if asked for, the row's own gradient."""
-        return self._contract_apart(record, with_own)
-
-    def _contract_apart(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         signals = None
         if self.queries is not None:
-            signals = self.contrasts.of_queries(self.block, record, self.queries, self.basis)
+            signals = self.contrasts.of_queries(self.block, record, self.queries, self.inputs)
         if not with_own:
             return signals, None
         return signals, Own(self.own.norms(record), self.contrasts.of_self(self.block, [record]))
@@ -86,18 +88,25 @@ class Joint(Direction):
     """One pass over a record makes each row's gradient in a few columns of its inputs; all else is read off that.
 
     The columns are the queries' basis followed by those of the sketch's input side; without a basis the queries are
-    given in the sketch's own columns, which are all there are.
+    given in the sketch's own columns, which are all there are. It can contract once columns are drawn.
     """
 
+    own: Sketched
+
+    @property
+    def inputs(self) -> Tensor | None:
+        return self.own.right if self.basis is None else self.basis
+
+    def draw(self, turn: int) -> None:
+        super().draw(turn)
+        self._columns = torch.cat([x for x in (self.basis, self.own.right) if x is not None], -1)
+
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
-        assert isinstance(record, Outer) and isinstance(self.own, Sketched) and self.own.right is not None
+        assert isinstance(record, Outer)
         if record.delta.shape[2] == 1:  # a gradient is one product: its two sides are met one by one
-            basis = self.own.right if self.basis is None else self.basis
-            return replace(self, basis=basis)._contract_apart(record, with_own)
-        columns, rank = self.own.right, 0
-        if self.basis is not None:
-            columns, rank = torch.cat([self.basis, columns], -1), self.basis.shape[-1]
-        small = record.compressed(columns)
+            return super().contract(record, with_own)
+        rank = 0 if self.basis is None else self.basis.shape[-1]
+        small = record.compressed(self._columns)
         signs = self.contrasts.signs(self.block, record).to(small.g.dtype)
         signals = None
         if self.queries is not None:
@@ -105,9 +114,7 @@ class Joint(Direction):
         if not with_own:
             return signals, None
         own = small.part(slice(rank, None))
-        energies = own.energies(signs)
-        turned = energies / energies[:, :1].clamp_min(torch.finfo(energies.dtype).tiny)
-        return signals, Own(own.norms_in(self.own.left, self.own.weights), turned)
+        return signals, Own(own.norms_in(self.own.left, self.own.weights), turned_by(own.energies(signs)))
 
 
 def direction_of(
@@ -134,10 +141,10 @@ def direction_of(
         found = low_rank(*turned, rank)
         if found is not None:
             basis, u, share = found
-    small = isinstance(own, Sketched) and own.columns is None and own.right is not None
-    if block.outputs or not isinstance(own, Sketched) or (u is not None and basis is None and not small):
+    if block.outputs or not isinstance(own, Sketched) or not own.has_columns:
         return Direction(block, contrasts, u, discount, own, plan.weight, basis), share
     if u is not None and basis is None:
-        assert own.right is not None
+        if own.right is None or own.columns is not None:  # the sketch's columns are not all there are
+            return Direction(block, contrasts, u, discount, own, plan.weight), None
         u = u @ own.right
     return Joint(block, contrasts, u, discount, own, plan.weight, basis), share

@@ -292,14 +292,12 @@ class Recorder(Guard):
         if not self._pending:
             self._prepare(rows, data)
         self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look else 0
-        if self.signals.observing:
-            self.signals.draw()
         self.capture.start_batch(len(rows))
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
 
     def _prepare(self, rows: Tensor, data: Any) -> None:
-        """Before a step's first batch: refreshes, or holds records back where parameters are new."""
+        """Before a step's first batch: refreshes or draws anew, or holds records back where parameters are new."""
         if self.coverage.thawed() and self.signals.held is None:
             self.signals.hold()
         if self.signals.held is not None:
@@ -307,6 +305,8 @@ class Recorder(Guard):
         elif self._saved > self._made or self.steps - self._made >= refresh_gap(self._made, self.refresh_every):
             self.signals.refresh()
             self._made = self.steps
+        elif self.steps >= self._look:
+            self.signals.draw()
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""

@@ -44,7 +44,7 @@ def rows_of(left: Side, right: Side, count: int, positions: int = 1, seed: int =
 
 def discount(left: Side, right: Side, exponent: float) -> Discount:
     values = left.values[..., :, None] * right.values[..., None, :]
-    return Discount(left.vectors, right.vectors, torch.exp(-exponent * values), (left, right))
+    return Discount(torch.exp(-exponent * values), (left, right))
 
 
 LEFT, RIGHT = side(OUT, 1.5, 1), side(IN, 1.5, 2)
@@ -151,6 +151,22 @@ def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int)
     torch.testing.assert_close(own.norms, expected_own.norms, rtol=1e-9, atol=1e-12)
     assert own.turned[:, 0].eq(1).all() and own.turned.shape == expected_own.turned.shape
     assert joint.contract(record, with_own=False)[1] is None
+
+
+@pytest.mark.parametrize("queries", [0, 1])
+def test_a_small_diagonal_side_has_no_columns_to_pass_through(queries: int) -> None:
+    """``max_dim`` below the size of a sketch leaves moments that are diagonal and met whole."""
+    right = Side(RIGHT.values[:, -40:], None)
+    block = Block("w", (nn.Parameter(torch.zeros(OUT, 40)),), (1, OUT, 40), matrix=True)
+    u = draw(queries, 1, OUT, 40, seed=8) if queries else None
+    found, _ = direction_of(block, Contrasts(4), u, Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0)), 1, True)
+    found.draw(1)
+    record = Outer(draw(9, 1, 7, 40), draw(9, 1, 7, OUT, seed=1))
+    signals, own = found.contract(record, with_own=True)
+    assert own is not None and own.norms.shape == (9, 2) and bool(own.norms.isfinite().all())
+    if u is not None:
+        assert signals is not None
+        torch.testing.assert_close(signals[..., 0], record.signals(u), rtol=1e-9, atol=1e-12)
 
 
 # ---- in a training ----

@@ -91,7 +91,7 @@ class BlockTable:
         if isinstance(weight, Outer) and isinstance(bias, Outer):
             parameters = (self._parameter(module, "weight"), self._parameter(module, "bias"))
             if not self._shared.intersection(parameters) and self._joinable(*parameters):
-                joined = weight.join(bias)
+                joined = weight.with_bias()
                 pairs.append((self._block(parameters, joined), joined))
                 del records["weight"], records["bias"]
         for name, record in records.items():

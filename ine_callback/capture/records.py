@@ -104,10 +104,6 @@ class Record(ABC):
     def norms(self, weights: Tensor) -> Tensor:
         """``sum weight * g_i^2`` [b, C] with C elementwise weights [C, *layout]."""
 
-    def norms_in(self, left: Tensor | None, right: Tensor | None, weights: Tensor) -> Tensor:
-        """:meth:`norms` of the gradients in two bases, see :meth:`rotated`."""
-        return self.rotated(left, right).norms(weights)
-
     @abstractmethod
     def squared_norms(self) -> Tensor:
         """``|g_i|^2`` [b]."""
@@ -231,7 +227,7 @@ class Outer(Record):
         """The transposed gradients: units are inputs."""
         return Outer(self.delta, self.formed())
 
-    def join(self, bias: Outer) -> Outer:
+    def with_bias(self) -> Outer:
         """Weight and bias as one matrix whose last column is the bias (the homogeneous coordinate of K-FAC)."""
         return replace(self, ones=True)
 

@@ -31,7 +31,8 @@ class Kernel:
 
     def cut(self, x: Tensor) -> Tensor:
         """Windows of x [b, C, *space] as [b, G, P, C/G * prod(size)], in the order of a convolution's weight."""
-        return self._flat(self.view(x))
+        view, space = self.view(x), len(self.size)
+        return view.reshape(*view.shape[:2], math.prod(view.shape[2 : 2 + space]), -1)
 
     def cut_some(self, x: Tensor, positions: slice) -> Tensor:
         """Those at some positions, [b, G, len, C/G * prod(size)]."""
@@ -41,14 +42,10 @@ class Kernel:
         places: list[Any] = [at // math.prod(sides[d + 1 :]) % side for d, side in enumerate(sides)]
         return view[(slice(None), slice(None), *places)].flatten(3)
 
-    def _flat(self, view: Tensor) -> Tensor:
-        space = len(self.size)
-        return view.reshape(*view.shape[:2], math.prod(view.shape[2 : 2 + space]), -1)
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A convolution of x with kernels of this size, positions flattened: [b, channels, P]."""
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.size) - 1]
-        found: Tensor = convolution(x, weight, bias, stride=self.stride, dilation=self.dilation, groups=groups)
+        found: Tensor = convolution(x, weight, bias, self.stride, 0, self.dilation, self.groups)
         return found.flatten(2)
 
 
@@ -80,11 +77,11 @@ class Windows(Outer):
         groups, _, width = basis.shape
         weight, bias = (basis[:, :-1], basis[:, -1].flatten()) if self.ones else (basis, None)
         kernels = weight.transpose(1, 2).reshape(groups * width, -1, *self.kernel.size)
-        found: Tensor = self.kernel.convolve(self.a, kernels, bias, groups).unflatten(1, (groups, width))
+        found: Tensor = self.kernel.convolve(self.a, kernels, bias).unflatten(1, (groups, width))
         return found.transpose(2, 3)
 
     def input_squares(self) -> Tensor:
         groups = self.kernel.groups
         squares = self.a.square().unflatten(1, (groups, -1)).sum(2)
         window = squares.new_ones(groups, 1, *self.kernel.size)
-        return self.kernel.convolve(squares, window, None, groups) + float(self.ones)
+        return self.kernel.convolve(squares, window) + float(self.ones)

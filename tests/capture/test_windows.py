@@ -31,7 +31,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Windows, Outer]:
     a = torch.randn(5, *shape, generator=draw, dtype=torch.float64)
     delta = torch.randn(5, *layer.double()(a).shape[1:], generator=draw, dtype=torch.float64)
     records = convolution(layer, a, delta, 5)
-    lazy = records["weight"].join(records["bias"])
+    lazy = records["weight"].with_bias()
     assert isinstance(lazy, Windows)
     return lazy, Outer(lazy.formed(), lazy.delta)
 
