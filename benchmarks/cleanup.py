@@ -11,11 +11,9 @@ The trainings of one seed share first weights, so differences are paired.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +23,9 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import nn
 
-from benchmarks.data import folder
 from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats, mean_and_half_width
-from benchmarks.mislabel import HUMAN, Problem, cross_entropy, flipped, human, network
+from benchmarks.mislabel import Problem, command_line, cross_entropy, network
 from ine_callback import InfluenceReport, InfluenceSampler, Query, Recorder
 from ine_callback.report.labels import LabelSuggestions
 
@@ -164,32 +161,19 @@ def judge(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--data", help="folder with mnist10k.npz and cifar10n.npz (or INE_DATA); else digits alone")
-    parser.add_argument("--problems", nargs="+", choices=["flips", *HUMAN], help="some of them; by default all")
-    parser.add_argument("--seeds", type=int, default=5, help="recorded runs of each problem (at least 2)")
-    parser.add_argument("--quick", action="store_true", help="300 rows with synthetic flips, 2 seeds: to see it work")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    where = folder(args.data)
-    seeds = 2 if args.quick else args.seeds
-    problems = ["flips"] if args.quick or where is None else args.problems or ["flips", *HUMAN]
+    chosen = command_line(__doc__, 5, "300 rows with synthetic flips", argv)
     results: dict[str, Any] = {"protocol": "cleanup", "machine": machine(), "problems": {}}
-    for name in problems:
-        if where is None or name == "flips":
-            problem = flipped(where, held_out=5000)
-        else:
-            problem = human(where, HUMAN[name], held_out=2000)
-        if args.quick:
+    for name in chosen.problems:
+        problem = chosen.load(name, flips=5000, photos=2000)
+        if chosen.quick:
             x, y, true = problem.x[:300], problem.y[:300], problem.true[:300]
             problem = replace(problem, x=x, y=y, true=true, wrong=problem.wrong[:300], epochs=4)
-        runs = [one_seed(problem, seed) for seed in track(range(seeds), description=name)]
+        runs = [one_seed(problem, seed) for seed in track(range(chosen.seeds), description=name)]
         about = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "tests": len(problem.yq) - QUERIES}
         suggestions = {key: float(np.nanmean([found[key] for _, found in runs])) for key in runs[0][1]}
         arms = judge([arms for arms, _ in runs])
-        results["problems"][name] = {**about, "seeds": seeds, "arms": arms, "suggestions": suggestions}
-        args.json.write_text(json.dumps(results, indent=1))
+        results["problems"][name] = {**about, "seeds": chosen.seeds, "arms": arms, "suggestions": suggestions}
+        chosen.json.write_text(json.dumps(results, indent=1))
         for arm, row in results["problems"][name]["arms"].items():
             found = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
             print(f"{name:18s}{arm:46s}{found}", flush=True)

@@ -12,10 +12,6 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
 
 
-def numbers(values: float | list[float]) -> str:
-    return " / ".join(map(number, values)) if isinstance(values, list) else number(values)
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first column holds texts."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]

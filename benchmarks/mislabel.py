@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -187,31 +187,52 @@ def judge(runs: Sequence[Floats], wrong: NDArray[np.bool_]) -> dict[str, Any]:
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Chosen(NamedTuple):
+    """What the command line asks for: files, problems by name, seeds, and whether it is only to see it work."""
+
+    json: Path
+    where: Path | None
+    problems: list[str]
+    seeds: int
+    quick: bool
+
+    def load(self, name: str, flips: int = 500, photos: int = 500) -> Problem:
+        """The problem of that name, with so many digits or photographs held out."""
+        if self.where is None or name == "flips":
+            return flipped(self.where, held_out=flips)
+        return human(self.where, HUMAN[name], held_out=photos)
+
+
+def command_line(about: str | None, seeds: int, quick: str, argv: Sequence[str] | None) -> Chosen:
+    """Reads the command line of a benchmark on these problems; one thread from here on."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--data", help="folder with mnist10k.npz and cifar10n.npz (or INE_DATA); else digits alone")
     parser.add_argument("--problems", nargs="+", choices=["flips", *HUMAN], help="some of them; by default all")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each problem (at least 2)")
-    parser.add_argument("--quick", action="store_true", help="synthetic flips alone, 2 seeds: to see it work")
+    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each problem (at least 2)")
+    parser.add_argument("--quick", action="store_true", help=f"{quick}, 2 seeds: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     where = folder(args.data)
-    seeds = 2 if args.quick else args.seeds
     problems = ["flips"] if args.quick or where is None else args.problems or ["flips", *HUMAN]
+    return Chosen(args.json, where, problems, 2 if args.quick else args.seeds, args.quick)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    chosen = command_line(__doc__, 4, "synthetic flips alone", argv)
     results: dict[str, Any] = {"protocol": "mislabel", "machine": machine(), "problems": {}}
-    for name in problems:
-        problem = flipped(where) if where is None or name == "flips" else human(where, HUMAN[name])
-        runs = [one_run(seed, problem) for seed in track(range(seeds), description=name)]
+    for name in chosen.problems:
+        problem = chosen.load(name)
+        runs = [one_run(seed, problem) for seed in track(range(chosen.seeds), description=name)]
         rows = {score: judge([run[score] for run in runs], problem.wrong) for score in runs[0]}
         for row in rows.values():
             differences = np.subtract(rows[RECOMMENDED]["each_seed"]["auroc"], row["each_seed"]["auroc"])
             row["mean_loss_minus_this"], row["mean_loss_minus_this_half_width"] = mean_and_half_width(
                 differences.tolist()
             )
-        about = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "seeds": seeds}
+        about = {"rows": len(problem.y), "noise": float(problem.wrong.mean()), "seeds": chosen.seeds}
         results["problems"][name] = {**about, "scores": rows}
-        args.json.write_text(json.dumps(results, indent=1))
+        chosen.json.write_text(json.dumps(results, indent=1))
         for score, row in rows.items():
             found = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float))
             print(f"{name:18s}{score:26s}{found}", flush=True)

@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ from scipy.stats import spearmanr
 from benchmarks.data import folder
 from benchmarks.fidelity import machine
 from benchmarks.overhead import workloads
-from benchmarks.overhead.steppers import LOOK, ORDINARY, REFRESH, Plain, Recorded, steppers, trainable
-from ine_callback.cadence import curvature_gap, refresh_gap
+from benchmarks.overhead.steppers import LOOK, ORDINARY, REFRESH, Plain, Recorded, planned_kinds, steppers, trainable
 
 LENGTHS = (1_000, 10_000, 100_000)
 SLOW, SLOW_ROUNDS = "one backward pass a row", 3
@@ -48,20 +48,6 @@ class Clock:
             torch.cuda.synchronize()
             return time.perf_counter()
         return time.process_time()
-
-
-def counts(steps: int) -> dict[str, int]:
-    """How many steps of each kind a run of that length has."""
-    found = dict.fromkeys((ORDINARY, LOOK, REFRESH), 0)
-    refresh = look = 0
-    for step in range(steps):
-        kind = REFRESH if step == refresh else LOOK if step == look else ORDINARY
-        found[kind] += 1
-        if step == refresh:
-            refresh += refresh_gap(step, None)
-        if step == look:
-            look += curvature_gap(step, None)
-    return found
 
 
 def timed(workload: workloads.Workload, device: torch.device, rounds: int, peers: bool) -> dict[str, Any]:
@@ -121,7 +107,7 @@ def summary(steps: Sequence[tuple[str, float]], plain: Sequence[tuple[str, float
             ratio = float(np.median(own) / np.median(base))
             found[kind] = {"ratio": ratio, "interval": np.quantile(draws, [0.025, 0.975]).tolist(), "steps": own.size}
     if LOOK in found and REFRESH in found:
-        found["runs"] = {n: sum(c * found[kind]["ratio"] for kind, c in counts(n).items()) / n for n in LENGTHS}
+        found["runs"] = {n: sum(found[kind]["ratio"] for kind in islice(planned_kinds(), n)) / n for n in LENGTHS}
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ from ine_callback.report import InfluenceReport
 ORDINARY, LOOK, REFRESH = "ordinary", "look", "refresh"
 MANY = 8  # queries of "ours, 8 queries"
 AHEAD = 10_000  # steps that the recordings take for planned
+
+
+def planned_kinds() -> Iterator[str]:
+    """What the planned cadence makes of each step of a run."""
+    refresh = look = 0
+    for step in itertools.count():
+        yield REFRESH if step == refresh else LOOK if step == look else ORDINARY
+        if step == refresh:
+            refresh += refresh_gap(step, None)
+        if step == look:
+            look += curvature_gap(step, None)
 
 
 class Plain:
@@ -69,26 +81,15 @@ class Recorded(Plain):
             on_error="raise",
         )
         self.recorder.start()
-        self._steps = self._refresh = self._look = 0
+        self._kinds = planned_kinds()
 
     def step(self, rows: Tensor, batch: tuple[Tensor, Tensor]) -> str:
-        kind = self._kind()
         with self.recorder.batch(rows, batch):
             loss = self.loss(batch)
             self.recorder.see(loss)
             loss.backward()
         self._update()
-        return kind
-
-    def _kind(self) -> str:
-        """What the planned cadence makes of this step."""
-        refresh, look = self._steps == self._refresh, self._steps == self._look
-        if refresh:
-            self._refresh += refresh_gap(self._steps, None)
-        if look:
-            self._look += curvature_gap(self._steps, None)
-        self._steps += 1
-        return REFRESH if refresh else LOOK if look else ORDINARY
+        return next(self._kinds)
 
     def report(self) -> InfluenceReport:
         """What was recorded."""
