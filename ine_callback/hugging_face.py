@@ -42,7 +42,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             loss is the Trainer's ``compute_loss``, in evaluation mode.
         methods: Methods to run; f-INE by default.
         initial_weights: ``fixed`` for fine-tuning, ``random`` for training from scratch.
-        refresh_every: Optimizer steps between refreshes of the queries' gradients.
+        refresh_every: As for :class:`~ine_callback.InfluenceCallback`; None: planned.
         max_query_rows: Rows taken of a larger evaluation set, a fixed random sample.
         uncaptured: What to do about parameters without a capture.
         dirpath: Folder of the report, in place of the output folder's.
@@ -61,7 +61,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         queries: Any = "val",
         methods: Sequence[Method] | None = None,
         initial_weights: InitialWeights = "fixed",
-        refresh_every: int = 20,
+        refresh_every: int | None = None,
         max_query_rows: int = 2000,
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
