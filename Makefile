@@ -41,7 +41,7 @@ types: $(VENV)/.installed-dev ## type checker
 	$(PY) -m mypy
 
 doctest: $(VENV)/.installed-dev ## the examples in the docstrings
-	$(PYTEST) $(SPREAD) --doctest-modules ine_callback
+	$(PYTEST) $(SPREAD) --doctest-modules --doctest-ignore-import-errors ine_callback
 
 snippets: $(VENV)/.installed-dev ## the code in README.md, CONTRIBUTING.md and docs/
 	$(PYTEST) $(SPREAD) tests/test_docs.py
