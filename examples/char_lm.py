@@ -89,10 +89,10 @@ def encode(pieces: list[str], alphabet: str) -> tuple[Tensor, Tensor]:
 
 
 def fit(
-    train: tuple[Tensor, Tensor], characters: int, callbacks: list, epochs: int, seed: int
+    train: tuple[Tensor, Tensor], characters: int, callbacks: list, epochs: int, seed: int, **size: int
 ) -> tuple[L.Trainer, CharLM]:
     L.seed_everything(seed, verbose=False)
-    model = CharLM(characters)
+    model = CharLM(characters, **size)
     trainer = L.Trainer(
         **{"max_epochs": epochs, "callbacks": callbacks, "accelerator": "cpu", "logger": False},
         **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},

@@ -1,7 +1,7 @@
 """How far chains may go where the settings leave it open: no farther than the loss is one basin and the model knows.
 
 The localization γ gives draws half the trained weights' norm, and less, by halving, where going twice as far does not
-raise the loss about four times as much, or where draws lose a third of what the model has learned. That looks at losses
+raise the loss about four times as much, or where draws lose a tenth of what the model has learned. That looks at losses
 alone, never at scores.
 """
 
@@ -18,7 +18,7 @@ from ine_callback.bif.quadratic import Quadratic
 RADIUS = 0.5  # in norms of the trained weights
 _HALVINGS = 6
 _LEAST, _MOST = 2.5, 6.0  # rise of the loss over that of half the way: 4 in a basin
-_FORGOTTEN = 1 / 3  # of what was learned; a round basin at half the weights' norm loses a quarter
+_FORGOTTEN = 0.1  # of what was learned: where more is lost covariances are mostly noise (docs/methods/bif.md)
 _NOTHING = 0.01  # of the loss: a rise this small says nothing, and does no harm
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,15 +29,20 @@ def well(width: float) -> object:
     return lambda d: 1.0 - torch.exp(-d.square().sum(1) / width**2)
 
 
+def bowl(height: float, rim: float = 30.0) -> Callable[[Tensor], Tensor]:
+    """A basin as wide as you like; where all weights are 0 the loss is ``rim`` higher than at the trained ones."""
+    return lambda d: 2.0 + height * d.square().sum(1) + (rim - height * 10.0) * ((d + 0.5).abs().amax(1) < 1e-3)
+
+
 @pytest.mark.parametrize("n_beta", [None, 10.0])
 def test_a_basin_gets_half_the_weights_norm(n_beta: float | None) -> None:
-    assert radius(lambda d: 2.0 + d.square().sum(1), n_beta) == pytest.approx(RADIUS)
-    assert radius(lambda d: 2.0 + d.square().sum(1) + 2 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
+    assert radius(bowl(1.0), n_beta) == pytest.approx(RADIUS)
+    assert radius(lambda d: bowl(1.0)(d) + 2 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
 
 
 def test_a_narrow_basin_gets_less() -> None:
     found = [radius(well(width)) for width in (100.0, 1.0, 0.3)]
-    assert found[0] == pytest.approx(RADIUS) and found[0] > found[1] > found[2] > 0
+    assert found[0] > found[1] > found[2] > 0
     assert found[1] * float(WEIGHTS.norm()) < 1.0
 
 
@@ -59,12 +65,16 @@ def test_where_the_data_are_steep_draws_stay_near() -> None:
 
 
 def test_draws_stay_where_the_model_knows() -> None:
-    """A basin as wide as you like, whose loss is soon above that of no weights at all."""
-
-    def steep(height: float) -> object:
-        return lambda d: 2.0 + height * d.square().sum(1) - (height - 1) * 10.0 * ((d + 0.5).abs().amax(1) < 1e-3)
-
-    assert radius(steep(1.0)) == pytest.approx(RADIUS)
-    found = [radius(steep(height)) for height in (2.0, 6.0, 100.0)]
+    assert radius(bowl(1.0)) == pytest.approx(RADIUS)
+    found = [radius(bowl(height)) for height in (2.0, 6.0, 100.0)]
     assert RADIUS > found[0] > found[1] > found[2]
     assert [forgotten(loss, 2.0, 12.0) for loss in (2.0, 12.0)] == [0.0, 1.0] and math.isnan(forgotten(3.0, 2.0, 2.0))
+
+
+def test_draws_lose_no_more_than_a_tenth_of_what_was_learned() -> None:
+    for height in (0.5, 1.0, 4.0, 20.0):
+        found = radius(bowl(height))
+        draws = found * float(WEIGHTS.norm()) * NORMAL / P**0.5
+        lost = forgotten(float(bowl(height)(draws).mean()), 2.0, 32.0)
+        # of these few draws; half the distance more would have been allowed, were it not for the next doubling
+        assert lost < 0.11 and (found == pytest.approx(RADIUS) or 4 * lost > 0.09)
