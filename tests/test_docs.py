@@ -133,6 +133,25 @@ def test_links_lead_to_files(path: Path) -> None:
     assert not broken, f"{path.name} links to files that do not exist: {broken}"
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub and the site give to a page's headings."""
+    for block in blocks(text):
+        text = text.replace(block.code, "")
+    headings = re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_file
+def test_links_lead_to_headings(path: Path) -> None:
+    broken = []
+    for match in LINK.finditer(prose(path.read_text())):
+        target, _, anchor = match["target"].partition("#")
+        page = path.parent / target if target else path
+        if anchor and ":" not in target and page.suffix == ".md" and anchor not in anchors(page.read_text()):
+            broken.append(match["target"])
+    assert not broken, f"{path.name} links to headings that do not exist: {broken}"
+
+
 def test_blocks_are_read_as_markdown_reads_them() -> None:
     text = "a\n```python no-run\nx = 1\n```\n- item\n  ```bash\n  make test\n  ```\n~~~~\n```\n~~~~\n"
     assert blocks(text) == [
