@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types doctest snippets ci clean
+.PHONY: help demo test test-all lint format types doctest snippets docs ci clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -46,11 +46,15 @@ doctest: $(VENV)/.installed-dev ## the examples in the docstrings
 snippets: $(VENV)/.installed-dev ## the code in README.md, CONTRIBUTING.md and docs/
 	$(PYTEST) $(SPREAD) tests/test_docs.py
 
+# ruff formats the API's signatures and is looked for on the path. Not --quiet: then warnings are not counted, and pass.
+docs: $(VENV)/.installed-dev ## the documentation as a site, in site/; open site/index.html
+	PATH="$(VENV)/bin:$$PATH" properdocs build --strict --config-file mkdocs.yml
+
 ci: ## all of the above in a fresh virtual environment, as CI does it
 	bash .ci/run
 
 clean: ## removes the virtual environment, caches and output
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist demo lightning_logs
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist demo site lightning_logs
 
 # What running needs, then what working on the project needs on top.
 $(VENV)/.installed: pyproject.toml
@@ -65,6 +69,6 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "==> installing the test runner, linter and type checker: some seconds"
+	@echo "==> installing the test runner, linter, type checker and the site's builder: some seconds"
 	@$(PIP) -e ".[dev]"
 	@touch $@

@@ -1,8 +1,12 @@
-"""Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/."""
+"""Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/.
+
+That of the tutorial is drawn from what the tutorial's own code leaves.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -69,6 +73,24 @@ def _digits(seed: int) -> tuple[Any, Any, Any]:
     return noisy_digits(seed)
 
 
+def tutorial() -> Figure:
+    """What the tutorial finds: the first suspects, and rows on its tested list whose labels are right."""
+    made: dict[str, Any] = {"__name__": "tutorial"}
+    text = (HERE / "tutorial.md").read_text(encoding="utf-8").partition("## Keep it")[0]  # what follows writes files
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), made)
+    figure = Figure((8.0, 3.0), layout="constrained")
+    rows = {"First by mean loss": made["ranked"], "On the tested list, and right": made["missed"]}
+    for part, (title, chosen) in zip(figure.subfigures(2, 1), rows.items(), strict=True):
+        part.suptitle(title, fontsize=10, color=INK, fontweight="bold", x=0.01, ha="left")
+        for ax, row in zip(part.subplots(1, 8), chosen, strict=False):
+            ax.imshow(made["x"][row].view(8, 8), cmap="gray_r")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_color(FAINT)
+            color = ORANGE if made["is_wrong"][row] else INK
+            ax.set_xlabel(f"labelled {made['y'][row]}", fontsize=8.5, color=color, labelpad=3)
+    return figure
+
+
 def flow() -> Figure:
     """One training step, and what becomes of it."""
     figure = Figure((8.0, 4.1))
@@ -127,7 +149,7 @@ def main() -> None:
     images.mkdir(exist_ok=True)
     report = InfluenceReport.load(args.report)
     screenshot(report, args.seed, images / "report.png")
-    for name, figure in {"digits": digits(report, args.seed), "flow": flow()}.items():
+    for name, figure in {"digits": digits(report, args.seed), "flow": flow(), "tutorial": tutorial()}.items():
         figure.savefig(images / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})
 
 

@@ -70,7 +70,7 @@ class Ledger:
         return scores.first(self.check.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types: 28 bytes a row and query, 28 a row, and the null (docs/howto.md)."""
+        """Tensors and plain types: 28 bytes a row and query, 28 a row, and the null (docs/howto/long-runs.md)."""
         return {
             "settings": self._settings(),
             "rows": self.check.count,

@@ -70,8 +70,9 @@ def test_examples_of_the_help_work(line: str, capsys: pytest.CaptureFixture[str]
     assert out and not err
 
 
-def test_shell_blocks_of_the_recipes_work(capsys: pytest.CaptureFixture[str]) -> None:
-    section = (ROOT / "docs/howto.md").read_text("utf-8").partition("## From the shell")[2].partition("\n## ")[0]
+def test_shell_blocks_of_the_documentation_work(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/howto/reports.md").read_text("utf-8")
+    section = page.partition("## From the shell")[2].partition("\n## ")[0]
     lines = [line for line in examples(section) if "completion" not in line]
     assert len(lines) >= 5
     for line in lines:

@@ -12,10 +12,14 @@ import importlib.util
 import re
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import ine_callback
+import ine_callback.report
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
@@ -131,6 +135,55 @@ def test_links_lead_to_files(path: Path) -> None:
     targets = [match["target"].split("#")[0] for match in LINK.finditer(prose(path.read_text()))]
     broken = [t for t in targets if t and ":" not in t and not (path.parent / t).exists()]
     assert not broken, f"{path.name} links to files that do not exist: {broken}"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub and the site give to a page's headings."""
+    for block in blocks(text):
+        text = text.replace(block.code, "")
+    headings = re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_file
+def test_links_lead_to_headings(path: Path) -> None:
+    broken = []
+    for match in LINK.finditer(prose(path.read_text())):
+        target, _, anchor = match["target"].partition("#")
+        page = path.parent / target if target else path
+        if anchor and ":" not in target and page.suffix == ".md" and anchor not in anchors(page.read_text()):
+            broken.append(match["target"])
+    assert not broken, f"{path.name} links to headings that do not exist: {broken}"
+
+
+def test_the_api_pages_show_all_public_names() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    names = {f"ine_callback.{name}" for name in ine_callback.__all__ if not name.startswith("_")}
+    names |= {f"ine_callback.report.{name}" for name in ine_callback.report.__all__ if name not in ine_callback.__all__}
+    assert not names - shown, f"docs/api/ lacks {sorted(names - shown)}"
+
+
+@pytest.mark.parametrize(
+    ("html", "fetched"),
+    [
+        ('<script src="https://cdn.example.org/x.js"></script>', True),
+        ('<link rel="stylesheet" href="//fonts.example.org/css">', True),
+        ("<style>@import url(https://fonts.example.org/css);</style>", True),
+        ('<img alt="" src="https://badges.example.org/x.svg">', True),
+        ('<a href="https://example.org">elsewhere</a><link rel="canonical" href="https://example.org">', False),
+        ('<script src="assets/x.js"></script><img src="images/x.png">', False),
+    ],
+)
+def test_the_site_may_fetch_nothing_from_elsewhere(html: str, fetched: bool, tmp_path: Path) -> None:
+    errors = pytest.importorskip("properdocs.exceptions", reason="the extra docs is not installed")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    (tmp_path / "page.html").write_text(html)
+    with pytest.raises(errors.PluginError, match=r"page\.html") if fetched else nullcontext():
+        hooks.on_post_build({"site_dir": tmp_path})
 
 
 def test_blocks_are_read_as_markdown_reads_them() -> None:

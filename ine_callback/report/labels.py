@@ -98,9 +98,9 @@ def suggest_labels(
     """Which label each suspected row may really have, with the probability that it is right.
 
     With *out-of-fold* probabilities, of models that were not trained on the row, the confidence is honest: on digits
-    with random flips it adds up to nearly the number of right proposals (docs/howto.md). With those of a model that was
-    trained on the row itself it is not: such a model has learnt the wrong label too, so the noise found is near 0, and
-    so are all confidences; the order of the other classes is still good.
+    with random flips it adds up to nearly the number of right proposals (docs/howto/label-cleaning.md). With those of a
+    model that was trained on the row itself it is not: such a model has learnt the wrong label too, so the noise found
+    is near 0, and so are all confidences; the order of the other classes is still good.
 
     Without probabilities the report proposes, from the queries of ``Query.per_class``: the class that the row harms
     most. That is right about as often where the label is wrong, but says nothing about whether it is.

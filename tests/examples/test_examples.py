@@ -117,3 +117,12 @@ def test_retrain_compares_what_is_dropped(program: Callable[..., str]) -> None:
     lines = {line[:18].strip(): line[18:].split() for line in printed.splitlines() if "±" in line}
     assert {"nothing", "drop_list(q=.05)", "highest loss", "random rows"} <= set(lines)
     assert lines["nothing"][0] == "0" and lines["drop_list(q=.05)"][0] == lines["random rows"][0]
+
+
+def test_poison_finds_who_taught_the_odd_answer(example: Load) -> None:
+    found = example("poison.py").one_seed(seed=0, epochs=6)
+    worked, accuracy = found.pop("")
+    assert worked > 0.9 and accuracy > 0.9
+    # of 30 poisoned rows chance has 0.75 among the first 30; one odd answer finds 22.6 of them, ten find 27.6
+    assert found["f-INE, margin of one odd answer"][0] > 12 and found["f-INE, mean margin of ten"][0] > 20
+    assert found["f-INE, mean margin of ten"][2] < 0.1 and found["at random"][2] > 0.9

@@ -258,7 +258,7 @@ def test_the_state_is_of_plain_types(tmp_path: Path) -> None:
 
 
 def test_the_state_grows_as_documented() -> None:
-    """docs/howto.md: 28 bytes a row and query, 28 a row; the null stays below 0.7 MB a query."""
+    """docs/howto/long-runs.md: 28 bytes a row and query, 28 a row; the null stays below 0.7 MB a query."""
 
     def size(rows: int, queries: int) -> int:
         infos = tuple(QueryInfo(str(k), "self" if k == 0 else "loss", "?") for k in range(queries))
