@@ -70,21 +70,18 @@ def human(where: Path, column: str, rows: int = 4000, held_out: int = 500) -> Pr
     raw = np.load(where / "cifar10n.npz")
     clean = torch.tensor(raw["clean_label"][:rows]).long()
     y = torch.tensor(raw[column][:rows]).long()
-    x, xq = (
-        images(raw["train_jpeg"], raw["train_offsets"], rows),
-        images(raw["test_jpeg"], raw["test_offsets"], held_out),
-    )
-    yq = torch.tensor(raw["test_label"][:held_out]).long()
+    x = images(raw["train_jpeg"], raw["train_offsets"], range(rows))
+    # the file has them sorted by class: the first of them would be a question about few classes
+    asked = np.random.default_rng(5).permutation(len(raw["test_label"]))[:held_out].tolist()
+    xq, yq = images(raw["test_jpeg"], raw["test_offsets"], asked), torch.tensor(raw["test_label"][asked]).long()
     return Problem(x, y, clean, (y != clean).numpy(), xq, yq, 12, 0.05)
 
 
-def images(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], count: int) -> Tensor:
-    """Decoded images [count, 3, 16, 16], centred and scaled."""
+def images(jpeg: NDArray[np.uint8], offsets: NDArray[np.int64], which: Sequence[int]) -> Tensor:
+    """Decoded images [n, 3, 16, 16], centred and scaled."""
     from PIL import Image
 
-    out = np.stack(
-        [np.asarray(Image.open(io.BytesIO(jpeg[offsets[k] : offsets[k + 1]].tobytes()))) for k in range(count)]
-    )
+    out = np.stack([np.asarray(Image.open(io.BytesIO(jpeg[offsets[k] : offsets[k + 1]].tobytes()))) for k in which])
     return F.avg_pool2d((torch.tensor(out, dtype=torch.float32).permute(0, 3, 1, 2) / 255 - 0.47) / 0.25, 2)
 
 
