@@ -249,7 +249,7 @@ def test_diverging_chains_are_caught() -> None:
     bif = BIF(step_size=0.5, draws=100, **PLAIN)  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match=r"only . draws before the chains ended; the chains diverged at draw"):
         bif_scores(model, rows, {"q": EachRow(query)}, bif, steep, progress=False)
-    coarse = BIF(step_size=0.03, n_beta=100.0, draws=100, **PLAIN)  # type: ignore[arg-type]
+    coarse = BIF(step_size=0.03, n_beta=100.0, localization=15.0, draws=100, **PLAIN)  # type: ignore[arg-type]
     wide = bif_scores(model, rows, {"q": query}, coarse, entropies, progress=False)
     assert any("step-size bias" in reason and "lower step_size" in reason for reason in wide.reasons)
 
