@@ -1,12 +1,14 @@
-"""Renders the measurements as Markdown.
+"""Renders the measurements as Markdown, as a whole or the sections of some files in place of older ones.
 
 python -m benchmarks.results FILES... --notes benchmarks/notes.md --plots benchmarks/plots > benchmarks/RESULTS.md
+python -m benchmarks.results FILES... --into benchmarks/RESULTS.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -365,9 +367,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of the benchmarks, in the order wanted")
     parser.add_argument("--notes", type=Path, help="Markdown put after the introduction")
     parser.add_argument("--plots", type=Path, help="folder for the pictures, beside the Markdown file")
+    parser.add_argument("--into", type=Path, help="Markdown file in which only these files' sections are renewed")
     args = parser.parse_args(argv)
-    parts = [HEAD]
-    if args.notes:
+    parts = [] if args.into else [HEAD]
+    if args.notes and not args.into:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
     sections |= {"bif_devinterp": bif_devinterp, "resume": resume, "overhead": cost.overhead, "scale": cost.scale}
@@ -378,7 +381,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             file = args.plots / f"{results['protocol']}.png"
             PLOTS[results["protocol"]](results, file)
             parts.append(f"![{results['protocol']}]({args.plots.name}/{file.name})")
-    print("\n".join(part.rstrip("\n") + "\n" for part in parts), end="")
+    text = "\n".join(part.rstrip("\n") + "\n" for part in parts)
+    if args.into:
+        args.into.write_text(renewed(args.into.read_text(), text))
+    else:
+        print(text, end="")
+
+
+def renewed(old: str, new: str) -> str:
+    r"""The old Markdown with each section of the new in place of the one of the same heading, or else at the end.
+
+    >>> renewed("# R\n\n## A\n1\n\n## B\n2\n", "## C\n5\n\n## A\n3\n")
+    '# R\n\n## A\n3\n\n## B\n2\n\n## C\n5\n'
+    """
+
+    def sections(text: str) -> dict[str, str]:
+        parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+        return {
+            part.partition("\n")[0] if part.startswith("## ") else "": part.strip("\n") + "\n" for part in parts if part
+        }
+
+    return "\n".join((sections(old) | sections(new)).values())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ine_callback.report import bif_plots
 from ine_callback.report.plots import densities, heights
-from ine_callback.report.selection import group
+from ine_callback.report.selection import group, smallest
 from ine_callback.report.words import decimals, null_check, plain, tails
 from ine_callback.stats.ranks import spearman
 
@@ -36,11 +36,11 @@ def listed_rows(report: InfluenceReport, columns: Sequence[int]) -> NDArray[np.i
     scores, which = report.scores, list(columns)
     mu = np.nan_to_num(scores.mu[:, which], nan=0.0)
     urgent = np.nan_to_num(scores.q[:, which], nan=1.0).min(1, initial=1.0)
-    ends = np.concatenate([np.argsort(side, axis=0)[:ENDS].ravel() for side in (mu, -mu)])
+    ends = np.concatenate([smallest(side, ENDS) for side in (*mu.T, *-mu.T)])
     urgent[ends] = -1.0
     rest = urgent > 0.05
     urgent[rest] = 1.0 + np.random.default_rng(0).random(int(rest.sum()))
-    return np.sort(np.argsort(urgent, kind="stable")[:budget])
+    return np.sort(smallest(urgent, budget))
 
 
 def payload(

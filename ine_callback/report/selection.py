@@ -58,6 +58,18 @@ def recommended(scores: Scores) -> str:
     return scores.queries[0].name
 
 
+def smallest(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    """Positions of the k smallest values, in their order; of equal ones the first. Sorts no more than it must.
+
+    >>> smallest(np.array([3.0, 1.0, 2.0, 1.0]), 3).tolist()
+    [1, 3, 2]
+    """
+    few = np.arange(len(values))
+    if 0 < k < len(values):
+        few = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1])
+    return few[np.argsort(values[few], kind="stable")][:k]
+
+
 def extreme(scores: Scores, k: int, column: int, largest: bool) -> ScoreTable:
     """See :meth:`InfluenceReport.top` and :meth:`InfluenceReport.bottom`."""
     who = "top" if largest else "bottom"
@@ -65,7 +77,7 @@ def extreme(scores: Scores, k: int, column: int, largest: bool) -> ScoreTable:
         raise ValueError(f"InfluenceReport.{who}: k is {k!r}; give a number of rows, at least 1")
     mu, query = scores.mu[:, column], scores.queries[column]
     rows = np.flatnonzero(np.isfinite(mu))
-    rows = rows[np.argsort(-mu[rows] if largest else mu[rows], kind="stable")][:k]
+    rows = rows[smallest(-mu[rows] if largest else mu[rows], k)]
     ends = tails(query.kind)
     return table(scores, rows, column, f"{ends.upper if largest else ends.lower} · {query.name}")
 

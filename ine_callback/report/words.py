@@ -68,7 +68,7 @@ def plain(text: object) -> str:
 
 def decimals(values: Iterable[float] | NDArray[np.float64]) -> int:
     """Decimals that give the largest finite magnitude three digits, so that a column lines up."""
-    array = np.abs(np.asarray(list(values), dtype=np.float64))
+    array = np.abs(np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=np.float64))
     largest = float(array[np.isfinite(array)].max(initial=0.0))
     return 2 if largest == 0.0 else int(np.clip(2 - np.floor(np.log10(largest)), 0, 12))
 
