@@ -1,0 +1,143 @@
+"""An ordinary recorded step asks no tensor for its value: on a GPU each such question would wait for the device.
+
+``tests/test_cuda.py`` asks a GPU itself; here the questions are caught where there is none: operations whose result or
+shape depends on values, and the ways in which Python reads a tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ine_callback import Query, Recorder
+
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "unique_dim"}
+READING = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
+REFRESH = 8  # steps; these may ask
+
+
+class Waited(AssertionError):
+    """A tensor was asked for its value."""
+
+
+class _Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = isinstance(args, tuple) and len(args) > 1 and isinstance(args[1], (list, tuple))
+        masked = name in ("index", "index_put", "index_put_") and masks and any(_is_mask(index) for index in args[1])
+        if (name in ASKING or masked) and not _of_host():
+            raise Waited(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool
+
+
+def _of_host() -> bool:
+    """Whether what is asked for lies on the host: the optimizer's count of steps, row numbers from the loader."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "/ine_callback/" in frame.f_code.co_filename:
+            return frame.f_code.co_filename.endswith("/rows.py")
+        if "/torch/optim/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@contextmanager
+def nobody_waits() -> Iterator[None]:
+    def refused(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if not _of_host():
+                raise Waited(name)
+            return method(*args, **kwargs)
+
+        return ask
+
+    with pytest.MonkeyPatch.context() as patch, _Operations():
+        for name in READING:
+            patch.setattr(Tensor, name, refused(name, getattr(Tensor, name)))
+        yield
+
+
+def convolutional() -> tuple[nn.Module, Tensor, Tensor]:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)]
+    layers += [nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 10)]
+    return nn.Sequential(*layers), torch.randn(256, 3, 8, 8), torch.randint(10, (256,))
+
+
+class Words(nn.Module):
+    """An embedding looked up at several positions, one layer called twice, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.out = nn.Embedding(40, 64), nn.Linear(64, 64), nn.Linear(64, 40, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.mix(self.mix(self.words(ids)).relu())
+        return self.out(h).transpose(1, 2)
+
+
+def of_words() -> tuple[nn.Module, Tensor, Tensor]:
+    return Words(), torch.randint(40, (256, 12)), torch.randint(40, (256, 12))
+
+
+def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("rank", [None, 32], ids=["exact", "default"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("problem", [convolutional, of_words])
+def test_only_refreshes_wait(problem: Callable[[], Any], optimizer: Any, rank: int | None) -> None:
+    torch.manual_seed(0)
+    model, x, y = problem()
+    steps = optimizer(model.parameters(), lr=1e-3)
+    queries: dict[str, Any] = {"val": (x[:64], y[:64]), "self": "self"}
+    if problem is convolutional:
+        queries["margin"] = Query.margin((x[:8], y[:8]), per_row=True)
+    recorder = Recorder(
+        *(model, steps, 256, queries, mean_loss),
+        **{"total_steps": 32, "refresh_every": REFRESH, "rank": rank, "on_error": "raise"},
+    )
+    with recorder:
+        for step, rows in enumerate(torch.randperm(256).repeat(2).split(16)):
+            batch = x[rows], y[rows]
+            guard = nobody_waits if step % REFRESH else nullcontext
+            with guard(), recorder.batch(rows, batch):
+                loss = mean_loss(model, batch)
+                recorder.see(loss)
+                loss.backward()
+            with guard():
+                steps.step()
+                steps.zero_grad()
+    assert recorder.steps == 32 and (recorder.report().observations == 2).all()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda t: t.sum().item(),
+        lambda t: bool(t.any()),
+        lambda t: t[t > 0],
+        lambda t: t.nonzero(),
+        lambda t: t.tolist(),
+        lambda t: t.cpu(),
+        lambda t: t.masked_select(t > 0),
+        lambda t: float(t.sum()),
+    ],
+)
+def test_whoever_asks_is_caught(ask: Callable[[Tensor], Any]) -> None:
+    values = torch.randn(4)
+    with pytest.raises(Waited), nobody_waits():
+        ask(values)
