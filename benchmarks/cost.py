@@ -60,7 +60,8 @@ def _cells(row: dict[str, Any], lengths: list[str], memory: bool) -> list[str]:
         low, high = found["interval"] if found else (0.0, 0.0)
         kinds.append(f"{found['ratio']:.2f} ({low:.2f}–{high:.2f})" if found else "")
     runs = [f"{row['runs'][n]:.2f}" if "runs" in row else "" for n in lengths]
-    return [*kinds, *runs, *([f"{row['peak_memory_ratio']:.3f}"] if memory else [])]
+    peak = f"{row['peak_memory_ratio']:.3f}" if "peak_memory_ratio" in row else ""
+    return [*kinds, *runs, *([peak] if memory else [])]
 
 
 def scale(results: dict[str, Any]) -> Iterable[str]:

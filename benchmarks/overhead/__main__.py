@@ -4,20 +4,23 @@
     python -m benchmarks.overhead --json overhead.json --device cuda          # GPT-2 small, ResNet-18, ViT-S, LoRA
 
 Every stepper has a network of its own, the same at the start and fed the same rows; in each round every stepper takes
-one step, so that all meet the same load. CPU times are CPU seconds of one thread, GPU times are by CUDA events around
-the step. A recording has three kinds of steps: ordinary ones; those that look at the curvature too; and refreshes of
-the directions. The last two become rare (``ine_callback/cadence.py``), so the table gives the ratio of each kind's
-median to the plain step's, with a 95 % interval by bootstrap, and what follows for whole runs of 1,000 to 100,000
-steps. ``fidelity`` compares the scores of the default with those of the exact mode on the same rows: Spearman, and the
-error's standard deviation by the scores'.
+one step, so that all meet the same load. CPU times are CPU seconds of one thread, GPU times wall-clock from one
+synchronisation to the next. A recording has three kinds of steps: ordinary ones; those that look at the curvature too;
+and refreshes of the directions. The last two become rare (``ine_callback/cadence.py``), so the table gives the ratio of
+each kind's median to the plain step's, with a 95 % interval by bootstrap, and what follows for whole runs of 1,000 to
+100,000 steps. Peak memory is a stepper's own on a GPU; on the CPU that of a process of its own, data and all, above
+what its imports take. ``fidelity`` compares the scores of the default with those of the exact mode on the same rows:
+Spearman, and the error's standard deviation by the scores'.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,12 +32,14 @@ from scipy.stats import spearmanr
 
 from benchmarks.data import folder
 from benchmarks.fidelity import machine
+from benchmarks.lds.measure import measure
 from benchmarks.overhead import workloads
 from benchmarks.overhead.steppers import LOOK, ORDINARY, REFRESH, Plain, Recorded, planned_kinds, steppers, trainable
 
 LENGTHS = (1_000, 10_000, 100_000)
 SLOW, SLOW_ROUNDS = "one backward pass a row", 3
 WARM_UP = 3
+WATCHED, STEPS_ALONE = ("plain", "one query", "one query and self", "the same, exact"), 24
 
 
 class Clock:
@@ -50,13 +55,54 @@ class Clock:
         return time.process_time()
 
 
+class Memory:
+    """Peak bytes of each stepper on a GPU that holds all of them: what it keeps, and what its step needs above that."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.held: dict[str, float] = {}
+        self.peak: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Surrounds what a stepper does."""
+        if not self.cuda:
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats()
+        before, held = torch.cuda.memory_allocated(), self.held.get(name, 0.0)
+        yield
+        self.peak[name] = max(self.peak.get(name, 0.0), held + torch.cuda.max_memory_allocated() - before)
+        self.held[name] = held + torch.cuda.memory_allocated() - before
+
+
+def alone(name: str, where: Path | None, stepper: str) -> None:
+    """Some steps of one stepper on the CPU, two refreshes among them, in a process whose memory is watched."""
+    workload = workloads.load(name, where)
+    taken = steppers(workload, torch.device("cpu"), peers=False)[stepper]()
+    g = torch.Generator().manual_seed(2)
+    for _ in range(STEPS_ALONE):
+        rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
+        taken.step(rows, (workload.x[rows], workload.y[rows]))
+    taken.close()
+
+
+def on_the_host(name: str, where: Path | None, found: dict[str, Any]) -> float:
+    """Fills in each stepper's peak of memory by the plain one's, data and all; returns the latter in MB."""
+    peak = {stepper: measure(partial(alone, name, where, stepper)).peak_mb for stepper in WATCHED}
+    for stepper, value in peak.items():
+        found[stepper]["peak_memory_ratio"] = value / peak["plain"]
+    return peak["plain"]
+
+
 def timed(workload: workloads.Workload, device: torch.device, rounds: int, peers: bool) -> dict[str, Any]:
     """Seconds of every stepper's steps, by kind, the peak memory of each, and the fidelity of the default."""
     made: dict[str, Plain] = {}
-    memory: dict[str, float] = {}
+    memory = Memory(device)
     for name, make in steppers(workload, device, peers).items():
         try:
-            made[name] = make()
+            with memory.of(name):
+                made[name] = make()
         except Exception as error:
             print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
     seconds: dict[str, list[tuple[str, float]]] = {name: [] for name in made}
@@ -67,22 +113,20 @@ def timed(workload: workloads.Workload, device: torch.device, rounds: int, peers
         for name in list(made)[turn % 2 :: 2] + list(made)[1 - turn % 2 :: 2]:
             if name == SLOW and turn >= SLOW_ROUNDS + WARM_UP:
                 continue
-            if clock.cuda:
-                torch.cuda.reset_peak_memory_stats()
             before = clock.now()
             try:
-                kind = made[name].step(rows.to(device), batch)
+                with memory.of(name):
+                    kind = made[name].step(rows.to(device), batch)
             except Exception as error:
                 print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
                 del made[name], seconds[name]
                 continue
             if turn >= WARM_UP:
                 seconds[name].append((kind, clock.now() - before))
-            if clock.cuda:
-                memory[name] = max(memory.get(name, 0.0), float(torch.cuda.max_memory_allocated()))
     found = {name: summary(seconds[name], seconds["plain"]) for name in made}
-    for name, value in memory.items():
-        found[name]["peak_memory_ratio"] = value / memory["plain"]
+    for name, value in memory.peak.items():
+        if name in found:
+            found[name]["peak_memory_ratio"] = value / memory.peak["plain"]
     out = {
         "what": workload.what,
         "parameters": trainable(made["plain"].model),
@@ -166,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name} is left out: {lacks} is not installed")
             continue
         found = timed(workloads.load(name, where), device, 25 if args.quick else args.rounds, not args.no_peers)
+        if device.type == "cpu" and not args.quick:
+            found["plain_peak_mb"] = on_the_host(name, where, found["steppers"])
         results["workloads"][name] = found
         args.json.write_text(json.dumps(results, indent=1))
         show(name, found)
