@@ -108,7 +108,8 @@ def suggest_labels(
     Args:
         labels: The label that each row was trained with [N], 0 ... C - 1.
         probabilities: Class probabilities of all rows, out-of-fold [N, C].
-        rows: Rows to propose labels for; by default :meth:`drop_list`.
+        rows: Rows to propose labels for; by default :meth:`drop_list`. Without probabilities those without any
+            score are left out.
 
     Raises:
         ValueError: On arrays of other shapes, labels that are no classes, what are no probabilities, or where there are
@@ -127,6 +128,7 @@ def suggest_labels(
     given = _labels(labels, report.rows)
     chosen = report.drop_list() if rows is None else row_ids(rows, report.rows, WHO)
     if probabilities is None:
+        chosen = chosen[np.isfinite(report.scores.mu[chosen]).any(1)]  # of other rows the queries say nothing
         proposed, confidence, noise = _harmed(report, given, chosen), np.full(len(chosen), np.nan), float("nan")
     else:
         likely = _log_probabilities(probabilities, given)

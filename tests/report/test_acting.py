@@ -84,7 +84,8 @@ def test_influence_proposes_the_class_that_the_row_harms_most() -> None:
     mu[7] = np.nan
     null = {"null_mu": np.zeros((4, 2)), "null_ks_p": np.ones(4)}
     report = InfluenceReport(replace(report.scores, queries=queries, mu=mu, **wide, **null))
-    found = report.suggest_labels([0, 0, 0, 1, 0, 10, 0, 0], rows=[3, 5])
+    found = report.suggest_labels([0, 0, 0, 1, 0, 10, 0, 0], rows=[3, 5, 7])
+    assert found.rows.tolist() == [3, 5]  # row 7 has no scores, and so no proposal
     assert found.proposed.tolist() == [10, 0] and np.isnan(found.confidence).all() and np.isnan(found.noise)
     assert (found.corrected(np.zeros(8, int)) == 0).all()  # nobody is sure of anything
     assert "–" in str(found)
