@@ -256,10 +256,17 @@ def _diagonal(moment: Tensor, size: int) -> Tensor:
 
 
 def _eigen(moment: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a moment; of a diagonal one its own entries."""
     if not full:
         return moment.clamp_min(0), None
+    # LAPACK in single precision has returned NaN for moments of size 1e-7, as vanishing gradients leave them
+    size = moment.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(moment.dtype).tiny)
+    scaled = moment / size
     try:
-        values, vectors = torch.linalg.eigh(moment)
-    except RuntimeError:  # single precision may not converge where many inputs are always zero
-        values, vectors = (x.to(moment.dtype) for x in torch.linalg.eigh(moment.double()))
-    return values.clamp_min(0), vectors
+        values, vectors = torch.linalg.eigh(scaled)
+        converged = bool(values.isfinite().all() & vectors.isfinite().all())
+    except RuntimeError:  # may be where many inputs are always zero
+        converged = False
+    if not converged:
+        values, vectors = (x.to(moment.dtype) for x in torch.linalg.eigh(scaled.double()))
+    return values.clamp_min(0) * size[..., 0], vectors

@@ -73,6 +73,8 @@ def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Ten
     in_basis = right.into(u) * right.values[:, None].sqrt()
     weighted = left.into(in_basis.transpose(-1, -2)) * left.values[:, None].sqrt()  # [Q, G, I, O]
     stacked = weighted.permute(1, 0, 3, 2).flatten(1, 2)  # [G, Q O, I]
+    # vanishing gradients leave numbers whose squares single precision cannot hold
+    stacked = stacked / stacked.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
     values, vectors = _leading(stacked, most)
     total = stacked.square().sum((-1, -2))
     shares = values.clamp_min(0).cumsum(-1) / total.clamp_min(1e-30)[:, None]

@@ -248,11 +248,16 @@ def test_discounted_signals_are_the_true_change_on_a_quadratic_loss() -> None:
     assert (undiscounted - truth.sum()).abs() > 0.2 * truth.abs().max()  # the test can tell a discount from none
 
 
-def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LAPACK gives up on some float32 moments of inputs with dead pixels; here on all of them."""
+@pytest.mark.parametrize("silently", [False, True])
+def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(
+    monkeypatch: pytest.MonkeyPatch, silently: bool
+) -> None:
+    """LAPACK gives up on some float32 moments of inputs with dead pixels, or returns NaN; here on all of them."""
     real = torch.linalg.eigh
 
     def fails_in_single(x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dtype == torch.float32 and silently:
+            return real(x)[0] * torch.nan, real(x)[1]
         if x.dtype == torch.float32:
             raise torch.linalg.LinAlgError("did not converge")
         return real(x)
@@ -262,6 +267,16 @@ def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(monkeypa
     expected = kfac.discount(own, 0.3).apply(torch.ones(1, *own.layout))
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_single)
     torch.testing.assert_close(kfac.discount(own, 0.3).apply(torch.ones(1, *own.layout)), expected)
+
+
+def test_vanishing_gradients_have_a_discount_too() -> None:
+    """Gradients a billion times smaller, and so much more learning to come: the discount is the same."""
+    a, delta = torch.randn(50, 1, 1, 40), torch.randn(50, 1, 1, 60)
+    own, kfac = observed(Outer(a, delta))
+    small, faint = observed(Outer(a, 1e-9 * delta))
+    v = torch.randn(2, *own.layout)
+    found = faint.discount(small, 1e18 * 1e-3).apply(v)
+    torch.testing.assert_close(found, kfac.discount(own, 1e-3).apply(v), rtol=1e-3, atol=1e-4)
 
 
 def test_an_observation_may_stand_for_several_steps() -> None:

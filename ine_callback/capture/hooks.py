@@ -100,9 +100,13 @@ class Capture:
         self.dropped[self.names.pop(module)] = reason
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        a = args[0] if args else next(iter(kwargs.values()), None)
+        held = None
+        if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad:
+            # first, and whatever became of the recording: a recomputation must save what the pass before it saved
+            held = _hold(a)
         if module not in self.names:
             return
-        a = args[0] if args else next(iter(kwargs.values()), None)
         if self.observe_call is not None:
             if isinstance(a, Tensor):
                 self.observe_call(self.names[module], a)
@@ -112,17 +116,17 @@ class Capture:
         if not (isinstance(a, Tensor) and isinstance(output, Tensor)):
             self.drop(module, "its input or output is not a single tensor")
             return
-        if not (output.requires_grad and any(p.requires_grad for p in module.parameters(recurse=False))):
+        if held is None or not any(p.requires_grad for p in module.parameters(recurse=False)):
             return
         self.calls[module] = self.calls.get(module, 0) + 1
-        held, version = a.detach(), a._version
-        output.register_hook(lambda delta: self._backward(module, held, version, delta))
+        output.register_hook(lambda delta: self._backward(module, held, delta))
 
-    def _backward(self, module: nn.Module, a: Tensor, version: int, delta: Tensor) -> None:
+    def _backward(self, module: nn.Module, held: Callable[[], Tensor | None], delta: Tensor) -> None:
         if not self.active or module not in self.names:
             return
         try:
-            if a._version != version:
+            a = held()
+            if a is None:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
             with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
@@ -142,6 +146,28 @@ class Capture:
                 self.drop(module, str(error))
         except Exception as error:  # the training run is sacred: report, never raise into its backward pass
             self._fail(error)
+
+
+class _Keep(torch.autograd.Function):
+    """Saves an input as autograd saves one, so that what is done to saved tensors is done to it too."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return handle.clone()
+
+
+def _hold(a: Tensor) -> Callable[[], Tensor | None]:
+    """Returns what gives the input back in the backward pass; None, where it was changed in place since.
+
+    Inside of activation checkpointing, or where activations are moved off the device, holding the input itself would
+    undo what they save.
+    """
+    a, version = a.detach(), a._version
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return lambda: a if a._version == version else None
+    kept = _Keep.apply(torch.empty(0, requires_grad=True), a)  # type: ignore[no-untyped-call]
+    return lambda: kept.grad_fn.saved_tensors[0]
 
 
 def _capturable(module: nn.Module) -> bool:
