@@ -370,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, help="Markdown file in which only these files' sections are renewed")
     args = parser.parse_args(argv)
     parts = [] if args.into else [HEAD]
-    if args.notes and not args.into:
+    if args.notes:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
     sections |= {"bif_devinterp": bif_devinterp, "resume": resume, "overhead": cost.overhead, "scale": cost.scale}
