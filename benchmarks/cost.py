@@ -18,6 +18,17 @@ python -m benchmarks.overhead --workloads {name} --json overhead.json{flags}
 of the medians' ratio; `look`: a step that observes the curvature too, `refresh`: one that makes new directions. Both
 become rare, so whole runs cost what the last columns say. "exact": `rank=None`.
 """
+KNOBS_HEAD = """\
+## Knobs
+
+```bash
+python -m benchmarks.overhead --knobs --json knobs.json --data DIR
+```
+
+Time of a step by that of the plain step, and the scores against those of the exact mode with all other settings left as
+they are: Spearman over rows, and the error's standard deviation by the scores'. Default: `rank=32`, planned looks
+and refreshes. `discount=False` and `layers` ask another question: how far they agree is no fault.
+"""
 FIDELITY = """\
 The default against the exact mode, after {visits:.1f} visits a row: {lines}.
 Directions kept {kept:.1%} of the signals' variance at least.
@@ -45,12 +56,43 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
             ["", "ordinary", "look", "refresh", *(f"{int(n):,} steps" for n in lengths), *memory],
             ([stepper, *_cells(row, list(lengths), bool(memory))] for stepper, row in found["steppers"].items()),
         )
+        default = found["fidelity"]["one query and self"]
         lines = [
             f"{query} Spearman {each['spearman']:.4f}, error {each['relative_error']:.3f} of the scores' deviation"
-            for query, each in found["fidelity"]["queries"].items()
+            for query, each in default["queries"].items()
         ]
-        visits = next(iter(found["fidelity"]["queries"].values()))["visits_a_row"]
-        yield FIDELITY.format(visits=visits, lines="; ".join(lines), kept=found["fidelity"]["kept_share"] or 1.0)
+        visits = next(iter(default["queries"].values()))["visits_a_row"]
+        yield FIDELITY.format(visits=visits, lines="; ".join(lines), kept=default["kept_share"] or 1.0)
+
+
+def knobs(results: dict[str, Any]) -> Iterable[str]:
+    """The section of a file of ``benchmarks.overhead --knobs``."""
+    yield KNOBS_HEAD
+    for found in results["workloads"].values():
+        visits = next(iter(next(iter(found["fidelity"].values()))["queries"].values()))["visits_a_row"]
+        yield f"{found['what']}, {visits:.1f} visits a row:"
+        yield table(
+            [
+                "one query and self",
+                "ordinary step",
+                "look",
+                "refresh",
+                "val, Spearman",
+                "error",
+                "self, Spearman",
+                "error",
+            ],
+            (
+                [name, *_cells(found["steppers"][name], [], False), *_agreement(each)]
+                for name, each in found["fidelity"].items()
+            ),
+        )
+
+
+def _agreement(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{found['queries'][query][key]:.3f}" for query in ("val", "self") for key in ("spearman", "relative_error")
+    ]
 
 
 def _cells(row: dict[str, Any], lengths: list[str], memory: bool) -> list[str]:

@@ -373,7 +373,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.notes:
         parts.append(args.notes.read_text())
     sections = {"g1": g1, "lds": lds, "runs": runs, "mislabel": mislabel, "randomness": randomness, "bif": bif}
-    sections |= {"bif_devinterp": bif_devinterp, "resume": resume, "overhead": cost.overhead, "scale": cost.scale}
+    sections |= {
+        "bif_devinterp": bif_devinterp,
+        "resume": resume,
+        "overhead": cost.overhead,
+        "scale": cost.scale,
+        "knobs": cost.knobs,
+    }
     sections["cleanup"] = cleanup
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))

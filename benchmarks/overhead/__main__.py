@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead --json overhead.json [--data DIR]           # CPU, one thread
     python -m benchmarks.overhead --json overhead.json --device cuda          # GPT-2 small, ResNet-18, ViT-S, LoRA
+    python -m benchmarks.overhead --knobs --json knobs.json                   # what each knob saves and costs
 
 Every stepper has a network of its own, the same at the start and fed the same rows; in each round every stepper takes
 one step, so that all meet the same load. CPU times are CPU seconds of one thread, GPU times wall-clock from one
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,19 @@ from benchmarks.data import folder
 from benchmarks.fidelity import machine
 from benchmarks.overhead import workloads
 from benchmarks.overhead.memory import Memory, on_the_host
-from benchmarks.overhead.steppers import LOOK, ORDINARY, REFRESH, Plain, Recorded, planned_kinds, steppers, trainable
+from benchmarks.overhead.steppers import (
+    DEFAULT,
+    EXACT,
+    LOOK,
+    ORDINARY,
+    REFRESH,
+    Plain,
+    Recorded,
+    planned_kinds,
+    steppers,
+    trainable,
+    turned,
+)
 
 LENGTHS = (1_000, 10_000, 100_000)
 SLOW, SLOW_ROUNDS = "one backward pass a row", 3
@@ -52,11 +65,17 @@ class Clock:
         return time.process_time()
 
 
-def timed(workload: workloads.Workload, device: torch.device, rounds: int, peers: bool) -> dict[str, Any]:
-    """Seconds of every stepper's steps, by kind, the peak memory of each, and the fidelity of the default."""
+def timed(
+    workload: workloads.Workload,
+    device: torch.device,
+    rounds: int,
+    makers: Mapping[str, Callable[[], Plain]],
+    compared: Sequence[str],
+) -> dict[str, Any]:
+    """Seconds of every stepper's steps, by kind, the peak memory of each, and some steppers' fidelity to exact."""
     made: dict[str, Plain] = {}
     memory = Memory(device)
-    for name, make in steppers(workload, device, peers).items():
+    for name, make in makers.items():
         try:
             with memory.of(name):
                 made[name] = make()
@@ -89,7 +108,7 @@ def timed(workload: workloads.Workload, device: torch.device, rounds: int, peers
         "parameters": trainable(made["plain"].model),
         "plain_ms": 1e3 * float(np.median([s for _, s in seconds["plain"]])),
         "steppers": found,
-        "fidelity": fidelity(made["one query and self"], made["the same, exact"]),
+        "fidelity": {name: fidelity(made[name], made[EXACT]) for name in compared},
     }
     for stepper in made.values():
         stepper.close()
@@ -141,7 +160,8 @@ def show(name: str, found: dict[str, Any]) -> None:
         runs = "  ".join(f"{int(n):,} steps {ratio:.2f}" for n, ratio in row.get("runs", {}).items())
         memory = f"  memory {row['peak_memory_ratio']:.2f}" if "peak_memory_ratio" in row else ""
         print(f"  {stepper:30s}{kinds}  {runs}{memory}")
-    print(f"  default against exact: {found['fidelity']}")
+    for stepper, each in found["fidelity"].items():
+        print(f"  {stepper} against exact: {each}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,22 +172,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workloads", nargs="+", choices=[*workloads.CPU, *workloads.CUDA])
     parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")
     parser.add_argument("--no-peers", action="store_true", help="our own steppers alone")
+    parser.add_argument("--knobs", action="store_true", help="the MLP and the transformer with the knobs turned")
     parser.add_argument("--quick", action="store_true", help="25 steps of the MLP: to see it work")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    names = ["mlp"] if args.quick else args.workloads or (workloads.CUDA if device.type == "cuda" else workloads.CPU)
+    usual = ("mlp", "transformer") if args.knobs else workloads.CUDA if device.type == "cuda" else workloads.CPU
+    names = ["mlp"] if args.quick else args.workloads or usual
     where = folder(args.data)
     card = torch.cuda.get_device_name() if device.type == "cuda" else None
-    results: dict[str, Any] = {"protocol": "overhead", "machine": machine(), "device": card or "CPU, one thread"}
+    results: dict[str, Any] = {
+        "protocol": "knobs" if args.knobs else "overhead",
+        "machine": machine(),
+        "device": card or "CPU, one thread",
+    }
     results["workloads"] = {}
     for name in names:
         if lacks := workloads.missing(name):
             print(f"{name} is left out: {lacks} is not installed")
             continue
-        found = timed(workloads.load(name, where), device, 25 if args.quick else args.rounds, not args.no_peers)
-        if device.type == "cpu" and not args.quick:
+        workload, rounds = workloads.load(name, where), 25 if args.quick else args.rounds
+        if args.knobs:
+            makers = turned(workload, device)
+            found = timed(workload, device, rounds, makers, [*makers][1:])
+        else:
+            found = timed(workload, device, rounds, steppers(workload, device, not args.no_peers), [DEFAULT])
+        if device.type == "cpu" and not args.quick and not args.knobs:
             found["plain_peak_mb"] = on_the_host(name, where, found["steppers"])
         results["workloads"][name] = found
         args.json.write_text(json.dumps(results, indent=1))

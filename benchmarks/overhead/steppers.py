@@ -18,6 +18,7 @@ from ine_callback.lowrank import RANK
 from ine_callback.report import InfluenceReport
 
 ORDINARY, LOOK, REFRESH = "ordinary", "look", "refresh"
+DEFAULT, EXACT = "one query and self", "the same, exact"
 MANY = 8  # queries of "ours, 8 queries"
 AHEAD = 10_000  # steps that the recordings take for planned
 
@@ -70,7 +71,9 @@ class Plain:
 class Recorded(Plain):
     """With a recording by ``Recorder``."""
 
-    def __init__(self, workload: Workload, device: torch.device, queries: Any, rank: int | None = RANK) -> None:
+    def __init__(
+        self, workload: Workload, device: torch.device, queries: Any, rank: int | None = RANK, **knobs: Any
+    ) -> None:
         super().__init__(workload, device)
         self.recorder = Recorder(
             *(self.model, self.optimizer, len(workload.x), queries, loss_of),
@@ -79,6 +82,7 @@ class Recorded(Plain):
             to_device=lambda batch: tuple(part.to(device) for part in batch),
             rank=rank,
             on_error="raise",
+            **knobs,
         )
         self.recorder.start()
         self._kinds = planned_kinds()
@@ -131,8 +135,8 @@ def steppers(workload: Workload, device: torch.device, peers: bool) -> dict[str,
     found: dict[str, Callable[[], Plain]] = {
         "plain": lambda: Plain(workload, device),
         "one query": lambda: Recorded(workload, device, {"val": query}),
-        "one query and self": lambda: Recorded(workload, device, both),
-        "the same, exact": lambda: Recorded(workload, device, both, None),
+        DEFAULT: lambda: Recorded(workload, device, both),
+        EXACT: lambda: Recorded(workload, device, both, None),
         f"{MANY} queries and self": lambda: Recorded(workload, device, many | {"self": "self"}),
     }
     if peers and importlib.util.find_spec("opacus"):
@@ -140,6 +144,25 @@ def steppers(workload: Workload, device: torch.device, peers: bool) -> dict[str,
     if peers:
         found["one backward pass a row"] = lambda: Loop(workload, device)
     return found
+
+
+LAST = {"mlp": ["4"], "cnn": ["7", "9"], "transformer": ["blocks.3*", "norm", "out"]}  # the layers of a last block
+
+
+def turned(workload: Workload, device: torch.device) -> dict[str, Callable[[], Plain]]:
+    """One query and self-influence at several settings of the knobs."""
+    both = {"val": workload.query, "self": "self"}
+
+    def recorded(rank: int | None = RANK, **knobs: Any) -> Callable[[], Plain]:
+        return lambda: Recorded(workload, device, both, rank, **knobs)
+
+    found: dict[str, Callable[[], Plain]] = {"plain": lambda: Plain(workload, device), EXACT: recorded(None)}
+    found |= {f"rank={rank}": recorded(rank) for rank in (4, 8, 16, RANK, 64)}
+    found |= {f"curvature_every={every}": recorded(curvature_every=every) for every in (1, 16)}
+    found |= {f"refresh_every={every}": recorded(refresh_every=every) for every in (5, 80)}
+    found["reservoir=0"] = recorded(reservoir=0)
+    found["discount=False"] = recorded(discount=False)
+    return found | {"layers: the last block": recorded(layers=LAST[workload.name])}
 
 
 def trainable(model: nn.Module) -> int:
