@@ -47,7 +47,9 @@ def test_digits_finds_wrong_labels_and_writes_what_it_promises(program: Callable
     assert str(report.drop_list()[0]) in printed and "bit by bit" in printed
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.lstrip().startswith("<!") and "</html>" in page and "self" in page
-    assert f'<figure data-row="{report.drop_list()[0]}">' in page and page.count("data:image/png") > 80
+    assert (
+        f'<figure data-row="{report.drop_list()[0]}">' in page and page.count("data:image/png") > 60
+    )  # some rows are at several ends
     assert (out / "scores.parquet").is_file()
 
 
