@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         workload, rounds = workloads.load(name, where), 25 if args.quick else args.rounds
         if args.knobs:
-            makers = turned(workload, device)
+            makers = turned(workload, device, rounds)
             found = timed(workload, device, rounds, makers, [*makers][1:])
         else:
             found = timed(workload, device, rounds, steppers(workload, device, not args.no_peers), [DEFAULT])

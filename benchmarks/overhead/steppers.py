@@ -72,12 +72,18 @@ class Recorded(Plain):
     """With a recording by ``Recorder``."""
 
     def __init__(
-        self, workload: Workload, device: torch.device, queries: Any, rank: int | None = RANK, **knobs: Any
+        self,
+        workload: Workload,
+        device: torch.device,
+        queries: Any,
+        rank: int | None = RANK,
+        ahead: int = AHEAD,
+        **knobs: Any,
     ) -> None:
         super().__init__(workload, device)
         self.recorder = Recorder(
             *(self.model, self.optimizer, len(workload.x), queries, loss_of),
-            total_steps=AHEAD,
+            total_steps=ahead,
             context=self.precision,
             to_device=lambda batch: tuple(part.to(device) for part in batch),
             rank=rank,
@@ -149,12 +155,12 @@ def steppers(workload: Workload, device: torch.device, peers: bool) -> dict[str,
 LAST = {"mlp": ["4"], "cnn": ["7", "9"], "transformer": ["blocks.3*", "norm", "out"]}  # the layers of a last block
 
 
-def turned(workload: Workload, device: torch.device) -> dict[str, Callable[[], Plain]]:
-    """One query and self-influence at several settings of the knobs."""
+def turned(workload: Workload, device: torch.device, steps: int) -> dict[str, Callable[[], Plain]]:
+    """One query and self-influence at several settings of the knobs, in a training of so many steps."""
     both = {"val": workload.query, "self": "self"}
 
     def recorded(rank: int | None = RANK, **knobs: Any) -> Callable[[], Plain]:
-        return lambda: Recorded(workload, device, both, rank, **knobs)
+        return lambda: Recorded(workload, device, both, rank, steps, **knobs)
 
     found: dict[str, Callable[[], Plain]] = {"plain": lambda: Plain(workload, device), EXACT: recorded(None)}
     found |= {f"rank={rank}": recorded(rank) for rank in (4, 8, 16, RANK, 64)}
