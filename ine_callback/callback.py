@@ -19,7 +19,7 @@ from ine_callback.bif.scores import Stage
 from ine_callback.bif.stage import Stages
 from ine_callback.errors import InfluenceError
 from ine_callback.isolation import unmoved
-from ine_callback.loggers import RunLog
+from ine_callback.loggers import RunLog, run_folder
 from ine_callback.lowrank import RANK
 from ine_callback.methods import BIF, EndMethod, Method, split_methods
 from ine_callback.mixing import BatchHooks
@@ -83,7 +83,7 @@ class InfluenceCallback(Callback):
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
-            the trainer's log folder, and nothing is saved where there is no logger.
+            the run's log folder (of W&B and MLflow: beside its checkpoints); nothing is saved without a logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
         log_scores: Whether the trainer's loggers get scalars at the end of an epoch, and at the end of the fit the
             report (its page without training rows).
@@ -403,7 +403,8 @@ class InfluenceCallback(Callback):
     def _folder_of(self, trainer: Trainer) -> Path | None:
         if self.dirpath is not None:
             return Path(self.dirpath)
-        return None if trainer.log_dir is None or not trainer.loggers else Path(trainer.log_dir) / "influence"
+        folder = run_folder(trainer)
+        return None if folder is None else folder / "influence"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()

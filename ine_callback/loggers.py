@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ine_callback.report import InfluenceReport
 from ine_callback.report.html import save_with_page
@@ -27,6 +28,23 @@ from ine_callback.scores import Scores
 PREFIX = "influence"
 SHARE = 0.02  # of the time since the start that the epochs' scalars may take
 FIGURES = 4  # queries, as in the HTML page
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where the first logger keeps files of this very run; None without one. All processes must ask.
+
+    Lightning's ``log_dir`` is that for its own loggers alone. For the others it is a folder of all runs, MLflow's store
+    itself among them; so there it is the folder where Lightning puts the run's checkpoints.
+    """
+    folder = trainer.log_dir
+    if folder is None or not trainer.loggers:
+        return None
+    first = trainer.loggers[0]
+    if isinstance(first, TensorBoardLogger | CSVLogger):
+        return Path(folder)
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    own: str = trainer.strategy.broadcast(str(Path(folder, str(first.name), version)))
+    return Path(own)
 
 
 class RunLog:

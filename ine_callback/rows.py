@@ -76,14 +76,15 @@ class RowTracker:
 
     Args:
         owner: Class named in messages.
+        remedy: What to do about a loader that does not tell its rows.
 
     Attributes:
         rows: Rows of the batch seen last, empty before the first.
         size: Length of the tracked training set, None before a loader was tracked.
     """
 
-    def __init__(self, owner: str) -> None:
-        self._owner = owner
+    def __init__(self, owner: str, remedy: str = "pass row_fn=lambda batch: tensor of dataset indices [b]") -> None:
+        self._owner, self._remedy = owner, remedy
         self.rows = torch.empty(0, dtype=torch.int64)
         self.size: int | None = None
         self.loader: DataLoader[Any] | None = None
@@ -94,7 +95,7 @@ class RowTracker:
         Raises:
             RowsError: If the loader does not say which rows it reads.
         """
-        remedy = "pass row_fn=lambda batch: tensor of dataset indices [b]"
+        remedy = self._remedy
         if not isinstance(loader, DataLoader):
             raise RowsError(f"{self._owner}: a {type(loader).__name__} does not tell its rows; {remedy}.")
         if isinstance(loader.dataset, IterableDataset):

@@ -164,6 +164,10 @@ def test_weights_and_biases_gets_table_figure_and_files(tmp_path: Path, monkeypa
     logger.experiment.finish()
     media = sorted(path.suffix for path in (files / "media").rglob("*.*"))
     assert media == [".json", ".png", ".png"]
+    held = next(files.parent.glob("*.wandb")).read_bytes()
+    assert b"influence-report" in held and b"scores.parquet" in held
+    assert (tmp_path / "lightning_logs" / logger.version / "influence/scores.parquet").is_file()
+    assert {each.name for each in tmp_path.iterdir()} == {"lightning_logs", "wandb"}  # nothing where all runs meet
 
 
 def test_mlflow_gets_figure_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +175,23 @@ def test_mlflow_gets_figure_and_files(tmp_path: Path, monkeypatch: pytest.Monkey
     from lightning.pytorch.loggers import MLFlowLogger
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     fit([logger := MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns")], influence())
+    names = {each.path for each in logger.experiment.list_artifacts(logger.run_id, "influence")}
+    assert {"influence/scores.parquet", f"influence/{NAME}.png"} <= names
+    assert len(logger.experiment.get_metric_history(logger.run_id, "influence/rows_seen")) == 3
+    kept = tmp_path / "mlruns" / logger.experiment_id / logger.run_id / "influence/scores.parquet"
+    assert kept.is_file() and not (tmp_path / "mlruns/influence").exists()  # which would be an experiment to MLflow
+
+
+def test_mlflow_s_database_gets_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="mlflow-skinny has no database")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=(tmp_path / "kept").as_uri())
+    fit([logger], influence())
     names = {each.path for each in logger.experiment.list_artifacts(logger.run_id, "influence")}
     assert {"influence/scores.parquet", f"influence/{NAME}.png"} <= names
     assert len(logger.experiment.get_metric_history(logger.run_id, "influence/rows_seen")) == 3
