@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from ine_callback.errors import InfluenceError
+from ine_callback.lowrank import RANK
 from ine_callback.methods import Method
 from ine_callback.options import InitialWeights, OnError, Uncaptured
 from ine_callback.recorder import Recorder
@@ -46,7 +47,13 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             loss is the Trainer's ``compute_loss``, in evaluation mode.
         methods: Methods to run; f-INE by default.
         initial_weights: ``fixed`` for fine-tuning, ``random`` for training from scratch.
-        refresh_every: As for :class:`~ine_callback.InfluenceCallback`; None: planned.
+        refresh_every: This and the next five as for :class:`~ine_callback.InfluenceCallback`.
+        curvature_every: Optimizer steps between looks at the curvature; None: planned.
+        rank: Most dimensions of a direction; None: exact.
+        discount: Whether to apply the curvature discount.
+        max_dim: Sides of a layer larger than this use a diagonal curvature.
+        reservoir: Rows kept for the discount across layers.
+        layers: Patterns of the names of the modules to record, e.g. ``["*.h.11.*"]``; None: all.
         max_query_rows: Rows taken of a larger evaluation set, a fixed random sample.
         uncaptured: What to do about parameters without a capture.
         dirpath: Folder of the report, in place of the output folder's.
@@ -66,6 +73,12 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         methods: Sequence[Method] | None = None,
         initial_weights: InitialWeights = "fixed",
         refresh_every: int | None = None,
+        curvature_every: int | None = None,
+        rank: int | None = RANK,
+        discount: bool = True,
+        max_dim: int = 1024,
+        reservoir: int = 800,
+        layers: Sequence[str] | None = None,
         max_query_rows: int = 2000,
         uncaptured: Uncaptured = "warn",
         dirpath: str | Path | None = None,
@@ -74,7 +87,9 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.report: InfluenceReport | None = None
         self._trainer, self._queries, self._max_query_rows = trainer, queries, max_query_rows
         self._options: dict[str, Any] = {"methods": methods, "initial_weights": initial_weights}
-        self._options |= {"refresh_every": refresh_every, "uncaptured": uncaptured, "on_error": on_error}
+        self._options |= {"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank}
+        self._options |= {"discount": discount, "max_dim": max_dim, "reservoir": reservoir, "layers": layers}
+        self._options |= {"uncaptured": uncaptured, "on_error": on_error}
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None
         self._tracker = RowTracker(OWNER, "give a training set whose rows have indices")

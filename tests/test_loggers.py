@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,11 @@ def test_weights_and_biases_gets_table_figure_and_files(tmp_path: Path, monkeypa
     logger.experiment.finish()
     media = sorted(path.suffix for path in (files / "media").rglob("*.*"))
     assert media == [".json", ".png", ".png"]
-    held = next(files.parent.glob("*.wandb")).read_bytes()
-    assert b"influence-report" in held and b"scores.parquet" in held
+    until = time.monotonic() + 20  # its own process may write after finish() has returned
+    while b"scores.parquet" not in (held := next(files.parent.glob("*.wandb")).read_bytes()):
+        assert time.monotonic() < until, held[:100]
+        time.sleep(0.1)
+    assert b"influence-report" in held
     assert (tmp_path / "lightning_logs" / logger.version / "influence/scores.parquet").is_file()
     assert {each.name for each in tmp_path.iterdir()} == {"lightning_logs", "wandb"}  # nothing where all runs meet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from transformers import TrainerCallback, TrainingArguments
 
-from ine_callback import InfluenceReport
+from ine_callback import InfluenceCallback, InfluenceReport
 from ine_callback.errors import InfluenceError
 from ine_callback.hugging_face import InfluenceTrainerCallback
 from tests.examples.texts import ROWS, Journal, Texts, plain_loop, same, small_model, state_of, trainer_of
@@ -190,3 +191,16 @@ def test_two_of_them_and_rows_without_indices_are_refused(tmp_path: Path) -> Non
     with pytest.raises(InfluenceError, match="iterable dataset Stream has no row indices; give a training set"):
         trainer.train()
     assert "training_step" not in trainer.__dict__
+
+
+def test_options_are_those_of_the_lightning_callback_and_reach_the_recording(tmp_path: Path) -> None:
+    ours = inspect.signature(InfluenceTrainerCallback).parameters
+    theirs = inspect.signature(InfluenceCallback).parameters
+    alike = set(ours) & set(theirs) - {"queries", "initial_weights"}  # a Hugging Face model is mostly pretrained
+    assert len(alike) > 9 and all(ours[name].default == theirs[name].default for name in alike)
+    last = {"layers": ["*.layers.1.*"], "discount": False, "reservoir": 0, "rank": None, "curvature_every": 3}
+    trainer = trainer_of(tmp_path)
+    influence = recorded(trainer, max_dim=64, **last)
+    trainer.train()
+    assert influence.report is not None and 0 < influence.report.run.captured_share < 0.7
+    assert {name: influence.report.run.config[name] for name in last} == last
