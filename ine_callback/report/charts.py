@@ -6,7 +6,7 @@ a policy that forbids code made of strings.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 FEATURE = "InfluenceReport.write_html"
 TALL = 330  # pixels
-# What a point says of its row: columns of its source, formatted when they are shown.
-ROW = [("row", "@row"), ("class", "@class"), ("μ", "@x{%+.3g}")]
-SCORE = [("95 %", "@low{%+.3g} … @high{%+.3g}"), ("q", "@q{%.2g}"), ("mean loss", "@loss{%.3g}")]
+# What a point says of its row: columns of its source, with the format of those that are numbers.
+ROW = [("row", "row"), ("class", "class"), ("μ", "x %+.3g")]
+SCORE = [("95 %", "low %+.3g", "high %+.3g"), ("q", "q %.2g"), ("mean loss", "loss %.3g")]
 
 
 def script() -> str:
@@ -69,7 +69,7 @@ def chains() -> figure:
     points = [plot.scatter("x", "y", source=_source("both", columns), name="high", size=6, line_color=None,
                            fill_alpha=0.7, nonselection_fill_alpha=0.7)]  # fmt: skip
     _ring(plot)
-    _hover(plot, [*ROW, ("BIF", "@y{%+.3g}")], points)
+    _hover(plot, [*ROW, ("BIF", "y %+.3g")], points)
     return plot
 
 
@@ -85,7 +85,7 @@ def course() -> figure:
     plot.multi_line("xs", "ys", source=lines, name="lines", line_color="side", line_width=2)
     points = _source("points", "x y row side")
     dots = plot.scatter("x", "y", source=points, name="lines", fill_color="side", line_color=None, size=7)
-    _hover(plot, [("row", "@row"), ("stage", "@x"), ("correlation", "@y{%+.2f}")], [dots])
+    _hover(plot, [("row", "row"), ("stage", "x"), ("correlation", "y %+.2f")], [dots])
     _legend(plot)
     return plot
 
@@ -96,7 +96,7 @@ def tradeoff() -> figure:
     curves = _source("curves", "xs ys name size mean z color")
     drawn = plot.multi_line("xs", "ys", source=curves, name="lines", line_color="color", line_width=2, line_alpha=0.85)
     _line(plot, "chance")
-    shown = [("class", "@name"), ("rows", "@size"), ("mean μ", "@mean{%+.3g}"), ("z", "@z{%+.1f}")]
+    shown = [("class", "name"), ("rows", "size"), ("mean μ", "mean %+.3g"), ("z", "z %+.1f")]
     _hover(plot, shown, [drawn], line_policy="nearest")
     return plot
 
@@ -133,12 +133,23 @@ def _ring(plot: figure) -> None:
     plot.scatter("x", "y", source=_source("chosen", "x y"), name="ink", size=15, fill_color=None, line_width=2)
 
 
-def _hover(plot: figure, shown: list[tuple[str, str]], renderers: list[Any], **options: Any) -> None:
-    models = need("bokeh.models", FEATURE)
-    formatted = [name for _, text in shown for name in re.findall(r"(@\w+)\{", text)]
-    plot.add_tools(
-        models.HoverTool(tooltips=shown, renderers=renderers, formatters=dict.fromkeys(formatted, "printf"), **options)
-    )
+def _hover(plot: figure, shown: Sequence[tuple[str, ...]], renderers: list[Any], **options: Any) -> None:
+    """A tooltip in the page's colours; Bokeh's own list of pairs has a colour that no style reaches."""
+    models, dom = need("bokeh.models", FEATURE), need("bokeh.models.dom", FEATURE)
+    rows = []
+    for label, *columns in shown:
+        values: list[Any] = []
+        for column in columns:
+            field, _, form = column.partition(" ")
+            values += [" … "] if values else []  # an interval's ends
+            values.append(
+                dom.ValueRef(field=field, format=form, formatter="printf") if form else dom.ValueRef(field=field)
+            )
+        name = dom.Span(children=[label], style={"color": "var(--soft)", "text-align": "right"})
+        rows += [name, dom.Span(children=values)]
+    grid = {"display": "grid", "grid-template-columns": "auto auto", "gap": "1px 10px"}
+    content = dom.Template(children=[dom.Div(children=rows, style=grid)])
+    plot.add_tools(models.HoverTool(tooltips=content, renderers=renderers, **options))
 
 
 def _legend(plot: figure) -> None:

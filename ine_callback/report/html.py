@@ -62,6 +62,8 @@ def page(
     known = _classes(report, samples, labels)
     data = payload(report, facts, names, known)
     shown, faults = _samples(report, names, samples, render)
+    marks = {row: _marks(report, names, row, one) for row, one in shown.items()}
+    shown = {row: _with_terms(report, row, one) for row, one in shown.items()}
     combined = report.run.config.get("combined")
     text: str = template.render(
         policy=policy,
@@ -84,6 +86,7 @@ def page(
         classes=known,
         matrix=None if known is None else _matrix(report, *known),
         samples=shown,
+        marks=marks,
         faults=faults,
         wide=" wide" if any(one.kind != "image" for one in shown.values()) else "",
         chains=None if report.bif is None else _chains(report, report.bif),
@@ -146,20 +149,45 @@ def _samples(
     found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MOST])
     lines = [f"Row {row} could not be shown: {why}" for row, why in list(faults.items())[:3]]
     lines += [f"… and {len(faults) - 3} more rows."] if len(faults) > 3 else []
-    return {row: _with_terms(report, row, one) for row, one in found.items()}, lines
+    return found, lines
+
+
+def _terms(report: InfluenceReport, row: int, one: Shown, query: str) -> NDArray[np.float64] | None:
+    """BIF's scores of a row's tokens on a query; None where there are none, or the tokens have weights of their own."""
+    found = report.bif
+    if not isinstance(one, Text) or one.weights is not None or found is None or found.terms is None:
+        return None
+    at, asked = np.flatnonzero(found.rows == row), [info.name for info in found.queries]
+    if (
+        isinstance(one.tokens, str)
+        or not at.size
+        or len(one.tokens) > found.terms.scores.shape[1]
+        or query not in asked
+    ):
+        return None
+    return np.nan_to_num(found.terms.scores[at[0], : len(one.tokens), asked.index(query)])
 
 
 def _with_terms(report: InfluenceReport, row: int, one: Shown) -> Shown:
-    """Tokens without weights get BIF's scores of the row's terms."""
-    found = report.bif
-    if not isinstance(one, Text) or one.weights is not None or found is None or found.terms is None:
-        return one
-    at = np.flatnonzero(found.rows == row)
-    asked = [info.name for info in found.queries]
-    column = asked.index(report.recommended_query) if report.recommended_query in asked else 0
-    if isinstance(one.tokens, str) or not at.size or len(one.tokens) > found.terms.scores.shape[1]:
-        return one
-    return replace(one, weights=found.terms.scores[at[0], : len(one.tokens), column].tolist())
+    """Tokens without weights get BIF's scores on the query that a page without script shows."""
+    asked = [] if report.bif is None else [info.name for info in report.bif.queries]
+    query = report.recommended_query if report.recommended_query in asked else "".join(asked[:1])
+    scores = _terms(report, row, one, query)
+    return one if scores is None or not isinstance(one, Text) else replace(one, weights=scores.tolist())
+
+
+def _marks(report: InfluenceReport, names: Sequence[str], row: int, one: Shown) -> list[str]:
+    """Each token's scores on all queries of the page, scaled to [-1, 1] by query, as words that the script splits."""
+    each = [_terms(report, row, one, name) for name in names]
+    if all(scores is None for scores in each) or not isinstance(one, Text):
+        return []
+    scaled = [
+        np.zeros(len(one.tokens)) if scores is None else scores / (float(np.abs(scores).max(initial=0.0)) or 1.0)
+        for scores in each
+    ]
+    shown = [text for text, _ in one.pieces]
+    count = len(shown) - (shown[-1:] == ["…"])  # the rest was cut off
+    return [" ".join(f"{value:.3g}" for value in token) for token in np.stack(scaled, 1)[:count]]
 
 
 def _matrix(report: InfluenceReport, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:

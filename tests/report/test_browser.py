@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ine_callback.report import Text
 from tests.report import pages
 from tests.report.test_hostile_text import PAYLOADS
 
@@ -38,7 +39,10 @@ def browser() -> Iterator[Any]:
 
 def write(path: Path) -> None:
     """A page of everything, of many rows, or of hostile text."""
-    if path.name == "all.html":
+    if path.name == "tokens.html":
+        letters = [[chr(97 + (row + k) % 26) for k in range(pages.TERMS)] for row in range(ROWS)]
+        pages.report_of(ROWS).write_html(path, samples=letters, render=Text)
+    elif path.name == "all.html":
         images = np.random.default_rng(0).random((ROWS, 1, 8, 8))
         pages.report_of(ROWS).write_html(path, samples=images, labels=pages.labels_of(ROWS))
     elif path.name == "many.html":
@@ -192,6 +196,77 @@ def test_only_the_page_s_own_scripts_run(browser: Any, tmp_path: Path) -> None:
         page.goto((tmp_path / "r.html").as_uri())
         owned.append(page.evaluate("document.documentElement.dataset.owned"))
     assert owned == [None, "1"]
+
+
+def test_the_volcano_is_walked_with_the_keys(page: Any) -> None:
+    plot, mu = page.locator("#plot-volcano"), "query().mu[place.get(state.row)]"
+    page.keyboard.press("Tab")  # the reader has no mouse
+    plot.focus()
+    assert plot.evaluate("one => getComputedStyle(one).outlineStyle") == "solid"
+    page.keyboard.press("End")
+    ends = page.evaluate("[Math.min(...query().mu.filter(finite)), Math.max(...query().mu.filter(finite))]")
+    assert page.evaluate(mu) == ends[1] and page.evaluate("sources.get('volcano.chosen').data.x[0]") == ends[1]
+    page.keyboard.press("ArrowLeft")
+    second = page.evaluate("query().mu.filter(finite).sort((a, b) => b - a)[1]")
+    assert page.evaluate(mu) == second
+    row = page.evaluate("state.row")
+    assert page.locator("#detail-title").inner_text() == f"Row {row}"  # in a region that is read out
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")  # there is nothing below
+    assert page.evaluate(mu) == ends[0]
+    assert plot.evaluate("one => one === document.activeElement")
+
+
+def test_plots_say_in_words_what_they_show(page: Any) -> None:
+    flagged = int((pages.report_of(ROWS).scores.q[:, 0] <= 0.05).sum())
+    said = {name: page.locator(f"#plot-{name}").get_attribute("aria-label") for name in ("volcano", "null", "course")}
+    assert f"{flagged} flagged" in said["volcano"] and "Arrow keys" in said["volcano"]
+    assert "null check" in said["null"] and "3 stages" in said["course"]
+    page.get_by_role("tab", name="class/dog").click()
+    assert page.locator("#plot-volcano").get_attribute("aria-label") != said["volcano"]
+
+
+def test_tokens_have_the_colours_of_the_chosen_query(opened: Open) -> None:
+    page, report = opened("tokens.html"), pages.report_of(ROWS)
+    chains = report.bif
+    assert chains is not None and chains.terms is not None
+    row = int(chains.rows[3])
+    page.evaluate(f"choose({row})")
+    for name in ("self", "margin"):
+        page.get_by_role("tab", name=name, exact=True).click()
+        scores = chains.terms.scores[3, :, chains.column(name)]
+        found = page.locator("#detail [data-w]").evaluate_all(
+            "all => all.map((one) => (one.className === 'harms' ? -1 : 1) * one.style.getPropertyValue('--w'))"
+        )
+        np.testing.assert_allclose(found, scores / np.abs(scores).max(), atol=2e-3)
+    page.get_by_role("tab", name="class/dog").click()  # no chains asked this query
+    assert page.locator("#detail [data-w].helps, #detail [data-w].harms").count() == 0
+
+
+def test_tooltips_follow_the_scheme(page: Any) -> None:
+    page.emulate_media(color_scheme="dark")
+    try:
+        at = page.evaluate(
+            """() => { const view = Bokeh.index.roots.find((one) => one.model === plots.get('volcano'));
+            const k = sources.get('volcano.high').data; return [view.frame.x_scale.compute(k.x[0]),
+            view.frame.y_scale.compute(k.y[0])]; }"""
+        )
+        page.locator("#plot-volcano").scroll_into_view_if_needed()
+        box = page.locator("#plot-volcano").bounding_box()
+        page.mouse.move(box["x"] + at[0] - 3, box["y"] + at[1] - 3)
+        page.mouse.move(box["x"] + at[0], box["y"] + at[1])
+        tip = page.locator(".bk-Tooltip").first
+        tip.wait_for(state="visible", timeout=5000)
+        ground = tip.evaluate("one => getComputedStyle(one).backgroundColor")
+        assert int(re.findall(r"\d+", ground)[0]) < 80
+        said = tip.evaluate(
+            """one => { const all = (at) => [at.textContent, ...[...at.querySelectorAll('*')].map((each) =>
+            each.shadowRoot ? all(each.shadowRoot) : '')].join(' '); return all(one.shadowRoot ?? one); }"""
+        )
+        assert "row" in said and "95 %" in said
+    finally:
+        page.emulate_media(color_scheme="light")
+        page.mouse.move(0, 0)
 
 
 def test_dark_scheme_and_its_switch(page: Any) -> None:

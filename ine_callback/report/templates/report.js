@@ -64,7 +64,14 @@ const heads = (names) => element("tr", {}, ...names.map((name) => element("th", 
 
 function sampleOf(row) {
   const found = document.querySelector(`#samples [data-row="${row}"] .sample`);
-  return found ? found.cloneNode(true) : null;
+  if (!found) return null;
+  const copy = found.cloneNode(true);
+  for (const token of copy.querySelectorAll("[data-w]")) { // a token's score on each query
+    const weight = Number(token.dataset.w.split(" ")[state.query] ?? 0);
+    token.className = weight > 0 ? "helps" : weight < 0 ? "harms" : "";
+    token.style.setProperty("--w", Math.abs(weight));
+  }
+  return copy;
 }
 
 // ---- state ----
@@ -234,11 +241,38 @@ function open(index) {
   state.by = "mu";
   state.up = now.suspect < 0;
   arrange();
+  describe();
   draw();
   if (state.row === null && order.length) state.row = rows[order[0]];
   detail();
   ring();
   table();
+}
+
+// ---- plots without a mouse ----
+
+function describe() { // in words what each plot shows, for who does not see it
+  const now = query(), scored = everyRow.filter((k) => finite(now.mu[k])).length;
+  const flagged = everyRow.filter((k) => now.flagged[k]), suspect = flagged.filter((k) => now.mu[k] * now.suspect > 0);
+  const keys = "Arrow keys go through the rows in the order of μ; the chosen row is described beside.";
+  const texts = {
+    volcano: `${scored} rows by μ and evidence: ${flagged.length} flagged, ${suspect.length} of them to look at. ${keys}`,
+    null: `Scores of ${scored} rows over those that chance gives; null check ${now.check}.`,
+    chains: `BIF against μ, ${now.agreement || "no agreement known"}. ${keys}`,
+    course: `Influence of the most extreme rows at ${now.course?.stages.length ?? 0} stages of training.`,
+    tradeoff: `Trade-off curves of ${now.groups?.length ?? 0} classes; their numbers are in the table beside.`,
+  };
+  for (const [plot, text] of Object.entries(texts)) at(`plot-${plot}`)?.setAttribute("aria-label", text);
+}
+
+function steer(event) {
+  if (event.target !== event.currentTarget) return; // a button of the plot's own
+  const now = query(), ranked = everyRow.filter((k) => finite(now.mu[k])).sort((a, b) => now.mu[a] - now.mu[b] || a - b);
+  const here = ranked.indexOf(place.get(state.row)), last = ranked.length - 1;
+  const steps = { ArrowRight: here + 1, ArrowUp: here + 1, ArrowLeft: here - 1, ArrowDown: here - 1, Home: 0, End: last };
+  if (!(event.key in steps) || last < 0) return;
+  event.preventDefault();
+  choose(rows[ranked[Math.min(Math.max(steps[event.key], 0), last)]]);
 }
 
 function dark() {
@@ -276,6 +310,7 @@ function start() {
   for (const link of document.querySelectorAll("[data-open]")) {
     link.addEventListener("click", () => open(Number(link.dataset.open)));
   }
+  for (const plot of ["volcano", "chains"]) at(`plot-${plot}`)?.addEventListener("keydown", steer);
   if (page.queries.length) open(page.first);
   embed().then(draw).then(() => at("panel").setAttribute("aria-busy", "false"));
 }
