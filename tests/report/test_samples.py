@@ -134,7 +134,8 @@ def test_tokens_are_coloured_by_their_scores() -> None:
     figure = text.split(f'<figure data-row="{row}">')[1].split("</figure>")[0]
     terms = report.bif.terms.scores[list(report.bif.rows).index(row), :, 0]
     best = int(np.abs(terms).argmax())
-    assert f'<span class="{"helps" if terms[best] > 0 else "harms"}" style="--w:1.0">w{best} </span>' in figure
+    sign, colour = ("", "helps") if terms[best] > 0 else ("-", "harms")
+    assert re.search(rf'<span data-w="{sign}1" class="{colour}" style="--w:1\.0">w{best} </span>', figure)
     assert figure.count("<span") == len(tokens)
 
 
