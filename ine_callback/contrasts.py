@@ -34,9 +34,7 @@ class Contrasts:
         count: Contrasts J; 0 for none.
 
     Example:
-        >>> from ine_callback.capture.records import Vector
-        >>> record = Vector(torch.ones(2, 6))
-        >>> signs = Contrasts(4).signs(Block("bias", (torch.nn.Parameter(torch.ones(6)),), (6,)), record)
+        >>> signs = Contrasts(4).signs(Block("bias", (torch.nn.Parameter(torch.ones(6)),), (6,)), (6,))
         >>> signs.shape, signs[0].tolist(), signs[1:].sum(1).tolist()
         (torch.Size([5, 6]), [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0])
     """
@@ -45,20 +43,21 @@ class Contrasts:
         self.count = count
         self._signs: dict[tuple[Block, tuple[int, ...]], Tensor] = {}
 
-    def signs(self, block: Block, record: Record) -> Tensor:
+    def signs(self, block: Block, units: tuple[int, ...]) -> Tensor:
         """Ones, then ``count`` rows of balanced signs, [1 + J, units]; the block's place in the model is their seed.
 
         A weight shared by an embedding and a linear layer has units of two kinds.
         """
-        key = block, record.units
-        if key not in self._signs:
-            units = math.prod(record.units)
+        if (block, units) not in self._signs:
+            count = math.prod(units)
             # processes and resumed runs, which may meet blocks in another order, draw the same
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{block.position} {record.units}".encode()))
-            keys = torch.rand(self.count, units, generator=generator)
-            signs = (keys.argsort(1) % 2) * 2.0 - 1.0 if units > 1 else torch.zeros_like(keys)
-            self._signs[key] = torch.cat([torch.ones(1, units), signs]).to(block.parameters[0].device)
-        return self._signs[key]
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{block.position} {units}".encode()))
+            keys = torch.rand(self.count, count, generator=generator)
+            signs = (keys.argsort(1) % 2) * 2.0 - 1.0 if count > 1 else torch.zeros_like(keys)
+            parameter = block.parameters[0]
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self._signs[block, units] = torch.cat([torch.ones(1, count), signs]).to(parameter.device, dtype)
+        return self._signs[block, units]
 
     def of_queries(self, block: Block, record: Record, direction: Tensor, basis: Tensor | None = None) -> Tensor:
         """A layer's part of the signals and their contrasts [b, Q, 1 + J].
@@ -71,7 +70,7 @@ class Contrasts:
                 [G, O, r] of the output gradients.
         """
         turned = _by_draws(block, record)
-        signs = self.signs(block, turned).to(direction.dtype)
+        signs = self.signs(block, turned.units).to(direction.dtype)
         if basis is not None:
             turned = turned.rotated(None, basis)
         elif turned is not record:
@@ -79,15 +78,19 @@ class Contrasts:
         return turned.parts(direction, signs)
 
     def of_self(self, block: Block, records: Sequence[Record]) -> Tensor:
-        """Factors [b, 1 + J] that turn a layer's self-influence into itself and its contrasts."""
+        """Energies [b, 1 + J] of a layer's units, see :func:`turned_by`, added up over the uses of its parameters."""
         turned = [_by_draws(block, record) for record in records]
-        parts = [record.energies(self.signs(block, record).to(record.dtype)) for record in turned]
-        return turned_by(torch.stack(parts).sum(0))
+        parts = [record.energies(self.signs(block, record.units).to(record.dtype)) for record in turned]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def turned_by(energies: Tensor) -> Tensor:
-    """Factors [b, 1 + J] from the energies of all units and, for each contrast, their signed sums."""
-    return energies / energies[:, :1].clamp_min(torch.finfo(energies.dtype).tiny)  # no gradient at all: 0 of 0
+    """Factors [..., 1 + J] that turn a layer's self-influence into itself and its contrasts.
+
+    Args:
+        energies: Those of all units and, for each contrast, their signed sums.
+    """
+    return energies / energies[..., :1].clamp_min(torch.finfo(energies.dtype).tiny)  # no gradient at all: 0 of 0
 
 
 def _by_draws(block: Block, record: Record) -> Record:

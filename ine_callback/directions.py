@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, Outer, Record
-from ine_callback.contrasts import Contrasts, turned_by
+from ine_callback.capture import Block, Outer, Record, Vector
+from ine_callback.capture.compressed import FEW_QUERIES, turned
+from ine_callback.contrasts import Contrasts
 from ine_callback.curvature import Discount, Sketched
 from ine_callback.lowrank import low_rank
 
@@ -23,11 +24,11 @@ class Own:
 
     Attributes:
         norms: ``<D g_i, g_i>`` and ``|D g_i|^2`` [b, 2].
-        turned: Factors [b, 1 + J] that turn the block's self-influence into itself and its contrasts.
+        energies: Of its units [b, 1 + J], see :func:`.turned_by`.
     """
 
     norms: Tensor
-    turned: Tensor
+    energies: Tensor
 
 
 @dataclass
@@ -49,8 +50,7 @@ class Direction:
         queries: U [Q, *layout], or what is left of it in the basis; None without queries.
         discount: D.
         own: D in the form in which a row's own gradient meets it.
-        weight: The block's rate relative to the step's.
-        basis: See :mod:`ine_callback.lowrank`.
+        basis: The dimensions [G, I, r] that the queries are given in, see :mod:`ine_callback.lowrank`; None: all.
     """
 
     block: Block
@@ -58,19 +58,13 @@ class Direction:
     queries: Tensor | None
     discount: Discount
     own: Discount | Sketched
-    weight: Tensor | float
     basis: Tensor | None = None
-
-    @property
-    def inputs(self) -> Tensor | None:
-        """The dimensions [G, I, r] that the queries are given in; None: all."""
-        return self.basis
 
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         """Signals with their contrasts [b, Q, 1 + J] and, if asked for, the row's own gradient."""
         signals = None
         if self.queries is not None:
-            signals = self.contrasts.of_queries(self.block, record, self.queries, self.inputs)
+            signals = self.contrasts.of_queries(self.block, record, self.queries, self.basis)
         if not with_own:
             return signals, None
         return signals, Own(self.own.norms(record), self.contrasts.of_self(self.block, [record]))
@@ -84,37 +78,76 @@ class Direction:
 
 
 @dataclass
+class Flat(Direction):
+    """Of a vector: one product for the signals, one of its squares for all else."""
+
+    def __post_init__(self) -> None:
+        signs = self.contrasts.signs(self.block, self.block.layout)
+        weight = torch.ones_like(signs[0]) if self.discount.weight is None else self.discount.weight
+        self._turned = None if self.queries is None else (self.queries[:, None] * signs).flatten(0, 1).T
+        self._squares = torch.cat([torch.stack([weight, weight.square()]), signs]).T
+
+    def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
+        assert isinstance(record, Vector)
+        signals = None
+        if self.queries is not None:
+            signals = (record.g @ self._turned).view(record.rows, len(self.queries), -1)
+        if not with_own:
+            return signals, None
+        squares = record.g.square() @ self._squares
+        return signals, Own(squares[:, :2], squares[:, 2:])
+
+
+@dataclass
 class Joint(Direction):
     """One pass over a record makes each row's gradient in a few columns of its inputs; all else is read off that.
 
-    The columns are the queries' basis followed by those of the sketch's input side; without a basis the queries are
-    given in the sketch's own columns, which are all there are. It can contract once columns are drawn.
+    The columns are the queries' basis, then those of the sketch's input side if rows' own gradients are asked for;
+    without a basis the queries are given in the sketch's own columns, which are all there are. It can contract once
+    columns are drawn.
     """
 
-    own: Sketched
-
-    @property
-    def inputs(self) -> Tensor | None:
-        return self.own.right if self.basis is None else self.basis
+    def __post_init__(self) -> None:
+        self._signs = self.contrasts.signs(self.block, self.block.layout[:2])
+        rank = 0 if self.basis is None else self.basis.shape[-1]
+        self._asked, self._rest = slice(0, rank or None), slice(rank, None)
+        few = self.queries is not None and len(self.queries) <= FEW_QUERIES
+        self._turned = turned(self.queries, self._signs) if few else None
+        if isinstance(self.own, Sketched):
+            self._weights = self.own.weights.transpose(-1, -2).flatten(1).T
 
     def draw(self, turn: int) -> None:
         super().draw(turn)
-        self._columns = torch.cat([x for x in (self.basis, self.own.right) if x is not None], -1)
+        right = self.own.right if isinstance(self.own, Sketched) else None
+        self._columns = torch.cat([x for x in (self.basis, right) if x is not None], -1)
 
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         assert isinstance(record, Outer)
-        if record.delta.shape[2] == 1:  # a gradient is one product: its two sides are met one by one
-            return super().contract(record, with_own)
-        rank = 0 if self.basis is None else self.basis.shape[-1]
-        small = record.compressed(self._columns)
-        signs = self.contrasts.signs(self.block, record).to(small.g.dtype)
-        signals = None
+        if record.delta.shape[2] == 1:
+            return self._one_by_one(record, with_own)
+        small, signals = record.compressed(self._columns), None
         if self.queries is not None:
-            signals = small.part(slice(0, rank or None)).parts(self.queries, signs)
+            asked = small.part(self._asked)
+            if self._turned is None:
+                signals = asked.parts(self.queries, self._signs)
+            else:
+                signals = asked.met(self._turned).view(record.rows, len(self.queries), -1)
         if not with_own:
             return signals, None
-        own = small.part(slice(rank, None))
-        return signals, Own(own.norms_in(self.own.left, self.own.weights), turned_by(own.energies(signs)))
+        assert isinstance(self.own, Sketched)
+        rest = small.part(self._rest)
+        return signals, Own(rest.norms_in(self.own.left, self._weights), rest.energies(self._signs))
+
+    def _one_by_one(self, record: Outer, with_own: bool) -> tuple[Tensor | None, Own | None]:
+        """Without positions a gradient is one product: its two sides are met one by one."""
+        projected, signals = record.projected(self._columns), None
+        if self.queries is not None:
+            signals = Outer(projected[..., self._asked], record.delta).parts(self.queries, self._signs)
+        if not with_own:
+            return signals, None
+        assert isinstance(self.own, Sketched)
+        rest = Outer(projected[..., self._rest], record.delta)
+        return signals, Own(rest.rotated(self.own.left, None).norms(self.own.weights), rest.energies(self._signs))
 
 
 def direction_of(
@@ -131,20 +164,24 @@ def direction_of(
         with_own: Whether rows' own gradients are asked for.
     """
     discount, sides = plan.discount, plan.discount.sides
+    if len(block.layout) == 1:
+        return Flat(block, contrasts, u, discount, discount), None
     if rank is None or sides is None or not block.matrix:
-        return Direction(block, contrasts, u, discount, discount, plan.weight), None
+        return Direction(block, contrasts, u, discount, discount), None
     own = discount.sketched() if with_own else discount
     basis, share = None, None
     if u is not None:
         left, right = sides
-        turned = (u.transpose(-1, -2), right, left) if block.outputs else (u, left, right)  # see Contrasts
-        found = low_rank(*turned, rank)
+        sided = (u.transpose(-1, -2), right, left) if block.outputs else (u, left, right)  # see Contrasts
+        found = low_rank(*sided, rank)
         if found is not None:
             basis, u, share = found
-    if block.outputs or not isinstance(own, Sketched) or not own.has_columns:
-        return Direction(block, contrasts, u, discount, own, plan.weight, basis), share
+    columns = isinstance(own, Sketched) and own.has_columns
+    if block.outputs or not (columns if with_own else basis is not None):
+        return Direction(block, contrasts, u, discount, own, basis), share
     if u is not None and basis is None:
+        assert isinstance(own, Sketched)
         if own.right is None or own.columns is not None:  # the sketch's columns are not all there are
-            return Direction(block, contrasts, u, discount, own, plan.weight), None
+            return Direction(block, contrasts, u, discount, own), None
         u = u @ own.right
-    return Joint(block, contrasts, u, discount, own, plan.weight, basis), share
+    return Joint(block, contrasts, u, discount, own, basis), share

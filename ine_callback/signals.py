@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
-from ine_callback.contrasts import Contrasts
+from ine_callback.contrasts import Contrasts, turned_by
 from ine_callback.curvature import KFAC, Discount
 from ine_callback.directions import Direction, Own, Plan, direction_of
 from ine_callback.errors import QueryError
@@ -65,8 +65,9 @@ class Signals:
         self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
         self.columns = len(self.queries) + int(self.self_query)
         self._directions: dict[Block, Direction] = {}
-        self._out: Tensor | None = None
-        self._own_variance: Tensor | None = None
+        self._factors: dict[Block, Tensor] = {}
+        self._signals: list[Tensor] = []
+        self._own: list[tuple[Block, Own, Scale]] = []
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
         self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
@@ -94,10 +95,9 @@ class Signals:
                 scalar(value, query)
 
     def start_batch(self, rows: int, device: torch.device, window: int) -> None:
-        """Clears the buffer for a batch of ``rows`` rows, of ``window`` rows in the whole step."""
-        self.window = window
-        self._out = torch.zeros(rows, self.columns, 1 + self.contrasts.count, device=device, dtype=self._dtype)
-        self._own_variance = self._out.new_zeros(rows)
+        """Begins a batch of ``rows`` rows, of ``window`` rows in the whole step."""
+        self.window, self._batch = window, (rows, device)
+        self._clear()
         self._drawn = False
         self._first = True  # the backward pass meets the network's last layer first
 
@@ -131,20 +131,16 @@ class Signals:
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
-        assert self._out is not None
         signals, own = direction.contract(record, self.self_query and not block.reused)
         if signals is not None:
-            self._out[:, : len(self.queries)] += signals
+            self._signals.append(signals)
         if own is not None:
-            self._add_own(block, own, scale)
+            self._own.append((block, own, scale))
         elif self.self_query:
             block.waiting.append(record)
 
-    def _add_own(self, block: Block, own: Own, scale: Scale) -> None:
-        """Adds a block's part of <P D g_i, s_i> and of |sigma D g_i|^2; a row's own gradient is rows x its share."""
-        assert self._out is not None and self._own_variance is not None
-        self._out[:, -1] += own.norms[:, :1] * (self._directions[block].weight * scale.rows) * own.turned
-        self._own_variance += own.norms[:, 1] * (self.noise.of_weight(block) * scale.rows**2)
+    def _clear(self) -> None:
+        self._signals, self._own = [], []
 
     def hold(self) -> None:
         """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""
@@ -179,17 +175,37 @@ class Signals:
 
         The unit of self-influence is that of the row's own loss.
         """
-        assert self._out is not None and self._own_variance is not None
         for block in self.table:
             if block.waiting:
                 norms = self._directions[block].discount.norms_of_sum(block.waiting)
-                self._add_own(block, Own(norms, self.contrasts.of_self(block, block.waiting)), self.scale)
+                self._own.append((block, Own(norms, self.contrasts.of_self(block, block.waiting)), self.scale))
                 block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
-        out, own = self._out, self._own_variance
-        self._out, self._own_variance = torch.zeros_like(out), torch.zeros_like(own)
-        return out, own
+        rows, device = self._batch
+        shape = rows, len(self.queries), 1 + self.contrasts.count
+        signals = torch.zeros(shape, device=device, dtype=self._dtype)
+        if self._signals:
+            signals = torch.stack(self._signals).sum(0).to(self._dtype)
+        own, variance = self._own_sums(signals)
+        self._clear()
+        return (torch.cat([signals, own[:, None]], 1) if self.self_query else signals), variance
+
+    def _own_sums(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """<P D g_i, s_i> with its contrasts [b, 1 + J] and |sigma D g_i|^2 [b]; a row's own gradient is rows x its share.
+
+        All blocks' parts are added up at once, by as many operations as one of them would need.
+        """
+        own, variance = like.new_zeros(len(like), like.shape[2]), like.new_zeros(len(like))
+        for scale in {id(its): its for *_, its in self._own}.values():  # a second backward pass may have its own
+            found = [(block, one) for block, one, its in self._own if its is scale]
+            norms = torch.stack([one.norms for _, one in found])  # [K, b, 2]
+            shares = turned_by(torch.stack([one.energies for _, one in found]))
+            factors = torch.stack([self._factors[block] for block, _ in found])
+            weighted = norms * factors[:, None]
+            own = own + (shares * weighted[..., :1]).sum(0) * scale.rows
+            variance = variance + weighted[..., 1].sum(0) * scale.rows**2
+        return own, variance
 
     def units(self, own: Tensor) -> Tensor:
         """Standard deviations [b, Q] that random initial weights leave in each query, from :meth:`settle`'s own."""
@@ -201,6 +217,7 @@ class Signals:
         """New directions ``U = P D v`` at the present weights, and their units ``|sigma D v|``."""
         v = self._gradients([block for block in self.table if all(p.requires_grad for p in block.parameters)])
         self._directions.clear()
+        self._factors.clear()
         remaining = self.schedule.remaining(float(self.optimizer.param_groups[0]["lr"]))
         with torch.no_grad():
             if self.curvature is not None:
@@ -219,6 +236,9 @@ class Signals:
                 variance += self.noise.variance(block, u)
                 self._directions[block] = self._direction(block, u * plan.weight, plan)
             self._variance = variance.to(self._dtype)
+            for block, plan in plans.items():
+                factors = plan.weight, self.noise.of_weight(block)
+                self._factors[block] = torch.stack([torch.as_tensor(x).to(self._variance) for x in factors])
         self.draw()
 
     def _direction(self, block: Block, u: Tensor | None, plan: Plan) -> Direction:
@@ -274,7 +294,7 @@ class Signals:
     def forget(self) -> None:
         """Frees the directions: no more records will come."""
         self._directions.clear()
-        self._out = self._own_variance = None
+        self._clear()
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ine_callback import Recorder
 from ine_callback.capture import Block
 from ine_callback.capture.records import Lookup, Outer, Record, Vector
-from ine_callback.contrasts import Contrasts
+from ine_callback.contrasts import Contrasts, turned_by
 from ine_callback.methods.fine import FINE
 from ine_callback.options import InitialWeights
 from ine_callback.scores import QueryInfo, Scores
@@ -64,8 +64,7 @@ def test_the_last_layer_is_split_by_its_inputs(positions: int, queries: int) -> 
     if positions == 1:
         energies = record.gradient(slice(0, 5)).square().sum(2).flatten(1)
         signs = contrasts._signs[last, (2, 4)].double()
-        expected = energies @ signs.T / energies.sum(1, keepdim=True)
-        torch.testing.assert_close(contrasts.of_self(last, [record]), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(contrasts.of_self(last, [record]), energies @ signs.T, rtol=1e-10, atol=1e-10)
 
 
 def test_the_last_layer_is_the_first_of_the_backward_pass() -> None:
@@ -82,12 +81,12 @@ def test_the_last_layer_is_the_first_of_the_backward_pass() -> None:
 
 def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
     contrasts, ten = Contrasts(4), block(10)
-    signs = contrasts.signs(ten, Vector(torch.ones(2, 10)))
+    signs = contrasts.signs(ten, (10,))
     assert signs.abs().eq(1).all() and signs[0].eq(1).all() and signs[1:].sum(1).eq(0).all()
-    assert contrasts.signs(ten, Vector(torch.ones(3, 10))) is signs
-    assert Contrasts(4).signs(block(10), Vector(torch.ones(2, 10))).equal(signs)
-    assert not contrasts.signs(block(10, 1), Vector(torch.ones(2, 10))).equal(signs)  # layers are independent
-    assert contrasts.signs(ten, outer(1)).shape == (5, 3)  # a tied weight used in another way
+    assert contrasts.signs(ten, (10,)) is signs
+    assert Contrasts(4).signs(block(10), (10,)).equal(signs)
+    assert not contrasts.signs(block(10, 1), (10,)).equal(signs)  # layers are independent
+    assert contrasts.signs(ten, (1, 3)).shape == (5, 3)  # a tied weight used in another way
 
 
 def each_unit(record: Record) -> Tensor:
@@ -118,16 +117,16 @@ def test_energies_leave_out_products_of_positions() -> None:
 def test_self_influence_is_turned_by_energies() -> None:
     one, two = outer(1), outer(1)
     contrasts, three = Contrasts(4), block(3)
-    signs = contrasts.signs(three, one).double()
+    signs = contrasts.signs(three, (1, 3)).double()
     energies = each_unit(one) + each_unit(two)
-    found = contrasts.of_self(three, [one, two])
+    found = turned_by(contrasts.of_self(three, [one, two]))
     torch.testing.assert_close(found, energies @ signs.T / energies.sum(1, keepdim=True), rtol=1e-10, atol=1e-10)
     assert found[:, 0].eq(1).all() and found[:, 1:].abs().max() <= 1
-    assert contrasts.of_self(three, [Outer(one.a, torch.zeros_like(one.delta))]).eq(0).all()
+    assert turned_by(contrasts.of_self(three, [Outer(one.a, torch.zeros_like(one.delta))])).eq(0).all()
 
 
 def test_a_single_unit_has_no_contrast() -> None:
-    assert Contrasts(4).signs(block(1), Vector(torch.ones(2, 1)))[:, 0].tolist() == [1, 0, 0, 0, 0]
+    assert Contrasts(4).signs(block(1), (1,))[:, 0].tolist() == [1, 0, 0, 0, 0]
 
 
 def scores(contrasts: Tensor | None) -> Scores:
@@ -142,7 +141,7 @@ def scores(contrasts: Tensor | None) -> Scores:
 
 def test_the_standard_error_is_the_contrasts_root_mean_square() -> None:
     # +-3 in every contrast of every row, at both steps: 2 x 3 x rate / unit, with no row noisier than another
-    signs = Contrasts(4).signs(block(2000), Vector(torch.ones(1, 2000)))[1:].T
+    signs = Contrasts(4).signs(block(2000), (2000,))[1:].T
     found = scores(3 * signs[:, None]).se[:, 0]
     assert np.median(found) == pytest.approx(2 * 3 * 0.1 / 2, rel=0.15)  # limma's prior is fitted on four draws a row
     without = scores(None)

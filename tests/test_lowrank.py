@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ine_callback import Recorder
 from ine_callback.cadence import curvature_gap, refresh_gap
 from ine_callback.capture import Block, Outer
-from ine_callback.contrasts import Contrasts
+from ine_callback.contrasts import Contrasts, turned_by
 from ine_callback.curvature import Discount, Sketched
 from ine_callback.directions import Direction, Joint, Plan, direction_of
 from ine_callback.lowrank import KEPT, MIXED, TOP, Side, low_rank
@@ -134,7 +134,7 @@ def test_a_small_side_stays_as_it_is() -> None:
 @pytest.mark.parametrize("queries", [0, 1, 6])
 def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int) -> None:
     right = side(inputs, 4.0, 2)
-    block = Block("w", (nn.Parameter(torch.zeros(OUT, inputs)),), (1, OUT, inputs), matrix=True)
+    block = Block("w", (nn.Parameter(torch.zeros(OUT, inputs).double()),), (1, OUT, inputs), matrix=True)
     u = draw(queries, 1, OUT, inputs, seed=8) if queries else None
     plan = Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0))
     joint, _ = direction_of(block, Contrasts(4), u, plan, 32, with_own=True)
@@ -143,13 +143,14 @@ def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int)
     record = rows_of(LEFT, right, 9, positions)
     signals, own = joint.contract(record, with_own=True)
     basis = joint.own.right if joint.basis is None and u is not None else joint.basis
-    apart = Direction(block, joint.contrasts, joint.queries, joint.discount, joint.own, 1.0, basis)
+    apart = Direction(block, joint.contrasts, joint.queries, joint.discount, joint.own, basis)
     expected, expected_own = apart.contract(record, with_own=True)
     assert own is not None and expected_own is not None
     if u is not None:
         torch.testing.assert_close(signals, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(own.norms, expected_own.norms, rtol=1e-9, atol=1e-12)
-    assert own.turned[:, 0].eq(1).all() and own.turned.shape == expected_own.turned.shape
+    shares = turned_by(own.energies)
+    assert shares[:, 0].eq(1).all() and shares.shape == expected_own.energies.shape
     assert joint.contract(record, with_own=False)[1] is None
 
 
@@ -157,7 +158,7 @@ def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int)
 def test_a_small_diagonal_side_has_no_columns_to_pass_through(queries: int) -> None:
     """``max_dim`` below the size of a sketch leaves moments that are diagonal and met whole."""
     right = Side(RIGHT.values[:, -40:], None)
-    block = Block("w", (nn.Parameter(torch.zeros(OUT, 40)),), (1, OUT, 40), matrix=True)
+    block = Block("w", (nn.Parameter(torch.zeros(OUT, 40).double()),), (1, OUT, 40), matrix=True)
     u = draw(queries, 1, OUT, 40, seed=8) if queries else None
     found, _ = direction_of(block, Contrasts(4), u, Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0)), 1, True)
     found.draw(1)

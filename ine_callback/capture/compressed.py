@@ -11,35 +11,43 @@ from torch import Tensor
 FEW_QUERIES = 4
 
 
+def turned(direction: Tensor, weights: Tensor) -> Tensor:
+    """Directions [Q, G, O, k] weighted by their units in C ways [C, G O], as a matrix [G k O, Q C]."""
+    units = weights.view(len(weights), direction.shape[1], 1, -1)
+    return (direction.transpose(-1, -2)[:, None] * units).flatten(2).flatten(0, 1).T
+
+
 @dataclass(frozen=True)
 class Compressed:
-    """Gradients times k columns, ``g_i S``.
+    """Gradients times k columns, transposed: ``(g_i S)^T``, so that a part of the columns lies in one piece.
 
     Attributes:
-        g: They [b, G, O, k].
+        g: They [b, G, k, O].
     """
 
     g: Tensor
 
     def part(self, columns: slice) -> Compressed:
         """Some of the columns."""
-        return Compressed(self.g[..., columns])
+        return Compressed(self.g[:, :, columns])
 
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         """Inner products with directions [Q, G, O, k], see :meth:`.Record.parts`: [b, Q, C]."""
         queries = direction.shape[0]
         if queries > FEW_QUERIES:
-            units: Tensor = torch.einsum("bgoi,qgoi->bqgo", self.g, direction)
+            units: Tensor = torch.einsum("bgio,qgoi->bqgo", self.g, direction)
             return units.flatten(2) @ weights.T
-        turned = direction[:, None] * weights.view(-1, *self.g.shape[1:3], 1)
-        found: Tensor = (self.g.flatten(1) @ turned.flatten(2).flatten(0, 1).T).unflatten(1, (queries, -1))
-        return found
+        return self.met(turned(direction, weights)).view(len(self.g), queries, -1)
+
+    def met(self, columns: Tensor) -> Tensor:
+        """Products [b, n] of the flattened gradients with columns [G k O, n]."""
+        return self.g.flatten(1) @ columns
 
     def energies(self, weights: Tensor) -> Tensor:
-        """Weighted squared gradients of output units [b, C]."""
-        return self.g.square().sum(3).flatten(1) @ weights.T
+        """Weighted squared gradients of output units [b, C], weights [C, G O]."""
+        return self.g.square().sum(2).flatten(1) @ weights.T
 
     def norms_in(self, left: Tensor | None, weights: Tensor) -> Tensor:
-        """``sum weight * (left^T g_i S)^2`` [b, C] with C weights [C, G, n, k]."""
-        turned = self.g if left is None else left.transpose(-1, -2) @ self.g
-        return turned.square().flatten(1) @ weights.flatten(1).T
+        """``sum weight * (left^T g_i S)^2`` [b, C] with C weights [G k n, C]."""
+        seen = self.g if left is None else self.g @ left
+        return seen.square().flatten(1) @ weights

@@ -117,8 +117,8 @@ def _weight_and_bias(a: Tensor, delta: Tensor) -> dict[str, Record]:
 
 
 def _bias(delta: Tensor) -> Outer:
-    """A bias as the weight of an input of ones, so that it can join its layer's matrix."""
-    return Outer(delta.new_ones(()).expand(*delta.shape[:-1], 1), delta)
+    """A bias as the weight of an input of ones and nothing else, so that it can join its layer's matrix."""
+    return Outer(delta[..., :0], delta, ones=True)
 
 
 def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:

@@ -152,6 +152,10 @@ class Outer(Record):
 
     def projected(self, basis: Tensor) -> Tensor:
         """Inputs times a basis [G, I, K], as [b, G, P, K]."""
+        if len(basis) == 1:  # one product for all rows
+            flat, weight = self.a.flatten(0, 2), basis[0, : self.a.shape[3]]
+            product = torch.addmm(basis[0, -1], flat, weight) if self.ones else flat @ weight
+            return product.view(*self.a.shape[:3], -1)
         found: Tensor = self.a @ basis[:, : self.a.shape[3]]
         return found + basis[:, -1:] if self.ones else found
 
@@ -173,11 +177,12 @@ class Outer(Record):
         queries, positions = direction.shape[0], self.delta.shape[2]
         if positions == 1 or (queries == 1 and self._inner_first):
             # never forms a gradient: contract the inputs first, then the output gradients
-            inner = self.projected(direction.permute(1, 3, 0, 2).flatten(2)).unflatten(3, (queries, -1))
-            units: Tensor = (inner * self.delta[:, :, :, None]).sum(2).transpose(1, 2).flatten(2)
-            return units @ weights.T
+            inner = self.projected(direction.permute(1, 3, 0, 2).flatten(2))
+            products = inner.reshape(*inner.shape[:3], queries, -1) * self.delta[:, :, :, None]
+            units: Tensor = products[:, :, 0] if positions == 1 else products.sum(2)
+            return units.transpose(1, 2).flatten(2) @ weights.T
         chunks = row_chunks(self.rows, direction[0].numel())
-        return torch.cat([Compressed(self.gradient(s)).parts(direction, weights) for s in chunks])
+        return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
 
     @property
     def _inner_first(self) -> bool:
@@ -221,7 +226,10 @@ class Outer(Record):
 
     def compressed(self, columns: Tensor) -> Compressed:
         """The gradients times columns [G, I, k]."""
-        return Compressed(self.delta.transpose(-1, -2) @ self.projected(columns))
+        return self._compressed(self.projected(columns))
+
+    def _compressed(self, inputs: Tensor, rows: slice = slice(None)) -> Compressed:
+        return Compressed(inputs.transpose(-1, -2) @ self.delta[rows])
 
     def transposed(self) -> Outer:
         """The transposed gradients: units are inputs."""
