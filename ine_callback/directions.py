@@ -84,14 +84,16 @@ class Flat(Direction):
     def __post_init__(self) -> None:
         signs = self.contrasts.signs(self.block, self.block.layout)
         weight = torch.ones_like(signs[0]) if self.discount.weight is None else self.discount.weight
-        self._turned = None if self.queries is None else (self.queries[:, None] * signs).flatten(0, 1).T
+        self._turned: Tensor | None = None
+        if self.queries is not None:
+            self._turned = (self.queries[:, None] * signs).flatten(0, 1).T
         self._squares = torch.cat([torch.stack([weight, weight.square()]), signs]).T
 
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         assert isinstance(record, Vector)
         signals = None
-        if self.queries is not None:
-            signals = (record.g @ self._turned).view(record.rows, len(self.queries), -1)
+        if self._turned is not None:
+            signals = (record.g @ self._turned).view(record.rows, -1, 1 + self.contrasts.count)
         if not with_own:
             return signals, None
         squares = record.g.square() @ self._squares
@@ -104,15 +106,16 @@ class Joint(Direction):
 
     The columns are the queries' basis, then those of the sketch's input side if rows' own gradients are asked for;
     without a basis the queries are given in the sketch's own columns, which are all there are. It can contract once
-    columns are drawn.
+    columns are drawn, records in bfloat16 too.
     """
 
     def __post_init__(self) -> None:
         self._signs = self.contrasts.signs(self.block, self.block.layout[:2])
         rank = 0 if self.basis is None else self.basis.shape[-1]
         self._asked, self._rest = slice(0, rank or None), slice(rank, None)
-        few = self.queries is not None and len(self.queries) <= FEW_QUERIES
-        self._turned = turned(self.queries, self._signs) if few else None
+        self._turned: Tensor | None = None
+        if self.queries is not None and len(self.queries) <= FEW_QUERIES:
+            self._turned = turned(self.queries, self._signs)
         if isinstance(self.own, Sketched):
             self._weights = self.own.weights.transpose(-1, -2).flatten(1).T
 
@@ -124,7 +127,7 @@ class Joint(Direction):
     def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
         assert isinstance(record, Outer)
         if record.delta.shape[2] == 1:
-            return self._one_by_one(record, with_own)
+            return self._one_by_one(record.wide(), with_own)
         small, signals = record.compressed(self._columns), None
         if self.queries is not None:
             asked = small.part(self._asked)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ine_callback.capture import Block, BlockTable, Record
 from ine_callback.contrasts import Contrasts, turned_by
 from ine_callback.curvature import KFAC, Discount
-from ine_callback.directions import Direction, Own, Plan, direction_of
+from ine_callback.directions import Direction, Joint, Own, Plan, direction_of
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
@@ -112,7 +112,7 @@ class Signals:
     def take(self, block: Block, record: Record) -> None:
         """Takes one record; before the first refresh it is held back until the backward pass is over."""
         if self.held is not None:
-            self.held.append((block, record, self.scale))
+            self.held.append((block, record.wide(), self.scale))
             return
         if self.curvature is not None and self.observing:
             self.curvature.observe(block, record, self.scale.terms, self.observing)
@@ -131,13 +131,15 @@ class Signals:
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
+        if not isinstance(direction, Joint):
+            record = record.wide()
         signals, own = direction.contract(record, self.self_query and not block.reused)
         if signals is not None:
             self._signals.append(signals)
         if own is not None:
             self._own.append((block, own, scale))
         elif self.self_query:
-            block.waiting.append(record)
+            block.waiting.append(record.wide())
 
     def _clear(self) -> None:
         self._signals, self._own = [], []
@@ -192,9 +194,10 @@ class Signals:
         return (torch.cat([signals, own[:, None]], 1) if self.self_query else signals), variance
 
     def _own_sums(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """<P D g_i, s_i> with its contrasts [b, 1 + J] and |sigma D g_i|^2 [b]; a row's own gradient is rows x its share.
+        """<P D g_i, s_i> with its contrasts [b, 1 + J] and |sigma D g_i|^2 [b].
 
-        All blocks' parts are added up at once, by as many operations as one of them would need.
+        A row's own gradient is rows x its share. All blocks' parts are added up at once, by as many operations as one
+        of them would need.
         """
         own, variance = like.new_zeros(len(like), like.shape[2]), like.new_zeros(len(like))
         for scale in {id(its): its for *_, its in self._own}.values():  # a second backward pass may have its own

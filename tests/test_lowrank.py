@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback import Recorder
 from ine_callback.cadence import curvature_gap, refresh_gap
 from ine_callback.capture import Block, Outer
+from ine_callback.capture.windows import Kernel, Windows
 from ine_callback.contrasts import Contrasts, turned_by
 from ine_callback.curvature import Discount, Sketched
 from ine_callback.directions import Direction, Joint, Plan, direction_of
@@ -152,6 +156,56 @@ def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int)
     shares = turned_by(own.energies)
     assert shares[:, 0].eq(1).all() and shares.shape == expected_own.energies.shape
     assert joint.contract(record, with_own=False)[1] is None
+
+
+class Copies(TorchDispatchMode):
+    """The largest float32 tensor that an operation made, views of its inputs left out."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if isinstance(out, Tensor) and out.dtype == torch.float32 and out.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def in_half(convolution: bool) -> Outer:
+    """Factors as autocast leaves them: an input in float32 or bfloat16, output gradients in bfloat16."""
+    if convolution:
+        image, delta = draw(6, 5, 12, 12).bfloat16(), draw(6, 1, 100, OUT, seed=1).bfloat16()
+        return Windows(image, delta, kernel=Kernel((3, 3), (1, 1), (1, 1), 1)).with_bias()
+    return Outer(draw(6, 1, 100, IN).float(), draw(6, 1, 100, OUT, seed=1).bfloat16())
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_bfloat16_is_met_without_a_copy_in_float32(convolution: bool) -> None:
+    """To some tenths of a per cent of the rows' deviation, of what the same factors give in float32."""
+    record = in_half(convolution)
+    _, out, inputs = record.layout
+    sides = [
+        Side(one.values[:, -size:].float(), torch.linalg.qr(draw(1, size, size)).Q.float())
+        for one, size in ((LEFT, out), (RIGHT, inputs))
+    ]
+    values = sides[0].values[..., :, None] * sides[1].values[..., None, :]
+    plan = Plan(Discount(torch.exp(-values), (sides[0], sides[1])), 1.0, (1.0, 1.0))
+    block = Block("w", (nn.Parameter(torch.zeros(out, inputs)),), record.layout, matrix=True)
+    u = (draw(1, 1, out, 3, seed=7) @ draw(1, 1, 3, inputs, seed=8)).float()
+    joint, _ = direction_of(block, Contrasts(4), u, plan, 32, with_own=True)
+    assert isinstance(joint, Joint)
+    joint.draw(1)
+    with Copies() as seen:
+        signals, own = joint.contract(record, with_own=True)
+    assert seen.largest < record.delta.numel()
+    expected, expected_own = joint.contract(record.wide(), with_own=True)
+    assert signals is not None and expected is not None and own is not None and expected_own is not None
+    assert signals.dtype == own.norms.dtype == torch.float32
+    assert float((signals - expected).abs().max()) < 0.01 * float(expected[..., 0].std())
+    torch.testing.assert_close(own.norms, expected_own.norms, rtol=5e-3, atol=0)
+    left, right = record.moments((True, True))
+    wide_left, wide_right = record.wide().moments((True, True))
+    assert torch.equal(left, wide_left) and torch.equal(right, wide_right)
 
 
 @pytest.mark.parametrize("queries", [0, 1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
-from ine_callback.capture.records import Record
+from ine_callback.capture.records import Record, widened
 from ine_callback.errors import RowsError
 from ine_callback.isolation import compiled_parts
 
@@ -131,9 +131,9 @@ class Capture:
                 return
             with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
                 self.half |= delta.dtype in (torch.float16, torch.bfloat16)
-                a, delta = _one_dtype(a, delta.detach())
+                delta = delta.detach()
                 if self.unscale is not None:
-                    delta = delta * self.unscale
+                    delta = widened(delta) * self.unscale
                     # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
                     delta = torch.where(delta.isfinite().all(), delta, 0.0)
                 records = records_of(module, a, delta, self.rows)
@@ -172,9 +172,3 @@ def _hold(a: Tensor) -> Callable[[], Tensor | None]:
 
 def _capturable(module: nn.Module) -> bool:
     return layer_function(module) is not None and any(True for _ in module.parameters(recurse=False))
-
-
-def _one_dtype(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """float32, or float64 where the model is: half precision products would lose the small signals."""
-    dtype = torch.promote_types(delta.dtype, torch.float32)
-    return (a.to(dtype) if a.is_floating_point() else a), delta.to(dtype)

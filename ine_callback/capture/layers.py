@@ -16,10 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.capture.records import Lookup, Outer, Record, Vector
+from ine_callback.capture.records import Lookup, Outer, Record, Vector, widened
 from ine_callback.capture.windows import Kernel, Windows
 
 LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, Record | Tensor]]
@@ -125,7 +126,8 @@ def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) ->
     """A linear layer whose weight is [inputs, outputs]."""
     a, delta = by_row(a, rows), by_row(delta, rows)
     a, delta = a.reshape(rows, 1, -1, a.shape[-1]), delta.reshape(rows, 1, -1, delta.shape[-1])
-    return {"weight": Outer(delta, a), "bias": Vector(delta.sum((1, 2)))}
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    return {"weight": Outer(delta, a), "bias": Vector(delta.sum((1, 2), dtype=wide))}
 
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -251,6 +253,10 @@ def _channel_affine(normed: Tensor, delta: Tensor, rows: int) -> dict[str, Recor
     return {"weight": Vector((normed * delta).flatten(2).sum(2)), "bias": Vector(delta.flatten(2).sum(2))}
 
 
+# functions whose records take factors in bfloat16; all others get them in float32
+_ANY_PRECISION = (linear, transposed_linear, convolution)
+
+
 def records_of(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """Calls the module's capture function and wraps bare per-row gradients.
 
@@ -259,6 +265,8 @@ def records_of(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[s
     """
     function = layer_function(module)
     assert function is not None
+    if function not in _ANY_PRECISION or delta.dtype != torch.bfloat16 or a.dtype == torch.float16:
+        a, delta = _in_one_precision(a, delta)
     out: dict[str, Record] = {}
     for name, value in function(module, a, delta, rows).items():
         parameter = getattr(module, name, None)
@@ -273,3 +281,8 @@ def records_of(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[s
             value = Vector(value.flatten(1))
         out[name] = value
     return out
+
+
+def _in_one_precision(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    delta = widened(delta)
+    return (a.to(delta.dtype) if a.is_floating_point() else a), delta

@@ -31,8 +31,17 @@ def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or float64 where it is; whole numbers as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
 class Record(ABC):
     """The per-row gradients ``g`` of one use of one parameter (or of a weight joined with its bias)."""
+
+    def wide(self) -> Record:
+        """The same in float32 or better, which all questions need but those that say otherwise."""
+        return self
 
     @property
     @abstractmethod
@@ -113,6 +122,10 @@ class Record(ABC):
 class Outer(Record):
     """``g_i = sum_p delta_ip a_ip^T`` within each of G groups: linear layers, convolutions, everything like them.
 
+    Factors may be as the pass left them, in bfloat16: a copy in float32 of all that a large network holds would cost
+    more than all else. :meth:`wide` makes it; :meth:`projected`, :meth:`compressed`, :meth:`moments` and the inputs do
+    without.
+
     Attributes:
         a: Inputs [b, G, P, I], P positions (1 without a sequence or space).
         delta: Output gradients [b, G, P, O].
@@ -122,6 +135,10 @@ class Outer(Record):
     a: Tensor
     delta: Tensor
     ones: bool = False
+
+    def wide(self) -> Outer:
+        a, delta = widened(self.a), widened(self.delta)
+        return self if a is self.a and delta is self.delta else replace(self, a=a, delta=delta)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,7 +168,8 @@ class Outer(Record):
         return self._with_ones(self.a[rows])
 
     def projected(self, basis: Tensor) -> Tensor:
-        """Inputs times a basis [G, I, K], as [b, G, P, K]."""
+        """Inputs times a basis [G, I, K], as [b, G, P, K], in the inputs' precision."""
+        basis = basis.to(self.a.dtype)
         if len(basis) == 1:  # one product for all rows
             flat, weight = self.a.flatten(0, 2), basis[0, : self.a.shape[3]]
             product = torch.addmm(basis[0, -1], flat, weight) if self.ones else flat @ weight
@@ -204,8 +222,8 @@ class Outer(Record):
         every = min(positions, -(-self.rows * positions // MOST_POSITIONS))
         looked = slice(int(phase * every), None, every)
         delta, a = self.delta[:, :, looked], self.some_inputs(looked)
-        left = _moment(delta, full[0]) * (positions / delta.shape[2])
-        return left, _moment(a, full[1]) / (a.shape[0] * a.shape[2])
+        left = _moment(widened(delta), full[0]) * (positions / delta.shape[2])
+        return left, _moment(widened(a), full[1]) / (a.shape[0] * a.shape[2])
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Outer:
         delta = self.delta if left is None else self.delta @ left
@@ -225,11 +243,12 @@ class Outer(Record):
         return torch.cat([self.gradient(s).square_().sum((1, 2, 3)) for s in chunks])
 
     def compressed(self, columns: Tensor) -> Compressed:
-        """The gradients times columns [G, I, k]."""
+        """The gradients times columns [G, I, k], in float32 or better; each is summed up in that precision too."""
         return self._compressed(self.projected(columns))
 
     def _compressed(self, inputs: Tensor, rows: slice = slice(None)) -> Compressed:
-        return Compressed(inputs.transpose(-1, -2) @ self.delta[rows])
+        delta = self.delta[rows]
+        return Compressed(widened(inputs.to(delta.dtype).transpose(-1, -2) @ delta))
 
     def transposed(self) -> Outer:
         """The transposed gradients: units are inputs."""

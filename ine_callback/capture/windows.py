@@ -75,6 +75,7 @@ class Windows(Outer):
 
     def projected(self, basis: Tensor) -> Tensor:
         groups, _, width = basis.shape
+        basis = basis.to(self.a.dtype)
         weight, bias = (basis[:, :-1], basis[:, -1].flatten()) if self.ones else (basis, None)
         kernels = weight.transpose(1, 2).reshape(groups * width, -1, *self.kernel.size)
         found: Tensor = self.kernel.convolve(self.a, kernels, bias).unflatten(1, (groups, width))

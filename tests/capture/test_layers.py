@@ -271,9 +271,13 @@ def test_input_by_keyword() -> None:
 
 
 def test_half_precision_is_lifted_to_single() -> None:
-    layer, x = nn.Linear(3, 2).bfloat16(), torch.randn(ROWS, 3, dtype=torch.bfloat16)
-    for record in captured(layer, x, torch.ones(ROWS, 2, dtype=torch.bfloat16)).values():
-        assert record.gradient(slice(0, ROWS)).dtype is torch.float32
+    for layer in (nn.Linear(3, 3), nn.LayerNorm(3)):
+        layer, x = layer.bfloat16(), torch.randn(ROWS, 3, dtype=torch.bfloat16)
+        for name, record in captured(layer, x, torch.ones(ROWS, 3, dtype=torch.bfloat16)).items():
+            assert record.wide().gradient(slice(0, ROWS)).dtype is torch.float32
+            assert (record.wide() is record) == (isinstance(layer, nn.LayerNorm))  # a linear layer's factors wait
+            grad = getattr(layer, name).grad.float().flatten()  # itself rounded to 8 bits, more than once
+            torch.testing.assert_close(record.wide().total().flatten(), grad, rtol=2**-5, atol=1e-6)
 
 
 class Scale(nn.Module):
