@@ -59,23 +59,17 @@ class Contrasts:
             self._signs[block, units] = torch.cat([torch.ones(1, count), signs]).to(parameter.device, dtype)
         return self._signs[block, units]
 
-    def of_queries(self, block: Block, record: Record, direction: Tensor, basis: Tensor | None = None) -> Tensor:
+    def of_queries(self, block: Block, record: Record, direction: Tensor) -> Tensor:
         """A layer's part of the signals and their contrasts [b, Q, 1 + J].
 
         Args:
             block: The layer's block.
             record: Its record.
-            direction: Directions U [Q, *layout]; with a basis [Q, G, units, r].
-            basis: Dimensions in which the direction is given: [G, I, r] of the inputs, where these are the units
-                [G, O, r] of the output gradients.
+            direction: Directions U [Q, *layout].
         """
         turned = _by_draws(block, record)
-        signs = self.signs(block, turned.units).to(direction.dtype)
-        if basis is not None:
-            turned = turned.rotated(None, basis)
-        elif turned is not record:
-            direction = direction.transpose(-1, -2)
-        return turned.parts(direction, signs)
+        direction = direction if turned is record else direction.transpose(-1, -2)
+        return turned.parts(direction, self.signs(block, turned.units).to(direction.dtype))
 
     def of_self(self, block: Block, records: Sequence[Record]) -> Tensor:
         """Energies [b, 1 + J] of a layer's units, see :func:`turned_by`, added up over the uses of its parameters."""

@@ -8,7 +8,8 @@ averaged over the whole run so far. In the factors' eigenbasis the exponential i
     D v = Q_L [exp(-R (l_L l_R^T + decay)) * (Q_L^T v Q_R)] Q_R^T.
 
 Factors use the true labels (empirical Fisher). A parameter that several modules share uses the diagonal of the sum of
-their Fishers. A dimension over ``max_dim`` falls back to its diagonal.
+their Fishers (the sum's partial traces are kept beside it, for bases and sketches). A dimension over ``max_dim`` falls
+back to its diagonal.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.records import Lookup, Record, Vector, row_chunks
-from ine_callback.lowrank import Side, Sketch, sketched
+from ine_callback.lowrank import MIXED, Side, Sketch, energies, sketched
 from ine_callback.processes import Lockstep
 
 if TYPE_CHECKING:
@@ -35,20 +36,22 @@ class Discount:
     Attributes:
         weight: ``exp(-exponent)`` in the eigenbasis [*layout], within (0, 1]; None for D = I.
         sides: The moments that it comes from, left and right, where the block is a matrix with both.
+        entrywise: Whether the weight is that of single entries of the block instead.
     """
 
     weight: Tensor | None = None
     sides: tuple[Side, Side] | None = None
+    entrywise: bool = False
 
     @property
     def left(self) -> Tensor | None:
-        """Eigenvectors of the output side [G, O, O], or None where it is diagonal."""
-        return None if self.sides is None else self.sides[0].vectors
+        """Eigenvectors of the output side [G, O, O], or None where nothing is turned."""
+        return None if self.sides is None or self.entrywise else self.sides[0].vectors
 
     @property
     def right(self) -> Tensor | None:
-        """Eigenvectors of the input side [G, I, I], or None where it is diagonal."""
-        return None if self.sides is None else self.sides[1].vectors
+        """Eigenvectors of the input side [G, I, I], or None where nothing is turned."""
+        return None if self.sides is None or self.entrywise else self.sides[1].vectors
 
     def apply(self, v: Tensor) -> Tensor:
         """D v for v [Q, *layout]."""
@@ -63,18 +66,35 @@ class Discount:
             v = v @ self.right.transpose(-1, -2)
         return v if self.left is None else self.left @ v
 
+    def transposed(self) -> Discount:
+        """The same of transposed gradients [G, I, O]."""
+        weight = None if self.weight is None else self.weight.transpose(-1, -2)
+        return Discount(weight, None if self.sides is None else (self.sides[1], self.sides[0]), self.entrywise)
+
     def norms(self, record: Record) -> Tensor:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
         if self.weight is None:
             return record.squared_norms()[:, None].expand(-1, 2)
         return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
 
-    def sketched(self) -> Sketched | Discount:
+    def energies(self) -> Tensor | None:
+        """See :func:`.lowrank.energies`; None for a D without sides, which is met as it is."""
+        return None if self.sides is None or self.weight is None else energies(self._turned(), *self.sides)
+
+    def sketched(self, mixed: int = MIXED) -> Sketched | Discount:
         """Nearly the same :meth:`norms` by few columns, see :mod:`ine_callback.lowrank`; of a vector itself."""
         if self.sides is None or self.weight is None:
             return self
-        rows, columns, weights = sketched(self.weight, *self.sides)
-        return Sketched(rows, columns, self.left, self.right, weights)
+        rows, columns, weights = sketched(self._turned(), *self.sides, mixed)
+        return Sketched(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
+
+    def _turned(self) -> Tensor:
+        """D's weights in the sides' eigenbases; of an entrywise D its diagonal there."""
+        assert self.sides is not None and self.weight is not None
+        weight, (left, right) = self.weight, (side.vectors for side in self.sides)
+        if self.entrywise and left is not None:
+            weight = left.square().transpose(-1, -2) @ weight
+        return weight @ right.square() if self.entrywise and right is not None else weight
 
     def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
@@ -124,7 +144,10 @@ class Sketched:
 
 @dataclass
 class _Factors:
-    """Running sums of a block's second moments; their Kronecker product divided by ``steps`` is the Fisher."""
+    """Running sums of a block's second moments; their Kronecker product divided by ``steps`` is the Fisher.
+
+    Of a shared block ``diagonal`` is the Fisher's, and the moments are its partial traces.
+    """
 
     full: tuple[bool, bool]
     left: Tensor | None = None
@@ -173,18 +196,22 @@ class KFAC:
         """
         factors = self._factors.get(block.name)
         if factors is None:
-            factors = self._factors[block.name] = _Factors(self._sides(record))
+            factors = self._factors[block.name] = _Factors(self._full(record))
         golden = factors.uses * 0.618034 % 1.0  # spreads the positions looked at evenly over the looks
         left, right = record.moments(factors.full, golden)
-        left = left * (terms * steps)
+        left = left * terms
         if block.shared and not isinstance(record, Vector):
-            outer = _diagonal(left, block.layout[1])[..., :, None] * _diagonal(right, block.layout[2])[..., None, :]
-            factors.diagonal = outer if factors.diagonal is None else factors.diagonal.add_(outer)
-        elif factors.left is None:
-            factors.left, factors.right = left, right * steps
+            rows, columns = _diagonal(left, block.layout[1]), _diagonal(right, block.layout[2])
+            diagonal = rows[..., :, None] * columns[..., None, :] * steps
+            factors.diagonal = diagonal if factors.diagonal is None else factors.diagonal.add_(diagonal)
+            # the partial traces of the sum over uses; a lookup's left moment has no other entries than these
+            left = torch.diag_embed(left) if factors.full[0] and left.dim() == 2 else left
+            left, right = _times(left, columns.sum(-1)), _times(right, rows.sum(-1))
+        if factors.left is None:
+            factors.left, factors.right = left * steps, right * steps
         else:
             assert factors.right is not None
-            factors.left.add_(left)
+            factors.left.add_(left, alpha=steps)
             factors.right.add_(right, alpha=steps)
         factors.uses += steps
         factors.seen += record.rows
@@ -219,15 +246,17 @@ class KFAC:
         if factors is None:
             return Discount()
         steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none is closed yet
-        if factors.diagonal is not None:
-            return Discount(weight=torch.exp(-(exponent * factors.diagonal / steps + decay)))
         assert factors.left is not None and factors.right is not None
         left_values, left = _eigen(factors.left / steps, factors.full[0])
         right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
         if factors.left.dim() == 1:  # a vector block has one side
             return Discount(torch.exp(-(exponent * left_values + decay)))
-        weight = torch.exp(-(exponent * left_values[..., :, None] * right_values[..., None, :] + decay))
+        if factors.diagonal is not None:  # both traces are the Fisher's: the product of the moments has it once
+            right_values = right_values / right_values.sum(-1, keepdim=True).clamp_min(1e-30)
         sides = (Side.drawn(left_values, left, factors.seen), Side.drawn(right_values, right, factors.seen))
+        if factors.diagonal is not None:
+            return Discount(torch.exp(-(exponent * factors.diagonal / steps + decay)), sides, entrywise=True)
+        weight = torch.exp(-(exponent * left_values[..., :, None] * right_values[..., None, :] + decay))
         return Discount(weight, sides)
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,11 +272,16 @@ class KFAC:
             moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
             self._factors[name] = _Factors(**moved | {"full": tuple(saved["full"])})
 
-    def _sides(self, record: Record) -> tuple[bool, bool]:
+    def _full(self, record: Record) -> tuple[bool, bool]:
         if isinstance(record, Vector):
             return False, False
         _, out, inputs = record.layout
         return out <= self.max_dim and not isinstance(record, Lookup), inputs <= self.max_dim
+
+
+def _times(moment: Tensor, factor: Tensor) -> Tensor:
+    """A moment [G, K, K] or [G, K] times a factor [G]."""
+    return moment * factor.view(-1, *[1] * (moment.dim() - 1))
 
 
 def _diagonal(moment: Tensor, size: int) -> Tensor:

@@ -6,16 +6,22 @@ Self-influence is discounted by K-FAC alone: the reservoir's discount would need
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, Outer, Record, Vector
-from ine_callback.capture.compressed import FEW_QUERIES, turned
+from ine_callback.capture import Block, Lookup, Outer, Record, Vector
+from ine_callback.capture.compressed import FEW_QUERIES, Compressed, turned
+from ine_callback.capture.records import widened
 from ine_callback.contrasts import Contrasts
 from ine_callback.curvature import Discount, Sketched
-from ine_callback.lowrank import low_rank
+from ine_callback.lowrank import SMALLEST, low_rank
+
+WHOLE = 1 << 16  # entries up to which the gradient of a shared block is formed for each row
+
+Use = Record | Compressed  # what self-influence needs of one use of a block
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Plan:
 
 @dataclass
 class Direction:
-    """Exact, or with low-rank directions of the queries and a sketch of the discount, one after the other.
+    """Exact: U and D as they are. Records must be in float32 or better.
 
     Attributes:
         block: The block.
@@ -50,7 +56,6 @@ class Direction:
         queries: U [Q, *layout], or what is left of it in the basis; None without queries.
         discount: D.
         own: D in the form in which a row's own gradient meets it.
-        basis: The dimensions [G, I, r] that the queries are given in, see :mod:`ine_callback.lowrank`; None: all.
     """
 
     block: Block
@@ -58,16 +63,18 @@ class Direction:
     queries: Tensor | None
     discount: Discount
     own: Discount | Sketched
-    basis: Tensor | None = None
 
-    def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
-        """Signals with their contrasts [b, Q, 1 + J] and, if asked for, the row's own gradient."""
-        signals = None
-        if self.queries is not None:
-            signals = self.contrasts.of_queries(self.block, record, self.queries, self.basis)
-        if not with_own:
-            return signals, None
-        return signals, Own(self.own.norms(record), self.contrasts.of_self(self.block, [record]))
+    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
+        """Signals with their contrasts [b, Q, 1 + J], None without queries, and what :meth:`own_of` needs."""
+        if self.queries is None:
+            return None, record
+        return self.contrasts.of_queries(self.block, record, self.queries), record
+
+    def own_of(self, uses: Sequence[Use]) -> Own:
+        """The row's own gradient, summed over all uses of the block in a batch."""
+        records = [use for use in uses if isinstance(use, Record)]
+        norms = self.own.norms(records[0]) if len(records) == 1 else self.discount.norms_of_sum(records)
+        return Own(norms, self.contrasts.of_self(self.block, records))
 
     def draw(self, turn: int) -> None:
         """Draws new columns for the sketch."""
@@ -89,32 +96,45 @@ class Flat(Direction):
             self._turned = (self.queries[:, None] * signs).flatten(0, 1).T
         self._squares = torch.cat([torch.stack([weight, weight.square()]), signs]).T
 
-    def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
+    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
         assert isinstance(record, Vector)
-        signals = None
-        if self._turned is not None:
-            signals = (record.g @ self._turned).view(record.rows, -1, 1 + self.contrasts.count)
-        if not with_own:
-            return signals, None
-        squares = record.g.square() @ self._squares
-        return signals, Own(squares[:, :2], squares[:, 2:])
+        if self._turned is None:
+            return None, record
+        return (record.g @ self._turned).view(record.rows, -1, 1 + self.contrasts.count), record
+
+    def own_of(self, uses: Sequence[Use]) -> Own:
+        gradients = [use.g for use in uses if isinstance(use, Vector)]
+        squares = _sum(gradients).square() @ self._squares
+        return Own(squares[:, :2], squares[:, 2:])
 
 
 @dataclass
 class Joint(Direction):
     """One pass over a record makes each row's gradient in a few columns of its inputs; all else is read off that.
 
-    The columns are the queries' basis, then those of the sketch's input side if rows' own gradients are asked for;
-    without a basis the queries are given in the sketch's own columns, which are all there are. It can contract once
-    columns are drawn, records in bfloat16 too.
+    The columns are the queries' basis, then those of the sketch's input side if rows' own gradients are asked for.
+    Queries without a basis are given in the sketch's own columns where these are all there are (:attr:`whole`), else
+    they are met apart and exactly. Records may be in bfloat16. It can contract once columns are drawn.
+
+    Attributes:
+        basis: The dimensions [G, I, r] that the queries are given in, see :mod:`ine_callback.lowrank`.
+        whole: Whether the queries are given in the sketch's columns.
+
+    Where the block's units are the network's outputs all of this is of the transposed gradients, see
+    :class:`Contrasts`.
     """
 
+    basis: Tensor | None = None
+    whole: bool = False
+
     def __post_init__(self) -> None:
-        self._signs = self.contrasts.signs(self.block, self.block.layout[:2])
+        groups, out, inputs = self.block.layout
+        self._signs = self.contrasts.signs(self.block, (groups, inputs if self.block.outputs else out))
         rank = 0 if self.basis is None else self.basis.shape[-1]
         self._asked, self._rest = slice(0, rank or None), slice(rank, None)
+        self._inside = self.queries is not None and (self.whole or rank > 0)
         self._turned: Tensor | None = None
-        if self.queries is not None and len(self.queries) <= FEW_QUERIES:
+        if self.queries is not None and self._inside and len(self.queries) <= FEW_QUERIES:
             self._turned = turned(self.queries, self._signs)
         if isinstance(self.own, Sketched):
             self._weights = self.own.weights.transpose(-1, -2).flatten(1).T
@@ -122,39 +142,62 @@ class Joint(Direction):
     def draw(self, turn: int) -> None:
         super().draw(turn)
         right = self.own.right if isinstance(self.own, Sketched) else None
-        self._columns = torch.cat([x for x in (self.basis, right) if x is not None], -1)
+        columns = [x for x in (self.basis, right) if x is not None]
+        self._columns = torch.cat(columns, -1) if columns else None
 
-    def contract(self, record: Record, with_own: bool) -> tuple[Tensor | None, Own | None]:
+    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
+        if self.block.outputs:
+            assert isinstance(record, Outer | Lookup)
+            record = record.transposed()
         assert isinstance(record, Outer)
+        signals = None
+        if self.queries is not None and not self._inside:
+            signals = record.parts(self.queries, self._signs)
+        if self._columns is None:
+            return signals, record
         if record.delta.shape[2] == 1:
-            return self._one_by_one(record.wide(), with_own)
-        small, signals = record.compressed(self._columns), None
-        if self.queries is not None:
+            return self._one_by_one(record, signals)
+        small = record.compressed(self._columns)
+        if self.queries is not None and self._inside:
             asked = small.part(self._asked)
             if self._turned is None:
                 signals = asked.parts(self.queries, self._signs)
             else:
                 signals = asked.met(self._turned).view(record.rows, len(self.queries), -1)
-        if not with_own:
-            return signals, None
-        assert isinstance(self.own, Sketched)
-        rest = small.part(self._rest)
-        return signals, Own(rest.norms_in(self.own.left, self._weights), rest.energies(self._signs))
+        return signals, small.part(self._rest)
 
-    def _one_by_one(self, record: Outer, with_own: bool) -> tuple[Tensor | None, Own | None]:
+    def _one_by_one(self, record: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
         """Without positions a gradient is one product: its two sides are met one by one."""
-        projected, signals = record.projected(self._columns), None
-        if self.queries is not None:
-            signals = Outer(projected[..., self._asked], record.delta).parts(self.queries, self._signs)
-        if not with_own:
-            return signals, None
+        assert self._columns is not None
+        projected, delta = widened(record.projected(self._columns)), widened(record.delta)
+        if self.queries is not None and self._inside:
+            signals = Outer(projected[..., self._asked], delta).parts(self.queries, self._signs)
+        return signals, Outer(projected[..., self._rest], delta)
+
+    def own_of(self, uses: Sequence[Use]) -> Own:
         assert isinstance(self.own, Sketched)
-        rest = Outer(projected[..., self._rest], record.delta)
-        return signals, Own(rest.rotated(self.own.left, None).norms(self.own.weights), rest.energies(self._signs))
+        if len(uses) == 1 and isinstance(use := uses[0], Outer):
+            return Own(use.rotated(self.own.left, None).norms(self.own.weights), use.energies(self._signs))
+        small = Compressed(_sum([use.g if isinstance(use, Compressed) else _formed(use).g for use in uses]))
+        return Own(small.norms_in(self.own.left, self._weights), small.energies(self._signs))
+
+
+def _formed(use: Use) -> Compressed:
+    assert isinstance(use, Outer)
+    return use.compressed(torch.eye(use.inputs, device=use.a.device, dtype=use.dtype)[None])
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
 def direction_of(
-    block: Block, contrasts: Contrasts, u: Tensor | None, plan: Plan, rank: int | None, with_own: bool
+    block: Block,
+    contrasts: Contrasts,
+    u: Tensor | None,
+    plan: Plan,
+    rank: int | None,
+    mixed: int | None,
 ) -> tuple[Direction, Tensor | None]:
     """A block's direction in the form in which records are met fastest, and the share kept where it is low-rank.
 
@@ -164,27 +207,30 @@ def direction_of(
         u: Directions U [Q, *layout], None without queries.
         plan: What they are made of.
         rank: Most dimensions of a basis; None: exact.
-        with_own: Whether rows' own gradients are asked for.
+        mixed: Mixtures of a sketch of D, see :func:`.lowrank.mixtures`; None: rows' own gradients are not asked for.
     """
-    discount, sides = plan.discount, plan.discount.sides
+    discount = plan.discount
     if len(block.layout) == 1:
         return Flat(block, contrasts, u, discount, discount), None
-    if rank is None or sides is None or not block.matrix:
-        return Direction(block, contrasts, u, discount, discount), None
-    own = discount.sketched() if with_own else discount
-    basis, share = None, None
-    if u is not None:
-        left, right = sides
-        sided = (u.transpose(-1, -2), right, left) if block.outputs else (u, left, right)  # see Contrasts
-        found = low_rank(*sided, rank)
-        if found is not None:
-            basis, u, share = found
-    columns = isinstance(own, Sketched) and own.has_columns
-    if block.outputs or not (columns if with_own else basis is not None):
-        return Direction(block, contrasts, u, discount, own, basis), share
-    if u is not None and basis is None:
-        assert isinstance(own, Sketched)
-        if own.right is None or own.columns is not None:  # the sketch's columns are not all there are
-            return Direction(block, contrasts, u, discount, own), None
-        u = u @ own.right
-    return Joint(block, contrasts, u, discount, own, basis), share
+    exact = Direction(block, contrasts, u, discount, discount)
+    # a shared block's gradient is formed where that is little; if it is not the last layer its units are of two kinds
+    large = block.outputs and block.layout[1] * block.layout[2] > WHOLE
+    if rank is None or discount.sides is None or not (large if block.shared else block.matrix):
+        return exact, None
+    if block.outputs:
+        discount, u = discount.transposed(), None if u is None else u.transpose(-1, -2)
+    own = discount if mixed is None else discount.sketched(mixed)
+    if mixed is not None and not (isinstance(own, Sketched) and own.has_columns):
+        return exact, None
+    assert discount.sides is not None
+    found = None if u is None else low_rank(u, *discount.sides, rank)
+    if found is not None:
+        basis, u, share = found
+        return Joint(block, contrasts, u, discount, own, basis), share
+    if u is not None and isinstance(own, Sketched) and own.right is not None and own.columns is None:
+        return Joint(block, contrasts, u @ own.right, discount, own, whole=True), None
+    if u is not None and own is discount and u.shape[3] < min(SMALLEST, u.shape[2]):
+        # few inputs: gradients in all of them are smaller than the products of U with the inputs
+        every = torch.eye(u.shape[3], device=u.device, dtype=u.dtype).expand(u.shape[1], -1, -1)
+        return Joint(block, contrasts, u, discount, own, every), None
+    return Joint(block, contrasts, u, discount, own), None

@@ -9,13 +9,15 @@ keep the largest part of it. That part is the share kept.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 KEPT = 0.99  # share of the signals' variance that a basis must keep
-TOP, MIXED = 8, 16  # columns of a sketch
+TOP, MIXED, MOST_MIXED = 8, 16, 256  # columns of a sketch: steepest eigenvectors, and least and most mixtures of others
+NOISE = 0.1  # relative error of a row's self-influence in one visit that one block's mixtures may leave
 RANK, MOST = 32, 256  # most dimensions of a basis: for each query, and in all
 SMALLEST, WORTH = 32, 0.5  # sides of a layer with fewer dimensions, and bases of more than half of them, save nothing
 SPARE, ROUNDS = 8, 3  # of the subspace iteration
@@ -109,23 +111,25 @@ class Sketch:
         side: The side.
         steepest: Indices of its steepest eigenvectors [G, TOP].
         factors: Squared factor [G, K] with which the others enter the mixtures, 0 for the steepest.
+        mixed: Number of mixtures.
     """
 
     side: Side
     steepest: Tensor
     factors: Tensor
+    mixed: int
 
     @classmethod
-    def of(cls, side: Side, factors: Tensor) -> Sketch:
+    def of(cls, side: Side, factors: Tensor, mixed: int) -> Sketch:
         """The sketch for squared factors [G, K]."""
         steepest = side.values.topk(TOP, -1).indices
-        return cls(side, steepest, factors.scatter(-1, steepest, 0.0))
+        return cls(side, steepest, factors.scatter(-1, steepest, 0.0), mixed)
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """New mixtures: columns [G, K, TOP + MIXED]."""
-        shape = (*self.factors.shape, MIXED)
+        """New mixtures: columns [G, K, TOP + mixed]."""
+        shape = (*self.factors.shape, self.mixed)
         signs = torch.randint(2, shape, generator=generator, device=generator.device).to(self.factors) * 2.0 - 1.0
-        mixtures = signs * (self.factors / MIXED).sqrt()[..., None]
+        mixtures = signs * (self.factors / self.mixed).sqrt()[..., None]
         first = torch.zeros_like(mixtures[..., :1]).expand(-1, -1, TOP).scatter(1, self.steepest[:, None], 1.0)
         return self.side.out_of(torch.cat([first, mixtures], -1))
 
@@ -141,10 +145,42 @@ class Sketch:
 
     def spread(self, x: Tensor) -> Tensor:
         """Values of cells [..., TOP + 1] as values of columns."""
-        return torch.cat([x[..., :-1], x[..., -1:].expand(*x.shape[:-1], MIXED)], -1)
+        return torch.cat([x[..., :-1], x[..., -1:].expand(*x.shape[:-1], self.mixed)], -1)
 
 
-def sketched(weight: Tensor, left: Side, right: Side) -> tuple[Sketch | None, Sketch | None, Tensor]:
+def energies(weight: Tensor, left: Side, right: Side) -> Tensor:
+    """A row's expected ``<D g, g>`` under the moments [2]: all of it, and what a sketch meets by mixtures.
+
+    Args:
+        weight: D's weights in the eigenbases [G, O, I].
+        left: Moment of the output gradients.
+        right: Moment of the inputs.
+    """
+    wanted = weight * left.values[..., :, None] * right.values[..., None, :]
+    steepest = [
+        torch.zeros_like(side.values).scatter(-1, side.values.topk(TOP, -1).indices, 1.0)
+        if side.values.shape[-1] >= 2 * (TOP + MIXED)
+        else torch.ones_like(side.values)
+        for side in (left, right)
+    ]
+    met = torch.einsum("goi,go,gi->", wanted, *steepest)
+    return torch.stack([wanted.sum(), wanted.sum() - met])
+
+
+def mixtures(share: float) -> int:
+    """How many mixtures a block needs whose mixtures meet that share of a row's self-influence.
+
+    m mixtures of each side leave the relative variance ``2 / m + 2 / m`` of what they meet.
+
+    Example:
+        >>> mixtures(0.1), mixtures(0.5), mixtures(1.0)
+        (16, 104, 256)
+    """
+    needed = math.ceil(4 * share**2 / NOISE**2 / 8) * 8
+    return min(max(needed, MIXED), MOST_MIXED)
+
+
+def sketched(weight: Tensor, left: Side, right: Side, mixed: int) -> tuple[Sketch | None, Sketch | None, Tensor]:
     """Sketches of both sides and weights [2, G, n, m] of squares in their columns.
 
     The weighted sums of squares are nearly ``sum weight g^2`` and ``sum weight^2 g^2``: steepest eigenvectors keep
@@ -155,11 +191,14 @@ def sketched(weight: Tensor, left: Side, right: Side) -> tuple[Sketch | None, Sk
         weight: D's weights in the eigenbases [G, O, I].
         left: Moment of the output gradients.
         right: Moment of the inputs.
+        mixed: Number of mixtures of each side.
     """
     energy = left.values[..., :, None] * right.values[..., None, :]
     wanted = weight * energy
     rows, columns = (
-        Sketch.of(side, wanted.sum(along) / energy.sum(along)) if side.values.shape[-1] >= 2 * (TOP + MIXED) else None
+        Sketch.of(side, wanted.sum(along) / energy.sum(along), mixed)
+        if side.values.shape[-1] >= 2 * (TOP + mixed)
+        else None
         for side, along in ((left, -1), (right, -2))
     )
 

@@ -18,7 +18,7 @@ from ine_callback.directions import Direction, Joint, Own, Plan, direction_of
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
-from ine_callback.lowrank import RANK
+from ine_callback.lowrank import MIXED, RANK, mixtures
 from ine_callback.noise import InitialNoise
 from ine_callback.processes import Lockstep
 from ine_callback.queries import BoundQuery, gradients, scalar
@@ -112,7 +112,7 @@ class Signals:
     def take(self, block: Block, record: Record) -> None:
         """Takes one record; before the first refresh it is held back until the backward pass is over."""
         if self.held is not None:
-            self.held.append((block, record.wide(), self.scale))
+            self.held.append((block, record, self.scale))
             return
         if self.curvature is not None and self.observing:
             self.curvature.observe(block, record, self.scale.terms, self.observing)
@@ -133,13 +133,13 @@ class Signals:
             return
         if not isinstance(direction, Joint):
             record = record.wide()
-        signals, own = direction.contract(record, self.self_query and not block.reused)
+        signals, use = direction.contract(record)
         if signals is not None:
             self._signals.append(signals)
-        if own is not None:
-            self._own.append((block, own, scale))
+        if self.self_query and block.reused:
+            block.waiting.append(use)
         elif self.self_query:
-            block.waiting.append(record.wide())
+            self._own.append((block, direction.own_of([use]), scale))
 
     def _clear(self) -> None:
         self._signals, self._own = [], []
@@ -179,8 +179,7 @@ class Signals:
         """
         for block in self.table:
             if block.waiting:
-                norms = self._directions[block].discount.norms_of_sum(block.waiting)
-                self._own.append((block, Own(norms, self.contrasts.of_self(block, block.waiting)), self.scale))
+                self._own.append((block, self._directions[block].own_of(block.waiting), self.scale))
                 block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
@@ -227,25 +226,37 @@ class Signals:
                 self.curvature.pool(self.processes)
             plans = {block: self._plan(block, remaining, unscale) for block in v}
             exponents = {block: plan.exponents for block, plan in plans.items()}
+            mixed = self._mixtures(plans)
             across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}
             variance = torch.zeros(len(self.queries), device=next(self.module.parameters()).device)
             for block, plan in plans.items():
                 if not self.queries:
-                    self._directions[block] = self._direction(block, None, plan)
+                    self._directions[block] = self._direction(block, None, plan, mixed[block])
                     continue
                 u = plan.discount.apply(v[block])
                 if block in across:
                     u = (u + across[block]) / 2
                 variance += self.noise.variance(block, u)
-                self._directions[block] = self._direction(block, u * plan.weight, plan)
+                self._directions[block] = self._direction(block, u * plan.weight, plan, mixed[block])
             self._variance = variance.to(self._dtype)
             for block, plan in plans.items():
                 factors = plan.weight, self.noise.of_weight(block)
                 self._factors[block] = torch.stack([torch.as_tensor(x).to(self._variance) for x in factors])
         self.draw()
 
-    def _direction(self, block: Block, u: Tensor | None, plan: Plan) -> Direction:
-        direction, share = direction_of(block, self.contrasts, u, plan, self.rank, self.self_query)
+    def _mixtures(self, plans: dict[Block, Plan]) -> dict[Block, int | None]:
+        """Mixtures of each block's sketch, by the share of self-influence that they meet; None: no self-influence."""
+        if not self.self_query or self.rank is None:
+            return dict.fromkeys(plans)
+        found = {block: plan.discount.energies() for block, plan in plans.items()}
+        parts = {block: part * plans[block].weight for block, part in found.items() if part is not None}
+        table = torch.stack(list(parts.values())).cpu() if parts else torch.zeros(0, 2)
+        total = max(float(table[:, 0].sum()), torch.finfo(table.dtype).tiny)
+        needed = {block: mixtures(float(part[1]) / total) for block, part in zip(parts, table, strict=True)}
+        return {block: needed.get(block, MIXED) for block in plans}
+
+    def _direction(self, block: Block, u: Tensor | None, plan: Plan, mixed: int | None) -> Direction:
+        direction, share = direction_of(block, self.contrasts, u, plan, self.rank, mixed)
         if share is not None:
             self.kept = share if self.kept is None else torch.minimum(self.kept, share)
         return direction

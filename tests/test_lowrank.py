@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback import Recorder
 from ine_callback.cadence import curvature_gap, refresh_gap
-from ine_callback.capture import Block, Outer
+from ine_callback.capture import Block, Lookup, Outer
 from ine_callback.capture.windows import Kernel, Windows
 from ine_callback.contrasts import Contrasts, turned_by
-from ine_callback.curvature import Discount, Sketched
-from ine_callback.directions import Direction, Joint, Plan, direction_of
-from ine_callback.lowrank import KEPT, MIXED, TOP, Side, low_rank
+from ine_callback.curvature import KFAC, Discount, Sketched
+from ine_callback.directions import Joint, Plan, direction_of
+from ine_callback.lowrank import KEPT, MIXED, MOST_MIXED, NOISE, TOP, Side, energies, low_rank, mixtures
 
 OUT, IN = 60, 80
 
@@ -136,26 +137,86 @@ def test_a_small_side_stays_as_it_is() -> None:
 @pytest.mark.parametrize("positions", [1, 7])
 @pytest.mark.parametrize("inputs", [IN, 20])
 @pytest.mark.parametrize("queries", [0, 1, 6])
-def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int) -> None:
+@pytest.mark.parametrize("outputs", [False, True])
+def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int, outputs: bool) -> None:
     right = side(inputs, 4.0, 2)
     block = Block("w", (nn.Parameter(torch.zeros(OUT, inputs).double()),), (1, OUT, inputs), matrix=True)
     u = draw(queries, 1, OUT, inputs, seed=8) if queries else None
+    block.outputs = outputs
     plan = Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0))
-    joint, _ = direction_of(block, Contrasts(4), u, plan, 32, with_own=True)
+    joint, _ = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
     assert isinstance(joint, Joint)
     joint.draw(1)
     record = rows_of(LEFT, right, 9, positions)
-    signals, own = joint.contract(record, with_own=True)
-    basis = joint.own.right if joint.basis is None and u is not None else joint.basis
-    apart = Direction(block, joint.contrasts, joint.queries, joint.discount, joint.own, basis)
-    expected, expected_own = apart.contract(record, with_own=True)
-    assert own is not None and expected_own is not None
+    seen = record.transposed() if outputs else record
+    signals, use = joint.contract(record)
+    own = joint.own_of([use])
     if u is not None:
+        basis = joint.own.right if joint.whole else joint.basis
+        given = seen if basis is None else seen.rotated(None, basis)
+        expected = given.parts(joint.queries, joint.contrasts.signs(block, seen.units))
         torch.testing.assert_close(signals, expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(own.norms, expected_own.norms, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(own.norms, joint.own.norms(seen), rtol=1e-9, atol=1e-12)
     shares = turned_by(own.energies)
-    assert shares[:, 0].eq(1).all() and shares.shape == expected_own.energies.shape
-    assert joint.contract(record, with_own=False)[1] is None
+    assert shares[:, 0].eq(1).all() and shares.shape == (9, 5)
+    # a block that is used twice: its gradient is the sum
+    both = joint.own_of([use, joint.contract(replace(record, delta=-3 * record.delta))[1]])
+    torch.testing.assert_close(both.norms, 4 * own.norms, rtol=1e-9, atol=1e-12)
+
+
+def test_a_tied_last_layer_is_met_by_few_columns_of_its_outputs() -> None:
+    """Its two uses are a product and a lookup; self-influence is that of their sum."""
+    entries, width = 1400, 60
+    block = Block(
+        "w", (nn.Parameter(torch.zeros(entries, width).double()),), (1, entries, width), shared=True, outputs=True
+    )
+    head = Outer(draw(5, 1, 7, width), draw(5, 1, 7, entries, seed=1))
+    table = Lookup(torch.randint(entries, (5, 7)), draw(5, 7, width, seed=2), entries)
+    kfac = KFAC()
+    for record in (head, table):
+        kfac.observe(block, record, terms=5.0)
+    kfac.end_step()
+    u = draw(1, 1, entries, 2, seed=3) @ draw(1, 1, 2, width, seed=4)
+    plan = Plan(kfac.discount(block, 0.2), 1.0, (1.0, 1.0))
+    joint, share = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
+    assert isinstance(joint, Joint) and joint.basis is not None and share is not None
+    joint.draw(1)
+    (signals, first), (more, second) = joint.contract(head), joint.contract(table)
+    assert signals is not None and more is not None and joint.queries is not None
+    every = slice(0, 5)
+    g = (head.gradient(every) + table.gradient(every)).transpose(-1, -2)  # [b, 1, width, entries]
+    by_unit = (g[:, None] * (joint.queries @ joint.basis.transpose(-1, -2))).sum(-1).flatten(2)
+    signs = joint.contrasts.signs(block, (1, width))
+    torch.testing.assert_close(signals + more, by_unit @ signs.T, rtol=1e-9, atol=1e-9)
+    own = joint.own_of([first, second])
+    assert isinstance(joint.own, Sketched) and joint.own.left is not None and joint.own.right is not None
+    seen = (joint.own.left.transpose(-1, -2) @ g @ joint.own.right).square()
+    expected = (seen[:, None] * joint.own.weights).flatten(2).sum(2)
+    torch.testing.assert_close(own.norms, expected, rtol=1e-9, atol=1e-12)
+    # the sides are the partial traces of the Fisher's diagonal, the product of which has its trace
+    left, right = joint.discount.sides or (None, None)
+    assert left is not None and right is not None and plan.discount.weight is not None
+    fisher = -plan.discount.weight.log() / 0.2
+    torch.testing.assert_close(left.values.sum() * right.values.sum(), fisher.sum(), rtol=1e-9, atol=0)
+    # a D that is the same everywhere needs no eigenbasis
+    plain = replace(plan.discount, weight=torch.full_like(fisher, 0.25))
+    torch.testing.assert_close(plain._turned(), plain.weight, rtol=1e-9, atol=0)
+
+
+def test_mixtures_follow_what_they_meet() -> None:
+    left, right = side(OUT, 1.5, 1), side(20, 1.5, 2)  # the right one is too small to be mixed
+    weight = torch.rand(1, OUT, 20).double()
+    wanted = weight * left.values[..., :, None] * right.values[..., None, :]
+    every, mixed = energies(weight, left, right).tolist()
+    steepest = left.values[0].topk(TOP).indices
+    assert every == pytest.approx(float(wanted.sum()))
+    assert mixed == pytest.approx(every - float(wanted[0, steepest].sum()))
+    assert mixtures(0.0) == MIXED and mixtures(1.0) == MOST_MIXED
+    assert 4 * 0.6**2 / mixtures(0.6) <= NOISE**2 < 4 * 0.6**2 / (mixtures(0.6) - 8)
+    found = discount(side(600, 1.0, 1), side(600, 1.0, 2), 0.0).sketched(104)
+    assert isinstance(found, Sketched)
+    found.draw(torch.Generator().manual_seed(0))
+    assert found.left is not None and found.left.shape == (1, 600, TOP + 104)
 
 
 class Copies(TorchDispatchMode):
@@ -192,14 +253,16 @@ def test_bfloat16_is_met_without_a_copy_in_float32(convolution: bool) -> None:
     plan = Plan(Discount(torch.exp(-values), (sides[0], sides[1])), 1.0, (1.0, 1.0))
     block = Block("w", (nn.Parameter(torch.zeros(out, inputs)),), record.layout, matrix=True)
     u = (draw(1, 1, out, 3, seed=7) @ draw(1, 1, 3, inputs, seed=8)).float()
-    joint, _ = direction_of(block, Contrasts(4), u, plan, 32, with_own=True)
+    joint, _ = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
     assert isinstance(joint, Joint)
     joint.draw(1)
     with Copies() as seen:
-        signals, own = joint.contract(record, with_own=True)
+        signals, use = joint.contract(record)
+        own = joint.own_of([use])
     assert seen.largest < record.delta.numel()
-    expected, expected_own = joint.contract(record.wide(), with_own=True)
-    assert signals is not None and expected is not None and own is not None and expected_own is not None
+    expected, expected_use = joint.contract(record.wide())
+    expected_own = joint.own_of([expected_use])
+    assert signals is not None and expected is not None
     assert signals.dtype == own.norms.dtype == torch.float32
     assert float((signals - expected).abs().max()) < 0.01 * float(expected[..., 0].std())
     torch.testing.assert_close(own.norms, expected_own.norms, rtol=5e-3, atol=0)
@@ -214,11 +277,12 @@ def test_a_small_diagonal_side_has_no_columns_to_pass_through(queries: int) -> N
     right = Side(RIGHT.values[:, -40:], None)
     block = Block("w", (nn.Parameter(torch.zeros(OUT, 40).double()),), (1, OUT, 40), matrix=True)
     u = draw(queries, 1, OUT, 40, seed=8) if queries else None
-    found, _ = direction_of(block, Contrasts(4), u, Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0)), 1, True)
+    found, _ = direction_of(block, Contrasts(4), u, Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0)), 1, MIXED)
     found.draw(1)
     record = Outer(draw(9, 1, 7, 40), draw(9, 1, 7, OUT, seed=1))
-    signals, own = found.contract(record, with_own=True)
-    assert own is not None and own.norms.shape == (9, 2) and bool(own.norms.isfinite().all())
+    signals, use = found.contract(record)
+    own = found.own_of([use])
+    assert own.norms.shape == (9, 2) and bool(own.norms.isfinite().all())
     if u is not None:
         assert signals is not None
         torch.testing.assert_close(signals[..., 0], record.signals(u), rtol=1e-9, atol=1e-12)

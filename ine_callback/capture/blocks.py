@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.compressed import Compressed
 from ine_callback.capture.records import Outer, Record, Vector
 
 
@@ -24,7 +25,7 @@ class Block:
         shared: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
         outputs: Whether its units are the network's outputs.
-        waiting: Records of the current batch that wait for the sum.
+        waiting: What the uses in the current batch left, waiting for the sum.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Block:
     shared: bool = False
     reused: bool = False
     outputs: bool = False
-    waiting: list[Record] = field(default_factory=list)
+    waiting: list[Record | Compressed] = field(default_factory=list)
 
     def to_layout(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients of the parameters, each [Q, *shape], as one [Q, *layout]."""
@@ -100,8 +101,8 @@ class BlockTable:
 
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
         """The optimizer's parameter: in a pass FSDP2 puts a whole one in its place."""
-        found = module.get_parameter(name)
-        return found if found in self.names else self._first.get((module, name), found)
+        found = self._first.get((module, name))
+        return module.get_parameter(name) if found is None else found
 
     def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
         if parameters not in self._blocks:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ine_callback.capture.compressed import Compressed
@@ -123,8 +124,8 @@ class Outer(Record):
     """``g_i = sum_p delta_ip a_ip^T`` within each of G groups: linear layers, convolutions, everything like them.
 
     Factors may be as the pass left them, in bfloat16: a copy in float32 of all that a large network holds would cost
-    more than all else. :meth:`wide` makes it; :meth:`projected`, :meth:`compressed`, :meth:`moments` and the inputs do
-    without.
+    more than all else. :meth:`wide` makes it; :meth:`parts`, :meth:`projected`, :meth:`compressed`, :meth:`moments` and
+    the inputs do without.
 
     Attributes:
         a: Inputs [b, G, P, I], P positions (1 without a sequence or space).
@@ -195,8 +196,8 @@ class Outer(Record):
         queries, positions = direction.shape[0], self.delta.shape[2]
         if positions == 1 or (queries == 1 and self._inner_first):
             # never forms a gradient: contract the inputs first, then the output gradients
-            inner = self.projected(direction.permute(1, 3, 0, 2).flatten(2))
-            products = inner.reshape(*inner.shape[:3], queries, -1) * self.delta[:, :, :, None]
+            inner = widened(self.projected(direction.permute(1, 3, 0, 2).flatten(2)))
+            products = inner.reshape(*inner.shape[:3], queries, -1) * widened(self.delta)[:, :, :, None]
             units: Tensor = products[:, :, 0] if positions == 1 else products.sum(2)
             return units.transpose(1, 2).flatten(2) @ weights.T
         chunks = row_chunks(self.rows, direction[0].numel())
@@ -260,6 +261,23 @@ class Outer(Record):
 
 
 @dataclass(frozen=True)
+class Entries(Outer):
+    """An :class:`Outer` whose inputs are one-hot: ``a`` holds the entries [b, P]."""
+
+    entries: int = 0
+
+    @property
+    def inputs(self) -> int:
+        return self.entries
+
+    def formed(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        return F.one_hot(self.a[rows], self.entries).to(self.dtype)[:, None]
+
+    def projected(self, basis: Tensor) -> Tensor:
+        return basis[0][self.a][:, None]
+
+
+@dataclass(frozen=True)
 class Lookup(Record):
     """``g_i = sum_p e(id_ip) delta_ip^T``: an embedding table [V, E], layout ``(1, V, E)``.
 
@@ -288,6 +306,10 @@ class Lookup(Record):
     @property
     def units(self) -> tuple[int, ...]:
         return self.layout[2:]
+
+    def transposed(self) -> Entries:
+        """The transposed gradients: units are those of the output gradients."""
+        return Entries(self.ids, self.delta[:, None], entries=self.entries)
 
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.delta).sum(1) for u in direction], 1) @ weights.T

@@ -29,7 +29,7 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool, processes: Lo
     """
     totals: dict[Block, Tensor] = {}
     squares: dict[Block, Tensor] = {}
-    for block, record in held:
+    for block, record in ((block, record.wide()) for block, record in held):
         totals[block] = totals[block] + record.total() if block in totals else record.total()
         squares[block] = squares.get(block, 0) + record.squared_norms().sum()
     known = [block for block in totals if all(p.grad is not None for p in block.parameters)]
