@@ -202,8 +202,9 @@ class KFAC:
         left = left * terms
         if block.shared and not isinstance(record, Vector):
             rows, columns = _diagonal(left, block.layout[1]), _diagonal(right, block.layout[2])
-            diagonal = rows[..., :, None] * columns[..., None, :] * steps
-            factors.diagonal = diagonal if factors.diagonal is None else factors.diagonal.add_(diagonal)
+            if factors.diagonal is None:
+                factors.diagonal = rows.new_zeros(block.layout)
+            factors.diagonal.baddbmm_(rows[..., :, None], columns[..., None, :], alpha=steps)
             # the partial traces of the sum over uses; a lookup's left moment has no other entries than these
             left = torch.diag_embed(left) if factors.full[0] and left.dim() == 2 else left
             left, right = _times(left, columns.sum(-1)), _times(right, rows.sum(-1))

@@ -126,8 +126,7 @@ def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) ->
     """A linear layer whose weight is [inputs, outputs]."""
     a, delta = by_row(a, rows), by_row(delta, rows)
     a, delta = a.reshape(rows, 1, -1, a.shape[-1]), delta.reshape(rows, 1, -1, delta.shape[-1])
-    wide = torch.promote_types(delta.dtype, torch.float32)
-    return {"weight": Outer(delta, a), "bias": Vector(delta.sum((1, 2), dtype=wide))}
+    return {"weight": Outer(delta, a), "bias": Vector(widened(delta.sum((1, 2))))}  # a sum is added up in float32
 
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)

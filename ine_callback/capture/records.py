@@ -171,7 +171,7 @@ class Outer(Record):
     def projected(self, basis: Tensor) -> Tensor:
         """Inputs times a basis [G, I, K], as [b, G, P, K], in the inputs' precision."""
         basis = basis.to(self.a.dtype)
-        if len(basis) == 1:  # one product for all rows
+        if len(basis) == 1 and self.a.is_contiguous():  # one product for all rows
             flat, weight = self.a.flatten(0, 2), basis[0, : self.a.shape[3]]
             product = torch.addmm(basis[0, -1], flat, weight) if self.ones else flat @ weight
             return product.view(*self.a.shape[:3], -1)
