@@ -47,7 +47,7 @@ f-INE's part of a step of {batch} rows, and its state; then the end of the fit: 
 
 def overhead(results: dict[str, Any]) -> Iterable[str]:
     """A section for each workload of ``benchmarks.overhead``."""
-    flags = "" if results["device"].startswith("CPU") else " --device cuda"
+    flags = f" {results['flags']}" if results.get("flags") else ""
     for name, found in results["workloads"].items():
         known = {"what": found["what"], "device": results["device"], "name": name, "parameters": found["parameters"]}
         yield OVERHEAD_HEAD.format(**known, plain=found["plain_ms"], flags=flags)
@@ -57,6 +57,8 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
             ["", "ordinary", "look", "refresh", *(f"{int(n):,} steps" for n in lengths), *memory],
             ([stepper, *_cells(row, list(lengths), bool(memory))] for stepper, row in found["steppers"].items()),
         )
+        if "one query and self" not in found["fidelity"]:
+            continue
         default = found["fidelity"]["one query and self"]
         lines = [
             f"{query} Spearman {each['spearman']:.4f}, error {each['relative_error']:.3f} of the scores' deviation"

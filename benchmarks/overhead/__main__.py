@@ -3,6 +3,8 @@
     python -m benchmarks.overhead --json overhead.json [--data DIR]           # CPU, one thread
     python -m benchmarks.overhead --json overhead.json --device cuda          # GPT-2 small, ResNet-18, ViT-S, LoRA
     python -m benchmarks.overhead --knobs --json knobs.json                   # what each knob saves and costs
+    python -m benchmarks.overhead --workloads gpt2-short --steppers "one query" "one query and self" --warm-up 21
+        --rounds 45 --json gpt2.json --data DIR                               # GPT-2 small on a CPU: needs transformers
 
 Every stepper has a network of its own, the same at the start and fed the same rows; in each round every stepper takes
 one step, so that all meet the same load. CPU times are CPU seconds of one thread, GPU times wall-clock from one
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -71,6 +74,7 @@ def timed(
     rounds: int,
     makers: Mapping[str, Callable[[], Plain]],
     compared: Sequence[str],
+    warm_up: int = WARM_UP,
 ) -> dict[str, Any]:
     """Seconds of every stepper's steps, by kind, the peak memory of each, and some steppers' fidelity to exact."""
     made: dict[str, Plain] = {}
@@ -87,7 +91,7 @@ def timed(
         rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
         batch = workload.x[rows].to(device), workload.y[rows].to(device)
         for name in list(made)[turn % 2 :: 2] + list(made)[1 - turn % 2 :: 2]:
-            if name == SLOW and turn >= SLOW_ROUNDS + WARM_UP:
+            if name == SLOW and turn >= SLOW_ROUNDS + warm_up:
                 continue
             before = clock.now()
             try:
@@ -97,7 +101,7 @@ def timed(
                 print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
                 del made[name], seconds[name]
                 continue
-            if turn >= WARM_UP:
+            if turn >= warm_up:
                 seconds[name].append((kind, clock.now() - before))
     found = {name: summary(seconds[name], seconds["plain"]) for name in made}
     for name, value in memory.peak.items():
@@ -108,7 +112,7 @@ def timed(
         "parameters": trainable(made["plain"].model),
         "plain_ms": 1e3 * float(np.median([s for _, s in seconds["plain"]])),
         "steppers": found,
-        "fidelity": {name: fidelity(made[name], made[EXACT]) for name in compared},
+        "fidelity": {name: fidelity(made[name], made[EXACT]) for name in compared if {name, EXACT} <= made.keys()},
     }
     for stepper in made.values():
         stepper.close()
@@ -164,12 +168,24 @@ def show(name: str, found: dict[str, Any]) -> None:
         print(f"  {stepper} against exact: {each}")
 
 
+def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The options that change what is measured, as they were given."""
+    given = []
+    for name in ("device", "steppers", "warm_up", "rounds"):
+        if (value := getattr(args, name)) != parser.get_default(name):
+            values = [value] if isinstance(value, str | int) else value
+            given.append(" ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(each)) for each in values)]))
+    return " ".join(given)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else what scikit-learn brings along")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workloads", nargs="+", choices=[*workloads.CPU, *workloads.CUDA])
+    parser.add_argument("--workloads", nargs="+", choices=[*workloads.CPU, *workloads.CUDA, *workloads.LARGE])
+    parser.add_argument("--steppers", nargs="+", help="these beside the plain one; all by default")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of every stepper that are not timed")
     parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")
     parser.add_argument("--no-peers", action="store_true", help="our own steppers alone")
     parser.add_argument("--knobs", action="store_true", help="the MLP and the transformer with the knobs turned")
@@ -186,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "protocol": "knobs" if args.knobs else "overhead",
         "machine": machine(),
         "device": card or "CPU, one thread",
+        "flags": flags(args, parser),
     }
     results["workloads"] = {}
     for name in names:
@@ -197,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             makers = turned(workload, device, rounds)
             found = timed(workload, device, rounds, makers, [*makers][1:])
         else:
-            found = timed(workload, device, rounds, steppers(workload, device, not args.no_peers), [DEFAULT])
+            makers = steppers(workload, device, not args.no_peers)
+            makers = {k: make for k, make in makers.items() if not args.steppers or k in ["plain", *args.steppers]}
+            found = timed(workload, device, rounds, makers, [DEFAULT], args.warm_up)
         if device.type == "cpu" and not args.quick and not args.knobs:
             found["plain_peak_mb"] = on_the_host(name, where, found["steppers"])
         results["workloads"][name] = found

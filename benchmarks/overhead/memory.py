@@ -51,7 +51,7 @@ def alone(name: str, where: Path | None, stepper: str) -> None:
 
 def on_the_host(name: str, where: Path | None, found: dict[str, Any]) -> float:
     """Fills in each stepper's peak of memory by the plain one's, data and all; returns the latter in MB."""
-    peak = {stepper: measure(partial(alone, name, where, stepper)).peak_mb for stepper in WATCHED}
+    peak = {stepper: measure(partial(alone, name, where, stepper)).peak_mb for stepper in WATCHED if stepper in found}
     for stepper, value in peak.items():
         found[stepper]["peak_memory_ratio"] = value / peak["plain"]
     return peak["plain"]

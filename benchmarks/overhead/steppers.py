@@ -46,9 +46,9 @@ class Plain:
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 on a GPU."""
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" and not self.workload.half:
             return contextlib.nullcontext()
-        return torch.autocast("cuda", torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         with self.precision():

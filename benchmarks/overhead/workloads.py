@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +34,7 @@ class Workload:
     network: Callable[[], nn.Module]
     batch: int
     lr: float = 1e-3
+    half: bool = False  # bfloat16 on a CPU too
 
 
 def loss_of(module: nn.Module, batch: Any) -> Tensor:
@@ -149,14 +152,20 @@ def of_text(name: str, path: Path | None, queries: int) -> Workload:
             1e-3,
         ),
         "gpt2": ("GPT-2 small, 1,024 tokens, batch 16", partial(gpt2, False), 1024, 16, 3e-4),
+        "gpt2-short": ("GPT-2 small in bfloat16, 256 tokens, batch 4", partial(gpt2, False), 256, 4, 3e-4),
         "lora": ("GPT-2 small with LoRA of rank 8, 1,024 tokens, batch 16", partial(gpt2, True), 1024, 16, 3e-4),
     }
     what, network, length, batch, lr = known[name]
-    codes = torch.tensor([letters[c] for c in written])
+    # the characters, or as GPT-2's tokens the words and what is between them, the most frequent first
+    tokens = list(written) if name == "transformer" else re.findall(r"\w+|\W", written)
+    order = letters if name == "transformer" else {w: k for k, (w, _) in enumerate(Counter(tokens).most_common())}
+    codes = torch.tensor([order[token] for token in tokens])
     pieces = codes[: len(codes) // (length + 1) * (length + 1)].view(-1, length + 1)
     x, y = pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
     n = min(4096, len(x) - min(queries, len(x) // 4))
-    return Workload(name, what, x[:n], y[:n], (x[n : n + queries], y[n : n + queries]), network, batch, lr)
+    return Workload(
+        name, what, x[:n], y[:n], (x[n : n + queries], y[n : n + queries]), network, batch, lr, name in LARGE
+    )
 
 
 def of_images(name: str, path: Path | None) -> Workload:
@@ -177,14 +186,15 @@ def load(name: str, path: Path | None) -> Workload:
         return of_digits(name, path)
     if name in ("resnet18", "vit"):
         return of_images(name, path)
-    return of_text(name, path, 64 if name == "transformer" else 16)
+    return of_text(name, path, {"transformer": 64, "gpt2-short": 4}.get(name, 16))
 
 
 def missing(name: str) -> str | None:
     """The library that a workload lacks here."""
-    needs = {"gpt2": ["transformers"], "lora": ["transformers", "peft"]}.get(name, [])
+    needs = {"gpt2": ["transformers"], "gpt2-short": ["transformers"], "lora": ["transformers", "peft"]}.get(name, [])
     return next((library for library in needs if importlib.util.find_spec(library) is None), None)
 
 
 CPU = ("mlp", "cnn", "transformer")
 CUDA = ("gpt2", "resnet18", "vit", "lora")
+LARGE = ("gpt2-short",)  # on a CPU, if asked for
