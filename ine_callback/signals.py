@@ -105,7 +105,8 @@ class Signals:
         """Takes the records of one module call, in the backward pass."""
         for block, record in self.table.sort(module, records):
             block.reused |= calls > 1 or block.shared
-            block.outputs |= self._first
+            if self.held is not None:  # which layer is the last stays as directions were made for it
+                block.outputs |= self._first
             self.take(block, record)
         self._first = False
 
