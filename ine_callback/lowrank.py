@@ -43,7 +43,9 @@ class Side:
         dimension divided by ``seen``.
         """
         mean = values.mean(-1, keepdim=True)
-        dimension = values.sum(-1, keepdim=True).square() / values.square().sum(-1, keepdim=True).clamp_min(1e-30)
+        # of a training that diverges they are too large to be squared
+        relative = values / values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+        dimension = relative.sum(-1, keepdim=True).square() / relative.square().sum(-1, keepdim=True).clamp_min(1e-30)
         weight = (dimension / max(1.0, seen)).clamp(1e-4, 1.0)
         return cls(values + weight * (mean - values) + 1e-30, vectors)
 
@@ -176,6 +178,8 @@ def mixtures(share: float) -> int:
         >>> mixtures(0.1), mixtures(0.5), mixtures(1.0)
         (16, 104, 256)
     """
+    if not math.isfinite(share):  # the training diverges
+        return MIXED
     needed = math.ceil(4 * share**2 / NOISE**2 / 8) * 8
     return min(max(needed, MIXED), MOST_MIXED)
 

@@ -1,5 +1,7 @@
 """An ordinary recorded step asks no tensor for its value: on a GPU each such question would wait for the device.
 
+And it adds few operations for each layer.
+
 ``tests/test_cuda.py`` asks a GPU itself; here the questions are caught where there is none: operations whose result or
 shape depends on values, and the ways in which Python reads a tensor.
 """
@@ -78,9 +80,9 @@ def convolutional() -> tuple[nn.Module, Tensor, Tensor]:
 class Words(nn.Module):
     """An embedding looked up at several positions, one layer called twice, and tied weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 40) -> None:
         super().__init__()
-        self.words, self.mix, self.out = nn.Embedding(40, 64), nn.Linear(64, 64), nn.Linear(64, 40, bias=False)
+        self.words, self.mix, self.out = nn.Embedding(count, 64), nn.Linear(64, 64), nn.Linear(64, count, bias=False)
         self.out.weight = self.words.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -92,13 +94,18 @@ def of_words() -> tuple[nn.Module, Tensor, Tensor]:
     return Words(), torch.randint(40, (256, 12)), torch.randint(40, (256, 12))
 
 
+def of_many_words() -> tuple[nn.Module, Tensor, Tensor]:
+    """So many that a row's gradient of the tied weights is not formed."""
+    return Words(1200), torch.randint(1200, (256, 12)), torch.randint(1200, (256, 12))
+
+
 def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize("rank", [None, 32], ids=["exact", "default"])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("problem", [convolutional, of_words])
+@pytest.mark.parametrize("problem", [convolutional, of_words, of_many_words])
 def test_only_refreshes_wait(problem: Callable[[], Any], optimizer: Any, rank: int | None) -> None:
     torch.manual_seed(0)
     model, x, y = problem()
@@ -141,3 +148,65 @@ def test_whoever_asks_is_caught(ask: Callable[[Tensor], Any]) -> None:
     values = torch.randn(4)
     with pytest.raises(Waited), nobody_waits():
         ask(values)
+
+
+VIEWS = {"view", "t", "detach", "expand", "permute", "unsqueeze", "squeeze", "slice", "_unsafe_view", "transpose"}
+VIEWS |= {"select", "alias", "promote_types", "unbind"}
+
+
+class _Count(TorchDispatchMode):
+    """Operations that are no mere views: on a GPU each is a kernel."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def operations(layers: int, norms: int, queries: dict[str, Any] | None) -> int:
+    """Of an ordinary step of a network with so many layers, three steps after the third refresh."""
+    torch.manual_seed(0)
+    inner = [each for _ in range(layers) for each in (nn.Linear(64, 64), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(8, 64), *inner, *(nn.LayerNorm(64) for _ in range(norms)), nn.Linear(64, 4))
+    x, y = torch.randn(64, 12, 8), torch.randn(64, 12, 4)
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(module(batch[0]), batch[1])
+
+    sgd, count = torch.optim.SGD(model.parameters(), lr=1e-3), _Count()
+    recorder = None
+    if queries is not None:
+        knobs = {"total_steps": 99, "refresh_every": REFRESH, "curvature_every": REFRESH, "reservoir": 0}
+        recorder = Recorder(model, sgd, 64, queries, loss, on_error="raise", **knobs)
+        recorder.start()
+    for step in range(3 * REFRESH):
+        rows = torch.arange(16) + 16 * (step % 4)
+        batch = x[rows], y[rows]
+        with (
+            count if step == 2 * REFRESH + 3 else nullcontext(),
+            recorder.batch(rows, batch) if recorder else nullcontext(),
+        ):
+            value = loss(model, batch)
+            if recorder:
+                recorder.see(value)
+            value.backward()
+        sgd.step()
+        sgd.zero_grad()
+    if recorder:
+        recorder.stop()
+    return count.made
+
+
+@pytest.mark.parametrize(("asked", "linear", "norm"), [("val", 3, 6), ("self", 8, 8), ("both", 9, 10)])
+def test_a_layer_adds_few_operations(asked: str, linear: int, norm: int) -> None:
+    """Weight and bias of a linear layer with positions; scale and shift of a norm."""
+    query = torch.randn(8, 12, 8), torch.randn(8, 12, 4)
+    every: dict[str, Any] = {"val": query, "self": "self"}
+    queries = every if asked == "both" else {asked: every[asked]}
+
+    def added(layers: int, norms: int) -> int:
+        return operations(layers, norms, queries) - operations(layers, norms, None)
+
+    base = added(2, 1)
+    assert (added(4, 1) - base) / 2 == linear and added(2, 2) - base == norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_few_observations_draw_a_moment_to_its_mean() -> None:
     drawn = Side.drawn(values, None, seen=8.0)
     torch.testing.assert_close(drawn.values, torch.tensor([[0.875, 0.875, 0.125, 0.125]]))
     torch.testing.assert_close(Side.drawn(values, None, seen=1.0).values, torch.full((1, 4), 0.5))
+    torch.testing.assert_close(Side.drawn(values * 1e30, None, seen=8.0).values, drawn.values * 1e30)
 
 
 def sketch(exponent: float, seed: int = 0) -> Sketched:
@@ -211,7 +213,7 @@ def test_mixtures_follow_what_they_meet() -> None:
     steepest = left.values[0].topk(TOP).indices
     assert every == pytest.approx(float(wanted.sum()))
     assert mixed == pytest.approx(every - float(wanted[0, steepest].sum()))
-    assert mixtures(0.0) == MIXED and mixtures(1.0) == MOST_MIXED
+    assert mixtures(0.0) == MIXED == mixtures(math.nan) and mixtures(1.0) == MOST_MIXED
     assert 4 * 0.6**2 / mixtures(0.6) <= NOISE**2 < 4 * 0.6**2 / (mixtures(0.6) - 8)
     found = discount(side(600, 1.0, 1), side(600, 1.0, 2), 0.0).sketched(104)
     assert isinstance(found, Sketched)
