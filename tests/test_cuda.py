@@ -42,7 +42,11 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train(record: bool) -> tuple[nn.Module, Recorder | None]:
+def precision(half: bool) -> contextlib.AbstractContextManager[None]:
+    return torch.autocast("cuda", torch.bfloat16, enabled=half)
+
+
+def train(record: bool, half: bool) -> tuple[nn.Module, Recorder | None]:
     module = model()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     g = torch.Generator().manual_seed(1)
@@ -51,6 +55,7 @@ def train(record: bool) -> tuple[nn.Module, Recorder | None]:
     if record:
         queries = {"val": (x[:64], y[:64]), "self": "self"}
         options = {"rows": 256, "total_steps": 32, "refresh_every": 8, "on_error": "raise"}
+        options |= {"context": lambda: precision(half)}
         recorder = Recorder(module, optimizer, queries=queries, loss=loss_of, **options)
         recorder.start()
     data = [(rows, x[rows].cuda(), y[rows].cuda()) for rows in torch.randperm(256, generator=g).repeat(2).split(16)]
@@ -58,7 +63,8 @@ def train(record: bool) -> tuple[nn.Module, Recorder | None]:
         # steps 0, 8, ... refresh the directions, which may wait; every other step must not
         guard = no_synchronisation if step % 8 else contextlib.nullcontext
         with guard(), recorder.batch(rows, (xb, yb)) if recorder else contextlib.nullcontext():
-            loss = nn.functional.cross_entropy(module(xb), yb)
+            with precision(half):
+                loss = nn.functional.cross_entropy(module(xb), yb)
             if recorder:
                 recorder.see(loss)
             loss.backward()
@@ -70,10 +76,11 @@ def train(record: bool) -> tuple[nn.Module, Recorder | None]:
     return module, recorder
 
 
-def test_recorded_steps_do_not_synchronise_and_training_is_bit_identical(tmp_path) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_recorded_steps_do_not_synchronise_and_training_is_bit_identical(tmp_path, half: bool) -> None:
     torch.backends.cudnn.deterministic = True
-    plain, _ = train(record=False)
-    recorded, recorder = train(record=True)
+    plain, _ = train(False, half)
+    recorded, recorder = train(True, half)
     assert recorder is not None
     state = copy.deepcopy(plain.state_dict())
     assert all(torch.equal(value, state[name]) for name, value in recorded.state_dict().items())
