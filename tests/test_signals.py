@@ -142,17 +142,27 @@ def test_refreshing_seldom_keeps_the_directions() -> None:
     torch.testing.assert_close(result.found[1][1][:, 2], result.expected[1][:, 2], **EXACT)
 
 
-def test_two_backward_passes_of_one_batch_add_up() -> None:
+@pytest.mark.parametrize("told", [False, True])
+def test_two_backward_passes_of_one_batch_add_up(told: bool) -> None:
+    """Each has its own scale: a row's own gradient is met as a quarter and as three quarters of it."""
     model, x, y = mlp().double(), torch.randn(4, 4).double(), torch.randint(3, (4,))
     optimizer, keep = torch.optim.SGD(model.parameters(), lr=0.1), Keep()
-    recorder = Recorder(model, optimizer, 4, {"val": (x, y)}, cross_entropy, [keep], on_error="raise", discount=False)
-    expected = by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 0.25)[:, :1]
-    with recorder, recorder.batch(torch.arange(4), (x, y)):
-        for part in (0.25, 0.75):
-            (part * cross_entropy(model, (x, y))).backward()
-            recorder.after_backward()
-        optimizer.step()
-    torch.testing.assert_close(keep.steps[0][1], expected, **EXACT)
+    queries = {"val": (x, y), "self": "self"}
+    options: dict[str, Any] = {"refresh_every": 1, "on_error": "raise", "discount": False}
+    recorder = Recorder(model, optimizer, 4, queries, cross_entropy, [keep], **options)
+    with recorder:
+        for step in range(2):  # the records of the first step are held back
+            expected = by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 0.25)
+            with recorder.batch(torch.arange(4), (x, y)):
+                for part in (0.25, 0.75):
+                    loss = part * cross_entropy(model, (x, y))
+                    recorder.see(loss)
+                    loss.backward()
+                    if told:
+                        recorder.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.testing.assert_close(keep.steps[step][1], expected, **EXACT)
 
 
 def test_a_skipped_step_leaves_nothing() -> None:
