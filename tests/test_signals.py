@@ -154,10 +154,11 @@ def test_two_backward_passes_of_one_batch_add_up(told: bool) -> None:
         for step in range(2):  # the records of the first step are held back
             expected = by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 0.25)
             with recorder.batch(torch.arange(4), (x, y)):
+                value = cross_entropy(model, (x, y))
                 for part in (0.25, 0.75):
-                    loss = part * cross_entropy(model, (x, y))
+                    loss = part * value
                     recorder.see(loss)
-                    loss.backward()
+                    loss.backward(retain_graph=True)
                     if told:
                         recorder.after_backward()
             optimizer.step()
