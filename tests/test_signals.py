@@ -166,6 +166,40 @@ def test_two_backward_passes_of_one_batch_add_up(told: bool) -> None:
             torch.testing.assert_close(keep.steps[step][1], expected, **EXACT)
 
 
+def test_the_exact_mode_sums_bfloat16_up_in_float32() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(32, 3, bias=False), torch.randn(6, 40, 32), torch.randn(6, 40, 3)
+    sgd, keep, seen = torch.optim.SGD(model.parameters(), lr=0.1), Keep(), {}
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+
+    def loss(module: nn.Module, batch: Batch) -> Tensor:
+        with half():
+            return F.mse_loss(module(batch[0]), batch[1])
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(lambda delta: seen.update(a=args[0].detach(), delta=delta))
+
+    queries = {"val": (x[:3], y[:3]), "self": "self"}
+    recorder = Recorder(
+        *(model, sgd, 6, queries, loss, [keep]), discount=False, refresh_every=1, on_error="raise", context=half
+    )
+    with recorder:
+        for _ in range(2):
+            with recorder.batch(torch.arange(6), (x, y)):
+                handle = model.register_forward_hook(watch)
+                value = loss(model, (x, y))
+                handle.remove()
+                recorder.see(value)
+                value.backward()
+            (direction,) = recorder.signals._directions.values()
+            sgd.step()
+            sgd.zero_grad()
+    assert direction.queries is not None and seen["delta"].dtype == torch.bfloat16
+    share = seen["delta"].double().transpose(1, 2) @ seen["a"].double()
+    signals = torch.stack([(share * direction.queries[0, 0]).sum((1, 2)), 6 * share.square().sum((1, 2))], 1)
+    torch.testing.assert_close(keep.steps[1][1].double(), signals, rtol=1e-4, atol=1e-6)
+
+
 def test_a_skipped_step_leaves_nothing() -> None:
     model, x, y = mlp().double(), torch.randn(4, 4).double(), torch.randint(3, (4,))
     optimizer, keep = torch.optim.SGD(model.parameters(), lr=0.1), Keep()
