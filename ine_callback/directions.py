@@ -54,15 +54,13 @@ class Direction:
         block: The block.
         contrasts: Signs of its units.
         queries: U [Q, *layout], or what is left of it in the basis; None without queries.
-        discount: D.
-        own: D in the form in which a row's own gradient meets it.
+        own: D in the form in which a row's own gradient meets it; None where that is not asked for.
     """
 
     block: Block
     contrasts: Contrasts
     queries: Tensor | None
-    discount: Discount
-    own: Discount | Sketched
+    own: Discount | Sketched | None
 
     def contract(self, record: Record) -> tuple[Tensor | None, Use]:
         """Signals with their contrasts [b, Q, 1 + J], None without queries, and what :meth:`own_of` needs."""
@@ -72,8 +70,9 @@ class Direction:
 
     def own_of(self, uses: Sequence[Use]) -> Own:
         """The row's own gradient, summed over all uses of the block in a batch."""
+        assert isinstance(self.own, Discount)
         records = [use for use in uses if isinstance(use, Record)]
-        norms = self.own.norms(records[0]) if len(records) == 1 else self.discount.norms_of_sum(records)
+        norms = self.own.norms(records[0]) if len(records) == 1 else self.own.norms_of_sum(records)
         return Own(norms, self.contrasts.of_self(self.block, records))
 
     def draw(self, turn: int) -> None:
@@ -90,7 +89,8 @@ class Flat(Direction):
 
     def __post_init__(self) -> None:
         signs = self.contrasts.signs(self.block, self.block.layout)
-        weight = torch.ones_like(signs[0]) if self.discount.weight is None else self.discount.weight
+        assert isinstance(self.own, Discount)
+        weight = torch.ones_like(signs[0]) if self.own.weight is None else self.own.weight
         self._turned: Tensor | None = None
         if self.queries is not None:
             self._turned = (self.queries[:, None] * signs).flatten(0, 1).T
@@ -211,26 +211,26 @@ def direction_of(
     """
     discount = plan.discount
     if len(block.layout) == 1:
-        return Flat(block, contrasts, u, discount, discount), None
-    exact = Direction(block, contrasts, u, discount, discount)
+        return Flat(block, contrasts, u, discount), None
+    exact = Direction(block, contrasts, u, discount)
     # a shared block's gradient is formed where that is little; if it is not the last layer its units are of two kinds
     large = block.outputs and block.layout[1] * block.layout[2] > WHOLE
     if rank is None or discount.sides is None or not (large if block.shared else block.matrix):
         return exact, None
     if block.outputs:
         discount, u = discount.transposed(), None if u is None else u.transpose(-1, -2)
-    own = discount if mixed is None else discount.sketched(mixed)
-    if mixed is not None and not (isinstance(own, Sketched) and own.has_columns):
+    own = None if mixed is None else discount.sketched(mixed)
+    if isinstance(own, Discount) or (own is not None and not own.has_columns):
         return exact, None
     assert discount.sides is not None
     found = None if u is None else low_rank(u, *discount.sides, rank)
     if found is not None:
         basis, u, share = found
-        return Joint(block, contrasts, u, discount, own, basis), share
-    if u is not None and isinstance(own, Sketched) and own.right is not None and own.columns is None:
-        return Joint(block, contrasts, u @ own.right, discount, own, whole=True), None
-    if u is not None and own is discount and u.shape[3] < min(SMALLEST, u.shape[2]):
+        return Joint(block, contrasts, u, own, basis), share
+    if u is not None and own is not None and own.right is not None and own.columns is None:
+        return Joint(block, contrasts, u @ own.right, own, whole=True), None
+    if u is not None and own is None and u.shape[3] < min(SMALLEST, u.shape[2]):
         # few inputs: gradients in all of them are smaller than the products of U with the inputs
         every = torch.eye(u.shape[3], device=u.device, dtype=u.dtype).expand(u.shape[1], -1, -1)
-        return Joint(block, contrasts, u, discount, own, every), None
-    return Joint(block, contrasts, u, discount, own), None
+        return Joint(block, contrasts, u, own, every), None
+    return Joint(block, contrasts, u, own), None

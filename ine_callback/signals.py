@@ -230,19 +230,21 @@ class Signals:
             mixed = self._mixtures(plans)
             across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}
             variance = torch.zeros(len(self.queries), device=next(self.module.parameters()).device)
-            for block, plan in plans.items():
+            for block in list(plans):
+                plan = plans.pop(block)  # with its gradient: both are as large as the block, and used up here
+                factors = plan.weight, self.noise.of_weight(block)
+                self._factors[block] = torch.stack(
+                    [torch.as_tensor(x).to(variance.device, self._dtype) for x in factors]
+                )
                 if not self.queries:
                     self._directions[block] = self._direction(block, None, plan, mixed[block])
                     continue
-                u = plan.discount.apply(v[block])
+                u = plan.discount.apply(v.pop(block))
                 if block in across:
-                    u = (u + across[block]) / 2
+                    u = (u + across.pop(block)) / 2
                 variance += self.noise.variance(block, u)
                 self._directions[block] = self._direction(block, u * plan.weight, plan, mixed[block])
             self._variance = variance.to(self._dtype)
-            for block, plan in plans.items():
-                factors = plan.weight, self.noise.of_weight(block)
-                self._factors[block] = torch.stack([torch.as_tensor(x).to(self._variance) for x in factors])
         self.draw()
 
     def _mixtures(self, plans: dict[Block, Plan]) -> dict[Block, int | None]:

@@ -196,7 +196,7 @@ def test_a_tied_last_layer_is_met_by_few_columns_of_its_outputs() -> None:
     expected = (seen[:, None] * joint.own.weights).flatten(2).sum(2)
     torch.testing.assert_close(own.norms, expected, rtol=1e-9, atol=1e-12)
     # the sides are the partial traces of the Fisher's diagonal, the product of which has its trace
-    left, right = joint.discount.sides or (None, None)
+    left, right = plan.discount.sides or (None, None)
     assert left is not None and right is not None and plan.discount.weight is not None
     fisher = -plan.discount.weight.log() / 0.2
     torch.testing.assert_close(left.values.sum() * right.values.sum(), fisher.sum(), rtol=1e-9, atol=0)
