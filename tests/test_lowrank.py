@@ -138,7 +138,7 @@ def test_a_small_side_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("positions", [1, 7])
 @pytest.mark.parametrize("inputs", [IN, 20])
-@pytest.mark.parametrize("queries", [0, 1, 6])
+@pytest.mark.parametrize("queries", [0, 1, 9])
 @pytest.mark.parametrize("outputs", [False, True])
 def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int, outputs: bool) -> None:
     right = side(inputs, 4.0, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Up to so many queries a direction is turned for each contrast first: one matrix product instead of many small ones.
-FEW_QUERIES = 4
+FEW_QUERIES = 8
 
 
 def turned(direction: Tensor, weights: Tensor) -> Tensor:
