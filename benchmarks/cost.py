@@ -51,7 +51,7 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
     for name, found in results["workloads"].items():
         known = {"what": found["what"], "device": results["device"], "name": name, "parameters": found["parameters"]}
         yield OVERHEAD_HEAD.format(**known, plain=found["plain_ms"], flags=flags)
-        lengths = found["steppers"]["one query"]["runs"]
+        lengths = next(row["runs"] for row in found["steppers"].values() if "runs" in row)
         memory = ["peak memory"] if "peak_memory_ratio" in found["steppers"]["plain"] else []
         yield table(
             ["", "ordinary", "look", "refresh", *(f"{int(n):,} steps" for n in lengths), *memory],
