@@ -75,7 +75,12 @@ class Contrasts:
         """Energies [b, 1 + J] of a layer's units, see :func:`turned_by`, added up over the uses of its parameters."""
         turned = [_by_draws(block, record) for record in records]
         parts = [record.energies(self.signs(block, record.units).to(record.dtype)) for record in turned]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return summed(parts)
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
 def turned_by(energies: Tensor) -> Tensor:

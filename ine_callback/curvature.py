@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,11 +67,6 @@ class Discount:
             v = v @ self.right.transpose(-1, -2)
         return v if self.left is None else self.left @ v
 
-    def transposed(self) -> Discount:
-        """The same of transposed gradients [G, I, O]."""
-        weight = None if self.weight is None else self.weight.transpose(-1, -2)
-        return Discount(weight, None if self.sides is None else (self.sides[1], self.sides[0]), self.entrywise)
-
     def norms(self, record: Record) -> Tensor:
         """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
         if self.weight is None:
@@ -79,15 +75,16 @@ class Discount:
 
     def energies(self) -> Tensor | None:
         """See :func:`.lowrank.energies`; None for a D without sides, which is met as it is."""
-        return None if self.sides is None or self.weight is None else energies(self._turned(), *self.sides)
+        return None if self.sides is None or self.weight is None else energies(self._turned, *self.sides)
 
     def sketched(self, mixed: int = MIXED) -> Sketched | Discount:
         """Nearly the same :meth:`norms` by few columns, see :mod:`ine_callback.lowrank`; of a vector itself."""
         if self.sides is None or self.weight is None:
             return self
-        rows, columns, weights = sketched(self._turned(), *self.sides, mixed)
+        rows, columns, weights = sketched(self._turned, *self.sides, mixed)
         return Sketched(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
 
+    @cached_property
     def _turned(self) -> Tensor:
         """D's weights in the sides' eigenbases; of an entrywise D its diagonal there."""
         assert self.sides is not None and self.weight is not None
@@ -126,6 +123,10 @@ class Sketched:
     left: Tensor | None
     right: Tensor | None
     weights: Tensor
+
+    def transposed(self) -> Sketched:
+        """The same of transposed gradients."""
+        return Sketched(self.columns, self.rows, self.right, self.left, self.weights.transpose(-1, -2))
 
     @property
     def has_columns(self) -> bool:

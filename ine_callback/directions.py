@@ -6,6 +6,7 @@ Self-influence is discounted by K-FAC alone: the reservoir's discount would need
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ine_callback.capture import Block, Lookup, Outer, Record, Vector
 from ine_callback.capture.compressed import FEW_QUERIES, Compressed, turned
 from ine_callback.capture.records import widened
-from ine_callback.contrasts import Contrasts
+from ine_callback.contrasts import Contrasts, summed
 from ine_callback.curvature import Discount, Sketched
 from ine_callback.lowrank import SMALLEST, low_rank
 
@@ -47,50 +48,66 @@ class Plan:
 
 
 @dataclass
-class Direction:
-    """Exact: U and D as they are. Records must be in float32 or better.
+class Direction(ABC):
+    """What a block's records are met with.
 
     Attributes:
         block: The block.
         contrasts: Signs of its units.
         queries: U [Q, *layout], or what is left of it in the basis; None without queries.
-        own: D in the form in which a row's own gradient meets it; None where that is not asked for.
     """
 
     block: Block
     contrasts: Contrasts
     queries: Tensor | None
-    own: Discount | Sketched | None
 
+    @abstractmethod
     def contract(self, record: Record) -> tuple[Tensor | None, Use]:
         """Signals with their contrasts [b, Q, 1 + J], None without queries, and what :meth:`own_of` needs."""
+
+    @abstractmethod
+    def own_of(self, uses: Sequence[Use]) -> Own:
+        """The row's own gradient, summed over all uses of the block in a batch."""
+
+    def draw(self, turn: int) -> None:  # noqa: B027 - most have nothing to draw
+        """Draws new columns for the sketch, where there is one."""
+
+
+@dataclass
+class Exact(Direction):
+    """U and D as they are, in float32 or better.
+
+    Attributes:
+        discount: D.
+    """
+
+    discount: Discount
+
+    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
+        record = record.wide()
         if self.queries is None:
             return None, record
         return self.contrasts.of_queries(self.block, record, self.queries), record
 
     def own_of(self, uses: Sequence[Use]) -> Own:
-        """The row's own gradient, summed over all uses of the block in a batch."""
-        assert isinstance(self.own, Discount)
         records = [use for use in uses if isinstance(use, Record)]
-        norms = self.own.norms(records[0]) if len(records) == 1 else self.own.norms_of_sum(records)
+        norms = self.discount.norms(records[0]) if len(records) == 1 else self.discount.norms_of_sum(records)
         return Own(norms, self.contrasts.of_self(self.block, records))
-
-    def draw(self, turn: int) -> None:
-        """Draws new columns for the sketch."""
-        if isinstance(self.own, Sketched):
-            # blocks may be met in another order in a resumed run, and have other names in a LightningModule
-            seed = zlib.crc32(f"{self.block.position} {self.block.layout} {turn}".encode())
-            self.own.draw(torch.Generator(self.block.parameters[0].device).manual_seed(seed))
 
 
 @dataclass
 class Flat(Direction):
-    """Of a vector: one product for the signals, one of its squares for all else."""
+    """Of a vector: one product for the signals, one of its squares for all else.
+
+    Attributes:
+        discount: D.
+    """
+
+    discount: Discount
 
     def __post_init__(self) -> None:
         signs = self.contrasts.signs(self.block, self.block.layout)
-        assert isinstance(self.own, Discount)
-        weight = torch.ones_like(signs[0]) if self.own.weight is None else self.own.weight
+        weight = torch.ones_like(signs[0]) if self.discount.weight is None else self.discount.weight
         self._turned: Tensor | None = None
         if self.queries is not None:
             self._turned = (self.queries[:, None] * signs).flatten(0, 1).T
@@ -103,8 +120,7 @@ class Flat(Direction):
         return (record.g @ self._turned).view(record.rows, -1, 1 + self.contrasts.count), record
 
     def own_of(self, uses: Sequence[Use]) -> Own:
-        gradients = [use.g for use in uses if isinstance(use, Vector)]
-        squares = _sum(gradients).square() @ self._squares
+        squares = summed([use.g for use in uses if isinstance(use, Vector)]).square() @ self._squares
         return Own(squares[:, :2], squares[:, 2:])
 
 
@@ -117,6 +133,7 @@ class Joint(Direction):
     they are met apart and exactly. Records may be in bfloat16. It can contract once columns are drawn.
 
     Attributes:
+        own: The sketch of D; None where rows' own gradients are not asked for.
         basis: The dimensions [G, I, r] that the queries are given in, see :mod:`ine_callback.lowrank`.
         whole: Whether the queries are given in the sketch's columns.
 
@@ -124,6 +141,7 @@ class Joint(Direction):
     :class:`Contrasts`.
     """
 
+    own: Sketched | None
     basis: Tensor | None = None
     whole: bool = False
 
@@ -136,12 +154,15 @@ class Joint(Direction):
         self._turned: Tensor | None = None
         if self.queries is not None and self._inside and len(self.queries) <= FEW_QUERIES:
             self._turned = turned(self.queries, self._signs)
-        if isinstance(self.own, Sketched):
+        if self.own is not None:
             self._weights = self.own.weights.transpose(-1, -2).flatten(1).T
 
     def draw(self, turn: int) -> None:
-        super().draw(turn)
-        right = self.own.right if isinstance(self.own, Sketched) else None
+        if self.own is not None:
+            # blocks may be met in another order in a resumed run, and have other names in a LightningModule
+            seed = zlib.crc32(f"{self.block.position} {self.block.layout} {turn}".encode())
+            self.own.draw(torch.Generator(self.block.parameters[0].device).manual_seed(seed))
+        right = None if self.own is None else self.own.right
         columns = [x for x in (self.basis, right) if x is not None]
         self._columns = torch.cat(columns, -1) if columns else None
 
@@ -175,20 +196,16 @@ class Joint(Direction):
         return signals, Outer(projected[..., self._rest], delta)
 
     def own_of(self, uses: Sequence[Use]) -> Own:
-        assert isinstance(self.own, Sketched)
+        assert self.own is not None
         if len(uses) == 1 and isinstance(use := uses[0], Outer):
             return Own(use.rotated(self.own.left, None).norms(self.own.weights), use.energies(self._signs))
-        small = Compressed(_sum([use.g if isinstance(use, Compressed) else _formed(use).g for use in uses]))
+        small = Compressed(summed([_formed(use) for use in uses]))
         return Own(small.norms_in(self.own.left, self._weights), small.energies(self._signs))
 
 
-def _formed(use: Use) -> Compressed:
-    assert isinstance(use, Outer)
-    return use.compressed(torch.eye(use.inputs, device=use.a.device, dtype=use.dtype)[None])
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
+def _formed(use: Use) -> Tensor:
+    """The transposed gradients [b, G, k, O] of one use."""
+    return use.g if isinstance(use, Compressed) else use.gradient(slice(None)).transpose(-1, -2)
 
 
 def direction_of(
@@ -212,18 +229,21 @@ def direction_of(
     discount = plan.discount
     if len(block.layout) == 1:
         return Flat(block, contrasts, u, discount), None
-    exact = Direction(block, contrasts, u, discount)
+    exact = Exact(block, contrasts, u, discount)
     # a shared block's gradient is formed where that is little; if it is not the last layer its units are of two kinds
     large = block.outputs and block.layout[1] * block.layout[2] > WHOLE
     if rank is None or discount.sides is None or not (large if block.shared else block.matrix):
         return exact, None
-    if block.outputs:
-        discount, u = discount.transposed(), None if u is None else u.transpose(-1, -2)
     own = None if mixed is None else discount.sketched(mixed)
-    if isinstance(own, Discount) or (own is not None and not own.has_columns):
+    assert not isinstance(own, Discount)  # it has sides
+    sides = discount.sides
+    if block.outputs:
+        sides = sides[::-1]
+        u = None if u is None else u.transpose(-1, -2)
+        own = None if own is None else own.transposed()
+    if own is not None and not own.has_columns:
         return exact, None
-    assert discount.sides is not None
-    found = None if u is None else low_rank(u, *discount.sides, rank)
+    found = None if u is None else low_rank(u, *sides, rank)
     if found is not None:
         basis, u, share = found
         return Joint(block, contrasts, u, own, basis), share

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
-from ine_callback.contrasts import Contrasts, turned_by
+from ine_callback.contrasts import Contrasts, summed, turned_by
 from ine_callback.curvature import KFAC, Discount
-from ine_callback.directions import Direction, Joint, Own, Plan, direction_of
+from ine_callback.directions import Direction, Own, Plan, direction_of
 from ine_callback.errors import QueryError
 from ine_callback.isolation import isolated
 from ine_callback.losses import Scale
@@ -132,8 +132,6 @@ class Signals:
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
-        if not isinstance(direction, Joint):
-            record = record.wide()
         signals, use = direction.contract(record)
         if signals is not None:
             self._signals.append(signals)
@@ -184,11 +182,11 @@ class Signals:
                 block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
-        rows, device = self._batch
-        shape = rows, len(self.queries), 1 + self.contrasts.count
-        signals = torch.zeros(shape, device=device, dtype=self._dtype)
         if self._signals:
-            signals = torch.stack(self._signals).sum(0).to(self._dtype)
+            signals = summed(self._signals).to(self._dtype)
+        else:
+            rows, device = self._batch
+            signals = torch.zeros(rows, len(self.queries), 1 + self.contrasts.count, device=device, dtype=self._dtype)
         own, variance = self._own_sums(signals)
         self._clear()
         return (torch.cat([signals, own[:, None]], 1) if self.self_query else signals), variance

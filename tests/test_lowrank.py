@@ -202,7 +202,26 @@ def test_a_tied_last_layer_is_met_by_few_columns_of_its_outputs() -> None:
     torch.testing.assert_close(left.values.sum() * right.values.sum(), fisher.sum(), rtol=1e-9, atol=0)
     # a D that is the same everywhere needs no eigenbasis
     plain = replace(plan.discount, weight=torch.full_like(fisher, 0.25))
-    torch.testing.assert_close(plain._turned(), plain.weight, rtol=1e-9, atol=0)
+    torch.testing.assert_close(plain._turned, plain.weight, rtol=1e-9, atol=0)
+
+
+def test_a_lookup_seen_from_its_other_side_answers_as_one_hot_inputs_do() -> None:
+    table = Lookup(torch.randint(9, (5, 7)), draw(5, 7, 4), 9)
+    lazy = table.transposed()
+    formed = Outer(lazy.formed(), lazy.delta)
+    every = slice(0, 5)
+    torch.testing.assert_close(lazy.gradient(every), table.gradient(every).transpose(-1, -2))
+    assert lazy.layout == formed.layout == (1, 4, 9)
+    signs, columns, weights = draw(3, 4), draw(1, 9, 2), draw(2, 1, 4, 9)
+    for queries in (1, 2):
+        torch.testing.assert_close(
+            lazy.parts(draw(queries, 1, 4, 9), signs), formed.parts(draw(queries, 1, 4, 9), signs)
+        )
+    torch.testing.assert_close(lazy.energies(signs), formed.energies(signs))
+    torch.testing.assert_close(lazy.compressed(columns).g, formed.compressed(columns).g)
+    torch.testing.assert_close(lazy.norms(weights), formed.norms(weights))
+    torch.testing.assert_close(lazy.total(), formed.total())
+    torch.testing.assert_close(lazy.moments((True, True)), formed.moments((True, True)))
 
 
 def test_mixtures_follow_what_they_meet() -> None:

@@ -273,8 +273,14 @@ class Entries(Outer):
     def formed(self, rows: slice | Tensor = slice(None)) -> Tensor:
         return F.one_hot(self.a[rows], self.entries).to(self.dtype)[:, None]
 
+    def some_inputs(self, positions: slice) -> Tensor:
+        return self.formed()[:, :, positions]
+
     def projected(self, basis: Tensor) -> Tensor:
         return basis[0][self.a][:, None]
+
+    def input_squares(self) -> Tensor:
+        return self.delta.new_ones(self.delta.shape[:3])
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ def wrong_blocks(held: Iterable[tuple[Block, Record]], half: bool, processes: Lo
     """
     totals: dict[Block, Tensor] = {}
     squares: dict[Block, Tensor] = {}
-    for block, record in ((block, record.wide()) for block, record in held):
-        totals[block] = totals[block] + record.total() if block in totals else record.total()
-        squares[block] = squares.get(block, 0) + record.squared_norms().sum()
+    for block, record in held:
+        wide = record.wide()
+        totals[block] = totals[block] + wide.total() if block in totals else wide.total()
+        squares[block] = squares.get(block, 0) + wide.squared_norms().sum()
     known = [block for block in totals if all(p.grad is not None for p in block.parameters)]
     names = processes.common(block.key for block in known)
     common = sorted((block for block in known if block.key in names), key=lambda block: block.key)
