@@ -82,6 +82,24 @@ def test_signals_of_a_reused_layer_are_discounted_densely(options: dict[str, flo
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
 
+def test_the_discount_counts_the_steps_that_are_left() -> None:
+    """Directions made before step k are discounted by the steps k + 1 to 4."""
+
+    def squares(module: nn.Module, batch: Batch) -> Tensor:
+        return F.mse_loss(module(batch[0]), batch[1])
+
+    model, x, y = nn.Linear(4, 1), torch.randn(8, 4), torch.randn(8, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    recorder = Recorder(model, sgd, 8, {"val": (x, y)}, squares, total_steps=5, refresh_every=1, on_error="raise")
+    with recorder:
+        for step in range(5):
+            assert recorder.schedule.remaining(0.5) == pytest.approx(0.5 * (5 - 1 - step))
+            with recorder.batch(torch.arange(8), (x, y)):
+                squares(model, (x, y)).backward()
+            sgd.step()
+            sgd.zero_grad()
+
+
 def test_signals_of_tied_weights_are_discounted_by_the_diagonal() -> None:
     """The tied block's self-influence alone: all other parameters are frozen."""
     model = Transformer(tied=True).double()
