@@ -32,11 +32,11 @@ from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.metrics import Floats, agreement, auroc, over_seeds
 from ine_callback import Recorder
-from ine_callback.lowrank import RANK
-from ine_callback.methods.fine import FINE
-from ine_callback.options import InitialWeights
+from ine_callback.curvature.low_rank import RANK
+from ine_callback.methods.fine.fine import FINE
 from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
 from ine_callback.scores import QueryInfo
+from ine_callback.utilities.options import InitialWeights
 
 REFRESHES = (1, 5, 10, 20, 40)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from ine_callback.hugging_face import InfluenceTrainerCallback
+from ine_callback.integrations.hugging_face import InfluenceTrainerCallback
 
 WORDS, LENGTH = 40, 12
 

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 from ine_callback._version import __version__
 
 if TYPE_CHECKING:
-    from ine_callback.bif.calibration import Calibration, calibrate
-    from ine_callback.bif.readout import EachRow
-    from ine_callback.bif.rerun import run_bif
-    from ine_callback.bif.run import bif_scores
-    from ine_callback.bif.scores import BIFScores
-    from ine_callback.callback import InfluenceCallback
+    from ine_callback.applications.sampler import InfluenceSampler
     from ine_callback.capture.layers import register_layer
+    from ine_callback.integrations.callback import InfluenceCallback
+    from ine_callback.integrations.rerun import run_bif
     from ine_callback.methods import BIF, FINE
+    from ine_callback.methods.bif.calibration import Calibration, calibrate
+    from ine_callback.methods.bif.readout import EachRow
+    from ine_callback.methods.bif.run import bif_scores
+    from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
-    from ine_callback.recorder import Recorder
+    from ine_callback.recording.recorder import Recorder
     from ine_callback.report import InfluenceReport
-    from ine_callback.sampler import InfluenceSampler
 
 __all__ = [
     "BIF",
@@ -44,18 +44,18 @@ __all__ = [
 
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
 _MODULES = {
-    "bif.calibration": ["Calibration", "calibrate"],
-    "bif.readout": ["EachRow"],
-    "bif.rerun": ["run_bif"],
-    "bif.run": ["bif_scores"],
-    "bif.scores": ["BIFScores"],
-    "callback": ["InfluenceCallback"],
+    "methods.bif.calibration": ["Calibration", "calibrate"],
+    "methods.bif.readout": ["EachRow"],
+    "integrations.rerun": ["run_bif"],
+    "methods.bif.run": ["bif_scores"],
+    "methods.bif.scores": ["BIFScores"],
+    "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods": ["BIF", "FINE"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
-    "recorder": ["Recorder"],
+    "recording.recorder": ["Recorder"],
     "report": ["InfluenceReport"],
-    "sampler": ["InfluenceSampler"],
+    "applications.sampler": ["InfluenceSampler"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

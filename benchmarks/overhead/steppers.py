@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.overhead.workloads import Workload, loss_of
 from ine_callback import Recorder
-from ine_callback.cadence import curvature_gap, refresh_gap
-from ine_callback.lowrank import RANK
+from ine_callback.curvature.intervals import curvature_gap, refresh_gap
+from ine_callback.curvature.low_rank import RANK
 from ine_callback.report import InfluenceReport
 
 ORDINARY, LOOK, REFRESH = "ordinary", "look", "refresh"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.compressed import Compressed
-from ine_callback.capture.records import Outer, Record, Vector
+from ine_callback.capture.per_sample_gradients import Outer, Record, Vector
 
 
 @dataclass(eq=False)
@@ -19,7 +19,7 @@ class Block:
     Attributes:
         name: Dotted name of the first parameter.
         parameters: A single parameter, or weight and bias joined as a matrix with the bias as last column.
-        layout: Shape of one row's gradient, see :mod:`ine_callback.capture.records`.
+        layout: Shape of one row's gradient, see :mod:`ine_callback.capture.per_sample_gradients`.
         position: Of the first parameter among the model's.
         matrix: Whether all its records are products of inputs and output gradients.
         shared: Whether several modules use the parameter (tied weights).

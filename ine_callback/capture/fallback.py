@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.batches import cut
-from ine_callback.isolation import isolated
-from ine_callback.losses import Scale, read_loss
+from ine_callback.capture.row_losses import Scale, read_loss
+from ine_callback.data.batches import cut
+from ine_callback.utilities.isolation import isolated
 
 
 def row_shares(

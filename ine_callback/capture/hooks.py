@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
-from ine_callback.capture.records import Record, widened
+from ine_callback.capture.per_sample_gradients import Record, widened
 from ine_callback.errors import RowsError
-from ine_callback.isolation import compiled_parts
+from ine_callback.utilities.isolation import compiled_parts
 
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
 

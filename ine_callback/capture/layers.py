@@ -8,7 +8,7 @@ Add a layer type with one decorated function::
 
 It gets the module, its first input ``a``, the gradient ``delta`` of the loss with respect to its output (both detached,
 in one dtype) and the number of rows, and returns for each trainable parameter either a
-:class:`~ine_callback.capture.records.Record` or the per-row gradients [b, *parameter.shape].
+:class:`~ine_callback.capture.per_sample_gradients.Record` or the per-row gradients [b, *parameter.shape].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.capture.records import Lookup, Outer, Record, Vector, widened
+from ine_callback.capture.per_sample_gradients import Lookup, Outer, Record, Vector, widened
 from ine_callback.capture.windows import Kernel, Windows
 
 LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, Record | Tensor]]

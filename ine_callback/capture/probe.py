@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.batches import cut, led_by
 from ine_callback.capture.hooks import Capture
-from ine_callback.isolation import isolated
+from ine_callback.data.batches import cut, led_by
+from ine_callback.utilities.isolation import isolated
 
 
 def row_order_faults(

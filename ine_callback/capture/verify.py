@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.blocks import Block
-from ine_callback.capture.records import Record
-from ine_callback.processes import Lockstep
-from ine_callback.sharding import whole
+from ine_callback.capture.per_sample_gradients import Record
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.distributed.sharding import whole
 
 _CANCELLED = 1e-2
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ine_callback.capture.records import Outer
+from ine_callback.capture.per_sample_gradients import Outer
 
 
 @dataclass(frozen=True)

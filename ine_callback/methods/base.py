@@ -61,7 +61,7 @@ class Method(ABC):
                 (the same for all rows, but for self-influence); None: 1. Directions of different times are compared in
                 these units.
             contrasts: The signals with half of each layer's units turned [b, Q, J], see
-                :mod:`ine_callback.contrasts`.
+                :mod:`ine_callback.scoring.sign_contrasts`.
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.bif.scores import BIFScores
+from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.report.plots import FAINT, INK, NULL, dress
 from ine_callback.report.words import BLUE, ORANGE, plain
 from ine_callback.scores import Floats

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ine_callback.bif.scores import BIFScores, Screen, TermScores
+from ine_callback.methods.bif.scores import BIFScores, Screen, TermScores
 from ine_callback.report import store
 from ine_callback.report.files import find, replacing
 from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number, read_json, read_table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.bif.scores import BIFScores
+from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.report.words import BLUE, ORANGE, plain, probability
 from ine_callback.scores import Scores
 from ine_callback.stats.ranks import spearman

@@ -31,7 +31,7 @@ from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnin
 from ine_callback.report.words import ORANGE, decimals, null_check, plain, signed, tails
 
 if TYPE_CHECKING:
-    from ine_callback.bif.scores import BIFScores
+    from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
     from ine_callback.report.table import ScoreTable
 

@@ -17,7 +17,7 @@ from ine_callback.report.words import decimals, null_check, plain, tails
 from ine_callback.stats.ranks import spearman
 
 if TYPE_CHECKING:
-    from ine_callback.bif.scores import BIFScores
+    from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
 
 PAIRS, FEWEST = 200_000, 2_000  # of a row and a query in a file, and rows in any file

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ine_callback.bif.scores import BIFScores
+from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.report import bif_store, compare, export, html, markdown, plots, selection, store, view
 from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores

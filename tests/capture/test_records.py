@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Lookup, Outer, Record, Vector
-from ine_callback.capture import records as module
+from ine_callback.capture import per_sample_gradients as module
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 sizes = st.integers(1, 4)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture import Outer
-from ine_callback.capture import records as module
+from ine_callback.capture import per_sample_gradients as module
 from ine_callback.capture.layers import convolution
 from ine_callback.capture.windows import Windows
 

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from ine_callback import InfluenceReport, Recorder
 from ine_callback.errors import InfluenceError
-from ine_callback.hugging_face import InfluenceTrainerCallback
+from ine_callback.integrations.hugging_face import InfluenceTrainerCallback
 
 Load = Callable[[str], ModuleType]
 ROWS, MICRO, TOGETHER, CLIP = 20, 4, 2, 0.5  # five micro-batches an epoch: the last step has one

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from ine_callback import InfluenceReport
-from ine_callback.trainer import is_known
+from ine_callback.integrations.trainer import is_known
 
 from .identical import differing
 from .regime import EPOCHS

@@ -8,7 +8,7 @@ import torch
 
 from ine_callback import InfluenceCallback
 from ine_callback.errors import InfluenceError
-from ine_callback.mixing import mixes_rows
+from ine_callback.integrations.batch_hooks import mixes_rows
 
 from .harness import QUIET
 from .refused import REFUSED, Refusal

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from benchmarks.resume import Remembers
 from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport
-from ine_callback.ledger import Ledger
+from ine_callback.recording.accumulators import Ledger
 from ine_callback.scores import QueryInfo
 
 from .accidents import accident

@@ -22,10 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ine_callback import InfluenceCallback, Recorder
-from ine_callback.curvature import KFAC
-from ine_callback.sharding import whole
-from ine_callback.signals import Signals
-from ine_callback.visits import Pending
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.distributed.sharding import whole
+from ine_callback.recording.observations import Pending
+from ine_callback.scoring.signals import Signals
 
 from .accidents import accident
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ine_callback.bif.scores import TermScores, example_bif_scores
+from ine_callback.methods.bif.scores import TermScores, example_bif_scores
 from ine_callback.report import InfluenceReport, example_report
 
 Damage = Callable[[Path, Random], None]

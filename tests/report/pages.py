@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import false_discovery_control
 
-from ine_callback.bif.scores import BIFScores, Screen, TermScores
+from ine_callback.methods.bif.scores import BIFScores, Screen, TermScores
 from ine_callback.report import InfluenceReport, example_report
 from ine_callback.scores import QueryInfo, QueryKind, Scores
 

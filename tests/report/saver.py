@@ -13,7 +13,7 @@ from typing import Any
 import pandas  # noqa: F401  # pyarrow looks for it at the first save
 
 import ine_callback
-from ine_callback.bif.scores import example_bif_scores
+from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, example_report
 
 OLD = example_report(40).with_bif(example_bif_scores())

@@ -16,7 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from ine_callback.bif.scores import Screen, example_bif_scores
+from ine_callback.methods.bif.scores import Screen, example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report
 from ine_callback.scores import QueryInfo
 

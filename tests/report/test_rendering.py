@@ -17,7 +17,7 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 import ine_callback
-from ine_callback.bif.scores import Screen, example_bif_scores
+from ine_callback.methods.bif.scores import Screen, example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report, plots
 from ine_callback.report.words import BLUE, ORANGE
 from ine_callback.scores import QueryInfo

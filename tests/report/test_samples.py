@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ine_callback import InfluenceCallback
-from ine_callback.bif.scores import BIFScores
-from ine_callback.isolation import unmoved
+from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.report import Image, InfluenceReport, Text, Values, example_report, rendered
 from ine_callback.report.html import page
 from ine_callback.report.samples import Samples, classes_of
+from ine_callback.utilities.isolation import unmoved
 from tests.report import pages
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ine_callback.bif.scores import example_bif_scores
+from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, ReportError, RunInfo, example_report
 from ine_callback.scores import QueryInfo, Scores
 

@@ -1,0 +1,1 @@
+"""What users do with scores: rows to drop, labels to check, weights for the next training."""

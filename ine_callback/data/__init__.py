@@ -1,0 +1,1 @@
+"""Batches of any structure as rows, and which dataset row each of them is."""

@@ -1,0 +1,427 @@
+"""The Lightning callback: hooks that drive the recorder. No mathematics here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from ine_callback.curvature.low_rank import RANK
+from ine_callback.data.row_ids import RowTracker
+from ine_callback.distributed.sharding import is_sharded
+from ine_callback.errors import InfluenceError
+from ine_callback.integrations.batch_hooks import BatchHooks
+from ine_callback.integrations.loggers import RunLog, run_folder
+from ine_callback.integrations.trainer import (
+    evaluating,
+    is_known,
+    restarts_in_an_epoch,
+    schedulers_of,
+    splits_tensors,
+    steps_ahead,
+    transferred,
+    unscale,
+)
+from ine_callback.methods import BIF, EndMethod, Method, split_methods
+from ine_callback.methods.bif.scores import Stage
+from ine_callback.methods.bif.stage import Stages
+from ine_callback.queries import Query, parse
+from ine_callback.queries.module_loss import ModuleLoss
+from ine_callback.queries.sources import DataSource
+from ine_callback.recording.recorder import Recorder
+from ine_callback.report import InfluenceReport
+from ine_callback.report.html import save_with_page
+from ine_callback.scores import Floats
+from ine_callback.utilities.isolation import unmoved
+from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_options, given
+
+KEY = "ine_callback"  # of the recording in a checkpoint
+
+
+class InfluenceCallback(Callback):
+    """Records during ``Trainer.fit`` which training rows made the model what it is.
+
+    For every training row and query it accumulates a signed Gaussian influence mu (f-INE, arXiv 2510.10510) from the
+    live forward and backward pass, and at the end of the fit holds and saves an :class:`~ine_callback.InfluenceReport`.
+    A positive score means that training on the row *lowers* the query (helpful). Training itself is bit-identical with
+    and without the callback.
+
+    Args:
+        queries: What to measure rows against: ``"val"`` (mean loss of the trainer's validation loader), ``"self"`` (the
+            row's own loss: finds mislabelled rows), a :class:`~ine_callback.Query`, a callable
+            ``(module, batch) -> scalar``, a list of these, or a mapping of names to these, to DataLoaders, batches or
+            lists of dataset indices.
+        methods: Methods to run; :class:`~ine_callback.FINE` by default.
+        enabled: Switches everything off without removing the callback.
+        refresh_every: Optimizer steps between refreshes of the queries' gradients; None: 20 at first, later an eighth
+            of the steps so far (docs/methods/fine.md has the measured price of each choice).
+        curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run; None: 4
+            at first, later a 64th of the steps so far.
+        rank: Most dimensions of a layer's inputs, for each query, in which directions are held, where those keep 99 %
+            of the signals' variance (else all). None: all, always, and self-influence without sketches (slow).
+        discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
+            the scores agree with retraining). Off: the paper's first-order signal.
+        max_dim: Sides of a layer larger than this use a diagonal curvature.
+        reservoir: Rows whose captured gradients are kept (at most 256 MB) for the part of the discount that sees across
+            layers; 0: none.
+        initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
+            randomness, the scale of mu; ``fixed`` (fine-tuning) only the order of the rows.
+        max_query_rows: Rows taken of a larger query loader, a fixed random sample.
+        row_fn: Maps a batch to the dataset index of each of its rows [b]; needed for iterable datasets only.
+        num_rows: Number of training rows, where the dataset has no length.
+        layers: Names of the modules to record, as patterns (``["model.h.11.*", "head"]``); None: all. Fewer cost less,
+            and the scores speak for their parameters alone.
+        uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
+            per-row autograd (``"fallback"``, slow: one backward pass a row).
+        dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
+            the run's log folder (of W&B and MLflow: beside its checkpoints); nothing is saved without a logger.
+        show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
+        log_scores: Whether the trainer's loggers get scalars at the end of an epoch, and at the end of the fit the
+            report (its page without training rows).
+        on_error: ``"warn"`` stops recording and lets training go on, ``"raise"`` is for tests.
+
+    Attributes:
+        report: The report, after the fit.
+
+    Raises:
+        InfluenceError: For arguments that cannot be right.
+
+    Example:
+        >>> from ine_callback import FINE, InfluenceCallback, Query
+        >>> influence = InfluenceCallback(queries=["val", "self", Query.margin("val")], methods=[FINE(null_draws=8)])
+        >>> influence.enabled
+        True
+    """
+
+    steps_back = False  # for another one of the same Trainer
+
+    @property
+    def owner(self) -> str:
+        """Named in messages."""
+        return type(self).__name__
+
+    def __init__(
+        self,
+        queries: str
+        | Query
+        | list[str | Query]
+        | dict[str, str | Query | list[int]]
+        | dict[str, Any]
+        | Callable[..., Any] = "val",
+        methods: list[Method | EndMethod] | None = None,
+        enabled: bool = True,
+        refresh_every: int | None = None,
+        curvature_every: int | None = None,
+        rank: int | None = RANK,
+        discount: bool = True,
+        max_dim: int = 1024,
+        reservoir: int = 800,
+        initial_weights: InitialWeights = "random",
+        max_query_rows: int = 2000,
+        row_fn: Callable[[Any], Tensor] | None = None,
+        num_rows: int | None = None,
+        layers: list[str] | None = None,
+        uncaptured: Uncaptured = "warn",
+        dirpath: str | Path | None = None,
+        show_rows: bool = True,
+        log_scores: bool = True,
+        on_error: OnError = "warn",
+    ) -> None:
+        owner = self.owner
+        counts = given({"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank})
+        counts |= {"max_dim": max_dim, "max_query_rows": max_query_rows}
+        check_options(owner, on_error, uncaptured, initial_weights, **counts)
+        parse(queries, owner)
+        if methods is not None:
+            split_methods(methods, owner)
+        self.queries, self.methods, self.enabled = queries, methods, enabled
+        self.refresh_every, self.curvature_every, self.rank = refresh_every, curvature_every, rank
+        self.discount, self.max_dim = discount, max_dim
+        self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
+        self.reservoir, self.layers, self.uncaptured = reservoir, layers, uncaptured
+        self.initial_weights: InitialWeights = initial_weights
+        self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
+        self.log_scores = log_scores
+        self.report: InfluenceReport | None = None
+        self._tracker: RowTracker | None = None
+        self._recorder: Recorder | None = None
+        self._stages: Stages | None = None
+        self._log: RunLog | None = None
+        self._saved: dict[str, Any] = {}
+        self._folder: Path | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    # -- setting up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._recorder = self._stages = self._log = None
+        if not self.enabled or stage != "fit":
+            return
+        owner = self.owner
+        if not is_known(trainer.strategy):
+            raise InfluenceError(
+                f"{owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
+                "strategy='ddp', ModelParallelStrategy (FSDP2) or devices=1, or pass enabled=False."
+            )
+        rivals = (c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and not c.steps_back)  # type: ignore[attr-defined]
+        if sum(rival.enabled for rival in rivals) > 1:
+            raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
+        self.report, self._saved = None, {}
+        self._tracker = RowTracker(owner)
+        self._hooks = BatchHooks(trainer, pl_module)
+        self._track_rows(trainer, self._tracker)
+
+    def _track_rows(self, trainer: Trainer, tracker: RowTracker) -> None:
+        """Makes training batches carry their rows, and takes them off before anybody else sees the batch."""
+        process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
+        hooks = self._hooks
+
+        def process_dataloader(loader: object) -> object:
+            loader = process(loader)
+            if trainer.training and self.row_fn is None:
+                tracker.track(loader)
+            return loader
+
+        self._patch(trainer.strategy, "process_dataloader", process_dataloader)
+        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(hooks.keep(tracker.strip(batch))))
+
+    def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
+        before = {name: target.__dict__[name]} if name in target.__dict__ else {}
+        target.__dict__[name] = function
+
+        def undo() -> None:
+            target.__dict__.pop(name, None)
+            target.__dict__.update(before)
+
+        self._undo.append(undo)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._tracker is None:
+            return
+        owner = self.owner
+        if len(trainer.optimizers) != 1:
+            raise InfluenceError(
+                f"{owner}: {len(trainer.optimizers)} optimizers are not supported; use one, or set enabled=False."
+            )
+        if splits_tensors(trainer.strategy):
+            raise InfluenceError(
+                f"{owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1), or "
+                "pass enabled=False."
+            )
+        loaders = tree_leaves(trainer.train_dataloader)
+        if self.row_fn is None and len(loaders) != 1:
+            raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
+        loss = ModuleLoss(pl_module, owner)
+        folding, chains = (None, None) if self.methods is None else split_methods(self.methods, owner)
+        val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
+        self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
+        self._recorder = Recorder(
+            pl_module,
+            trainer.optimizers[0],
+            rows=self.num_rows or self._tracker.size,
+            queries=self.queries,
+            loss=loss.training,
+            methods=folding,
+            total_steps=steps_ahead(trainer),
+            schedulers=schedulers_of(trainer),
+            refresh_every=self.refresh_every,
+            curvature_every=self.curvature_every,
+            rank=self.rank,
+            discount=self.discount,
+            max_dim=self.max_dim,
+            reservoir=self.reservoir,
+            initial_weights=self.initial_weights,
+            layers=self.layers,
+            uncaptured=self.uncaptured,
+            accumulate=trainer.accumulate_grad_batches,
+            distributed=trainer.world_size > 1,
+            on_error=self.on_error,
+            source=self._source,
+            to_device=lambda batch: transferred(trainer, batch),
+            context=lambda: evaluating(trainer),
+            owner=owner,
+        )
+        self._recorder.start()
+        self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
+        self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
+        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
+        if trainer.global_step:
+            self._go_on(trainer, self._recorder)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    # Not state_dict: with that Lightning lets no second callback into a Trainer, be it switched off.
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._recorder is None:
+            return
+        try:
+            stages = None if self._stages is None else self._stages.state_dict()
+            checkpoint[KEY] = {"recorder": self._recorder.state_dict(), "stages": stages}
+        except Exception as error:  # a checkpoint must never be lost to us
+            if self.on_error == "raise":
+                raise
+            self._recorder.warn(f"a checkpoint was saved without the recording: {type(error).__name__}: {error}")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint.get(KEY, {})
+
+    def _go_on(self, trainer: Trainer, recorder: Recorder) -> None:
+        """Takes up what the checkpoint holds of the recording."""
+        saved, self._saved = self._saved, {}
+        step, why = trainer.global_step, "there is no recording of them"
+        try:
+            if saved:
+                recorder.load_state_dict(saved["recorder"])
+                if self._stages is not None and saved["stages"] is not None:
+                    self._stages.load_state_dict(saved["stages"])
+                recorder.note(f"resumed at step {step} from a checkpoint")
+                if restarts_in_an_epoch(trainer):
+                    recorder.note(
+                        "resumed inside of an epoch with a loader that does not know where it was: that epoch's rows "
+                        "count as often as they were trained on, some twice, some never"
+                    )
+                return
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            why = f"{type(error).__name__}: {error}"
+        note = f"recording began at step {step} of a resumed run; earlier steps are missing ({why})"
+        (recorder.warn if trainer.ckpt_path else recorder.note)(note)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recorder is not None:
+            assert self._tracker is not None
+            if fault := self._hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
+                self._recorder.warn(fault)
+            self._recorder.capture.unscale = unscale(trainer)
+            self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._recorder is not None:
+            self._recorder.see(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is not None:
+            self._recorder.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._recorder is not None and trainer.gradient_clip_val:
+            self._recorder.measure_clipping()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.end_batch()
+            if not trainer.fit_loop._should_accumulate():
+                self._recorder.discard()
+
+    # -- chains -------------------------------------------------------------------------------------------------------
+
+    def _stages_of(self, trainer: Trainer, pl_module: LightningModule, chains: EndMethod) -> Stages:
+        assert isinstance(chains, BIF) and self._recorder is not None
+        if is_sharded(pl_module):
+            raise InfluenceError(
+                f"{self.owner}: BIF's chains need the whole weights in each process; leave BIF out here, and "
+                "call run_bif on a checkpoint with devices=1."
+            )
+        return Stages(
+            chains,
+            pl_module,
+            self._source,
+            self._recorder.bound,
+            lambda batch: transferred(trainer, batch),
+            lambda: evaluating(trainer),
+            trainer.progress_bar_callback,
+            self.owner,
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is not None and self._stages is not None:
+            with self._recorder.capture.paused():
+                for note in self._run_chains(self._stages, trainer.current_epoch + 1):
+                    self._recorder.note(note)
+        if self._recorder is not None and self._recorder.recording and self._log is not None:
+            self._log.epoch(self._recorder.ledger.scores)
+
+    def _run_chains(self, stages: Stages, at: Stage, mu: Floats | None = None) -> list[str]:
+        """A stage's chains; a note where they could not run, for nothing else must be lost to them."""
+        try:
+            stages.run(at, mu)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            message = f"BIF failed: {type(error).__name__}: {error}"
+            warnings.warn(f"{self.owner}: {message} The report holds the rest.", stacklevel=2)
+            return [message]
+        return []
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._recorder is None or not self._recorder.running:
+            return
+        self._recorder.stop()
+        try:
+            self.report = self._recorder.report()
+            if self._stages is not None:
+                self.report = self._with_chains(trainer, self._stages, self.report)
+            folder = self._folder
+            if folder is not None and trainer.is_global_zero:
+                rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
+                loader = self._tracker.loader if self._tracker is not None and self.show_rows else None
+                rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
+                with unmoved(rows):
+                    save_with_page(self.report, folder, rows)
+            if self._log is not None:
+                self._log.end(self.report)
+        except Exception as error:  # a trained model must never be lost to its report
+            if self.on_error == "raise":
+                raise
+            unsaved = "the report could not be saved; it is in the callback: .report.save(folder)"
+            what = "the report was lost" if self.report is None else unsaved
+            warnings.warn(f"{self.owner}: {what}: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _with_chains(self, trainer: Trainer, stages: Stages, report: InfluenceReport) -> InfluenceReport:
+        interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
+        notes = [] if interrupted else self._run_chains(stages, "end", report.scores.mu)
+        run = replace(report.run, notes=[*report.run.notes, *notes, *stages.missed()])
+        return InfluenceReport(report.scores, run, stages.found)
+
+    def _folder_of(self, trainer: Trainer) -> Path | None:
+        if self.dirpath is not None:
+            return Path(self.dirpath)
+        folder = run_folder(trainer)
+        return None if folder is None else folder / "influence"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._recorder is not None and self._recorder.running:
+            self._recorder.note(f"training was ended by {type(exception).__name__}: the report covers the steps before")
+            self.on_train_end(trainer, pl_module)
+        self._release()
+
+    def _release(self) -> None:
+        """Leaves trainer, loaders and module as they were found; the recorder stays for checkpoints still to come."""
+        if self._recorder is not None:
+            self._recorder.stop()
+        if self._tracker is not None:
+            self._tracker.release()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._tracker = None

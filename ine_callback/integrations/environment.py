@@ -1,0 +1,28 @@
+"""The callback that ``INE_CALLBACK=1`` adds to every Trainer."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+
+from ine_callback.integrations.callback import InfluenceCallback
+
+
+class EnvironmentCallback(InfluenceCallback):
+    """Records what it can without a word from the user; steps back where a Trainer has a callback of its own."""
+
+    steps_back = True
+    owner = "InfluenceCallback (INE_CALLBACK=1; 0 switches it off)"
+
+    def __init__(self) -> None:
+        super().__init__(
+            ["val", "self"], log_scores=False
+        )  # a program that knows nothing of us finds its logs as they were
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and c is not self]  # type: ignore[attr-defined]
+        self.enabled = not others
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.queries = ["val", "self"] if trainer.val_dataloaders else ["self"]
+        super().on_train_start(trainer, pl_module)

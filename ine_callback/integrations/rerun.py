@@ -1,0 +1,135 @@
+"""Chains without a fit: around a module that a Trainer trained before, or that comes from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
+
+from ine_callback.errors import InfluenceError
+from ine_callback.integrations.trainer import evaluating, overrides, transferred
+from ine_callback.methods.bif.rowloss import RowLoss
+from ine_callback.methods.bif.scores import BIFScores
+from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.stage import Stages
+from ine_callback.queries import Query, parse
+from ine_callback.queries.module_loss import ModuleLoss
+from ine_callback.queries.sources import DataSource
+from ine_callback.report import InfluenceReport
+
+OWNER = "run_bif"
+
+
+def run_bif(
+    trainer: Trainer,
+    module: LightningModule,
+    bif: BIF | None = None,
+    queries: str | Query | list[str | Query] | dict[str, Any] | Callable[..., Any] = "val",
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    loss_fn: RowLoss | None = None,
+    report: InfluenceReport | None = None,
+    max_query_rows: int = 2000,
+) -> BIFScores:
+    """Bayesian influence of training rows, with a Trainer's device, precision and progress bar but without a fit.
+
+    For a fit whose chains failed or were not asked for, and for checkpoints
+    (``Model.load_from_checkpoint(path)``). The module comes back bit for bit as it was, on the device where it was.
+
+    Args:
+        trainer: The Trainer of the fit, or one with the same precision.
+        module: The trained module.
+        bif: Settings; ``at`` has no part in it.
+        queries: As for :class:`~ine_callback.InfluenceCallback`; ``"self"`` is f-INE's alone.
+        train_dataloaders: The training loader; its data set must be indexable. By default the datamodule's, else that
+            of the Trainer's last fit, else the module's own.
+        val_dataloaders: Validation loaders, for ``"val"``; found in the same way.
+        datamodule: Where loaders come from; it is prepared and set up for ``"fit"``.
+        loss_fn: Losses of single rows, see :func:`~ine_callback.bif_scores`.
+        report: f-INE's report of the fit: it chooses the rows of a large training set. To keep the chains in it:
+            ``report.with_bif(scores)``.
+        max_query_rows: Rows taken of a larger query loader, a fixed random sample.
+
+    Returns:
+        The scores; score > 0: training on the row lowers the query.
+
+    Raises:
+        InfluenceError: If there are several processes, no loader, or no row losses, rows or queries.
+
+    Example:
+        >>> import lightning, torch
+        >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+        >>> rows = lambda module, batch: module(batch).square().mean(1)
+        >>> trainer = lightning.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> found = run_bif(trainer, BoringModel(), BIF(draws=20), datamodule=BoringDataModule(), loss_fn=rows)
+        >>> found.scores.shape
+        (64, 1)
+    """
+    if trainer.world_size > 1:
+        raise InfluenceError(f"{OWNER}: {trainer.world_size} processes are not supported; use Trainer(devices=1).")
+    train, val = _loaders(trainer, module, train_dataloaders, val_dataloaders, datamodule)
+    with _connected(trainer, module, datamodule):
+        source = DataSource(OWNER, ModuleLoss(module, OWNER), train, val, max_query_rows)
+        stages = Stages(
+            replace(bif or BIF(), at=("end",)),
+            module,
+            source,
+            [bound for name, query in parse(queries, OWNER).items() for bound in query.bind(name, source)],
+            lambda batch: transferred(trainer, batch),
+            lambda: evaluating(trainer),
+            trainer.progress_bar_callback,
+            OWNER,
+            loss_fn,
+        )
+        stages.run("end", None if report is None else report.scores.mu)
+    found = stages.found[0]
+    return replace(found, notes=(*source.notes, *found.notes))
+
+
+def _loaders(
+    trainer: Trainer, module: LightningModule, train: Any, val: Any, datamodule: LightningDataModule | None
+) -> tuple[Any, list[Any]]:
+    """The training loader and the validation loaders."""
+    if datamodule is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    train = _first(train, datamodule, trainer.train_dataloader, module, "train_dataloader")
+    val = _first(val, datamodule, trainer.val_dataloaders, module, "val_dataloader")
+    loaders = [] if train is None else tree_leaves(train)
+    if len(loaders) != 1:
+        raise InfluenceError(f"{OWNER}: {len(loaders)} training loaders were found; pass train_dataloaders=loader.")
+    return loaders[0], [] if val is None else tree_leaves(val)
+
+
+def _first(
+    given: Any, datamodule: LightningDataModule | None, of_trainer: Any, module: LightningModule, name: str
+) -> Any:
+    if given is not None:
+        return given
+    if datamodule is not None and overrides(datamodule, name):
+        return getattr(datamodule, name)()
+    if of_trainer is not None:
+        return of_trainer
+    return getattr(module, name)() if overrides(module, name) else None
+
+
+@contextlib.contextmanager
+def _connected(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> Iterator[None]:
+    """The module is the Trainer's and on its device; afterwards on its own device again."""
+    before, owner = module.device, module._trainer
+    trainer.strategy.connect(module)
+    trainer.strategy.setup_environment()
+    # the hooks that move a batch are the datamodule's or the module's, as in a fit
+    trainer._data_connector.attach_datamodule(module, datamodule or getattr(trainer, "datamodule", None))
+    module.trainer = trainer
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.to(before)
+        module._trainer = owner

@@ -1,0 +1,189 @@
+"""Runs the chains of a :class:`~ine_callback.BIF` around a trained module and leaves no trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from rich.progress import Progress
+from torch import nn
+from torchmetrics import Metric
+
+from ine_callback.data.batches import cut, size_of
+from ine_callback.distributed.processes import Processes
+from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.flat import Flat
+from ine_callback.methods.bif.posterior import LocalPosterior, initial_state
+from ine_callback.methods.bif.readout import Readout, chosen_rows, groups, taken
+from ine_callback.methods.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
+from ine_callback.methods.bif.scores import BIFScores, Stage
+from ine_callback.methods.bif.screens import Facts
+from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.sgld import SGLD, Curved, State
+from ine_callback.methods.bif.shared import share
+from ine_callback.methods.bif.tally import Tally
+from ine_callback.utilities.isolation import isolated
+
+MAX_ROWS, MAX_TOKENS = 2000, 50_000
+Track = Callable[[int], Iterable[int]]
+
+
+def bif_scores(
+    module: nn.Module,
+    train: Any,
+    queries: Any,
+    bif: BIF | None = None,
+    loss_fn: RowLoss | None = None,
+    progress: bool | Track = True,
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    owner: str = "bif_scores",
+    at: Stage = "end",
+) -> BIFScores:
+    """Bayesian influence of training rows on queries, from chains around the module's present weights.
+
+    Afterwards parameters, buffers, gradients, grad flags, modes and all random states are bit for bit as before. Ctrl-C
+    ends the chains early; the scores so far come back with a note. Where ``torch.distributed`` is initialised the
+    processes share the chains (each holding all rows), all return the same, and Ctrl-C is not caught.
+
+    Args:
+        module: The trained model.
+        train: All training rows as one batch of any structure, row k being dataset index k.
+        queries: As for :class:`~ine_callback.InfluenceCallback` with explicit data, e.g. ``{"val": (x, y)}``, or
+            ``{"row": EachRow((x, y))}`` for each row's own loss.
+        bif: Settings.
+        loss_fn: ``(module, batch) -> losses [b]``, or [b, T] for rows of T terms whose mean is the row's loss; by
+            default the module's ``influence_loss``, else the standard loss in its ``training_step``.
+        progress: Whether to show a progress bar, or a function that turns the number of draws into an iterable of them.
+        context: Surrounds every evaluation, e.g. with autocast.
+        owner: Class named in messages.
+        at: Finished epochs, where training is not at its end.
+
+    Returns:
+        The scores; score > 0: training on the row lowers the query.
+
+    Raises:
+        InfluenceError: If row losses, rows or queries cannot be had.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.randn(40, 3), torch.randn(40)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> squared = lambda module, batch: (module(batch[0])[:, 0] - batch[1]).square()
+        >>> scores = bif_scores(model, (x, y), {"first": (x[:5], y[:5])}, BIF(draws=20), squared, progress=False)
+        >>> scores.scores.shape
+        (40, 1)
+    """
+    bif = bif or BIF()
+    with prepared(module, train, loss_fn, context, owner) as (flat, train, sample, losses):
+        terms, most = term_limit(losses, module, sample, owner) if bif.per_token else (0, MAX_ROWS)
+        index, note = chosen_rows(bif.rows, size_of(train), most, owner)
+        asked = _on(flat, groups(queries, losses, owner))
+        readout = Readout(flat, losses, taken(train, index), asked, bif.eval_rows, terms)
+        processes = Processes(flat.weights.device)
+        posterior = LocalPosterior(flat, losses, train, share(bif, processes, owner))
+        sampler = posterior.sampler()
+        sampler = replace(sampler, step_size=processes.first(sampler.step_size))
+        if processes.rank:
+            sampler.generator.manual_seed(bif.seed + 2**32 * processes.rank)
+        tally = Tally(readout, sampler, posterior.settings)
+        notes = [each for each in (note, note_on(losses)) if each]
+        state, interrupted = _run(posterior, sampler, tally, progress, notes, processes)
+        if tally.draws < 4:
+            raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
+        deviation = sampler.coordinates.deviation(state.z)[0]
+        bias = posterior.bias(sampler, deviation) if bool(torch.isfinite(deviation).all()) else float("inf")
+        settings = bif.to_dict() | {
+            "step_size": sampler.step_size,
+            "localization": posterior.localization,
+            "n_beta": posterior.n_beta,
+            "rows": len(index),
+            "parameters": len(flat.weights),
+        }
+        described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
+        tally.gather(processes)
+        facts = Facts(*(processes.first(v) for v in (bias, posterior.inflation(sampler), posterior.strength)))
+        return tally.finish(index.numpy(), facts, settings, described)
+
+
+@contextlib.contextmanager
+def prepared(
+    module: nn.Module,
+    train: Any,
+    loss_fn: RowLoss | None,
+    context: Callable[[], contextlib.AbstractContextManager[Any]],
+    owner: str,
+) -> Iterator[tuple[Flat, Any, Any, RowLosses]]:
+    """The isolated module as a function of its weights, the training rows on its device, some of them, row losses."""
+    with isolated(module), context():
+        _mute_metrics(module)
+        flat = Flat(module)
+        train = move_data_to_device(train, flat.weights.device)
+        sample = cut(train, torch.arange(min(64, size_of(train))), size_of(train))
+        yield flat, train, sample, row_losses(module, sample, loss_fn, owner)
+
+
+def term_limit(losses: RowLosses, module: nn.Module, sample: Any, owner: str) -> tuple[int, int]:
+    """Terms T of a row of an isolated module, and how many rows are scored where nothing is said.
+
+    Raises:
+        InfluenceError: If rows have one term only.
+    """
+    with torch.no_grad():
+        terms = losses.terms(module, sample).shape[1]
+    if terms == 1:
+        raise InfluenceError(f"{owner}: per_token=True has nothing to split: every row's loss is one term.")
+    return terms, max(1, min(MAX_ROWS, MAX_TOKENS // terms))
+
+
+def _mute_metrics(module: nn.Module) -> None:
+    """Metrics that a step updates before its loss do nothing; they are ``isolated``'s copies, and are thrown away."""
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            metric.__dict__["forward"] = metric.__dict__["update"] = lambda *_, **__: torch.zeros(())
+
+
+def _on(flat: Flat, queries: list[Any]) -> list[Any]:
+    """Queries with their batches on the module's device."""
+    return [
+        type(q)(q.infos, q.function, tuple((w, move_data_to_device(b, flat.weights.device)) for w, b in q.batches))
+        for q in queries
+    ]
+
+
+def _run(
+    posterior: LocalPosterior,
+    sampler: SGLD,
+    tally: Tally,
+    progress: bool | Track,
+    notes: list[str],
+    processes: Processes,
+) -> tuple[State, bool]:
+    """All draws; ends early on Ctrl-C (then True) or when a chain leaves the finite numbers."""
+    settings, weights = posterior.settings, posterior.weights
+    state = sampler.init(settings.chains, posterior.mean_gradient)
+    try:
+        state = initial_state(posterior, sampler)
+        for draw in progress(settings.draws) if callable(progress) else _track(settings.draws, progress):
+            for _ in range(settings.thinning):
+                state = sampler.step(state, posterior.gradient)
+            twin = None
+            if state.twin is not None and isinstance(sampler.coordinates, Curved):
+                twin = sampler.coordinates.deviation(state.twin)
+            if not tally.take(weights + sampler.coordinates.deviation(state.z), twin, processes):
+                notes.append(f"the chains diverged at draw {draw + 1} of {settings.draws}")
+                break
+    except KeyboardInterrupt:
+        if processes.count > 1:  # the processes would wait for each other
+            raise
+        notes.append(f"interrupted after {tally.draws} of {settings.draws} draws: the scores are partial")
+        return state, True
+    return state, False
+
+
+def _track(draws: int, progress: bool) -> Iterator[int]:
+    with Progress(disable=not progress, transient=True) as bar:
+        yield from bar.track(range(draws), description="BIF chains")

@@ -1,0 +1,386 @@
+"""f-INE in one run: each row's shift of the query, in units of training randomness (arXiv 2510.10510).
+
+At a step with rows [b], signals c [b, Q] (of the rows' shares) and rate r,
+
+    d_i  = r (c_i - mean of the others) / u   shift of the query if row i is drawn rather than one of its batch-mates
+    w    = r^2 b Var(c) / u^2                 variance of the query's change over the draw of the batch
+    mu_i = sum d_i / sqrt(1 + dispersion x sum w)             sums over the row's steps and over all steps
+
+in units u of what random initial weights leave in the query. The dispersion (variance / mean of the rows' visits) is 0
+where a loader shuffles. Without random initial weights mu = sum d_i / sqrt(sum w).
+
+The query falls by ``r c_i`` to first order, so **mu > 0: training on the row lowers the query (helpful)**. Rows add up:
+the mu of a group is the sum of its rows' mu. The mean is over the other rows of the batch, for the alternative to row i
+is not itself: centring on the whole batch's mean would shrink mu by (1 - 1/b), half of it at b = 2.
+
+**Self-influence** has no common query: c_i is the row's own, positive, and larger at some steps than at others for all
+rows alike. So each step is read in units of its rows' mean m, and the mean ratio is put back on the row's own profile:
+
+    d_i  = (r c_i / u_i) / m - mean of the others;  mu_i = (mean of d_i over the K steps) x sum m
+
+the shift of the row's own loss against that of an average row (whose own is :meth:`FINE.notes`'s to tell). The sum of
+r c_i / u_i itself is ruled by the earliest steps, where rows are told apart worst: Spearman against leaving single rows
+out .72 instead of .80 under AdamW on G1 (``python -m benchmarks.fidelity``).
+
+**se** is over training runs: where initial weights are random, the root mean square of the row's contrasts, its shift
+with half of each layer's units turned (:mod:`.sign_contrasts`), shrunk to the other rows'; the scatter of its visits
+alone would leave out all that lasts through one training and differs in the next. ``fixed`` weights have the
+visits' scatter alone.
+
+Tests, always of the row's shift, whichever estimator gives ``mu``:
+
+* **p**: every step's d is also dealt to the batch's rows in random order. Dealt shifts are draws from "the row is
+  exchangeable with its batch-mates". Real and dealt shifts are divided by sqrt(V_i); V_i sums sigma^2 = r^2 ss / b over
+  the row's steps (ss: the step's sum of squares about the mean), the exact variance of a dealt d. The dealt ones are
+  pooled over rows.
+* **t**: regress the standardised z = d / sigma of the row's K steps on sigma. The slope is sum d / V_i; the residual
+  variance (sum z^2 - (sum d)^2 / V_i) / (K - 1) is the row's own scale against its batch-mates, shrunk to the other
+  rows' as limma does. This t is exact for Gaussian z however sigma changes over the run. The t of raw d is not: with d
+  growing e^4-fold (e^8-fold) in a simulation it rejects 2.7 % (1.3 %) of true nulls at level 5 %, ours 5.1 % (4.9 %).
+  Heavy tails (Student t3) bring ours to 3.5-6.0 % at level 5 % and up to 1.5 % at level 0.5 %: trust p in the far tail.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ine_callback.methods.base import Method, host
+from ine_callback.methods.fine import estimators
+from ine_callback.scores import Floats, QueryInfo, Scores
+from ine_callback.stats import hypothesis_tests as tests
+
+Estimator = Literal["gaussian", "auc", "max_threshold"]
+
+NULL_CAP = 2**17  # null draws kept per query
+NULL_SHOWN = 10_000  # null draws per query handed to the report
+LARGEST = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
+
+PER_ROW = ("shift", "contrast", "scatter", "variance", "profile", "observations", "informative", "histogram")
+
+
+class FINE(Method):
+    """f-INE scores from one run; ``mu > 0`` means that training on the row lowers the query (helpful).
+
+    State: 28 N Q bytes (16 of them for contrasts), at most about 2**17 Q null draws (4 bytes each), and 256 N Q bytes
+    of histograms for ``auc`` and ``max_threshold``. A row that appears twice in a step (padding samplers) counts twice.
+    Steps with a single row or rate 0 count as observations and carry no information; so does a non-finite signal, which
+    is set to its batch's mean and counted in :attr:`nonfinite`. A query whose signals never vary has no scale: its mu
+    is NaN. ``t``, ``p_t`` and ``se`` need two informative steps of the row: a prior alone is no test.
+
+    Args:
+        estimator: ``gaussian``: as above, the default. ``auc`` and ``max_threshold`` follow the paper:
+            they compare the whole step's predicted decrease of the query, less its recent trend ("difference in
+            differences") and in units of sqrt(w), between steps with and without the row. They see a row through the
+            noise of its b - 1 batch-mates (standard error sqrt(b) times larger) and ``max_threshold`` is biased away
+            from zero. Their mu per step is put on the common scale, the sum over the row's n of T steps, as
+            ``n / sqrt(T) mu_step``; a test that sees all n steps apart reaches ``sqrt(n) mu_step`` (paper, Cor. 2.7),
+            never less (Cauchy-Schwarz). ``se`` and ``null_sd`` are the large-sample error of ``auc``, and NaN for
+            ``max_threshold``, which has none.
+        null_draws: Permutations dealt per step. Large runs lower them to no less than 2, then thin out the rows that
+            carry a null, to keep at most about 2**17 null draws per query.
+        seed: Seed of the private generator of the permutations; the global random state is never touched.
+
+    Example:
+        >>> info = QueryInfo("val", "loss", "Does training on the row lower the validation loss?")
+        >>> fine = FINE()
+        >>> fine.start(rows=3, queries=(info,), device=torch.device("cpu"))
+        >>> fine.fold(torch.tensor([0, 1]), torch.tensor([[3.0], [1.0]]), rate=0.1)
+        >>> fine.fold(torch.tensor([0, 2]), torch.tensor([[2.0], [0.0]]), rate=0.1)
+        >>> fine.finish().mu.round(3).ravel().tolist()  # row 0 helped twice
+        [1.414, -0.707, -0.707]
+    """
+
+    def __init__(self, estimator: Estimator = "gaussian", null_draws: int = 20, seed: int = 0) -> None:
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"FINE(estimator={estimator!r}): choose one of {', '.join(get_args(Estimator))}")
+        if null_draws < 1:
+            raise ValueError(f"FINE(null_draws={null_draws}): p-values need at least 1 draw; 20 is a good number")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"FINE(seed={seed}): choose a seed in 0 .. 2**63 - 1")
+        self.estimator: Estimator = estimator
+        self.null_draws = null_draws
+        self.seed = seed
+        self._queries: tuple[QueryInfo, ...] = ()
+        self._state: dict[str, Tensor] = {}
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of signals left out as non-finite (or beyond 1e15 in size, times the rate) per query [Q], int64."""
+        return self._started("nonfinite")["nonfinite"]
+
+    def start(
+        self,
+        rows: int,
+        queries: tuple[QueryInfo, ...],
+        device: torch.device,
+        random_weights: bool = False,
+        contrasts: int = 0,
+    ) -> None:
+        """Allocates the state; see :class:`~ine_callback.methods.base.Method`."""
+        if not queries:
+            raise ValueError("FINE.start: queries is empty; give at least one query")
+        self._queries, self._rows, self._steps = queries, rows, 0
+        self._draws, self._stride = _plan_null(rows, self.null_draws, 1)
+        self._generator = torch.Generator(device).manual_seed(self.seed)
+        q = len(queries)
+        self._state = {name: torch.zeros(rows, q, device=device) for name in ("shift", "scatter", "variance")}
+        self._state["contrast"] = torch.zeros(rows, q, contrasts, device=device)
+        for name in ("observations", "informative"):
+            self._state[name] = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._state["noise"] = torch.zeros(q, device=device)
+        self._random_weights = random_weights
+        own = [k for k, query in enumerate(queries) if query.kind == "self"]
+        self._own = torch.tensor(own, dtype=torch.int64, device=device)
+        self._state["profile"] = torch.zeros(rows, len(own), device=device)
+        self._state["nonfinite"] = torch.zeros(q, dtype=torch.int64, device=device)
+        # Draw 0 is held out for the check of the null; the last row takes what rows without a null are dealt.
+        self._state["null"] = torch.zeros(-(-rows // self._stride) + 1, self._draws + 1, q, device=device)
+        if self.estimator != "gaussian":
+            self._state |= estimators.start(rows, q, device)
+
+    @torch.no_grad()
+    def fold(
+        self,
+        rows: Tensor,
+        signals: Tensor,
+        rate: float,
+        unit: Tensor | None = None,
+        contrasts: Tensor | None = None,
+    ) -> None:
+        """Takes one optimizer step; see :class:`~ine_callback.methods.base.Method`."""
+        state = self._started("fold")
+        if rows.ndim != 1 or signals.shape != (rows.shape[0], len(self._queries)):
+            raise ValueError(
+                f"FINE.fold: rows {tuple(rows.shape)} and signals {tuple(signals.shape)} must be [b] and "
+                f"[b, {len(self._queries)}]"
+            )
+        if not math.isfinite(rate):
+            raise ValueError(f"FINE.fold: rate={rate} must be finite; skip a step that was not applied")
+        rows = rows.to(torch.int64)
+        once = torch.ones_like(rows)
+        state["observations"].index_add_(0, rows, once)
+        factor = torch.full_like(signals, rate, dtype=torch.float32) if unit is None else rate / unit.float()
+        predicted = signals.to(torch.float32) * factor
+        usable = predicted.abs() < LARGEST  # False for NaN and infinities too
+        state["nonfinite"] += (~usable).sum(0)
+        if rows.shape[0] < 2 or rate == 0.0:
+            return
+        state["informative"].index_add_(0, rows, once)
+        predicted = torch.where(usable, predicted, 0.0)
+        finite = usable.sum(0)
+        d = torch.where(usable, predicted - predicted.sum(0) / finite.clamp(min=1), 0.0)
+        noise = d.square().sum(0) / (finite - 1).clamp(min=1) * rows.shape[0]
+        level = self._level(rows, predicted, finite)
+        d = d / level
+        d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
+        sigma2 = d.square().sum(0) / rows.shape[0]
+        self._fold_shifts(rows, d, sigma2)
+        self._deal(rows, d)
+        if contrasts is not None:
+            turned = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
+            count = finite.clamp(min=1)[:, None]
+            centred = (turned - turned.sum(0) / count) * (count / (count - 1).clamp(min=1))
+            state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
+        state["noise"] += noise
+        self._steps += 1
+        if self.estimator != "gaussian":
+            estimators.fold(state, rows, predicted.sum(0), noise, self._steps - 1)
+
+    def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
+        """Size of the mean [Q] of the rows' own signals, added to their profiles; 1 for queries."""
+        level = torch.ones_like(self._state["noise"])
+        if len(self._own):
+            mean = (predicted.sum(0) / finite.clamp(min=1))[self._own].abs()  # of a climbing step it is negative
+            self._state["profile"].index_add_(0, rows, mean.expand(rows.shape[0], -1))
+            level[self._own] = torch.where(mean > 0, mean, 1.0)
+        return level
+
+    def _fold_shifts(self, rows: Tensor, d: Tensor, sigma2: Tensor) -> None:
+        z = d * torch.where(sigma2 > 0, sigma2.rsqrt(), 0.0)
+        self._state["shift"].index_add_(0, rows, d)
+        self._state["scatter"].index_add_(0, rows, z.square())
+        self._state["variance"].index_add_(0, rows, sigma2.expand_as(d))
+
+    def _deal(self, rows: Tensor, d: Tensor) -> None:
+        """Deals the batch's shifts to its rows in random order, once per draw."""
+        null = self._state["null"]
+        size, draws = rows.shape[0], null.shape[1]
+        keys = torch.rand(draws, size, generator=self._generator, device=d.device, dtype=torch.float32)
+        dealt = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
+        place = torch.where(rows % self._stride == 0, rows // self._stride, null.shape[0] - 1)
+        null.index_add_(0, place, dealt)
+
+    def finish(self) -> Scores:
+        """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""
+        state = self._started("finish")
+        observations = state["observations"].cpu().numpy().astype(np.int64)
+        seen = observations > 0
+        shift, scatter, variance = (host(state[name]) for name in ("shift", "scatter", "variance"))
+        for array in (shift, scatter, variance):
+            array[~seen] = np.nan
+        noise = host(state["noise"])
+        df = state["informative"].cpu().numpy() - 1.0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = self._scale(noise, observations)
+            z = shift / np.where(variance > 0, np.sqrt(variance), np.nan)
+            residual = np.maximum(scatter - z**2, 0.0) / np.where(df > 0, df, np.nan)[:, None]
+        p, t, p_t, se = (np.full_like(z, np.nan) for _ in range(4))
+        nulls, null_ks_p = [], np.full(len(self._queries), np.nan)
+        for k in range(len(self._queries)):
+            draws, held_out = self._null(k, seen, variance[:, k])
+            known = int(np.isfinite(draws).sum())
+            p[:, k] = tests.permutation_p(z[:, k], draws) if known else np.nan
+            null_ks_p[k] = tests.uniformity_p(tests.permutation_p(held_out, draws), known)
+            v = np.where(variance[:, k] > 0, variance[:, k], np.nan)
+            fit = tests.moderated_t(shift[:, k], residual[:, k], df, v)
+            t[:, k], p_t[:, k] = fit.t, fit.p
+            se[:, k] = np.sqrt(_between_runs(fit.variance * v, host(state["contrast"][:, k]))) * scale[:, k]
+            nulls.append(draws.ravel()[_spread(draws.size, NULL_SHOWN)])
+        null_sd = np.sqrt(variance) * scale
+        mu = shift * scale
+        if self.estimator != "gaussian":
+            mu, se = estimators.finish(state, self.estimator)
+            mu[~seen], se[~seen] = np.nan, np.nan
+            null_sd = se.copy()
+        return Scores(
+            queries=self._queries,
+            mu=mu,
+            se=se,
+            p=p,
+            q=tests.benjamini_hochberg(p),
+            t=t,
+            p_t=p_t,
+            null_sd=null_sd,
+            observations=observations,
+            mean_loss=np.full(self._rows, np.nan),
+            null_mu=np.stack(nulls),
+            null_ks_p=null_ks_p,
+        )
+
+    def _scale(self, noise: Floats, observations: NDArray[np.int64]) -> Floats:
+        """Returns what turns a row's shift into its mu [N, Q]; NaN for a query whose signals never varied.
+
+        ``noise`` takes the draws of the batches as independent. Where the initial weights are random, it counts by the
+        rows' index of dispersion (variance of the number of visits over its mean, at most 1): a loader that shuffles
+        visits all rows alike, and what the order alone then does is a tenth of the initial weights'
+        (docs/methods/fine.md). The order's noise in a row's own loss is not what the rows' own signals scatter by.
+        """
+        own = self._own.cpu().numpy()
+        visits = np.trim_zeros(observations, "b")  # room for rows to come is no row left out
+        dispersion = np.full(len(noise), min(1.0, float(visits.var() / visits.mean())) if visits.size else 0.0)
+        dispersion[own] = 0.0
+        randomness = 1.0 + dispersion * noise if self._random_weights else noise
+        scale = np.tile(np.where(noise > 0, 1 / np.sqrt(randomness), np.nan), (self._rows, 1))
+        scale[:, own] *= host(self._state["profile"]) / host(self._state["informative"])[:, None]
+        return scale
+
+    def notes(self) -> list[str]:
+        """The average row's own influence, which scores of self-influence are compared with."""
+        if not len(self._own) or self.estimator != "gaussian" or not self._random_weights:
+            return []
+        profile = host(self._started("notes")["profile"])
+        seen = profile[profile > 0]
+        if not seen.size:
+            return []
+        return [
+            f"self-influence: an average row lowers its own loss by {seen.mean():.2g} standard deviations of training "
+            "randomness; scores are differences to that"
+        ]
+
+    def _null(self, query: int, seen: NDArray[np.bool_], variance: Floats) -> tuple[Floats, Floats]:
+        """Returns the standardised dealt shifts [M, R] of the observed rows with a null, and the held-out draw [M]."""
+        dealt = host(self._state["null"][:-1, :, query])
+        keep, v = seen[:: self._stride], variance[:: self._stride]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = dealt[keep] / np.where(v > 0, np.sqrt(v), np.nan)[keep, None]
+        return z[:, 1:], z[:, 0]
+
+    def grow(self, rows: int) -> None:
+        """Enlarges the state to ``rows`` rows; a null over its cap loses draws, then rows, and keeps what is left."""
+        state = self._started("grow")
+        if rows <= self._rows:
+            return
+        for name in PER_ROW:
+            if name in state:
+                state[name] = _enlarged(state[name], rows)
+        draws, stride = _plan_null(rows, self._draws, self._stride)
+        kept = state["null"][:-1][:: stride // self._stride, : draws + 1]
+        state["null"] = _enlarged(kept, -(-rows // stride) + 1)
+        self._rows, self._draws, self._stride = rows, draws, stride
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a snapshot: copies of the tensors, and primitives."""
+        tensors = {name: value.clone() for name, value in self._started("state_dict").items()}
+        return {
+            **tensors,
+            "generator": self._generator.get_state(),
+            "estimator": self.estimator,
+            "queries": [query.name for query in self._queries],
+            "steps": self._steps,
+            "draws": self._draws,
+            "stride": self._stride,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a snapshot after :meth:`start`; folding goes on bit-identically on the same kind of device.
+
+        A snapshot from another kind of device restarts the permutations from a fresh seed: still random, not identical.
+        """
+        own = self._started("load_state_dict")
+        names = [query.name for query in self._queries]
+        if state["queries"] != names or state["estimator"] != self.estimator:
+            raise ValueError(
+                f"FINE.load_state_dict: the checkpoint holds estimator={state['estimator']!r} and queries "
+                f"{state['queries']}, this run has {self.estimator!r} and {names}; resume with the same settings"
+            )
+        rows, device = self._rows, own["noise"].device
+        self._state = {name: state[name].to(device, copy=True) for name in own}
+        self._rows = self._state["shift"].shape[0]
+        self._steps, self._draws, self._stride = int(state["steps"]), int(state["draws"]), int(state["stride"])
+        saved = state["generator"].cpu()
+        if saved.shape == self._generator.get_state().shape:
+            self._generator.set_state(saved)
+        else:
+            self._generator.manual_seed((self.seed + 1 + self._steps) % 2**63)
+        self.grow(rows)
+
+    def _started(self, caller: str) -> dict[str, Tensor]:
+        if not self._state:
+            raise RuntimeError(f"FINE.{caller}: no state yet; call start(rows, queries, device) first")
+        return self._state
+
+
+def _plan_null(rows: int, draws: int, stride: int) -> tuple[int, int]:
+    """Returns draws and stride (a multiple of ``stride``) that keep ``rows / stride x draws`` near the cap."""
+    draws = min(draws, max(2, NULL_CAP // max(rows, 1)))
+    return draws, stride * max(1, -(-rows * draws // (NULL_CAP * stride)))
+
+
+def _between_runs(within: Floats, contrasts: Floats) -> Floats:
+    """Returns the variance [N] of the shifts over training runs, from that of a row's visits [N] and contrasts [N, J].
+
+    The mean square of a row's J contrasts has few degrees of freedom: it is shrunk to the other rows' (in units of the
+    visits' variance), as limma does.
+    """
+    if not contrasts.any():
+        return within
+    known = np.where(within > 0, within, np.nan)
+    df = np.full(len(known), float(contrasts.shape[1]))
+    return tests.moderated_t(np.zeros(len(known)), np.square(contrasts).mean(1) / known, df, known).variance * known
+
+
+def _enlarged(tensor: Tensor, rows: int) -> Tensor:
+    larger = tensor.new_zeros(rows, *tensor.shape[1:])
+    larger[: tensor.shape[0]] = tensor
+    return larger
+
+
+def _spread(size: int, most: int) -> NDArray[np.int64]:
+    """Returns at most ``most`` evenly spaced indices below ``size``."""
+    return np.linspace(0, size - 1, min(size, most)).round().astype(np.int64)

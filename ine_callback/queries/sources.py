@@ -1,0 +1,156 @@
+"""Where queries get their data: the validation loader, any loader or batch, rows of the training set. Read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from ine_callback.data.batches import micro_batches, size_of
+from ine_callback.errors import QueryError
+from ine_callback.queries import Batch, QuerySource
+
+LARGEST_BATCH = 256
+
+
+class DataSource(QuerySource):
+    """Resolves what a query calls its data.
+
+    Args:
+        owner: Class named in messages.
+        loss: Mean loss of a batch, ``(module, batch) -> scalar``.
+        train: The training loader, for lists of dataset indices.
+        val: The validation loaders, for ``"val"``.
+        limit: Rows taken of a larger loader, a fixed random sample.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        loss: Callable[[nn.Module, Batch], Tensor] | None,
+        train: Any = None,
+        val: list[Any] | None = None,
+        limit: int = 2000,
+    ) -> None:
+        self._owner, self._loss, self._train, self._val, self._limit = owner, loss, train, val or [], limit
+        self.notes: list[str] = []
+        self._read_before: list[tuple[list[Any], list[Batch]]] = []
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        if self._loss is None:
+            raise QueryError(f"{self._owner}: a query needs the model's loss; pass loss=lambda module, batch: scalar.")
+        return self._loss(module, batch)
+
+    def batches(self, data: Any) -> list[Batch]:
+        if isinstance(data, str):
+            if data != "val":
+                raise QueryError(f"{self._owner}: '{data}' is not a data set; the only word known is 'val'.")
+            if not self._val:
+                raise QueryError(
+                    f"{self._owner}: query 'val' needs a validation loader and there is none; pass val_dataloaders, "
+                    "raise limit_val_batches, or give the query its own data: queries={'name': loader}."
+                )
+            return self._read("val", self._val)
+        if isinstance(data, list) and data and all(isinstance(row, int) for row in data):
+            return self._rows(data)
+        if isinstance(data, DataLoader) or _is_stream(data):
+            return self._read(type(data).__name__, [data])
+        return self._checked([] if _is_empty(data) else micro_batches(data, LARGEST_BATCH), data)
+
+    def _read(self, name: str, loaders: list[Any]) -> list[Batch]:
+        for known, batches in self._read_before:
+            if len(known) == len(loaders) and all(a is b for a, b in zip(known, loaders, strict=True)):
+                return batches
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            found = [batch for loader in loaders for batch in self._sample(name, loader)]
+        batches = [part for batch in found for part in micro_batches(batch, LARGEST_BATCH)]
+        self._read_before.append((loaders, self._checked(batches, loaders[0])))
+        return batches
+
+    def _sample(self, name: str, loader: Any) -> list[Batch]:
+        """All of a small loader; of a larger one a fixed random sample, or its first batches where it has no length."""
+        dataset: Any = getattr(loader, "dataset", None)
+        sized = (
+            isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        )
+        if sized and loader.batch_size is not None and len(dataset) > self._limit:
+            picked = (
+                torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: self._limit].sort().values
+            )
+            self.notes.append(f"query data '{name}': a random {self._limit} of {len(dataset)} rows")
+            return _load(dataset, picked.tolist(), loader)
+        if sized and loader.batch_size is not None:
+            return _load(dataset, range(len(dataset)), loader)
+        batches, rows = [], 0
+        for batch in loader:
+            batches.append(batch)
+            rows += size_of(batch)
+            if rows >= self._limit:
+                self.notes.append(f"query data '{name}': its first {rows} rows")
+                break
+        return batches
+
+    def _rows(self, rows: list[int]) -> list[Batch]:
+        dataset = self._indexed(rows)
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            return _load(dataset, rows, self._train)
+
+    def _indexed(self, rows: list[int]) -> Any:
+        """The training set, if it has these rows."""
+        dataset: Any = getattr(self._train, "dataset", None)
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise QueryError(
+                f"{self._owner}: {rows[:5]} are dataset indices, but the training set cannot be indexed; pass a batch."
+            )
+        unknown = [row for row in rows if not 0 <= row < len(dataset)]
+        if unknown:
+            raise QueryError(
+                f"{self._owner}: rows {unknown[:5]} are not in the training set; valid are 0 to {len(dataset) - 1}."
+            )
+        return dataset
+
+    @property
+    def training_rows(self) -> int:
+        """Rows of the training set.
+
+        Raises:
+            QueryError: If it cannot be indexed.
+        """
+        return len(self._indexed([]))
+
+    def training(self, rows: Sequence[int]) -> Batch:
+        """Rows of the training set as one batch, by the loader's own collate function.
+
+        Raises:
+            QueryError: If the training set cannot be indexed, or has no such rows.
+        """
+        dataset = self._indexed(list(rows))
+        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+            return next(iter(_load(dataset, rows, self._train, len(rows))))
+
+    def _checked(self, batches: list[Batch], data: Any) -> list[Batch]:
+        if not batches:
+            raise QueryError(
+                f"{self._owner}: the query's data ({type(data).__name__}) is empty; pass at least one batch."
+            )
+        return batches
+
+
+def _load(dataset: Any, rows: Iterable[int], loader: DataLoader[Any], size: int = LARGEST_BATCH) -> list[Batch]:
+    """Reads rows in this process with the loader's own collate function (its workers may be busy)."""
+    return list(DataLoader(Subset(dataset, list(rows)), batch_size=size, collate_fn=loader.collate_fn))
+
+
+def _is_stream(data: Any) -> bool:
+    """A loader of another library: iterable, and not itself a batch."""
+    return (
+        isinstance(data, Iterable) and not isinstance(data, list | tuple | dict | Tensor) and not hasattr(data, "keys")
+    )
+
+
+def _is_empty(data: Any) -> bool:
+    return (not isinstance(data, Tensor) and hasattr(data, "__len__") and len(data) == 0) or size_of(data) == 0

@@ -1,0 +1,103 @@
+"""The ledger: everything that is kept for every row of the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ine_callback.capture.row_losses import RowLosses
+from ine_callback.data.row_ids import RowCheck
+from ine_callback.errors import InfluenceError
+from ine_callback.methods import Method
+from ine_callback.recording.observations import Visits
+from ine_callback.scores import QueryInfo, Scores
+
+
+class Ledger:
+    """Folds the visits of every step into the rows' accumulators; grows where nobody knows how many rows there are.
+
+    Args:
+        owner: Class named in messages.
+        rows: Number of rows, or None where nobody knows.
+        queries: The queries, in column order.
+        methods: What folds.
+        device: Where the accumulators live.
+        random_weights: Whether another run would draw its initial weights anew.
+        contrasts: Contrasts of every signal.
+
+    Attributes:
+        check: What rows may be named.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        rows: int | None,
+        queries: tuple[QueryInfo, ...],
+        methods: Sequence[Method],
+        device: torch.device,
+        random_weights: bool,
+        contrasts: int,
+    ) -> None:
+        self._owner, self._rows, self._queries, self._methods = owner, rows, queries, methods
+        self.check, self._size = RowCheck(owner, rows), rows or 0
+        self._losses = RowLosses(self._size, device)
+        for method in methods:
+            method.start(self._size, queries, device, random_weights, contrasts)
+
+    def fold(self, visits: Visits, rate: float, units: Tensor, known: int) -> None:
+        """Takes a step's visits, at its rate and in units [b, Q]; ``known`` rows exist."""
+        self.check.count = known
+        if known > self._size:
+            self._grow(max(known, 2 * self._size))
+        self._losses.add(visits.rows, visits.losses)
+        for method in self._methods:
+            method.fold(visits.rows, visits.signals[..., 0], rate, units, visits.signals[..., 1:])
+
+    def _grow(self, rows: int) -> None:
+        self._size = rows
+        self._losses.grow(rows)
+        for method in self._methods:
+            method.grow(rows)
+
+    def scores(self) -> Scores:
+        """The scores so far of the rows that exist."""
+        scores = replace(self._methods[0].finish(), mean_loss=self._losses.mean())
+        return scores.first(self.check.count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types: 28 bytes a row and query, 28 a row, and the null (docs/howto/long-runs.md)."""
+        return {
+            "settings": self._settings(),
+            "rows": self.check.count,
+            "size": self._size,
+            "losses": self._losses.state_dict(),
+            "methods": [method.state_dict() for method in self._methods],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` returned.
+
+        Raises:
+            InfluenceError: If it was recorded with other queries or methods, or with more rows.
+        """
+        saved, here = state["settings"], self._settings()
+        if saved != here or (self._rows is not None and state["rows"] > self._rows):
+            raise InfluenceError(
+                f"{self._owner}: the checkpoint holds {saved} and {state['rows']} rows, this run has {here} and "
+                f"{self._rows or 'any number of'} rows; resume with the same data and settings."
+            )
+        for method, of_method in zip(self._methods, state["methods"], strict=True):
+            method.load_state_dict(of_method)  # first: it may refuse, and then nothing is taken up
+        self.check.count = max(self.check.count, state["rows"])
+        self._losses.load_state_dict(state["losses"])
+        self._grow(max(self._size, state["size"]))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run."""
+        kinds = [type(method).__name__ for method in self._methods]
+        return {"queries": [query.name for query in self._queries], "methods": kinds}

@@ -1,0 +1,1 @@
+"""Directions of queries and their inner products with the rows' gradients."""

@@ -1,0 +1,1 @@
+"""Shared tools without a place of their own: isolation, options."""

@@ -1,0 +1,170 @@
+"""The reservoir's discount against dense linear algebra, alone and through the recorder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import Keep, cross_entropy, mlp
+from test_kfac import block, draw, outer
+from torch import Tensor
+
+import ine_callback.curvature.gradient_sample as module
+from ine_callback import Recorder
+from ine_callback.capture import Block, Lookup, Outer, Record, Vector
+from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.errors import InfluenceError
+
+ALONE = Lockstep(torch.device("cpu"), alone=True)
+CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # gradients are kept in float32
+
+
+def dense(basis: Tensor, held: Tensor, v: Tensor) -> Tensor:
+    """D v for rows' gradients [m, P] and v [Q, P] from the definition: orthonormal directions, measured elsewhere."""
+    values, vectors = torch.linalg.eigh(basis.T @ basis)
+    u = vectors[:, values > 1e-7 * values[-1]]
+    curved = (held @ u).square().mean(0)
+    return v - v @ u @ torch.diag(1 - torch.exp(-curved)) @ u.T
+
+
+def split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that span, three of every four, and those that measure."""
+    last = torch.arange(len(rows)) % 4 == 3
+    return rows[~last], rows[last]
+
+
+def filled(records: dict[Block, Record], rows: int = 100, terms: float = 1.0) -> tuple[Reservoir, Tensor]:
+    """A reservoir that kept one whole batch, and the order in which it keeps the batch's rows."""
+    size = next(iter(records.values())).rows
+    reservoir = Reservoir(rows)
+    reservoir.open(list(records.items()), ALONE)
+    reservoir.draw(size, terms, size)
+    for own, record in records.items():
+        reservoir.observe(own, record)
+    reservoir.commit()
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return reservoir, order
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small reservoirs count in these tests."""
+    monkeypatch.setattr(module, "FEWEST", 2)
+
+
+def test_discount_equals_the_dense_form_over_layers_of_every_kind(few: None) -> None:
+    size, terms = 8, 3.0
+    made = [outer(size), outer(size, groups=2), outer(size, positions=3), Vector(draw(size, 4))]
+    records = {block(record): record for record in made}
+    reservoir, order = filled(records, terms=terms)
+    exponents = {own: (0.02 * (k + 1), 0.1 * k) for k, own in enumerate(records)}
+    v = {own: draw(2, *own.layout) for own in records}
+    rows, queries = [], []
+    for own, record in records.items():
+        root = exponents[own][0] ** 0.5
+        rows.append(root * (terms * size) ** 0.5 * record.gradient(slice(0, size)).flatten(1)[order])
+        queries.append(root * v[own].flatten(1))
+    together = torch.cat(rows, 1)
+    expected = dense(*split(together), torch.cat(queries, 1)).split([q.shape[1] for q in queries], 1)
+    found = reservoir.apply(v, exponents, ALONE)
+    for own, part in zip(records, expected, strict=True):
+        exponent, decay = exponents[own]
+        torch.testing.assert_close(
+            found[own].flatten(1), part / exponent**0.5 * torch.exp(torch.tensor(-decay)), **CLOSE
+        )
+
+
+def test_nothing_ahead_leaves_the_directions_as_they_are(few: None) -> None:
+    record = outer(6)
+    own = block(record)
+    v = draw(3, *own.layout)
+    torch.testing.assert_close(filled({own: record})[0].apply({own: v}, {own: (0.0, 0.0)}, ALONE)[own], v, **CLOSE)
+
+
+def test_recorded_signals_average_both_discounts(few: None) -> None:
+    """U = (K-FAC's + the reservoir's) / 2, the latter from a loop over rows."""
+    model, b, lr, total = mlp().double(), 8, 0.3, 6
+    x, y = draw(b, 4), torch.randint(3, (b,))
+    query = draw(3, 4), torch.randint(3, (3,))
+    parameters = list(model.parameters())
+
+    def flat(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(cross_entropy(model, batch), parameters)])
+
+    rows = torch.stack([flat((x[k : k + 1], y[k : k + 1])) for k in range(b)])
+    v = flat(query)[None]
+    order = torch.randperm(b, generator=torch.Generator().manual_seed(0))
+    kept = rows[order] * (lr * (total - 1)) ** 0.5
+    u = dense(*split(kept), v)
+    state = {k: p.clone() for k, p in model.state_dict().items()}
+    found = {}
+    for reservoir in (0, 100):
+        model.load_state_dict(state)
+        sgd, keep = torch.optim.SGD(model.parameters(), lr=lr), Keep()
+        recorder = Recorder(
+            model, sgd, b, {"val": query}, cross_entropy, [keep], total, reservoir=reservoir, on_error="raise"
+        )
+        with recorder:
+            with recorder.batch(torch.arange(b), (x, y)):
+                cross_entropy(model, (x, y)).backward()
+            sgd.step()
+            sgd.zero_grad()
+        found[reservoir] = keep.steps[0][1]
+    torch.testing.assert_close(found[100], (found[0] + rows @ u.T / b) / 2, **CLOSE)
+    assert (found[100] - found[0]).abs().max() > 1e-3
+
+
+def test_rows_are_a_uniform_sample_of_those_seen() -> None:
+    """After 40 batches every batch has its share of the places: a binomial count, four standard deviations wide."""
+    record = Vector(draw(50, 1))
+    own = block(record)
+    reservoir = Reservoir(400)
+    reservoir.open([(own, record)], ALONE)
+    for batch in range(40):
+        reservoir.draw(50, 1.0, 1)
+        reservoir.observe(own, Vector(torch.full((50, 1), float(batch))))
+        reservoir.commit()
+    counts = reservoir._kept[own].right.flatten().long().bincount(minlength=40)
+    assert int(counts.sum()) == 400
+    assert abs(float(counts[:20].sum()) - 200) < 4 * 10
+    assert int(counts.max()) < 10 + 4 * 3.2
+
+
+def test_a_block_left_out_of_a_batch_has_no_gradient_there(few: None) -> None:
+    one, two = Vector(draw(4, 2)), Vector(draw(4, 3))
+    reservoir, _ = filled({block(one): one, block(two): two}, rows=4)
+    first, second = reservoir._kept
+    reservoir._seen = 4
+    reservoir.draw(4, 1.0, 1)
+    reservoir.observe(first, Vector(torch.ones(4, 2)))
+    reservoir.commit()
+    replaced = (reservoir._kept[first].right == 1).all(1)
+    assert 0 < int(replaced.sum()) < 4
+    assert (reservoir._kept[second].right[replaced] == 0).all()
+
+
+def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
+    one, table = outer(4), Lookup(torch.randint(4, (4, 3)), draw(4, 3, 2), 4)
+    own, words = block(one), block(table)
+    reservoir = Reservoir(8)
+    reservoir.open([(own, one), (words, table)], ALONE)
+    reservoir.draw(4, 1.0, 4)
+    for _ in range(2):
+        reservoir.observe(own, one)
+    reservoir.observe(words, table)
+    reservoir.commit()
+    assert reservoir.apply({own: draw(1, *own.layout), words: draw(1, *words.layout)}, {}, ALONE) == {}
+
+
+def test_gradients_too_large_to_keep_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    record = Outer(draw(4, 1, 1, 9), draw(4, 1, 1, 9))
+    reservoir = Reservoir(100)
+    reservoir.open([(block(record), record)], ALONE)
+    assert reservoir.rows == 0 and "K-FAC" in reservoir.note
+
+
+@pytest.mark.parametrize("rows", [-1, 2.5])
+def test_no_count_is_refused(rows: int) -> None:
+    with pytest.raises(InfluenceError, match=f"reservoir={rows}"):
+        Reservoir(rows)

@@ -1,0 +1,221 @@
+"""Processes that train together: real ones over gloo, a bare DDP loop, breakdowns in one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from regimes.accidents import accident
+from regimes.identical import unequal
+from regimes.once import spawned
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ine_callback import InfluenceReport, Recorder
+from ine_callback.capture import Block, Capture
+from ine_callback.capture.coverage import Coverage
+from ine_callback.capture.per_sample_gradients import Vector
+from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.errors import InfluenceError
+from ine_callback.methods import FINE
+from ine_callback.queries import LossQuery
+from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.observations import Pending
+from ine_callback.scoring.signals import Signals
+
+ROWS, BATCH, STEPS = 48, 8, 24
+KEPT = 40  # rows of a process in the reservoir's own test
+PLACES = [
+    (Recorder, "_start_batch"),
+    (Recorder, "_see"),
+    (Recorder, "_receive"),
+    (Recorder, "_settle"),
+    (Recorder, "_after_step"),
+    (Ledger, "fold"),
+    (Capture, "start_batch"),
+    (Coverage, "prove"),
+    (Signals, "refresh"),
+    (Signals, "_gradients"),
+    (KFAC, "observe"),
+    (Reservoir, "commit"),
+    (Pending, "take"),
+    (FINE, "fold"),
+]
+Batch = tuple[Tensor, Tensor]
+
+
+class Net(nn.Module):
+    """A network; ``more`` lets the first process alone use one more layer."""
+
+    def __init__(self, more: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.more = nn.Linear(3, 3) if more else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return x if self.more is None or dist.get_rank() else self.more(x)
+
+
+def loss_of(module: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def problem(more: bool = False) -> tuple[Net, Batch, Batch, list[Tensor]]:
+    """A network, training and held-out rows, and the rows of each step's batch."""
+    torch.manual_seed(0)
+    x, y = torch.randn(ROWS + 16, 5), torch.randint(3, (ROWS + 16,))
+    order = torch.cat([torch.randperm(ROWS) for _ in range(BATCH * STEPS // ROWS)]).split(BATCH)
+    return Net(more), (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), list(order)
+
+
+def train(
+    parts: int = 1, rank: int = 0, recorded: bool = True, more: bool = False, saved: bool = False, **options: Any
+) -> tuple[list[Tensor], InfluenceReport | None]:
+    """Trains on the ``rank``-th of ``parts`` of every batch; returns the weights and the report.
+
+    ``saved``: the state is asked for after every step, as checkpoints do.
+    """
+    module, (x, y), held_out, order = problem(more)
+    wrapped = DistributedDataParallel(module, find_unused_parameters=more) if parts > 1 else module
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)
+    settings = {"rows": ROWS, "total_steps": STEPS, "refresh_every": 4, "curvature_every": 1, "distributed": parts > 1}
+    queries = {"val": LossQuery(held_out), "own": "self"}
+    recorder = Recorder(module, optimizer, queries=queries, loss=loss_of, **settings | options)
+    if recorded:
+        recorder.start()
+    for batch in order:
+        rows = batch[rank::parts]
+        recorder.start_batch(rows, (x[rows], y[rows]))
+        loss = loss_of(wrapped, (x[rows], y[rows]))
+        recorder.see(loss)
+        loss.backward()
+        recorder.end_batch()
+        optimizer.step()
+        optimizer.zero_grad()
+        if saved:
+            with contextlib.suppress(InfluenceError):
+                recorder.state_dict()
+    recorder.stop()
+    return [p.detach().clone() for p in module.parameters()], recorder.report() if recorded else None
+
+
+def matrix() -> Block:
+    return Block("weight", (nn.Parameter(torch.zeros(6)),), (6,))
+
+
+def joined(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A process's rows in a reservoir, and what all of them together make of v."""
+    record = Vector(torch.randn(KEPT, 6, generator=torch.Generator().manual_seed(rank)))
+    reservoir, own, processes = Reservoir(200), matrix(), Lockstep(torch.device("cpu"), alone=False)
+    reservoir.open([(own, record)], processes)
+    reservoir.draw(KEPT, 1.0, 1)
+    reservoir.observe(own, record)
+    reservoir.commit()
+    v = torch.arange(12.0).reshape(2, 6)
+    applied = reservoir.apply({own: v}, {own: (0.3, 0.1)}, processes)[own]
+    return reservoir._kept[own].right[:KEPT], applied, v
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found: dict[Any, Any] = {
+        "plain": train(2, rank, recorded=False),
+        "no reservoir": train(2, rank, reservoir=0),
+        "default": train(2, rank),
+        "growing": train(2, rank, reservoir=0, rows=None),
+        "more": train(2, rank, more=True),
+        "more, by autograd": train(2, rank, more=True, uncaptured="fallback"),
+        "joined": joined(rank),
+        "more, plain": train(2, rank, more=True, recorded=False),
+    }
+    for owner, name in PLACES:
+        for after in (0,) if name == "prove" else (0, 5):
+            with accident(owner, name, after, lambda: rank == 1):
+                found[owner.__name__, name, after] = train(2, rank, saved=True)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together() -> list[dict[Any, Any]]:
+    return spawned("processes", process)
+
+
+@pytest.mark.parametrize("kind", ["no reservoir", "growing"])
+def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[dict[Any, Any]], kind: str) -> None:
+    """With the discount: directions are made of the curvature that all processes saw."""
+    weights, alone = train(reservoir=0)
+    (mine, one), (_, other) = (found[kind] for found in together)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, mine, strict=True))
+    assert not unequal(one, other)
+    for name in ("mu", "se", "null_sd", "mean_loss"):
+        np.testing.assert_allclose(getattr(one.scores, name), getattr(alone.scores, name), rtol=2e-4, atol=1e-4)
+    assert (one.observations == alone.observations).all() and one.run.steps == STEPS
+    off = train(reservoir=0, discount=False)[1]
+    assert off is not None and np.abs(off.scores.mu - alone.scores.mu).max() > 0.1  # so it could have shown
+
+
+def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[dict[Any, Any]]) -> None:
+    (_, one), (_, other) = (found["default"] for found in together)
+    alone = train()[1]
+    assert not unequal(one, other) and alone is not None
+    for k in range(2):  # which rows it draws differs
+        assert np.corrcoef(one.scores.mu[:, k], alone.scores.mu[:, k])[0, 1] > 0.97
+    assert np.abs(one.scores.mu - together[0]["no reservoir"][1].scores.mu).max() > 0.01
+
+
+def test_the_reservoir_is_that_of_all_rows(together: list[dict[Any, Any]]) -> None:
+    (one, applied, v), (other, again, _) = (found["joined"] for found in together)
+    assert torch.equal(applied, again) and not torch.equal(one, other)
+    reservoir, own = Reservoir(200), matrix()
+    reservoir.open([(own, Vector(torch.cat([one, other])))], Lockstep(one.device, alone=True))
+    reservoir._kept[own].right[: 2 * KEPT] = torch.cat([one, other])
+    reservoir._filled = 2 * KEPT
+    expected = reservoir.apply({own: v}, {own: (0.3, 0.1)}, Lockstep(one.device, alone=True))[own]
+    torch.testing.assert_close(applied, expected)
+    assert (applied - v).abs().max() > 0.05
+
+
+def test_training_is_as_without_us(together: list[dict[Any, Any]]) -> None:
+    for found in together:
+        for kind in found.keys() - {"joined"}:
+            plain = found["more, plain" if isinstance(kind, str) and kind.startswith("more") else "plain"][0]
+            assert all(torch.equal(a, b) for a, b in zip(found[kind][0], plain, strict=True)), kind
+
+
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner.__name__}.{name}" for owner, name in PLACES])
+def test_a_breakdown_in_one_process_ends_the_recording_in_all(
+    together: list[dict[Any, Any]], owner: type, name: str, after: int
+) -> None:
+    """Nobody waits for it: the training went on, which the test before shows."""
+    key = (owner.__name__, name, after)
+    if key not in together[0] or (name == "prove" and after):
+        pytest.skip("called once a run")
+    first, second = (found[key][1] for found in together)
+    assert any("the roof fell in" in note for note in second.run.notes), second.run.notes
+    assert any("process 1 of 2 stopped recording" in note for note in first.run.notes), first.run.notes
+    assert abs(first.run.steps - second.run.steps) <= 1 < STEPS
+
+
+def test_a_layer_that_one_process_uses_is_left_out_in_all(together: list[dict[Any, Any]]) -> None:
+    for kind in ("more", "more, by autograd"):
+        (_, one), (_, other) = (found[kind] for found in together)
+        assert not unequal(one, other) and one.run.steps == STEPS, (one.run.notes, other.run.notes)
+
+
+def test_one_alone_meets_nobody() -> None:
+    alone = Lockstep(torch.device("cpu"), alone=True)
+    assert alone.meet(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
+    alone.leave()
+    assert alone.meet() == [[0, 0]] and not alone.dissolved
