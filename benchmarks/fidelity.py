@@ -80,10 +80,10 @@ class Setting:
 class StepwiseFINE(FINE):
     """Every step's shifts in units of that step's own noise, summed and divided by sqrt(T): no step weighs more."""
 
-    def fold(
+    def update(
         self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
     ) -> None:
-        super().fold(rows, signals / signals.std(0), 1.0)
+        super().update(rows, signals / signals.std(0), 1.0)
 
 
 class SummedFINE(FINE):

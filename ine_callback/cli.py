@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from ine_callback._version import __version__
 from ine_callback.report import InfluenceReport, ScoreTable
+from ine_callback.report.attribution_view import section
 from ine_callback.report.export import LISTS, Format, contents
 from ine_callback.report.optional import need
 from ine_callback.report.runinfo import jsonable
@@ -147,6 +148,7 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
     show.add_argument("--bottom", type=int, metavar="K", help="the K rows with the smallest scores")
     show.add_argument("--flagged", action="store_true", help="all rows beyond chance, largest |μ| first")
     show.add_argument("--q", type=float, help="flagged are q-values up to this; default .05")
+    show.add_argument("--method", metavar="NAME", help="a method that ran on the trained model, such as BIF")
     show.add_argument("--json", action="store_true", help="the same as JSON")
 
     out = command("export", _export, "write scores, or lists of rows, for other programs", EXPORT_EXAMPLES, "PATH")
@@ -177,6 +179,8 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.q is not None and not arguments.flagged:
         raise ValueError("show: --q belongs to --flagged; add it")
     report = InfluenceReport.load(arguments.path)
+    if arguments.method is not None:
+        return _show_method(report, arguments)
     tables = _tables(report, arguments)
     if arguments.json:
         lists = {name: [jsonable(one._asdict(), name) for one in table] for name, table in tables.items()}
@@ -186,6 +190,25 @@ def _show(arguments: argparse.Namespace) -> int:
         for part in parts or [report]:
             _say(part)
     return NOT_FOUND if arguments.flagged and not len(tables["flagged"]) else FOUND
+
+
+def _show_method(report: InfluenceReport, arguments: argparse.Namespace) -> int:
+    """One fit-end method's page; with ``--query`` its best and worst rows on that query."""
+    stages = report.stages(arguments.method)
+    if not stages:
+        there = ", ".join(dict.fromkeys(each.method for each in report.attributions)) or "none"
+        raise ValueError(f"show: no method {arguments.method!r} ran on the trained model; there are: {there}")
+    last = stages[-1]
+    if arguments.json:
+        asked = [query.name for query in last.queries] if arguments.query is None else [arguments.query]
+        k = arguments.top or LISTED
+        lists = {name: {"top": last.top(k, name).tolist(), "bottom": last.bottom(k, name).tolist()} for name in asked}
+        _say_json({"method": last.method, "at": last.at, "reliable": last.reliable, "queries": lists})
+        return FOUND
+    from rich.console import Group
+
+    _say(Group(*section(stages, report.scores)))
+    return FOUND
 
 
 def _tables(report: InfluenceReport, arguments: argparse.Namespace) -> dict[str, ScoreTable]:

@@ -38,14 +38,14 @@ class Keep(Method):
     ) -> None:
         self.queries = queries
 
-    def fold(
+    def update(
         self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
     ) -> None:
         self.steps.append((rows.clone(), signals.clone(), rate))
         assert unit is not None
         self.units.append(unit.clone())
 
-    def finish(self) -> Scores:
+    def compute(self) -> Scores:
         raise NotImplementedError
 
     def grow(self, rows: int) -> None:

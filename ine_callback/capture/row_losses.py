@@ -157,6 +157,16 @@ _LOSSES = {
 }
 
 
+def loss_node(loss: Tensor) -> Any:
+    """The node of the graph where a loss of a known form takes prediction and target; None for another form."""
+    node: Any = loss.grad_fn
+    for _ in range(_SEARCH_DEPTH):
+        if node is None or node.name() in _LOSSES:
+            return node
+        node = next((function for function, _ in node.next_functions if function is not None), None)
+    return None
+
+
 class RowLosses:
     """Each row's training loss averaged over its visits: the free baseline beside every score.
 

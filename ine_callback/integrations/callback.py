@@ -20,7 +20,9 @@ from ine_callback.data.row_ids import RowTracker
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.batch_hooks import BatchHooks
+from ine_callback.integrations.legacy import former
 from ine_callback.integrations.loggers import RunLog, run_folder
+from ine_callback.integrations.progress import progress_of
 from ine_callback.integrations.trainer import (
     evaluating,
     is_known,
@@ -31,16 +33,14 @@ from ine_callback.integrations.trainer import (
     transferred,
     unscale,
 )
-from ine_callback.methods import BIF, EndMethod, Method, split_methods
-from ine_callback.methods.bif.scores import Stage
-from ine_callback.methods.bif.stage import Stages
+from ine_callback.methods import FitContext, FitEndMethod, FitEndMethods, Method, split_methods
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.report.html import save_with_page
-from ine_callback.scores import Floats
+from ine_callback.scores import Scores, Stage
 from ine_callback.utilities.isolation import unmoved
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_options, given
 
@@ -117,7 +117,7 @@ class InfluenceCallback(Callback):
         | dict[str, str | Query | list[int]]
         | dict[str, Any]
         | Callable[..., Any] = "val",
-        methods: list[Method | EndMethod] | None = None,
+        methods: list[Method | FitEndMethod] | None = None,
         enabled: bool = True,
         refresh_every: int | None = None,
         curvature_every: int | None = None,
@@ -154,7 +154,7 @@ class InfluenceCallback(Callback):
         self.report: InfluenceReport | None = None
         self._tracker: RowTracker | None = None
         self._recorder: Recorder | None = None
-        self._stages: Stages | None = None
+        self._fit_end = FitEndMethods([], owner)
         self._log: RunLog | None = None
         self._saved: dict[str, Any] = {}
         self._folder: Path | None = None
@@ -163,7 +163,7 @@ class InfluenceCallback(Callback):
     # -- setting up ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._recorder = self._stages = self._log = None
+        self._recorder = self._log = None
         if not self.enabled or stage != "fit":
             return
         owner = self.owner
@@ -220,8 +220,8 @@ class InfluenceCallback(Callback):
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
             raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
-        loss = ModuleLoss(pl_module, owner)
-        folding, chains = (None, None) if self.methods is None else split_methods(self.methods, owner)
+        loss = self._loss = ModuleLoss(pl_module, owner)
+        training, ending = (None, []) if self.methods is None else split_methods(self.methods, owner)
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
         self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
@@ -230,7 +230,7 @@ class InfluenceCallback(Callback):
             rows=self.num_rows or self._tracker.size,
             queries=self.queries,
             loss=loss.training,
-            methods=folding,
+            methods=training,
             total_steps=steps_ahead(trainer),
             schedulers=schedulers_of(trainer),
             refresh_every=self.refresh_every,
@@ -252,7 +252,9 @@ class InfluenceCallback(Callback):
         )
         self._recorder.start()
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
-        self._stages = None if chains is None else self._stages_of(trainer, pl_module, chains)
+        self._fit_end = FitEndMethods(ending, owner, self.on_error)
+        bound = self._recorder.bound
+        self._fit_end.check([query.info for query in bound], is_sharded(pl_module), self._source.is_indexed)
         self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             self._go_on(trainer, self._recorder)
@@ -265,8 +267,7 @@ class InfluenceCallback(Callback):
         if self._recorder is None:
             return
         try:
-            stages = None if self._stages is None else self._stages.state_dict()
-            checkpoint[KEY] = {"recorder": self._recorder.state_dict(), "stages": stages}
+            checkpoint[KEY] = {"recorder": self._recorder.state_dict(), "fit_end": self._fit_end.state_dict()}
         except Exception as error:  # a checkpoint must never be lost to us
             if self.on_error == "raise":
                 raise
@@ -282,8 +283,7 @@ class InfluenceCallback(Callback):
         try:
             if saved:
                 recorder.load_state_dict(saved["recorder"])
-                if self._stages is not None and saved["stages"] is not None:
-                    self._stages.load_state_dict(saved["stages"])
+                self._fit_end.load_state_dict(saved["fit_end"] if "fit_end" in saved else former(saved["stages"]))
                 recorder.note(f"resumed at step {step} from a checkpoint")
                 if restarts_in_an_epoch(trainer):
                     recorder.note(
@@ -328,45 +328,38 @@ class InfluenceCallback(Callback):
             if not trainer.fit_loop._should_accumulate():
                 self._recorder.discard()
 
-    # -- chains -------------------------------------------------------------------------------------------------------
+    # -- methods that run on a trained model --------------------------------------------------------------------------
 
-    def _stages_of(self, trainer: Trainer, pl_module: LightningModule, chains: EndMethod) -> Stages:
-        assert isinstance(chains, BIF) and self._recorder is not None
-        if is_sharded(pl_module):
-            raise InfluenceError(
-                f"{self.owner}: BIF's chains need the whole weights in each process; leave BIF out here, and "
-                "call run_bif on a checkpoint with devices=1."
+    def _run_fit_end(self, trainer: Trainer, pl_module: LightningModule, at: Stage, scores: Scores | None) -> None:
+        """Runs the methods that are due; what fails in them is noted and costs nothing else."""
+        assert self._recorder is not None
+        recorder = self._recorder
+        if not self._fit_end.due(at):
+            return
+        with recorder.capture.paused():
+            self._fit_end.run(
+                FitContext(
+                    pl_module,
+                    recorder.bound,
+                    self._source,
+                    self._loss.training,
+                    lambda batch: transferred(trainer, batch),
+                    lambda: evaluating(trainer),
+                    progress=progress_of(trainer),
+                    scores=scores,
+                    factors=recorder.signals.curvature,
+                    gradient_sample=recorder.signals.reservoir,
+                    layers=self.layers,
+                    at=at,
+                    owner=self.owner,
+                )
             )
-        return Stages(
-            chains,
-            pl_module,
-            self._source,
-            self._recorder.bound,
-            lambda batch: transferred(trainer, batch),
-            lambda: evaluating(trainer),
-            trainer.progress_bar_callback,
-            self.owner,
-        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._recorder is not None and self._stages is not None:
-            with self._recorder.capture.paused():
-                for note in self._run_chains(self._stages, trainer.current_epoch + 1):
-                    self._recorder.note(note)
+        if self._recorder is not None:
+            self._run_fit_end(trainer, pl_module, trainer.current_epoch + 1, None)
         if self._recorder is not None and self._recorder.recording and self._log is not None:
             self._log.epoch(self._recorder.ledger.scores)
-
-    def _run_chains(self, stages: Stages, at: Stage, mu: Floats | None = None) -> list[str]:
-        """A stage's chains; a note where they could not run, for nothing else must be lost to them."""
-        try:
-            stages.run(at, mu)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            message = f"BIF failed: {type(error).__name__}: {error}"
-            warnings.warn(f"{self.owner}: {message} The report holds the rest.", stacklevel=2)
-            return [message]
-        return []
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -376,8 +369,7 @@ class InfluenceCallback(Callback):
         self._recorder.stop()
         try:
             self.report = self._recorder.report()
-            if self._stages is not None:
-                self.report = self._with_chains(trainer, self._stages, self.report)
+            self.report = self._with_attributions(trainer, pl_module, self.report)
             folder = self._folder
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
@@ -394,11 +386,13 @@ class InfluenceCallback(Callback):
             what = "the report was lost" if self.report is None else unsaved
             warnings.warn(f"{self.owner}: {what}: {type(error).__name__}: {error}", stacklevel=2)
 
-    def _with_chains(self, trainer: Trainer, stages: Stages, report: InfluenceReport) -> InfluenceReport:
-        interrupted = trainer.state.status == TrainerStatus.INTERRUPTED
-        notes = [] if interrupted else self._run_chains(stages, "end", report.scores.mu)
-        run = replace(report.run, notes=[*report.run.notes, *notes, *stages.missed()])
-        return InfluenceReport(report.scores, run, stages.found)
+    def _with_attributions(
+        self, trainer: Trainer, pl_module: LightningModule, report: InfluenceReport
+    ) -> InfluenceReport:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._run_fit_end(trainer, pl_module, "end", report.scores)
+        run = replace(report.run, notes=[*report.run.notes, *self._fit_end.notes, *self._fit_end.missed()])
+        return InfluenceReport(report.scores, run, self._fit_end.found)
 
     def _folder_of(self, trainer: Trainer) -> Path | None:
         if self.dirpath is not None:

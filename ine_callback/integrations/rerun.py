@@ -11,15 +11,18 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
 from ine_callback.errors import InfluenceError
+from ine_callback.integrations.progress import progress_of
 from ine_callback.integrations.trainer import evaluating, overrides, transferred
+from ine_callback.methods.bif.fit_end import run_chains
 from ine_callback.methods.bif.rowloss import RowLoss
-from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.methods.bif.settings import BIF
-from ine_callback.methods.bif.stage import Stages
+from ine_callback.methods.context import FitContext
+from ine_callback.methods.fit_end import Interrupted
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
 from ine_callback.report import InfluenceReport
+from ine_callback.scores import Attribution
 
 OWNER = "run_bif"
 
@@ -35,7 +38,7 @@ def run_bif(
     loss_fn: RowLoss | None = None,
     report: InfluenceReport | None = None,
     max_query_rows: int = 2000,
-) -> BIFScores:
+) -> Attribution:
     """Bayesian influence of training rows, with a Trainer's device, precision and progress bar but without a fit.
 
     For a fit whose chains failed or were not asked for, and for checkpoints
@@ -52,7 +55,7 @@ def run_bif(
         datamodule: Where loaders come from; it is prepared and set up for ``"fit"``.
         loss_fn: Losses of single rows, see :func:`~ine_callback.bif_scores`.
         report: f-INE's report of the fit: it chooses the rows of a large training set. To keep the chains in it:
-            ``report.with_bif(scores)``.
+            ``report.with_attributions(scores)``.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
 
     Returns:
@@ -74,20 +77,25 @@ def run_bif(
         raise InfluenceError(f"{OWNER}: {trainer.world_size} processes are not supported; use Trainer(devices=1).")
     train, val = _loaders(trainer, module, train_dataloaders, val_dataloaders, datamodule)
     with _connected(trainer, module, datamodule):
-        source = DataSource(OWNER, ModuleLoss(module, OWNER), train, val, max_query_rows)
-        stages = Stages(
-            replace(bif or BIF(), at=("end",)),
+        loss = ModuleLoss(module, OWNER)
+        source = DataSource(OWNER, loss, train, val, max_query_rows)
+        context = FitContext(
             module,
-            source,
             [bound for name, query in parse(queries, OWNER).items() for bound in query.bind(name, source)],
+            source,
+            loss.training,
             lambda batch: transferred(trainer, batch),
             lambda: evaluating(trainer),
-            trainer.progress_bar_callback,
-            OWNER,
-            loss_fn,
+            progress=progress_of(trainer),
+            scores=None if report is None else report.scores,
+            owner=OWNER,
         )
-        stages.run("end", None if report is None else report.scores.mu)
-    found = stages.found[0]
+        if not context.queries:
+            raise InfluenceError(f"{OWNER}: BIF has no query: 'self' is f-INE's alone; add 'val' or another one.")
+        try:
+            found = run_chains(bif or BIF(), context, loss_fn)
+        except Interrupted as stopped:
+            found = stopped.found
     return replace(found, notes=(*source.notes, *found.notes))
 
 

@@ -1,4 +1,4 @@
-"""The protocol of a method: fold each step's signals into per-row state, turn the state into scores at the end."""
+"""The protocol of a method that accumulates over training: steps update per-row state, which the end makes scores."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ import numpy as np
 from torch import Tensor, device
 
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.fit_end import FitEndMethod, checked_fit_end
 from ine_callback.scores import Floats, QueryInfo, Scores
+
+_FORMER = {"fold": "update", "finish": "compute"}  # names of the abstract methods before 0.2
 
 
 class Method(ABC):
-    """A way to turn signals into scores. Life: ``start`` once, ``fold`` every optimizer step, ``finish`` once.
+    """A way to turn signals into scores. Life: ``start`` once, ``update`` every optimizer step, ``compute`` at the end.
 
     Implementations keep tensors on the run's device, accumulate in float32 or better and never synchronise with the
-    host in ``fold``.
+    host in ``update``.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Takes methods written for earlier versions, which called ``update`` ``fold`` and ``compute`` ``finish``."""
+        super().__init_subclass__(**kwargs)
+        for former, name in _FORMER.items():
+            if former in vars(cls) and name not in vars(cls):
+                setattr(cls, name, vars(cls)[former])
 
     @abstractmethod
     def start(
@@ -36,12 +46,12 @@ class Method(ABC):
             queries: The queries.
             device: Where the state lives.
             random_weights: Whether initial weights are part of training randomness: they leave a variance of 1 in
-                every query, in squared units of ``fold``.
-            contrasts: Contrasts J that ``fold`` will be given.
+                every query, in squared units of ``update``.
+            contrasts: Sign contrasts J that ``update`` will be given.
         """
 
     @abstractmethod
-    def fold(
+    def update(
         self,
         rows: Tensor,
         signals: Tensor,
@@ -65,8 +75,8 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def finish(self) -> Scores:
-        """Returns the scores; the state stays valid, so training may go on and ``finish`` be called again."""
+    def compute(self) -> Scores:
+        """Returns the scores; the state stays valid, so training may go on and ``compute`` be called again."""
 
     def notes(self) -> list[str]:
         """Sentences for the report about the scores."""
@@ -90,53 +100,40 @@ def host(tensor: Tensor) -> Floats:
     return np.array(tensor.cpu().numpy(), dtype=np.float64)
 
 
-class EndMethod(ABC):
-    """A way to score rows after training, from the trained weights alone; run by the callback, not by the recorder.
-
-    Nothing but its settings lives here: there is no state to fold steps into, to checkpoint or to resume.
-    """
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as plain types, for the report."""
-
-
-def split_methods(methods: Sequence[Method | EndMethod], owner: str) -> tuple[list[Method], EndMethod | None]:
-    """The method that folds steps, and the one that runs when training has ended.
+def split_methods(methods: Sequence[Method | FitEndMethod], owner: str) -> tuple[list[Method], list[FitEndMethod]]:
+    """The method that accumulates over training, if there is one, and those that run on the trained model.
 
     Raises:
-        InfluenceError: If there is none of the first kind, or two of either.
+        InfluenceError: If there is none at all, or two of the first kind.
 
     Example:
         >>> from ine_callback import BIF, FINE
-        >>> split_methods([FINE(), BIF()], "InfluenceCallback")[1].draws
+        >>> split_methods([FINE(), BIF()], "InfluenceCallback")[1][0].draws
         200
-    """
-    if not isinstance(methods, Sequence):
-        return checked_methods(methods, owner), None
-    ending = [method for method in methods if isinstance(method, EndMethod)]
-    if len(ending) > 1:
-        raise InfluenceError(
-            f"{owner}: {len(ending)} methods run at the end of training; give one, e.g. [FINE(), BIF()]."
-        )
-    folding = [method for method in methods if not isinstance(method, EndMethod)]
-    if ending and not folding:
-        kind = type(ending[0]).__name__
-        raise InfluenceError(f"{owner}: {kind} needs f-INE beside it: pass [FINE(), {kind}()]; run_bif runs it alone.")
-    return checked_methods(folding, owner), ending[0] if ending else None
-
-
-def checked_methods(methods: Sequence[Method], owner: str) -> list[Method]:
-    """The methods to run.
-
-    Raises:
-        InfluenceError: If there is none, more than one, or something else.
     """
     if not isinstance(methods, Sequence) or not methods:
         raise InfluenceError(f"{owner}: methods={methods!r} names no method; pass [FINE()] or leave it out.")
     for method in methods:
-        if not isinstance(method, Method):
+        if not isinstance(method, Method | FitEndMethod):
             raise InfluenceError(f"{owner}: {method!r} is not a Method; pass instances such as FINE().")
-    if len(methods) > 1:
-        raise InfluenceError(f"{owner}: {len(methods)} methods were given; this version runs one, e.g. [FINE()].")
-    return list(methods)
+    training = [method for method in methods if isinstance(method, Method)]
+    if len(training) > 1:
+        raise InfluenceError(
+            f"{owner}: {len(training)} methods accumulate over training; this version runs one, e.g. [FINE(), BIF()]."
+        )
+    return training, checked_fit_end([method for method in methods if isinstance(method, FitEndMethod)], owner)
+
+
+def training_methods(methods: Sequence[Method], owner: str) -> list[Method]:
+    """The methods of a recorder, which runs none on the trained model.
+
+    Raises:
+        InfluenceError: For one that does, or none.
+    """
+    training, ending = split_methods(methods, owner)
+    if ending:
+        raise InfluenceError(
+            f"{owner}: {ending[0].name} runs on the trained model, which the recorder does not; give it to "
+            "InfluenceCallback, or run it afterwards."
+        )
+    return training

@@ -102,7 +102,7 @@ class DataSource(QuerySource):
     def _indexed(self, rows: list[int]) -> Any:
         """The training set, if it has these rows."""
         dataset: Any = getattr(self._train, "dataset", None)
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        if not self.is_indexed:
             raise QueryError(
                 f"{self._owner}: {rows[:5]} are dataset indices, but the training set cannot be indexed; pass a batch."
             )
@@ -112,6 +112,12 @@ class DataSource(QuerySource):
                 f"{self._owner}: rows {unknown[:5]} are not in the training set; valid are 0 to {len(dataset) - 1}."
             )
         return dataset
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the training set's rows can be read by their index."""
+        dataset: Any = getattr(self._train, "dataset", None)
+        return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
 
     @property
     def training_rows(self) -> int:

@@ -24,7 +24,7 @@ class Ledger:
         owner: Class named in messages.
         rows: Number of rows, or None where nobody knows.
         queries: The queries, in column order.
-        methods: What folds.
+        methods: What accumulates.
         device: Where the accumulators live.
         random_weights: Whether another run would draw its initial weights anew.
         contrasts: Contrasts of every signal.
@@ -49,14 +49,14 @@ class Ledger:
         for method in methods:
             method.start(self._size, queries, device, random_weights, contrasts)
 
-    def fold(self, visits: Visits, rate: float, units: Tensor, known: int) -> None:
+    def update(self, visits: Visits, rate: float, units: Tensor, known: int) -> None:
         """Takes a step's visits, at its rate and in units [b, Q]; ``known`` rows exist."""
         self.check.count = known
         if known > self._size:
             self._grow(max(known, 2 * self._size))
         self._losses.add(visits.rows, visits.losses)
         for method in self._methods:
-            method.fold(visits.rows, visits.signals[..., 0], rate, units, visits.signals[..., 1:])
+            method.update(visits.rows, visits.signals[..., 0], rate, units, visits.signals[..., 1:])
 
     def _grow(self, rows: int) -> None:
         self._size = rows
@@ -66,7 +66,7 @@ class Ledger:
 
     def scores(self) -> Scores:
         """The scores so far of the rows that exist."""
-        scores = replace(self._methods[0].finish(), mean_loss=self._losses.mean())
+        scores = replace(self._methods[0].compute(), mean_loss=self._losses.mean())
         return scores.first(self.check.count)
 
     def state_dict(self) -> dict[str, Any]:

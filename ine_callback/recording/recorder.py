@@ -26,7 +26,7 @@ from ine_callback.curvature.low_rank import RANK
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded, whole
 from ine_callback.errors import InfluenceError, RowsError
-from ine_callback.methods import FINE, Method, checked_methods
+from ine_callback.methods import FINE, Method, training_methods
 from ine_callback.optimizers.rates import Clipping, clipped, known, plan, step_rate
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.queries.sources import DataSource
@@ -129,7 +129,7 @@ class Recorder(Guard):
         super().__init__(owner, on_error)
         self.module, self.optimizer = module, optimizer
         self.queries = parse(queries, owner)
-        self.methods = [FINE()] if methods is None else checked_methods(methods, owner)
+        self.methods = [FINE()] if methods is None else training_methods(methods, owner)
         self.refresh_every, self.curvature_every = refresh_every, curvature_every
         self.accumulate, self.distributed = accumulate, distributed
         self._loss, self._rows = loss, rows
@@ -412,7 +412,7 @@ class Recorder(Guard):
             if not any(sizes):
                 return
             visits = visits.joined(self._processes, sizes).times(clipped(squares) / self._processes.count)
-            self.ledger.fold(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
+            self.ledger.update(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
         if self.steps >= self._look:
             self._look = self.steps + curvature_gap(self.steps, self.curvature_every)
         self.steps += 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report import bif_view
+from ine_callback.report.attribution_view import by_method, heading, verdict
 from ine_callback.report.view import advice
 from ine_callback.report.words import plain, tails
 
@@ -73,13 +73,13 @@ def _matters(facts: dict[str, Any]) -> Answer:
 
 def _believe(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
     known = [query for query in facts["queries"] if query["null_ks_p"] is not None]
-    failed, chains = len(facts["null_checks_failed"]), report.bif
+    failed, last = len(facts["null_checks_failed"]), [stages[-1] for stages in by_method(report.attributions).values()]
     checks = f"Null check passed for {len(known) - failed} of {len(known)} queries." if known else "No null check."
     lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."]
-    if chains is not None:
-        passed = sum(screen.passed for screen in chains.screens)
-        lines.append(f"Bayesian influence: {bif_view.verdict(chains)} ({passed} of {len(chains.screens)} screens).")
-    if failed or (chains is not None and not chains.reliable):
+    for found in last:
+        passed = sum(check.passed for check in found.checks)
+        lines.append(f"{heading(found)}: {verdict(found)} ({passed} of {len(found.checks)} checks).")
+    if failed or not all(found.reliable for found in last):
         return Answer("Can I believe it?", "Not all of it", "alarm", lines)
     return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)
 

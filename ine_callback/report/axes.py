@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ine_callback.report import bif_plots, plots
+from ine_callback.report import plots
+from ine_callback.report.attribution_view import by_method
 from ine_callback.report.optional import need
+from ine_callback.report.stages import stages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,14 +54,21 @@ class Plots:
         plots.extremes(self._report, ax, query, k)
         return ax
 
-    def stages(self, query: str | None = None, *, ax: Axes | None = None) -> Axes:
-        """Bayesian influence of the extreme rows at each stage of training, as correlations with 95 % bands.
+    def stages(self, query: str | None = None, method: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """A method's scores of the extreme rows at each stage of training, with 95 % bands.
+
+        Args:
+            query: Name of the query.
+            method: Name of the method; by default the first one that ran at several stages.
+            ax: Axes to draw on.
 
         Raises:
-            ValueError: If chains ran at fewer than two stages.
+            ValueError: If the method ran at fewer than two stages.
         """
         ax = _given(ax)
-        bif_plots.stages(self._report, ax, query)
+        methods = by_method(self._report.attributions)
+        several = [name for name, found in methods.items() if len(found) > 1] or [*methods, ""]
+        stages(methods.get(several[0] if method is None else method, []), ax, query)
         return ax
 
 

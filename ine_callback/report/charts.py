@@ -32,7 +32,7 @@ def script() -> str:
 def charts() -> dict[str, Any]:
     """Each plot's document by the id of the element that it is put into."""
     embed = need("bokeh.embed", FEATURE)
-    makers = (volcano, null, chains, course, tradeoff)
+    makers = (volcano, null, methods, course, tradeoff)
     return {maker.__name__: embed.json_item(maker()) for maker in makers}
 
 
@@ -62,21 +62,21 @@ def null() -> figure:
     return plot
 
 
-def chains() -> figure:
-    """μ against BIF, one point a row that both scored."""
-    plot = _plot("influence μ (f-INE)", "BIF", "tap")
+def methods() -> figure:
+    """μ against another method's score, one point a row that both scored."""
+    plot = _plot("influence μ (f-INE)", "", "tap")
     columns = "x y row class"
     points = [plot.scatter("x", "y", source=_source("both", columns), name="high", size=6, line_color=None,
                            fill_alpha=0.7, nonselection_fill_alpha=0.7)]  # fmt: skip
     _ring(plot)
-    _hover(plot, [*ROW, ("BIF", "y %+.3g")], points)
+    _hover(plot, [*ROW, ("other method", "y %+.3g")], points)
     return plot
 
 
 def course() -> figure:
-    """BIF of the extreme rows at each stage of training, over the middle 90 % of all rows."""
+    """A method's scores of the extreme rows at each stage of training, over the middle 90 % of all rows."""
     models = need("bokeh.models", FEATURE)
-    plot = _plot("", "BIF, as a correlation", y_range=models.DataRange1d(), x_range=models.FactorRange(name="stages"))
+    plot = _plot("", "", y_range=models.DataRange1d(), x_range=models.FactorRange(name="stages"))
     plot.varea(
         "x", "low", "high", source=_source("middle", "x low high"), name="null", fill_alpha=0.5,
         legend_label="middle 90 % of the rows",
@@ -85,7 +85,7 @@ def course() -> figure:
     plot.multi_line("xs", "ys", source=lines, name="lines", line_color="side", line_width=2)
     points = _source("points", "x y row side")
     dots = plot.scatter("x", "y", source=points, name="lines", fill_color="side", line_color=None, size=7)
-    _hover(plot, [("row", "row"), ("stage", "x"), ("correlation", "y %+.2f")], [dots])
+    _hover(plot, [("row", "row"), ("stage", "x"), ("score", "y %+.3g")], [dots])
     _legend(plot)
     return plot
 

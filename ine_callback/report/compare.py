@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.report.attribution_combine import MethodAgreement
+from ine_callback.report.attribution_combine import agreements as method_agreements
+from ine_callback.report.attribution_view import moment
 from ine_callback.report.combine import check_rows, differing_settings, flag_signs
 from ine_callback.report.runinfo import jsonable
 from ine_callback.report.table import as_text
@@ -29,6 +32,7 @@ from ine_callback.stats.ranks import spearman
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
     from ine_callback.report.report import InfluenceReport
 
@@ -88,12 +92,14 @@ class Comparison:
         q: The q-value up to which rows are flagged.
         identical: Whether all scores of these queries are equal to the last bit.
         notes: Sentences for the reader.
+        methods: One for every stage of a fit-end method and query that both reports have.
     """
 
     agreements: tuple[Agreement, ...]
     q: float
     identical: bool
     notes: tuple[str, ...]
+    methods: tuple[MethodAgreement, ...] = ()
 
     def __getitem__(self, query: str) -> Agreement:
         for agreement in self.agreements:
@@ -136,7 +142,8 @@ def compare(one: InfluenceReport, other: InfluenceReport, q: float) -> Compariso
     if same:
         notes.append("The scores are equal to the last bit: the same run, or its exact repetition.")
     agreements = tuple(_agreement(one, other, name, limit) for name in names)
-    return Comparison(agreements, q, same, tuple(note for note in notes if note))
+    methods = method_agreements(one.attributions, other.attributions)
+    return Comparison(agreements, q, same, tuple(note for note in notes if note), methods)
 
 
 def _columns(one: InfluenceReport, other: InfluenceReport, query: str) -> tuple[Floats, Floats]:
@@ -213,4 +220,22 @@ def _view(found: Comparison) -> Group:
         for word, rows, color in (("Repeated", each.repeated, ""), ("Opposed", each.opposed, "yellow")):
             if rows:
                 parts.append(Text(f"{word}, {plain(each.query)}: row {listed(np.array(rows), 20)}", color))
+    if found.methods:
+        parts.append(_methods(found))
     return Group(*parts, *(Text(f"Note: {plain(note)}", "dim") for note in found.notes))
+
+
+def _methods(found: Comparison) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Other methods", title_justify="left")
+    for name in ("method", "query", "rows", "ranks", "top 5 %", "bottom 5 %", "checks passed"):
+        table.add_column(name, justify="left" if name in ("method", "query") else "right")
+    for each in found.methods:
+        numbers = [signed(each.rank_correlation, 2), number(each.top, 2), number(each.bottom, 2)]
+        passed = " and ".join("yes" if one else "no" for one in each.passed)
+        cells = [f"{plain(each.method)}, {moment(each.at)}", plain(each.query), f"{each.scored:,}", *numbers, passed]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ine_callback.report import selection
+from ine_callback.report.attribution_view import attribute_name, by_method
 from ine_callback.report.files import replace_file
 from ine_callback.report.optional import need
 from ine_callback.report.runinfo import jsonable
@@ -34,7 +35,26 @@ def to_arrow(report: InfluenceReport) -> pa.Table:
     """See :meth:`InfluenceReport.to_arrow`."""
     values = selection.columns(report.scores, *selection.everything(report.scores))
     arrays = {name: doubles(each) if each.dtype == np.float64 else pa.array(each) for name, each in values.items()}
+    arrays |= {name: doubles(each) for name, each in _of_methods(report).items()}
     return pa.table(arrays | {"query": query_column(report.scores, report.rows)})
+
+
+def _of_methods(report: InfluenceReport) -> dict[str, NDArray[np.float64]]:
+    """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score."""
+    found = {}
+    for stages in by_method(report.attributions).values():
+        last = stages[-1]
+        name, known = attribute_name(last.method), [query.name for query in last.queries]
+        for suffix, values in (("", last.ranking), ("_se", last.ranking_se), ("_q", last.q)):
+            if values is None:
+                continue
+            column = np.full((report.rows, len(report.queries)), np.nan)
+            rows = last.rows < report.rows
+            for k, query in enumerate(report.queries):
+                if query in known:
+                    column[last.rows[rows], k] = values[rows, known.index(query)]
+            found[name + suffix] = column.T.ravel()
+    return found
 
 
 def to_pandas(report: InfluenceReport) -> Any:
@@ -42,6 +62,7 @@ def to_pandas(report: InfluenceReport) -> Any:
     pandas = need("pandas", "InfluenceReport.to_pandas")
     rows, columns = selection.everything(report.scores)
     values: dict[str, Any] = selection.columns(report.scores, rows, columns)
+    values |= _of_methods(report)
     values["query"] = pandas.Categorical.from_codes(columns, categories=list(report.queries))
     return pandas.DataFrame(values)
 

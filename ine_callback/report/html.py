@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report import bif_view
+from ine_callback.report import attribution_view as words_of
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
 from ine_callback.report.optional import need
@@ -31,9 +31,9 @@ from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnin
 from ine_callback.report.words import ORANGE, decimals, null_check, plain, signed, tails
 
 if TYPE_CHECKING:
-    from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
     from ine_callback.report.table import ScoreTable
+    from ine_callback.scores import Attribution
 
 TABS = 24  # queries with a tab unless the caller names them
 DETAILED = 4  # queries with tables for a page without script
@@ -89,7 +89,7 @@ def page(
         marks=marks,
         faults=faults,
         wide=" wide" if any(one.kind != "image" for one in shown.values()) else "",
-        chains=None if report.bif is None else _chains(report, report.bif),
+        methods=[_method(report, stages) for stages in words_of.by_method(report.attributions).values()],
         run=_provenance(report),
     )
     return text
@@ -153,24 +153,26 @@ def _samples(
 
 
 def _terms(report: InfluenceReport, row: int, one: Shown, query: str) -> NDArray[np.float64] | None:
-    """BIF's scores of a row's tokens on a query; None where there are none, or the tokens have weights of their own."""
-    found = report.bif
-    if not isinstance(one, Text) or one.weights is not None or found is None or found.terms is None:
+    """Scores of a row's tokens on a query; None where there are none, or the tokens have weights of their own."""
+    found = _of_tokens(report)
+    if not isinstance(one, Text) or one.weights is not None or found is None or found.tokens is None:
         return None
     at, asked = np.flatnonzero(found.rows == row), [info.name for info in found.queries]
-    if (
-        isinstance(one.tokens, str)
-        or not at.size
-        or len(one.tokens) > found.terms.scores.shape[1]
-        or query not in asked
-    ):
+    if isinstance(one.tokens, str) or not at.size or query not in asked:
         return None
-    return np.nan_to_num(found.terms.scores[at[0], : len(one.tokens), asked.index(query)])
+    scores = found.tokens.of(int(at[0]))
+    return None if len(one.tokens) > len(scores) else np.nan_to_num(scores[: len(one.tokens), asked.index(query)])
+
+
+def _of_tokens(report: InfluenceReport) -> Attribution | None:
+    """The last attribution that has scores of tokens."""
+    return next((each for each in reversed(report.attributions) if each.tokens is not None), None)
 
 
 def _with_terms(report: InfluenceReport, row: int, one: Shown) -> Shown:
-    """Tokens without weights get BIF's scores on the query that a page without script shows."""
-    asked = [] if report.bif is None else [info.name for info in report.bif.queries]
+    """Tokens without weights get their scores on the query that a page without script shows."""
+    found = _of_tokens(report)
+    asked = [] if found is None else [info.name for info in found.queries]
     query = report.recommended_query if report.recommended_query in asked else "".join(asked[:1])
     scores = _terms(report, row, one, query)
     return one if scores is None or not isinstance(one, Text) else replace(one, weights=scores.tolist())
@@ -227,19 +229,22 @@ def _scatter(report: InfluenceReport) -> str:
     return "row's own visits" if fixed else "contrasts between each layer's units: it is about other trainings"
 
 
-def _chains(report: InfluenceReport, found: BIFScores) -> dict[str, Any]:
+def _method(report: InfluenceReport, stages: Sequence[Attribution]) -> dict[str, Any]:
+    """A fit-end method's section."""
+    found = stages[-1]
     return {
-        "headline": bif_view.headline(found),
-        "verdict": bif_view.verdict(found),
-        "legend": bif_view.legend(found),
-        "earlier": bif_view.earlier(report.bif_stages),
-        "head": bif_view.HEAD,
+        "heading": words_of.heading(found),
+        "headline": words_of.headline(found),
+        "verdict": words_of.verdict(found),
+        "legend": words_of.legend(found),
+        "earlier": words_of.earlier(stages),
+        "head": words_of.head_of(found),
         "found": found,
         "sections": [
             {
                 "name": query.name,
-                "agreement": bif_view.agreement(found, report.scores, query.name),
-                "tables": bif_view.ends(found, column, LISTED),
+                "agreement": words_of.agreement(found, report.scores, query.name),
+                "tables": words_of.ends(found, column, LISTED),
             }
             for column, query in enumerate(found.queries[:DETAILED])
         ],

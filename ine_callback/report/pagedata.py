@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report import bif_plots
+from ine_callback.report.attribution_view import by_method
 from ine_callback.report.plots import densities, heights
 from ine_callback.report.selection import group, smallest
+from ine_callback.report.stages import common, comparable, label
 from ine_callback.report.words import decimals, null_check, plain, tails
 from ine_callback.stats.ranks import spearman
 
 if TYPE_CHECKING:
-    from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.report.report import InfluenceReport
+    from ine_callback.scores import Attribution
 
 PAIRS, FEWEST = 200_000, 2_000  # of a row and a query in a file, and rows in any file
 ENDS = 40  # rows at each end of a query that are always there
@@ -58,6 +59,7 @@ def payload(
         "loss": _floats(report.scores.mean_loss[rows]),
         "classes": None if classes is None else {"names": classes[0], "of": _ints(classes[1][rows])},
         "first": first,
+        "methods": [plain(method) for method in by_method(report.attributions)],
         "queries": [_query(report, facts["queries"][column], column, rows, classes) for column in columns],
     }
 
@@ -96,7 +98,7 @@ def _query(
             "draws": found.draws,
         },
         "groups": None if classes is None else _groups(report, column, *classes),
-        **_chains(report, facts["name"], rows),
+        "methods": [_method(report, stages, facts["name"], rows) for stages in by_method(report.attributions).values()],
     }
 
 
@@ -122,30 +124,33 @@ def _curve(mu: float) -> str:
     return _floats(tradeoff(mu, np.linspace(0.0, 1.0, POINTS)))
 
 
-def _chains(report: InfluenceReport, query: str, rows: NDArray[np.int64]) -> dict[str, Any]:
-    """BIF's scores of the page's rows, its course over the stages and its terms, where chains asked the query."""
-    found = report.bif
-    if found is None or query not in [info.name for info in found.queries]:
-        return {"bif": None, "course": None}
-    column, bif = found.column(query), np.full(len(rows), np.nan)
+def _method(
+    report: InfluenceReport, stages: Sequence[Attribution], query: str, rows: NDArray[np.int64]
+) -> dict[str, Any] | None:
+    """A method's scores of the page's rows and their course over its stages; None where it was not asked the query."""
+    found = stages[-1]
+    if query not in [info.name for info in found.queries]:
+        return None
+    column, score = found.column(query), np.full(len(rows), np.nan)
     _, here, there = np.intersect1d(rows, found.rows, return_indices=True)
-    bif[here] = found.ranking[there, column]
-    both = np.isfinite(bif) & np.isfinite(report.scores.mu[rows, report.column(query)])
+    score[here] = found.ranking[there, column]
     mu = report.scores.mu[rows, report.column(query)]
-    rank = float(spearman(mu[both], bif[both])) if both.sum() > 2 else float("nan")
+    both = np.isfinite(score) & np.isfinite(mu)
+    rank = float(spearman(mu[both], score[both])) if both.sum() > 2 else float("nan")
     return {
-        "bif": _floats(bif),
+        "name": plain(found.method),
+        "scores": _floats(score),
         "agreement": f"rank agreement {rank:.2f}" if np.isfinite(rank) else "",
-        "course": _course(report.bif_stages, query),
+        "course": _course(stages, query),
     }
 
 
-def _course(stages: Sequence[BIFScores], query: str) -> dict[str, Any] | None:
+def _course(stages: Sequence[Attribution], query: str) -> dict[str, Any] | None:
     """The rows that are most extreme at the last stage, over all stages; as ``report.plot.stages``."""
     asked = all(query in [info.name for info in stage.queries] for stage in stages)
     if len(stages) < 2 or not asked:
         return None
-    rows, score, _ = bif_plots.common(stages, query)
+    rows, score, _ = common(stages, query)
     score = np.clip(np.nan_to_num(score), -CAP, CAP)
     if not rows.size:
         return None
@@ -153,7 +158,8 @@ def _course(stages: Sequence[BIFScores], query: str) -> dict[str, Any] | None:
     chosen = list(dict.fromkeys([*order[:STAGES].tolist(), *order[::-1][:STAGES].tolist()]))
     low, high = np.percentile(score, [5, 95], axis=1)
     return {
-        "stages": ["end" if stage.at == "end" else f"epoch {stage.at}" for stage in stages],
+        "stages": [label(stage) for stage in stages],
+        "unit": comparable(stages[-1]),
         "low": low.tolist(),
         "high": high.tolist(),
         "lines": [{"row": int(rows[k]), "score": score[:, k].tolist()} for k in chosen],

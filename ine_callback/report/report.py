@@ -10,13 +10,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ine_callback.methods.bif.scores import BIFScores
-from ine_callback.report import bif_store, compare, export, html, markdown, plots, selection, store, view
+from ine_callback.report import (
+    attribution_store,
+    compare,
+    export,
+    html,
+    legacy,
+    markdown,
+    plots,
+    selection,
+    store,
+    view,
+)
+from ine_callback.report.attribution_combine import combine_attributions
+from ine_callback.report.attribution_view import attribute_name
 from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
 from ine_callback.report.export import Format
-from ine_callback.report.files import replace_file
+from ine_callback.report.files import replace_file, replacing
 from ine_callback.report.group import GroupScore
 from ine_callback.report.labels import suggest_labels
 from ine_callback.report.reading import named
@@ -25,7 +37,7 @@ from ine_callback.report.samples import Render
 from ine_callback.report.table import ScoreTable, as_text
 from ine_callback.report.validate import checked
 from ine_callback.report.weights import weights
-from ine_callback.scores import QueryInfo, Scores
+from ine_callback.scores import Attribution, QueryInfo, Scores
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -44,10 +56,9 @@ class InfluenceReport:
     Args:
         scores: What a method's ``finish()`` returned.
         run: Provenance.
-        bif: Bayesian influence, where chains were run; of several stages of training, in their order.
+        attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
 
-    Attributes:
-        bif_stages: All stages' Bayesian influence.
+    A method's last attribution is also an attribute, by its name in lower case with underscores: ``report.bif``.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -61,21 +72,37 @@ class InfluenceReport:
         (3, -0.43, True, 9)
     """
 
-    def __init__(
-        self, scores: Scores, run: RunInfo | None = None, bif: BIFScores | Sequence[BIFScores] | None = None
-    ) -> None:
+    def __init__(self, scores: Scores, run: RunInfo | None = None, attributions: Sequence[Attribution] = ()) -> None:
         self.scores = checked(scores)
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
-        self.bif_stages = (bif,) if isinstance(bif, BIFScores) else tuple(bif or ())
+        self.attributions = tuple(attributions)
 
-    @property
-    def bif(self) -> BIFScores | None:
-        """Bayesian influence at the last stage at which chains ran."""
-        return self.bif_stages[-1] if self.bif_stages else None
+    def __getattr__(self, name: str) -> Attribution:
+        # only called for what is no attribute; while being unpickled a report has none yet
+        known: dict[str, Attribution] = {
+            attribute_name(each.method): each for each in vars(self).get("attributions", ())
+        }
+        if name not in known:
+            there = f"; of other methods there are {', '.join(known)}" if known else ", and no other method ran"
+            raise AttributeError(f"InfluenceReport has no attribute {name!r}{there}")
+        return known[name]
 
-    def with_bif(self, *stages: BIFScores) -> InfluenceReport:
-        """The same report with chains that were run later (:func:`~ine_callback.run_bif`) in place of its own."""
-        return InfluenceReport(self.scores, self.run, stages)
+    def stages(self, method: str) -> tuple[Attribution, ...]:
+        """All attributions by one method, in the order of training.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> from ine_callback.scores import example_attribution
+            >>> [each.at for each in example_report().with_attributions(example_attribution()).stages("example")]
+            ['end']
+        """
+        return tuple(each for each in self.attributions if each.method == method)
+
+    def with_attributions(self, *found: Attribution) -> InfluenceReport:
+        """The same report with scores by methods that ran later, in place of its own by the same methods."""
+        methods = {each.method for each in found}
+        kept = [each for each in self.attributions if each.method not in methods]
+        return InfluenceReport(self.scores, self.run, [*kept, *found])
 
     @classmethod
     def combine(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
@@ -84,7 +111,8 @@ class InfluenceReport:
         ``mu`` is the mean over the runs that observed the row; ``se``, ``t`` and ``p_t`` come from the scatter between
         runs (moderated, NaN with a single observing run) and test "the row's score averaged over seeds is 0"; ``p``
         joins the runs' signed permutation p-values (Stouffer), so that runs which disagree in sign cancel. The notes
-        tell how many findings repeat. Formulas: ``report/combine.py``.
+        tell how many findings repeat. Formulas: ``report/combine.py``; of other methods' scores
+        ``report/attribution_combine.py``.
 
         Args:
             reports: At least two single runs' reports, all with the same rows, and queries of the same names and kinds.
@@ -101,7 +129,8 @@ class InfluenceReport:
             Query 'self': of 3 rows flagged (q ≤ 0.05) in any run, 3 are flagged in all 2 with the same sign.
         """
         scores = combine_scores([report.scores for report in reports])
-        return cls(scores, combine_runs([report.run for report in reports], [report.scores for report in reports]))
+        run = combine_runs([report.run for report in reports], [report.scores for report in reports])
+        return cls(scores, run, combine_attributions([report.attributions for report in reports]))
 
     # ---- what there is ----
 
@@ -264,6 +293,8 @@ class InfluenceReport:
     def to_pandas(self) -> Any:
         """All rows and queries as a long DataFrame; rows never observed are there, with NaN. Needs extra ``report``.
 
+        Methods that ran on the trained model add columns, such as ``bif``, ``bif_se`` and ``bif_q``.
+
         Example:
             >>> from ine_callback.report import example_report
             >>> list(example_report().to_pandas().columns[:4])
@@ -367,11 +398,15 @@ class InfluenceReport:
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
-        With :attr:`bif` also ``bif.parquet``, ``bif.json`` and, with scores of terms, ``bif_terms.parquet``.
+        With :attr:`attributions` also ``attributions.parquet`` and ``attributions.json``, and where asked for
+        ``attribution_layers.parquet`` and ``attribution_tokens.parquet``.
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.
         """
-        return bif_store.save(self.scores, self.run, self.bif_stages, Path(folder))
+        with replacing(Path(folder), store.FILES + attribution_store.FILES + legacy.FILES) as aside:
+            store.write(self.scores, self.run, aside)
+            attribution_store.write(self.attributions, aside)
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> InfluenceReport:
@@ -389,7 +424,8 @@ class InfluenceReport:
             True
         """
         with named(Path(folder)):
-            return cls(*store.load(Path(folder)), bif_store.load(Path(folder)))
+            found = attribution_store.load(Path(folder)) + legacy.load(Path(folder))
+            return cls(*store.load(Path(folder)), found)
 
     def write_html(
         self,

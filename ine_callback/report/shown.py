@@ -76,7 +76,7 @@ class Text:
     Args:
         tokens: The whole text, or pieces that are shown one after the other.
         weights: A score of each token, coloured like scores (above 0: helpful). Left out, the page takes the scores of
-            the row's terms (``BIF(per_token=True)``) where there are as many.
+            the row's terms (such as ``BIF(per_token=True)``'s) where there are as many.
 
     Raises:
         ValueError: If there is not one weight for each token.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ine_callback.report import bif_view
+from ine_callback.report.attribution_view import by_method, section
 from ine_callback.report.words import BLUE, NULL_ALARM, null_check, plain, tails
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def terminal(report: InfluenceReport) -> Group:
         parts += _extremes(report, query)
     if len(facts["queries"]) > DETAILED:
         parts.append(Text(f"… and {len(facts['queries']) - DETAILED} more queries: report.top(query=…)", "dim"))
-    if report.bif_stages:
-        parts += bif_view.section(report.bif_stages, report.scores)
+    for stages in by_method(report.attributions).values():
+        parts += section(stages, report.scores)
     parts += [Text(f"Note: {plain(note)}", "dim") for note in facts["notes"]]
     return Group(*parts)
 

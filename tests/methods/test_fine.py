@@ -40,8 +40,8 @@ def steps(rows: int, batch: int, count: int, queries: int = 2, seed: int = 0, he
 def scores(fine: FINE, run: Iterator[Step], rows: int, queries: int = 2) -> Scores:
     fine.start(rows, infos(queries), CPU)
     for step in run:
-        fine.fold(*step)
-    return fine.finish()
+        fine.update(*step)
+    return fine.compute()
 
 
 def equal(one: Scores, other: Scores) -> None:
@@ -112,7 +112,7 @@ def test_noise_equals_the_spread_of_real_runs() -> None:
     g = np.random.default_rng(3)
     for kept in KEPT:
         drawn = g.integers(N, size=B)
-        fine.fold(torch.tensor(drawn), torch.tensor(-kept * X[drawn] / B)[:, None], ETA)
+        fine.update(torch.tensor(drawn), torch.tensor(-kept * X[drawn] / B)[:, None], ETA)
     noise = math.sqrt(float(fine.state_dict()["noise"][0]))
     assert noise == pytest.approx(sgd(4000, 4, X).std(), rel=0.08)  # ~ 50 effective steps of 10 rows, gamma tails
 
@@ -154,7 +154,7 @@ def test_accumulators_equal_the_formulas_in_loops() -> None:
 def test_dealt_shifts_have_the_exact_variance_and_sum_to_zero() -> None:
     fine = FINE(null_draws=2000)
     fine.start(4, infos(1), CPU)
-    fine.fold(torch.arange(4), torch.tensor([[1.0], [2.0], [4.0], [10.0]]), 0.5)
+    fine.update(torch.arange(4), torch.tensor([[1.0], [2.0], [4.0], [10.0]]), 0.5)
     state = fine.state_dict()
     dealt = state["null"][:4, :, 0]
     np.testing.assert_allclose(dealt.sum(0), 0, atol=1e-5)
@@ -241,9 +241,9 @@ def test_in_run_check_fails_when_the_null_is_wrong() -> None:
     fine = FINE()
     fine.start(300, infos(1), CPU)
     for step in steps(300, 20, 150, 1):
-        fine.fold(*step)
+        fine.update(*step)
     fine._state["null"][:, 0] *= 1.5
-    assert fine.finish().null_ks_p[0] < 0.001
+    assert fine.compute().null_ks_p[0] < 0.001
 
 
 def test_p_t_is_calibrated_in_null_runs() -> None:
@@ -325,29 +325,29 @@ def test_resumed_run_equals_uninterrupted_run(estimator: module.Estimator, tmp_p
     first = FINE(estimator)
     first.start(25, infos(2), CPU)
     for step in run[:17]:
-        first.fold(*step)
+        first.update(*step)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     snapshot = first.state_dict()
     for step in run[17:]:
-        first.fold(*step)
-    equal(first.finish(), whole)
+        first.update(*step)
+    equal(first.compute(), whole)
     for state in (torch.load(tmp_path / "state.pt", weights_only=True), snapshot):
         second = FINE(estimator)
         second.start(25, infos(2), CPU)
         second.load_state_dict(state)
         for step in run[17:]:
-            second.fold(*step)
-        equal(second.finish(), whole)
+            second.update(*step)
+        equal(second.compute(), whole)
 
 
 def test_finish_may_be_called_during_the_run() -> None:
     run, fine = list(steps(25, 6, 40)), FINE()
     fine.start(25, infos(2), CPU)
     for step in run:
-        fine.fold(*step)
+        fine.update(*step)
         if len(run) > 30:
-            fine.finish()
-    equal(fine.finish(), scores(FINE(), iter(run), 25))
+            fine.compute()
+    equal(fine.compute(), scores(FINE(), iter(run), 25))
 
 
 def test_grown_state_equals_one_that_was_large_from_the_start() -> None:
@@ -356,9 +356,9 @@ def test_grown_state_equals_one_that_was_large_from_the_start() -> None:
     fine.start(0, infos(2), CPU)
     for rows, signals, rate in run:
         fine.grow(int(rows.max()) + 1)
-        fine.fold(rows, signals, rate)
+        fine.update(rows, signals, rate)
     fine.grow(25)
-    equal(fine.finish(), scores(FINE("auc"), iter(run), 25))
+    equal(fine.compute(), scores(FINE("auc"), iter(run), 25))
 
 
 def test_null_stays_under_its_cap_and_keeps_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,26 +367,26 @@ def test_null_stays_under_its_cap_and_keeps_its_meaning(monkeypatch: pytest.Monk
     fine.start(10, infos(1), CPU)
     assert fine.state_dict()["null"].shape == (11, 21, 1)
     for step in steps(10, 5, 20, 1):
-        fine.fold(*step)
+        fine.update(*step)
     fine.grow(100)
     assert fine.state_dict()["null"].shape == (101, 3, 1)
     fine.grow(500)
     assert fine.state_dict()["null"].shape == (126, 3, 1)
     for step in steps(500, 100, 20, 1):
-        fine.fold(*step)
+        fine.update(*step)
     every_fourth = fine.state_dict()["null"][:-1]
     fine.grow(1000)
     state = fine.state_dict()
     assert torch.equal(state["null"][:63], every_fourth[::2])
     assert (state["stride"], state["draws"], state["null"].shape[0]) == (8, 2, 126)
     for step in steps(1000, 100, 200, 1, heavy=True):
-        fine.fold(*step)
-    found = fine.finish()
+        fine.update(*step)
+    found = fine.compute()
     assert uniformity_p(found.p) > 0.001 and found.null_ks_p[0] > 0.01
     resumed = FINE()
     resumed.start(1000, infos(1), CPU)
     resumed.load_state_dict(fine.state_dict())
-    equal(resumed.finish(), found)
+    equal(resumed.compute(), found)
 
 
 def test_nonfinite_signals_are_left_out_per_query_and_counted() -> None:
@@ -481,7 +481,7 @@ def test_fold_never_waits_for_the_device_and_allocates_nothing_lasting(estimator
     run = list(steps(20, 6, 20))
     with _HostReads():
         for step in run:
-            fine.fold(*step)
+            fine.update(*step)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             run[0][1].sum().item()
     assert {name: (value.data_ptr(), value.shape) for name, value in fine._state.items()} == before
@@ -502,15 +502,15 @@ def test_mistakes_are_named_with_their_remedy() -> None:
     with pytest.raises(ValueError, match="seed=-1"):
         FINE(seed=-1)
     fine = FINE()
-    with pytest.raises(RuntimeError, match=r"FINE.fold: no state yet; call start"):
-        fine.fold(torch.arange(2), torch.zeros(2, 1), 0.1)
+    with pytest.raises(RuntimeError, match=r"FINE.update: no state yet; call start"):
+        fine.update(torch.arange(2), torch.zeros(2, 1), 0.1)
     with pytest.raises(ValueError, match="queries is empty"):
         fine.start(3, (), CPU)
     fine.start(3, infos(2), CPU)
     with pytest.raises(ValueError, match=r"signals \(2, 1\)"):
-        fine.fold(torch.arange(2), torch.zeros(2, 1), 0.1)
+        fine.update(torch.arange(2), torch.zeros(2, 1), 0.1)
     with pytest.raises(ValueError, match="rate=nan"):
-        fine.fold(torch.arange(2), torch.zeros(2, 2), math.nan)
+        fine.update(torch.arange(2), torch.zeros(2, 2), math.nan)
     other = FINE("auc")
     other.start(3, infos(2), CPU)
     with pytest.raises(ValueError, match="resume with the same settings"):
@@ -539,9 +539,9 @@ def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
     fine.start(30, infos(2), CPU, random_weights=True)
     plain.start(30, infos(2), CPU)
     for (rows, signals, rate), unit in zip(run, units, strict=True):
-        fine.fold(rows, signals, rate, unit)
-        plain.fold(rows, signals / unit, rate)
-    found, expected = fine.finish(), plain.finish()
+        fine.update(rows, signals, rate, unit)
+        plain.update(rows, signals / unit, rate)
+    found, expected = fine.compute(), plain.compute()
     visits = expected.observations
     dispersion = min(1.0, visits.var() / visits.mean())
     assert 0.2 < dispersion <= 1.0
@@ -557,8 +557,8 @@ def test_shuffled_epochs_leave_the_initial_weights_as_the_only_noise() -> None:
     fine.start(20, infos(1), CPU, random_weights=True)
     for _ in range(4):
         for rows in torch.randperm(20, generator=g).split(5):
-            fine.fold(rows, torch.randn(5, 1, generator=g), 0.1, torch.full((1,), 3.0))
-    np.testing.assert_allclose(fine.finish().mu, fine._state["shift"].numpy(), rtol=1e-6)
+            fine.update(rows, torch.randn(5, 1, generator=g), 0.1, torch.full((1,), 3.0))
+    np.testing.assert_allclose(fine.compute().mu, fine._state["shift"].numpy(), rtol=1e-6)
 
 
 # ---- self-influence --------------------------------------------------------------------------------------------------
@@ -575,7 +575,7 @@ def own_run(random_weights: bool = True, rate: float = 0.1) -> tuple[FINE, list[
             signals = torch.rand(4, 2, generator=g) / 10**epoch
             units = torch.rand(4, 2, generator=g) + 0.5
             units[:, 0] = 2.0
-            fine.fold(rows, signals, rate, units)
+            fine.update(rows, signals, rate, units)
             run.append((rows, signals, units))
     return fine, run
 
@@ -592,7 +592,7 @@ def test_self_influence_is_the_mean_ratio_to_the_batch_on_the_rows_own_profile()
             profile[row] += mean
         d = 0.1 * signals[:, 0] / 2.0
         others[rows] += d - (d.sum() - d) / 3
-    found = fine.finish()
+    found = fine.compute()
     np.testing.assert_allclose(found.mu[:, 1], ratios * profile, rtol=2e-5)
     np.testing.assert_allclose(found.mu[:, 0], others, rtol=2e-5, atol=1e-7)
     (note,) = fine.notes()
@@ -605,9 +605,9 @@ def test_self_influence_does_not_depend_on_how_signals_shrink() -> None:
     other = FINE()
     other.start(12, (*infos(1), QueryInfo("self", "self", "?")), CPU, True)
     for step, (rows, signals, units) in enumerate(run):
-        other.fold(rows, signals * (1 + step), 0.1, units)
-    np.testing.assert_allclose(other.finish().t[:, 1], fine.finish().t[:, 1], rtol=1e-4)
-    assert not np.allclose(other.finish().t[:, 0], fine.finish().t[:, 0], rtol=1e-2)
+        other.update(rows, signals * (1 + step), 0.1, units)
+    np.testing.assert_allclose(other.compute().t[:, 1], fine.compute().t[:, 1], rtol=1e-4)
+    assert not np.allclose(other.compute().t[:, 0], fine.compute().t[:, 0], rtol=1e-2)
 
 
 def test_self_influence_of_a_climbing_run_is_the_negative() -> None:
@@ -621,8 +621,8 @@ def test_self_influence_survives_a_checkpoint_and_growth() -> None:
     again = FINE()
     again.start(20, (*infos(1), QueryInfo("self", "self", "?")), CPU, True)
     again.load_state_dict(fine.state_dict())
-    np.testing.assert_array_equal(again.finish().mu[:12], fine.finish().mu)
-    assert np.isnan(again.finish().mu[12:]).all()
+    np.testing.assert_array_equal(again.compute().mu[:12], fine.compute().mu)
+    assert np.isnan(again.compute().mu[12:]).all()
 
 
 def test_only_self_influence_from_random_weights_has_a_note() -> None:

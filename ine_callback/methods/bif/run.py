@@ -20,12 +20,12 @@ from ine_callback.methods.bif.flat import Flat
 from ine_callback.methods.bif.posterior import LocalPosterior, initial_state
 from ine_callback.methods.bif.readout import Readout, chosen_rows, groups, taken
 from ine_callback.methods.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
-from ine_callback.methods.bif.scores import BIFScores, Stage
 from ine_callback.methods.bif.screens import Facts
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.bif.sgld import SGLD, Curved, State
 from ine_callback.methods.bif.shared import share
 from ine_callback.methods.bif.tally import Tally
+from ine_callback.scores import Attribution, Stage
 from ine_callback.utilities.isolation import isolated
 
 MAX_ROWS, MAX_TOKENS = 2000, 50_000
@@ -42,7 +42,7 @@ def bif_scores(
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     owner: str = "bif_scores",
     at: Stage = "end",
-) -> BIFScores:
+) -> Attribution:
     """Bayesian influence of training rows on queries, from chains around the module's present weights.
 
     Afterwards parameters, buffers, gradients, grad flags, modes and all random states are bit for bit as before. Ctrl-C
@@ -63,7 +63,8 @@ def bif_scores(
         at: Finished epochs, where training is not at its end.
 
     Returns:
-        The scores; score > 0: training on the row lowers the query.
+        The scores, with further columns (``ine_callback/methods/bif/scores.py``); score > 0: training on the row lowers
+        the query.
 
     Raises:
         InfluenceError: If row losses, rows or queries cannot be had.
@@ -77,7 +78,21 @@ def bif_scores(
         >>> scores.scores.shape
         (40, 1)
     """
-    bif = bif or BIF()
+    return chains(module, train, queries, bif or BIF(), loss_fn, progress, context, owner, at)[0]
+
+
+def chains(
+    module: nn.Module,
+    train: Any,
+    queries: Any,
+    bif: BIF,
+    loss_fn: RowLoss | None,
+    progress: bool | Track,
+    context: Callable[[], contextlib.AbstractContextManager[Any]],
+    owner: str,
+    at: Stage,
+) -> tuple[Attribution, bool]:
+    """See :func:`bif_scores`; and whether Ctrl-C ended the chains early."""
     with prepared(module, train, loss_fn, context, owner) as (flat, train, sample, losses):
         terms, most = term_limit(losses, module, sample, owner) if bif.per_token else (0, MAX_ROWS)
         index, note = chosen_rows(bif.rows, size_of(train), most, owner)
@@ -96,17 +111,17 @@ def bif_scores(
             raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
         deviation = sampler.coordinates.deviation(state.z)[0]
         bias = posterior.bias(sampler, deviation) if bool(torch.isfinite(deviation).all()) else float("inf")
-        settings = bif.to_dict() | {
+        settings = bif.settings() | {
             "step_size": sampler.step_size,
             "localization": posterior.localization,
             "n_beta": posterior.n_beta,
             "rows": len(index),
             "parameters": len(flat.weights),
         }
-        described = {"notes": (*notes, *flat.notes), "interrupted": interrupted, "at": at}
+        described = {"notes": (*notes, *flat.notes), "at": at}
         tally.gather(processes)
         facts = Facts(*(processes.first(v) for v in (bias, posterior.inflation(sampler), posterior.strength)))
-        return tally.finish(index.numpy(), facts, settings, described)
+        return tally.finish(index.numpy(), facts, settings, described), interrupted
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ine_callback.methods.bif.scores import SIZE, SURVIVES, Screen
-from ine_callback.scores import Floats
+from ine_callback.methods.bif.scores import SIZE, SURVIVES
+from ine_callback.scores import Check, Floats
 from ine_callback.stats.chains import drift, effective_size, split_rhat
 
 RHAT, DRIFT, BIAS, INFLATION, STRENGTH, BALANCE, LOST, NOISE = 1.1, 0.5, 0.25, 0.5, 0.1, 0.98, 0.5, 0.5
@@ -43,7 +43,7 @@ def noise_share(scores: Floats, noise: Floats) -> float:
 
 def screens(
     draws: int, scores: Floats, noise: Floats, survives: float, lost: float, loss: Floats, facts: Facts
-) -> list[Screen]:
+) -> list[Check]:
     """All checks.
 
     Args:
@@ -64,21 +64,21 @@ def screens(
     stronger = "raise n_beta or lower localization: else the score is hardly more than a product of gradients"
     slower = "raise burn_in, or step_size where the chains are stable"
     return [
-        Screen("draws", loss.shape[1], f"{draws}", complete, "lower step_size or raise localization"),
-        Screen("split R-hat of the loss", rhat, f"below {RHAT}", rhat < RHAT, slower),
-        Screen("effective draws of the loss", size, f"above {SIZE:g}", size > SIZE, "raise draws or thinning"),
-        Screen("drift of the loss", slope, f"within ±{DRIFT}", not abs(slope) > DRIFT, slower),
-        Screen("covariance left without trend", survives, f"above {SURVIVES}", not survives < SURVIVES, slower),
-        Screen("step-size bias", bent, f"below {INFLATION}", bent < INFLATION, "lower step_size"),
-        Screen("minibatch bias", bias, f"below {BIAS}", not bias > BIAS, "raise batch_size or lower step_size"),
-        Screen("data against pull", strength, f"above {STRENGTH}", strength > STRENGTH, stronger),
-        Screen(
+        Check("draws", loss.shape[1], f"{draws}", complete, "lower step_size or raise localization"),
+        Check("split R-hat of the loss", rhat, f"below {RHAT}", rhat < RHAT, slower),
+        Check("effective draws of the loss", size, f"above {SIZE:g}", size > SIZE, "raise draws or thinning"),
+        Check("drift of the loss", slope, f"within ±{DRIFT}", not abs(slope) > DRIFT, slower),
+        Check("covariance left without trend", survives, f"above {SURVIVES}", not survives < SURVIVES, slower),
+        Check("step-size bias", bent, f"below {INFLATION}", bent < INFLATION, "lower step_size"),
+        Check("minibatch bias", bias, f"below {BIAS}", not bias > BIAS, "raise batch_size or lower step_size"),
+        Check("data against pull", strength, f"above {STRENGTH}", strength > STRENGTH, stronger),
+        Check(
             "share of scores with one sign",
             balance,
             f"below {BALANCE}",
             scores.size < 20 or balance < BALANCE,
             "look for drift; raise localization, so that chains do not all climb together",
         ),
-        Screen("learning lost at the draws", lost, f"below {LOST}", not lost > LOST, "raise localization"),
-        Screen("noise share of the scores", random, f"below {NOISE}", not random > NOISE, "raise draws or chains"),
+        Check("learning lost at the draws", lost, f"below {LOST}", not lost > LOST, "raise localization"),
+        Check("noise share of the scores", random, f"below {NOISE}", not random > NOISE, "raise draws or chains"),
     ]

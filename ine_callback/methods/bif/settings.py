@@ -12,17 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.base import EndMethod
-from ine_callback.methods.bif.scores import Stage
+from ine_callback.methods.bif.scores import NAME
+from ine_callback.methods.fit_end import FitEndMethod, check_stages
+from ine_callback.scores import Attribution, Stage
+
+if TYPE_CHECKING:
+    from ine_callback.methods.context import FitContext
 
 Preconditioner = Literal["curvature", "none", "rmsprop"]
 
 
 @dataclass(frozen=True)
-class BIF(EndMethod):
+class BIF(FitEndMethod):
     """Settings of the chains; the defaults need no tuning on small networks.
 
     Args:
@@ -98,18 +102,20 @@ class BIF(EndMethod):
             raise InfluenceError("BIF: preconditioner='rmsprop' has no twin; pass reduced=False, or use 'curvature'.")
         if self.reduced and self.chains % 2:
             raise InfluenceError(f"BIF: chains={self.chains} must be even with reduced=True (mirrored pairs).")
+        check_stages("BIF", self.at)
 
-        self._check_stages()
+    @property
+    def name(self) -> str:  # type: ignore[override]  # no setting of a dataclass
+        """Of the method in a report."""
+        return NAME
 
-    def _check_stages(self) -> None:
-        stages = self.at if isinstance(self.at, Sequence) and not isinstance(self.at, str) else []
-        valid = [s == "end" or (isinstance(s, int) and not isinstance(s, bool) and s > 0) for s in stages]
-        if not stages or not all(valid) or len(set(stages)) < len(stages):
-            raise InfluenceError(
-                f"BIF: at={self.at!r} must list different numbers of finished epochs or 'end', such as [2, 5, 'end']."
-            )
+    def run(self, context: FitContext) -> Attribution:
+        """Runs chains around the present weights."""
+        from ine_callback.methods.bif.fit_end import run_chains  # the chains import their settings
 
-    def to_dict(self) -> dict[str, Any]:
+        return run_chains(self, context)
+
+    def settings(self) -> dict[str, Any]:
         """The settings as plain types; of a list of rows, how many there are."""
         rows = self.rows if self.rows is None or isinstance(self.rows, int) else len(self.rows)
         return asdict(self) | {"rows": rows, "at": list(self.at)}

@@ -15,12 +15,12 @@ from torch import Tensor
 from ine_callback.distributed.processes import Processes
 from ine_callback.methods.bif.locality import forgotten
 from ine_callback.methods.bif.readout import Readout
-from ine_callback.methods.bif.scores import BIFScores, Screen, TermScores
+from ine_callback.methods.bif.scores import attribution
 from ine_callback.methods.bif.screens import Facts, screens
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.bif.sgld import SGLD, Curved
 from ine_callback.methods.bif.shared import join_chains
-from ine_callback.scores import Floats
+from ine_callback.scores import Attribution, Check, Floats, TokenScores
 from ine_callback.stats.chains import fisher_z, paired_size
 from ine_callback.stats.comoments import Comoments, Traces
 from ine_callback.stats.hypothesis_tests import benjamini_hochberg
@@ -168,34 +168,34 @@ class Tally:
         facts: Facts,
         settings: dict[str, Any],
         described: dict[str, Any],
-    ) -> BIFScores:
+    ) -> Attribution:
         """The scores.
 
         Args:
             rows: Dataset index of every row [R].
             facts: What the posterior knows.
             settings: As used.
-            described: Further fields of :class:`BIFScores`.
+            described: Further arguments of :func:`.scores.attribution`.
         """
-        found, terms = self._estimates()
+        found, tokens = self._estimates()
         loss = torch.stack(self._loss, 1).double().numpy()
         checks = self._screens(found, loss, facts)
-        return BIFScores(
+        return attribution(
             rows=rows,
             queries=self.readout.infos,
             trend=_array(self._trend().mean(0)),
-            size=self._sizes(self.readout.width).sum(0),
+            effective_draws=self._sizes(self.readout.width).sum(0),
             row_sd=_array(self._rows.variance().mean(0).sqrt()[:: self.readout.width]),
             query_sd=_array(self._queries.variance().mean(0).sqrt()),
             loss=loss,
-            screens=tuple(checks),
+            checks=tuple(checks),
             settings=settings,
-            terms=terms,
+            tokens=tokens,
             **described,
             **found,
         )
 
-    def _estimates(self) -> tuple[dict[str, Any], TermScores | None]:
+    def _estimates(self) -> tuple[dict[str, Any], TokenScores | None]:
         """Covariances, errors and tests of the rows [R, Q], and of their terms."""
         plain = self._plain.covariance().mean(0)
         laplace = torch.full_like(plain, math.nan)
@@ -218,7 +218,8 @@ class Tally:
             return of_rows, None
         p = lines["p"][:, 1:]
         q = benjamini_hochberg(p.reshape(-1, p.shape[2])).reshape(p.shape)
-        return of_rows, TermScores(lines["scores"][:, 1:], lines["se"][:, 1:], q)
+        flat = (x.reshape(-1, p.shape[2]) for x in (lines["scores"][:, 1:], lines["se"][:, 1:], q))
+        return of_rows, TokenScores(np.arange(len(p) + 1) * (width - 1), *flat)
 
     def _error(self, blocks: Scatter, chains: Tensor) -> Tensor:
         """Standard errors by the blocks' scatter, enlarged where whole chains [C, R, Q] scatter more.
@@ -262,7 +263,7 @@ class Tally:
         of_rows = covariance[:, :: self.readout.width]
         return of_rows - of_rows.mean(1, keepdim=True)
 
-    def _screens(self, found: dict[str, Floats], loss: Floats, facts: Facts) -> list[Screen]:
+    def _screens(self, found: dict[str, Floats], loss: Floats, facts: Facts) -> list[Check]:
         covariance = self._plain.covariance() - (self._twin.covariance() if self.twins else 0)
         noise = _array(self._error(self._rows_scatter, self._apart(covariance)))
         lost = forgotten(float(loss.mean()), *self.readout.trained_and_blank())

@@ -32,7 +32,7 @@ def start(rows: int, queries: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def fold(state: dict[str, Tensor], rows: Tensor, decrease: Tensor, noise: Tensor, past: int) -> None:
+def update(state: dict[str, Tensor], rows: Tensor, decrease: Tensor, noise: Tensor, past: int) -> None:
     """Takes a step of ``rows`` [b] with its predicted decrease [Q] and the variance [Q] of it, after ``past`` steps."""
     if past > 0:  # the first step has no past to be compared with
         q = len(decrease)
@@ -47,7 +47,7 @@ def fold(state: dict[str, Tensor], rows: Tensor, decrease: Tensor, noise: Tensor
     state["trend"].mul_(TREND_DECAY).add_(decrease, alpha=1 - TREND_DECAY)
 
 
-def finish(state: dict[str, Tensor], estimator: Literal["auc", "max_threshold"]) -> tuple[Floats, Floats]:
+def compute(state: dict[str, Tensor], estimator: Literal["auc", "max_threshold"]) -> tuple[Floats, Floats]:
     """Returns mu and its standard error [N, Q] on the scale of a sum over steps, NaN where there is none."""
     everything = host(state["all_steps"])
     total, rows = everything.sum(-1), len(state["histogram"])

@@ -90,9 +90,9 @@ class FINE(Method):
         >>> info = QueryInfo("val", "loss", "Does training on the row lower the validation loss?")
         >>> fine = FINE()
         >>> fine.start(rows=3, queries=(info,), device=torch.device("cpu"))
-        >>> fine.fold(torch.tensor([0, 1]), torch.tensor([[3.0], [1.0]]), rate=0.1)
-        >>> fine.fold(torch.tensor([0, 2]), torch.tensor([[2.0], [0.0]]), rate=0.1)
-        >>> fine.finish().mu.round(3).ravel().tolist()  # row 0 helped twice
+        >>> fine.update(torch.tensor([0, 1]), torch.tensor([[3.0], [1.0]]), rate=0.1)
+        >>> fine.update(torch.tensor([0, 2]), torch.tensor([[2.0], [0.0]]), rate=0.1)
+        >>> fine.compute().mu.round(3).ravel().tolist()  # row 0 helped twice
         [1.414, -0.707, -0.707]
     """
 
@@ -145,7 +145,7 @@ class FINE(Method):
             self._state |= estimators.start(rows, q, device)
 
     @torch.no_grad()
-    def fold(
+    def update(
         self,
         rows: Tensor,
         signals: Tensor,
@@ -154,14 +154,14 @@ class FINE(Method):
         contrasts: Tensor | None = None,
     ) -> None:
         """Takes one optimizer step; see :class:`~ine_callback.methods.base.Method`."""
-        state = self._started("fold")
+        state = self._started("update")
         if rows.ndim != 1 or signals.shape != (rows.shape[0], len(self._queries)):
             raise ValueError(
-                f"FINE.fold: rows {tuple(rows.shape)} and signals {tuple(signals.shape)} must be [b] and "
+                f"FINE.update: rows {tuple(rows.shape)} and signals {tuple(signals.shape)} must be [b] and "
                 f"[b, {len(self._queries)}]"
             )
         if not math.isfinite(rate):
-            raise ValueError(f"FINE.fold: rate={rate} must be finite; skip a step that was not applied")
+            raise ValueError(f"FINE.update: rate={rate} must be finite; skip a step that was not applied")
         rows = rows.to(torch.int64)
         once = torch.ones_like(rows)
         state["observations"].index_add_(0, rows, once)
@@ -180,7 +180,7 @@ class FINE(Method):
         d = d / level
         d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
         sigma2 = d.square().sum(0) / rows.shape[0]
-        self._fold_shifts(rows, d, sigma2)
+        self._update_shifts(rows, d, sigma2)
         self._deal(rows, d)
         if contrasts is not None:
             turned = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
@@ -190,7 +190,7 @@ class FINE(Method):
         state["noise"] += noise
         self._steps += 1
         if self.estimator != "gaussian":
-            estimators.fold(state, rows, predicted.sum(0), noise, self._steps - 1)
+            estimators.update(state, rows, predicted.sum(0), noise, self._steps - 1)
 
     def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
         """Size of the mean [Q] of the rows' own signals, added to their profiles; 1 for queries."""
@@ -201,7 +201,7 @@ class FINE(Method):
             level[self._own] = torch.where(mean > 0, mean, 1.0)
         return level
 
-    def _fold_shifts(self, rows: Tensor, d: Tensor, sigma2: Tensor) -> None:
+    def _update_shifts(self, rows: Tensor, d: Tensor, sigma2: Tensor) -> None:
         z = d * torch.where(sigma2 > 0, sigma2.rsqrt(), 0.0)
         self._state["shift"].index_add_(0, rows, d)
         self._state["scatter"].index_add_(0, rows, z.square())
@@ -216,9 +216,9 @@ class FINE(Method):
         place = torch.where(rows % self._stride == 0, rows // self._stride, null.shape[0] - 1)
         null.index_add_(0, place, dealt)
 
-    def finish(self) -> Scores:
+    def compute(self) -> Scores:
         """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""
-        state = self._started("finish")
+        state = self._started("compute")
         observations = state["observations"].cpu().numpy().astype(np.int64)
         seen = observations > 0
         shift, scatter, variance = (host(state[name]) for name in ("shift", "scatter", "variance"))
@@ -245,7 +245,7 @@ class FINE(Method):
         null_sd = np.sqrt(variance) * scale
         mu = shift * scale
         if self.estimator != "gaussian":
-            mu, se = estimators.finish(state, self.estimator)
+            mu, se = estimators.compute(state, self.estimator)
             mu[~seen], se[~seen] = np.nan, np.nan
             null_sd = se.copy()
         return Scores(

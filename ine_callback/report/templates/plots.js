@@ -15,7 +15,7 @@ async function embed() {
       if (model.type === "ColumnDataSource" && model.name) sources.set(`${name}.${model.name}`, model);
     }
   }
-  for (const key of ["volcano.rest", "volcano.low", "volcano.high", "chains.both"]) {
+  for (const key of ["volcano.rest", "volcano.low", "volcano.high", "methods.both"]) {
     const source = sources.get(key);
     if (source) source.selected.properties.indices.change.connect(() => {
       const [first] = source.selected.indices;
@@ -75,7 +75,7 @@ function draw() {
   name("volcano", { null: "not flagged", low: `${now.negative} ${now.low}`, high: `${now.positive} ${now.high}` });
   volcano.below[0].axis_label = `← ${now.low}     ${now.axis}     ${now.high} →`;
   drawNull(now);
-  drawChains(now, drawn);
+  drawMethod(now, drawn);
   drawGroups(now);
   paint();
   ring();
@@ -104,20 +104,22 @@ function drawNull(now) {
   name("null", { null: chances, low: `${now.low} rows`, high: `${now.high} rows` });
 }
 
-function drawChains(now, drawn) {
-  const both = now.bif ? drawn.filter((k) => finite(now.bif[k])) : [];
-  shown("chains", both.length > 0);
-  shown("course", Boolean(now.course));
+function drawMethod(now, drawn) {
+  const found = other(), both = found ? drawn.filter((k) => finite(found.scores[k])) : [];
+  shown("methods", both.length > 0);
+  shown("course", Boolean(found?.course));
   if (both.length) {
-    const plot = plots.get("chains");
-    fill("chains.both", points(both, (k) => now.bif[k], "x y row class"));
-    const reach = span(both.map((k) => now.mu[k])), tall = span(both.map((k) => now.bif[k]));
+    const plot = plots.get("methods");
+    fill("methods.both", points(both, (k) => found.scores[k], "x y row class"));
+    const reach = span(both.map((k) => now.mu[k])), tall = span(both.map((k) => found.scores[k]));
     range(plot.x_range, -reach, reach);
     range(plot.y_range, -tall, tall);
-    at("agreement").textContent = now.agreement;
+    plot.left[0].axis_label = found.name;
+    at("agreement").textContent = found.agreement;
   }
-  if (now.course) {
-    const { stages, lines, low, high } = now.course, plot = plots.get("course"), side = colors();
+  if (found?.course) {
+    const { stages, lines, low, high, unit } = found.course, plot = plots.get("course"), side = colors();
+    plot.left[0].axis_label = unit ? `${found.name}, as a ${unit}` : found.name;
     const colour = (line) => (line.score.at(-1) > 0 ? side.good : side.suspect);
     plot.x_range.factors = stages;
     fill("course.middle", { x: stages, low, high });
@@ -160,7 +162,7 @@ function ring() {
   const now = query(), k = place.get(state.row), known = k !== undefined && finite(now.mu[k]);
   const on = (y) => (known && finite(y) ? { x: [now.mu[k]], y: [y] } : { x: [], y: [] });
   fill("volcano.chosen", on(known ? now.height[k] : NaN));
-  fill("chains.chosen", on(known && now.bif ? now.bif[k] : NaN));
+  fill("methods.chosen", on(known && other() ? other().scores[k] : NaN));
 }
 
 // ---- colours ----

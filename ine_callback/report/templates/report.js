@@ -37,7 +37,7 @@ const className = (k) => (classOf ? page.classes.names[classOf[k]] : "");
 function unpacked(query) {
   if (!query.ready) {
     for (const name of ["mu", "se", "height"]) query[name] = floats(query[name]);
-    if (query.bif) query.bif = floats(query.bif);
+    for (const method of query.methods) if (method) method.scores = floats(method.scores);
     const limit = -Math.log10(page.flag) - 1e-6; // heights are rounded to 32 bits
     query.flagged = everyRow.map((k) => query.height[k] >= limit && query.mu[k] !== 0);
     query.ready = true;
@@ -76,7 +76,7 @@ function sampleOf(row) {
 
 // ---- state ----
 
-const state = { query: page.first, row: null, text: "", side: "all", cls: "all", by: "mu", up: false, page: 0 };
+const state = { query: page.first, method: 0, row: null, text: "", side: "all", cls: "all", by: "mu", up: false, page: 0 };
 let order = [];
 const query = () => unpacked(page.queries[state.query]);
 
@@ -153,11 +153,18 @@ const COLUMNS = {
   mu: { title: "μ", value: (k) => query().mu[k], text: (k) => signed(query().mu[k], query().places) },
   interval: { title: "95 % interval", value: (k) => query().se[k], text: (k) => interval(query(), k) },
   q: { title: "q", value: (k) => -query().height[k], text: (k) => probability(query().height[k]) },
-  bif: { title: "BIF", value: (k) => query().bif[k], text: (k) => (finite(query().bif[k]) ? sign(query().bif[k].toPrecision(3)) : "–") },
   loss: { title: "mean loss", value: (k) => loss[k], text: (k) => number(loss[k], 3) },
   seen: { title: "seen", value: (k) => seen[k], text: (k) => (seen[k] ? `${seen[k]}×` : "never") },
 };
-const columns = () => Object.keys(COLUMNS).filter((key) => (key !== "class" || classOf) && (key !== "bif" || query().bif));
+page.methods.forEach((title, index) => { // a column of each fit-end method's scores
+  const scores = () => query().methods[index].scores;
+  COLUMNS[`method ${index}`] = {
+    title, value: (k) => scores()[k], text: (k) => (finite(scores()[k]) ? sign(scores()[k].toPrecision(3)) : "–"),
+    there: () => Boolean(query().methods[index]),
+  };
+});
+const columns = () => Object.keys(COLUMNS).filter((key) => (key !== "class" || classOf) && COLUMNS[key].there?.() !== false);
+const other = () => query().methods[state.method] ?? null; // the fit-end method whose plots are shown
 
 function arrange() { // filter and sort
   const now = query(), words = state.text.toLowerCase().split(/[\s,;]+/).filter(Boolean);
@@ -223,7 +230,7 @@ function line(keys, k) {
 function open(index) {
   state.query = index;
   const now = query();
-  document.querySelectorAll("[role=tab]").forEach((tab, k) => {
+  document.querySelectorAll("#rows [role=tab]").forEach((tab, k) => {
     tab.setAttribute("aria-selected", String(k === index));
     tab.tabIndex = k === index ? 0 : -1;
   });
@@ -258,8 +265,8 @@ function describe() { // in words what each plot shows, for who does not see it
   const texts = {
     volcano: `${scored} rows by μ and evidence: ${flagged.length} flagged, ${suspect.length} of them to look at. ${keys}`,
     null: `Scores of ${scored} rows over those that chance gives; null check ${now.check}.`,
-    chains: `BIF against μ, ${now.agreement || "no agreement known"}. ${keys}`,
-    course: `Influence of the most extreme rows at ${now.course?.stages.length ?? 0} stages of training.`,
+    methods: `${page.methods[state.method] ?? "No other method"} against μ, ${other()?.agreement || "no agreement known"}. ${keys}`,
+    course: `Influence of the most extreme rows at ${other()?.course?.stages.length ?? 0} stages of training.`,
     tradeoff: `Trade-off curves of ${now.groups?.length ?? 0} classes; their numbers are in the table beside.`,
   };
   for (const [plot, text] of Object.entries(texts)) at(`plot-${plot}`)?.setAttribute("aria-label", text);
@@ -280,20 +287,39 @@ function dark() {
   return scheme ? scheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-function start() {
-  if (at("gallery")) at("gallery").hidden = true; // cards and the chosen row show copies
-  const tabs = [...document.querySelectorAll("[role=tab]")];
+function tabbed(selector, show) { // a row of tabs, for mouse and keys
+  const tabs = [...document.querySelectorAll(selector)];
   tabs.forEach((tab, index) => {
-    tab.addEventListener("click", () => open(index));
+    tab.addEventListener("click", () => show(index));
     tab.addEventListener("keydown", (event) => {
       const steps = { ArrowRight: 1, ArrowLeft: -1, Home: -index, End: tabs.length - 1 - index };
       if (!(event.key in steps)) return;
       event.preventDefault();
       const next = (index + steps[event.key] + tabs.length) % tabs.length;
-      open(next);
+      show(next);
       tabs[next].focus();
     });
   });
+}
+
+function method(index, redraw = true) { // the fit-end method to show
+  state.method = index;
+  document.querySelectorAll("#methods [role=tab]").forEach((tab, k) => {
+    tab.setAttribute("aria-selected", String(k === index));
+    tab.tabIndex = k === index ? 0 : -1;
+  });
+  document.querySelectorAll("#methods > section").forEach((section, k) => { section.hidden = k !== index; });
+  if (!redraw) return;
+  describe();
+  draw();
+  ring();
+}
+
+function start() {
+  if (at("gallery")) at("gallery").hidden = true; // cards and the chosen row show copies
+  tabbed("#rows [role=tab]", open);
+  tabbed("#methods [role=tab]", method);
+  if (page.methods.length) method(0, false);
   if (page.classes) {
     at("class").append(...page.classes.names.map((text, index) => element("option", { value: index }, text)));
   } else at("class").closest("label").hidden = true;
@@ -310,7 +336,7 @@ function start() {
   for (const link of document.querySelectorAll("[data-open]")) {
     link.addEventListener("click", () => open(Number(link.dataset.open)));
   }
-  for (const plot of ["volcano", "chains"]) at(`plot-${plot}`)?.addEventListener("keydown", steer);
+  for (const plot of ["volcano", "methods"]) at(`plot-${plot}`)?.addEventListener("keydown", steer);
   if (page.queries.length) open(page.first);
   embed().then(draw).then(() => at("panel").setAttribute("aria-busy", "false"));
 }

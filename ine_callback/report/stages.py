@@ -1,4 +1,4 @@
-"""Bayesian influence over the stages of training, on axes that the caller gives (see ``plots.py``)."""
+"""A method's scores over the stages of training, on axes that the caller gives (see ``plots.py``)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.report.plots import FAINT, INK, NULL, dress
 from ine_callback.report.words import BLUE, ORANGE, plain
-from ine_callback.scores import Floats
+from ine_callback.scores import Attribution, Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ine_callback.report.report import InfluenceReport
-
 NAMED = 3  # rows drawn at each end
 
 
-def stages(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
-    """Correlation of loss and query at each stage, with 95 % Monte-Carlo bands.
+def stages(found: Sequence[Attribution], ax: Axes, query: str | None = None) -> None:
+    """Scores at each stage, with 95 % bands where standard errors are known.
 
     Drawn in colour are the rows that are most extreme at the last stage, in grey the middle 90 % of all rows.
-    Correlations, for covariances shrink with the losses as training goes on.
 
     Args:
-        report: With ``BIF(at=[…])`` of several stages.
+        found: One method's attributions of several stages, in their order.
         ax: Matplotlib's axes.
         query: Name of the query.
 
     Raises:
-        ValueError: If chains ran at fewer than two stages.
+        ValueError: If the method ran at fewer than two stages.
     """
-    found = report.bif_stages
     if len(found) < 2:
         raise ValueError(
-            f"InfluenceReport: chains ran at {len(found)} stages; BIF(at=[2, 5, 'end']) runs them at three."
+            f"InfluenceReport: no method ran at more than {len(found)} stages; at=[2, 5, 'end'] runs one at three."
         )
     rows, score, se = common(found, query)
     x = np.arange(len(found))
@@ -56,22 +51,35 @@ def stages(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
             )  # fmt: skip
         ax.plot([], [], color=color, marker="o", markersize=3.5, label=f"most {word} at the last stage")
     ax.axhline(0.0, color=INK, linewidth=0.8)
-    ax.set_xticks(x, ["end" if one.at == "end" else f"epoch {one.at}" for one in found])
-    name = found[-1].queries[found[-1].column(query)].name
-    dress(ax, f"Influence over training: {plain(name)}", "", "← harmful     BIF, as a correlation     helpful →")
+    ax.set_xticks(x, [label(one) for one in found])
+    last = found[-1]
+    name, unit = last.queries[last.column(query)].name, comparable(last)
+    axis = f"{plain(last.method)}, as a {unit}" if unit else plain(last.method)
+    dress(ax, f"Influence over training: {plain(name)}", "", f"← harmful     {axis}     helpful →")
     ax.grid(axis="y", color=FAINT, linewidth=0.6)
     ax.legend(fontsize=7.5, frameon=False, loc="best")
 
 
-def common(found: Sequence[BIFScores], query: str | None) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Rows that every stage scores [R], their correlations with the query and standard errors [stages, R]."""
+def label(found: Attribution) -> str:
+    """A stage in a word or two."""
+    return "end" if found.at == "end" else f"epoch {found.at}"
+
+
+def comparable(found: Attribution) -> str:
+    """Name of the column whose numbers compare between stages, where the method has one: scores shrink with losses."""
+    return "correlation" if "correlation" in found.columns else ""
+
+
+def common(found: Sequence[Attribution], query: str | None) -> tuple[NDArray[np.int64], Floats, Floats]:
+    """Rows that every stage scores [R], their comparable scores and standard errors [stages, R], NaN if not known."""
     rows = found[0].rows
     for one in found[1:]:
         rows = np.intersect1d(rows, one.rows)
     score, se = [], []
     for one in found:
-        order, column = np.argsort(one.rows), one.column(query)
+        order, column, unit = np.argsort(one.rows), one.column(query), comparable(one)
         at = order[np.searchsorted(one.rows[order], rows)]
-        score.append(one.correlation[at, column])
-        se.append(one.se[at, column] / (one.row_sd[at] * one.query_sd[column]))
+        numbers, errors = (one.columns[unit], one.columns.get(f"{unit}_se")) if unit else (one.scores, one.se)
+        score.append(numbers[at, column])
+        se.append(np.full(len(at), np.nan) if errors is None else errors[at, column])
     return rows, np.stack(score), np.stack(se)

@@ -1,0 +1,117 @@
+"""BIF in a fit: chains around the weights of the moment, with the trainer's data, queries and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.rowloss import RowLoss, row_losses
+from ine_callback.methods.bif.run import MAX_ROWS, chains, prepared, term_limit
+from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.context import FitContext
+from ine_callback.methods.fit_end import Interrupted
+from ine_callback.queries import Batch, BoundQuery
+from ine_callback.queries.sources import DataSource
+from ine_callback.scores import Attribution, Floats
+from ine_callback.utilities.isolation import isolated
+
+MAX_DATA = 20_000  # rows that the posterior's mean loss is taken over
+
+
+def run_chains(bif: BIF, context: FitContext, loss_fn: RowLoss | None = None) -> Attribution:
+    """Runs chains around the weights of a fit's moment, with the trainer's data, queries and precision.
+
+    Args:
+        bif: Settings; ``rows`` are dataset indices.
+        context: The fit's. f-INE's scores choose among the rows of a large training set.
+        loss_fn: See :func:`ine_callback.methods.bif.run.bif_scores`.
+
+    Raises:
+        InfluenceError: If rows, row losses or queries cannot be had.
+        Interrupted: Where Ctrl-C ended the chains early.
+    """
+    source, count = context.source, context.rows
+    scored, notes = _scored(
+        bif, count, _most(bif, context, loss_fn), None if context.scores is None else context.scores.mu
+    )
+    data = _data(scored, count)
+    train = context.to_device(source.training(data.tolist()))
+    if len(data) < count:
+        notes.append(f"BIF: the posterior's mean loss is over {len(data):,} of {count:,} rows")
+    place = np.searchsorted(data, scored)
+    found, interrupted = chains(
+        context.module,
+        train,
+        {query.info.name: _fast(context.module, query, source, context.to_device) for query in context.queries},
+        replace(bif, rows=place.tolist()),
+        loss_fn,
+        progress=lambda draws: context.progress(range(draws), "BIF chains"),
+        context=context.precision,
+        owner=context.owner,
+        at=context.at,
+    )
+    found = replace(found, rows=data[found.rows], notes=(*notes, *found.notes))
+    if interrupted:
+        raise Interrupted(found)
+    return found
+
+
+def _most(bif: BIF, context: FitContext, loss_fn: RowLoss | None) -> int:
+    """Rows scored where the settings name none."""
+    if not bif.per_token:
+        return MAX_ROWS
+    sample = context.to_device(context.source.training([0]))
+    with prepared(context.module, sample, loss_fn, context.precision, context.owner) as (_, _, sample, losses):
+        return term_limit(losses, context.module, sample, context.owner)[1]
+
+
+def _scored(bif: BIF, count: int, most: int, mu: Floats | None) -> tuple[NDArray[np.int64], list[str]]:
+    """Dataset indices to score: those asked for, all, or of a large set random ones and as many of f-INE's extremes.
+
+    The random ones are the same at every stage.
+    """
+    if bif.rows is not None and not isinstance(bif.rows, int):
+        return np.asarray(list(bif.rows), dtype=np.int64), []
+    most = min(count, most if bif.rows is None else bif.rows)
+    if most == count:
+        return np.arange(count), []
+    drawn = np.random.default_rng(bif.seed).permutation(count)
+    if mu is None:
+        return np.sort(drawn[:most]), [f"BIF: scored are {most:,} of {count:,} rows, drawn at random"]
+    extreme = np.nan_to_num(np.abs(mu) / np.nanstd(mu, axis=0)).max(1)
+    extreme[drawn[: most - most // 2]] = -1.0
+    first = np.argsort(-extreme, kind="stable")[: most // 2]
+    note = (
+        f"BIF: scored are {most:,} of {count:,} rows, the {len(first):,} that f-INE finds most extreme and random ones"
+    )
+    return np.sort(np.concatenate([first, drawn[: most - len(first)]])), [note]
+
+
+def _data(scored: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Sorted dataset indices for the posterior: all, or of a large set a random sample and the scored rows."""
+    if count <= MAX_DATA:
+        return np.arange(count)
+    return np.union1d(scored, np.random.default_rng(0).choice(count, MAX_DATA, replace=False))
+
+
+def _fast(module: nn.Module, query: BoundQuery, source: DataSource, to_device: Callable[[Batch], Batch]) -> BoundQuery:
+    """The query on the device; a mean loss is read off the step's own loss, so that its metrics do not run."""
+    batches = tuple((weight, to_device(batch)) for weight, batch in query.batches)
+    query = replace(query, batches=batches)
+    if query.value != source.loss:
+        return query
+    try:
+        with isolated(module):
+            losses = row_losses(module, batches[0][1], steps=("validation_step", "training_step"))
+    except InfluenceError:  # its rows cannot be told apart, its mean can
+        return query
+
+    def mean(module: nn.Module, batch: Batch) -> Tensor:
+        return losses(module, batch).mean()
+
+    return replace(query, value=mean)
