@@ -1,11 +1,9 @@
-r"""What the rest of training leaves of a perturbation made now: the curvature discount.
+r"""Kronecker factors of every block's Fisher, gathered over the run.
 
-A change of the weights at step t decays under the later steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed
-learning rate that remains (times the optimizer's own rate) and ``H`` the Hessian, here a block-diagonal Fisher with
-Kronecker factors built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671),
-averaged over the whole run so far. In the factors' eigenbasis the exponential is elementwise:
-
-    D v = Q_L [exp(-R (l_L l_R^T + decay)) * (Q_L^T v Q_R)] Q_R^T.
+They are built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671) and averaged
+over the whole run so far. f-INE's discount is made of them: a change of the weights at step t decays under the later
+steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed learning rate that remains (times the optimizer's own rate) and
+``H`` the Hessian, for which the Fisher stands. :mod:`.spectral` has this and other functions of it.
 
 Factors use the true labels (empirical Fisher). A parameter that several modules share uses the diagonal of the sum of
 their Fishers (the sum's partial traces are kept beside it, for bases and sketches). A dimension over ``max_dim`` falls
@@ -14,133 +12,19 @@ back to its diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients import Lookup, Record, Vector, row_chunks
-from ine_callback.curvature.low_rank import MIXED, Side, Sketch, energies, sketched
+from ine_callback.capture.per_sample_gradients import Lookup, Record, Vector
+from ine_callback.curvature.low_rank import Side
+from ine_callback.curvature.spectral import SpectralOperator, Spectrum
 from ine_callback.distributed.processes import Lockstep
 
 if TYPE_CHECKING:
     from ine_callback.capture.blocks import Block
-
-
-@dataclass(frozen=True)
-class Discount:
-    """The linear map D of one block: rotate, weight, rotate back (``None``: the identity).
-
-    Attributes:
-        weight: ``exp(-exponent)`` in the eigenbasis [*layout], within (0, 1]; None for D = I.
-        sides: The moments that it comes from, left and right, where the block is a matrix with both.
-        entrywise: Whether the weight is that of single entries of the block instead.
-    """
-
-    weight: Tensor | None = None
-    sides: tuple[Side, Side] | None = None
-    entrywise: bool = False
-
-    @property
-    def left(self) -> Tensor | None:
-        """Eigenvectors of the output side [G, O, O], or None where nothing is turned."""
-        return None if self.sides is None or self.entrywise else self.sides[0].vectors
-
-    @property
-    def right(self) -> Tensor | None:
-        """Eigenvectors of the input side [G, I, I], or None where nothing is turned."""
-        return None if self.sides is None or self.entrywise else self.sides[1].vectors
-
-    def apply(self, v: Tensor) -> Tensor:
-        """D v for v [Q, *layout]."""
-        if self.weight is None:
-            return v
-        if self.left is not None:
-            v = self.left.transpose(-1, -2) @ v
-        if self.right is not None:
-            v = v @ self.right
-        v = v * self.weight
-        if self.right is not None:
-            v = v @ self.right.transpose(-1, -2)
-        return v if self.left is None else self.left @ v
-
-    def norms(self, record: Record) -> Tensor:
-        """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
-        if self.weight is None:
-            return record.squared_norms()[:, None].expand(-1, 2)
-        return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
-
-    def energies(self) -> Tensor | None:
-        """See :func:`.lowrank.energies`; None for a D without sides, which is met as it is."""
-        return None if self.sides is None or self.weight is None else energies(self._turned, *self.sides)
-
-    def sketched(self, mixed: int = MIXED) -> Sketched | Discount:
-        """Nearly the same :meth:`norms` by few columns, see :mod:`.low_rank`; of a vector itself."""
-        if self.sides is None or self.weight is None:
-            return self
-        rows, columns, weights = sketched(self._turned, *self.sides, mixed)
-        return Sketched(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
-
-    @cached_property
-    def _turned(self) -> Tensor:
-        """D's weights in the sides' eigenbases; of an entrywise D its diagonal there."""
-        assert self.sides is not None and self.weight is not None
-        weight, (left, right) = self.weight, (side.vectors for side in self.sides)
-        if self.entrywise and left is not None:
-            weight = left.square().transpose(-1, -2) @ weight
-        return weight @ right.square() if self.entrywise and right is not None else weight
-
-    def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
-        """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
-        out = []
-        elements = int(torch.Size(records[0].layout).numel())
-        for rows in row_chunks(records[0].rows, elements):
-            g = records[0].gradient(rows)
-            for record in records[1:]:
-                g = g + record.gradient(rows)
-            changed = self.apply(g)
-            out.append(torch.stack([(changed * g).flatten(1).sum(1), changed.flatten(1).square().sum(1)], 1))
-        return torch.cat(out)
-
-
-@dataclass
-class Sketched:
-    """A discount for :meth:`norms` alone.
-
-    Attributes:
-        rows: Sketch of the output side, or None.
-        columns: Sketch of the input side, or None.
-        left: Columns of the output side as drawn last [G, O, n].
-        right: Columns of the input side as drawn last [G, I, m].
-        weights: Of the squares in these columns [2, G, n, m], for ``<D g, g>`` and for ``|D g|^2``.
-    """
-
-    rows: Sketch | None
-    columns: Sketch | None
-    left: Tensor | None
-    right: Tensor | None
-    weights: Tensor
-
-    def transposed(self) -> Sketched:
-        """The same of transposed gradients."""
-        return Sketched(self.columns, self.rows, self.right, self.left, self.weights.transpose(-1, -2))
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether the input side has columns; a diagonal moment of few dimensions has none."""
-        return self.columns is not None or self.right is not None
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Draws new columns: errors of rows met at several steps average out."""
-        self.left = self.left if self.rows is None else self.rows.draw(generator)
-        self.right = self.right if self.columns is None else self.columns.draw(generator)
-
-    def norms(self, record: Record) -> Tensor:
-        """See :meth:`Discount.norms`."""
-        return record.rotated(self.left, self.right).norms(self.weights)
 
 
 @dataclass
@@ -171,12 +55,13 @@ class KFAC:
     Example:
         >>> import torch
         >>> from ine_callback.capture import Block, Outer
+        >>> from ine_callback.curvature.spectral import exponential
         >>> weight = torch.nn.Parameter(torch.zeros(1, 1))
         >>> block, kfac = Block("w", (weight,), (1, 1, 1)), KFAC()
         >>> record = Outer(torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.5))  # shares of a mean over 4 rows
         >>> kfac.observe(block, record, terms=4.0)
         >>> kfac.end_step()
-        >>> kfac.discount(block, exponent=2.0).weight  # exp(-2 * 4 * sum of .5^2)
+        >>> kfac.operator(block, exponential(2.0)).weight  # exp(-2 * 4 * sum of .5^2)
         tensor([[[0.0003]]])
     """
 
@@ -236,30 +121,28 @@ class KFAC:
             each.uses, each.steps, each.seen = uses, steps, seen
         processes.average(tensor for each in factors for tensor in each.tensors())
 
-    def discount(self, block: Block, exponent: Tensor | float, decay: Tensor | float = 0.0) -> Discount:
-        """The map ``exp(-(exponent * F + decay))`` of a block.
+    def operator(self, block: Block, spectrum: Spectrum) -> SpectralOperator:
+        """A function of a block's Fisher; the identity for a block that was never observed.
 
         Args:
             block: The block.
-            exponent: Remaining learning rate times the optimizer's rate R.
-            decay: Weight decay's own exponent (the same in all directions).
+            spectrum: The function, see :mod:`.spectral`.
         """
         factors = self._factors.get(block.name)
         if factors is None:
-            return Discount()
+            return SpectralOperator()
         steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none is closed yet
         assert factors.left is not None and factors.right is not None
         left_values, left = _eigen(factors.left / steps, factors.full[0])
         right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
         if factors.left.dim() == 1:  # a vector block has one side
-            return Discount(torch.exp(-(exponent * left_values + decay)))
+            return SpectralOperator(spectrum(left_values))
         if factors.diagonal is not None:  # both traces are the Fisher's: the product of the moments has it once
             right_values = right_values / right_values.sum(-1, keepdim=True).clamp_min(1e-30)
         sides = (Side.drawn(left_values, left, factors.seen), Side.drawn(right_values, right, factors.seen))
         if factors.diagonal is not None:
-            return Discount(torch.exp(-(exponent * factors.diagonal / steps + decay)), sides, entrywise=True)
-        weight = torch.exp(-(exponent * left_values[..., :, None] * right_values[..., None, :] + decay))
-        return Discount(weight, sides)
+            return SpectralOperator(spectrum(factors.diagonal / steps), sides, entrywise=True)
+        return SpectralOperator(spectrum(left_values[..., :, None], right_values[..., None, :]), sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Every block's sums, by its name: tensors and plain types."""

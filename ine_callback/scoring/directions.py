@@ -16,8 +16,8 @@ from torch import Tensor
 from ine_callback.capture import Block, Lookup, Outer, Record, Vector
 from ine_callback.capture.compressed import FEW_QUERIES, Compressed, turned
 from ine_callback.capture.per_sample_gradients import widened
-from ine_callback.curvature.kfac import Discount, Sketched
 from ine_callback.curvature.low_rank import SMALLEST, low_rank
+from ine_callback.curvature.spectral import Sketched, SpectralOperator
 from ine_callback.scoring.sign_contrasts import Contrasts, summed
 
 WHOLE = 1 << 16  # entries up to which the gradient of a shared block is formed for each row
@@ -42,7 +42,7 @@ class Own:
 class Plan:
     """What one block's direction is made of: the K-FAC discount, its weight, the exponents of both discounts."""
 
-    discount: Discount
+    discount: SpectralOperator
     weight: Tensor | float
     exponents: tuple[Tensor | float, Tensor | float]
 
@@ -81,7 +81,7 @@ class Exact(Direction):
         discount: D.
     """
 
-    discount: Discount
+    discount: SpectralOperator
 
     def contract(self, record: Record) -> tuple[Tensor | None, Use]:
         record = record.wide()
@@ -103,7 +103,7 @@ class Flat(Direction):
         discount: D.
     """
 
-    discount: Discount
+    discount: SpectralOperator
 
     def __post_init__(self) -> None:
         signs = self.contrasts.signs(self.block, self.block.layout)
@@ -235,7 +235,7 @@ def direction_of(
     if rank is None or discount.sides is None or not (large if block.shared else block.matrix):
         return exact, None
     own = None if mixed is None else discount.sketched(mixed)
-    assert not isinstance(own, Discount)  # it has sides
+    assert not isinstance(own, SpectralOperator)  # it has sides
     sides = discount.sides
     if block.outputs:
         sides = sides[::-1]

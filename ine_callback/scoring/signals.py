@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from ine_callback.capture import Block, BlockTable, Record
 from ine_callback.capture.row_losses import Scale
 from ine_callback.curvature.gradient_sample import Reservoir
-from ine_callback.curvature.kfac import KFAC, Discount
+from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import MIXED, RANK, mixtures
+from ine_callback.curvature.spectral import SpectralOperator, exponential
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import QueryError
 from ine_callback.optimizers.rates import Schedule, rate_of, same_rate, step_rate
@@ -322,5 +323,7 @@ class Signals:
         weight = rate.weight * (rate.step / step if step else 1.0)
         ahead = remaining * (rate.lr / lr if lr else 1.0)
         exponents = ahead * rate.curvature, ahead * rate.decay
-        discount = Discount() if self.curvature is None else self.curvature.discount(block, *exponents)
+        discount = (
+            SpectralOperator() if self.curvature is None else self.curvature.operator(block, exponential(*exponents))
+        )
         return Plan(discount, weight, exponents)

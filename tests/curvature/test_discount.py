@@ -12,6 +12,7 @@ from test_kfac import dense, draw
 from torch import Tensor, nn
 
 from ine_callback import Recorder
+from ine_callback.curvature.spectral import exponential
 
 
 class TwoLayers(nn.Module):
@@ -192,5 +193,5 @@ def test_curvature_is_observed_every_few_steps(every: int) -> None:
     (own,) = recorder.signals.table
     assert recorder.signals.curvature is not None
     fisher = torch.kron(sum(lefts) / len(lefts), sum(rights) / len(rights))
-    found = dense(recorder.signals.curvature.discount(own, 1.0), own.layout)
+    found = dense(recorder.signals.curvature.operator(own, exponential(1.0)), own.layout)
     torch.testing.assert_close(found, torch.linalg.matrix_exp(-fisher), rtol=1e-6, atol=1e-9)

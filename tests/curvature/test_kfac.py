@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, Lookup, Outer, Record, Vector
-from ine_callback.curvature.kfac import KFAC, Discount
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.curvature.spectral import SpectralOperator, exponential
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
 
@@ -40,7 +41,7 @@ def outer(rows: int = 5, groups: int = 1, positions: int = 1, out: int = 2, inpu
     return Outer(draw(rows, groups, positions, inputs), draw(rows, groups, positions, out))
 
 
-def dense(discount: Discount, layout: tuple[int, ...]) -> Tensor:
+def dense(discount: SpectralOperator, layout: tuple[int, ...]) -> Tensor:
     """D as a matrix over the flattened layout."""
     size = int(torch.Size(layout).numel())
     return discount.apply(torch.eye(size, dtype=torch.float64).reshape(size, *layout)).reshape(size, size).T
@@ -77,7 +78,7 @@ def test_discount_equals_the_matrix_exponential_where_the_fisher_is_kronecker() 
     v = draw(4, *own.layout)
     for exponent, decay in [(0.3, 0.0), (2.0, 0.1), (0.0, 0.7)]:
         d = torch.linalg.matrix_exp(-(exponent * fisher + decay * torch.eye(6, dtype=torch.float64)))
-        found = kfac.discount(own, exponent, decay)
+        found = kfac.operator(own, exponential(exponent, decay))
         torch.testing.assert_close(found.apply(v).flatten(1), v.flatten(1) @ d.T, **EXACT)
         expected = torch.stack([((g / n) @ d * (g / n)).sum(1), ((g / n) @ d).square().sum(1)], 1)
         torch.testing.assert_close(found.norms(shares), expected, **EXACT)
@@ -86,7 +87,7 @@ def test_discount_equals_the_matrix_exponential_where_the_fisher_is_kronecker() 
 def test_grouped_layers_have_one_exponential_a_group() -> None:
     record = outer(rows=5, groups=3, positions=4)
     own, kfac = observed(record, terms=2.0)
-    found = dense(kfac.discount(own, 0.5), own.layout)
+    found = dense(kfac.operator(own, exponential(0.5)), own.layout)
     truth = torch.block_diag(*[torch.linalg.matrix_exp(-0.5 * 2.0 * f) for f in kron_of(record)])
     torch.testing.assert_close(found, truth, **EXACT)
 
@@ -96,7 +97,7 @@ def test_one_parameter() -> None:
     deltas = draw(6, 1, 1, 1) / 6
     own, kfac = observed(Outer(torch.full((6, 1, 1, 1), 3.0).double(), deltas), terms=6.0)
     fisher = sum((6 * float(d) * 3) ** 2 for d in deltas.flatten()) / 6
-    assert float(kfac.discount(own, 0.01).weight) == pytest.approx(math.exp(-0.01 * fisher), rel=1e-12)
+    assert float(kfac.operator(own, exponential(0.01)).weight) == pytest.approx(math.exp(-0.01 * fisher), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_self_influence_equals_the_dense_form(record: Record | str) -> None:
         fisher = torch.block_diag(*kron_of(record))
     own, kfac = observed(record, terms=3.0)
     d = torch.linalg.matrix_exp(-(0.2 * 3.0 * fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64)))
-    found = kfac.discount(own, 0.2, 0.05)
+    found = kfac.operator(own, exponential(0.2, 0.05))
     g = record.gradient(slice(0, 5)).flatten(1)
     expected = torch.stack([torch.stack([x @ d @ x, (d @ x).square().sum()]) for x in g])
     torch.testing.assert_close(found.norms(record), expected, **EXACT)
@@ -133,7 +134,7 @@ def test_self_influence_of_a_reused_block_sums_first() -> None:
     right = (moment(one.a)[0] + moment(two.a)[0]) / (2 * 5 * 2)
     d = torch.linalg.matrix_exp(-0.1 * torch.kron(left, right))
     g = (one.gradient(slice(0, 5)) + two.gradient(slice(0, 5))).flatten(1)
-    found = kfac.discount(own, 0.1)
+    found = kfac.operator(own, exponential(0.1))
     expected = torch.stack([torch.stack([x @ d @ x, (d @ x).square().sum()]) for x in g])
     torch.testing.assert_close(found.norms_of_sum([one, two]), expected, **EXACT)
     torch.testing.assert_close(dense(found, own.layout), d, **EXACT)
@@ -146,7 +147,7 @@ def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
     counts = table.ids.flatten().bincount(minlength=4).double() / 30
     diagonal = torch.outer(counts, moment(table.delta[:, None])[0].diagonal())
     diagonal = diagonal + torch.outer(moment(head.delta)[0].diagonal(), moment(head.a)[0].diagonal() / 30)
-    found = kfac.discount(own, 0.1, 0.3)
+    found = kfac.operator(own, exponential(0.1, 0.3))
     torch.testing.assert_close(found.weight[0], torch.exp(-(0.1 * 2.0 * diagonal + 0.3)), **EXACT)
     g = (head.gradient(slice(0, 5)) + table.gradient(slice(0, 5)))[:, 0]
     expected = torch.stack([(g.square() * found.weight**power).sum((1, 2)) for power in (1, 2)], 1)
@@ -160,7 +161,7 @@ def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
     left, right = moment(record.delta)[0], moment(record.a)[0] / 15
     left = left if out <= 4 else torch.diag(left.diagonal())
     right = right if inputs <= 4 else torch.diag(right.diagonal())
-    found = kfac.discount(own, 0.1)
+    found = kfac.operator(own, exponential(0.1))
     assert (found.left is None) == (out > 4) and (found.right is None) == (inputs > 4)
     torch.testing.assert_close(
         dense(found, own.layout), torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)), **EXACT
@@ -173,7 +174,9 @@ def test_factors_are_the_plain_mean_since_the_first_step() -> None:
     left = sum(moment(r.delta)[0] for r in records) / 5
     right = sum(moment(r.a)[0] / 10 for r in records) / 5
     torch.testing.assert_close(
-        dense(kfac.discount(own, 0.1), own.layout), torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)), **EXACT
+        dense(kfac.operator(own, exponential(0.1)), own.layout),
+        torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)),
+        **EXACT,
     )
 
 
@@ -184,13 +187,15 @@ def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
     own, kfac = observed(whole, terms=6.0)
     own_halves, kfac_halves = observed(halves, terms=6.0)
     torch.testing.assert_close(
-        dense(kfac_halves.discount(own_halves, 0.1), own.layout), dense(kfac.discount(own, 0.1), own.layout), **EXACT
+        dense(kfac_halves.operator(own_halves, exponential(0.1)), own.layout),
+        dense(kfac.operator(own, exponential(0.1)), own.layout),
+        **EXACT,
     )
 
 
 def test_nothing_observed_is_the_identity() -> None:
     record = outer()
-    discount = KFAC().discount(block(record), 3.0, 0.0)
+    discount = KFAC().operator(block(record), exponential(3.0, 0.0))
     v = draw(2, *record.layout)
     assert discount.apply(v) is v
     torch.testing.assert_close(discount.norms(record), record.squared_norms()[:, None].expand(-1, 2))
@@ -199,7 +204,7 @@ def test_nothing_observed_is_the_identity() -> None:
 def test_discounts_only_shrink() -> None:
     record = outer(rows=2, positions=1, out=4, inputs=5)  # rank-deficient factors: eigenvalues at and below zero
     own, kfac = observed(record)
-    weight = kfac.discount(own, 1e3).weight
+    weight = kfac.operator(own, exponential(1e3)).weight
     assert weight is not None and float(weight.max()) <= 1.0 and float(weight.min()) >= 0.0
 
 
@@ -232,10 +237,12 @@ def test_discounted_signals_are_the_true_change_on_a_quadratic_loss() -> None:
     cholesky = torch.linalg.cholesky(hessian)
     feed = Outer((cholesky.T * size**0.5)[:, None, None], torch.full((size, 1, 1, 1), 1 / size, dtype=torch.float64))
     own, kfac = observed(feed, terms=float(size))
-    torch.testing.assert_close(dense(kfac.discount(own, 1.0), own.layout), torch.linalg.matrix_exp(-hessian), **EXACT)
+    torch.testing.assert_close(
+        dense(kfac.operator(own, exponential(1.0)), own.layout), torch.linalg.matrix_exp(-hessian), **EXACT
+    )
     scores, truths = torch.zeros(rows, dtype=torch.float64), []
     for t, batch in enumerate(batches):
-        u = kfac.discount(own, lr * (steps - t - 1)).apply(c.reshape(1, *own.layout))
+        u = kfac.operator(own, exponential(lr * (steps - t - 1))).apply(c.reshape(1, *own.layout))
         record = Outer(kept[t][:, None, None], torch.ones(2, 1, 1, 1).double())
         scores[batch] += lr * record.signals(u)[:, 0]
     for row in range(rows):
@@ -264,9 +271,9 @@ def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(
 
     record = Outer(torch.randn(5, 1, 1, 3), torch.randn(5, 1, 1, 2))
     own, kfac = observed(record)
-    expected = kfac.discount(own, 0.3).apply(torch.ones(1, *own.layout))
+    expected = kfac.operator(own, exponential(0.3)).apply(torch.ones(1, *own.layout))
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_single)
-    torch.testing.assert_close(kfac.discount(own, 0.3).apply(torch.ones(1, *own.layout)), expected)
+    torch.testing.assert_close(kfac.operator(own, exponential(0.3)).apply(torch.ones(1, *own.layout)), expected)
 
 
 def test_vanishing_gradients_have_a_discount_too() -> None:
@@ -275,8 +282,8 @@ def test_vanishing_gradients_have_a_discount_too() -> None:
     own, kfac = observed(Outer(a, delta))
     small, faint = observed(Outer(a, 1e-9 * delta))
     v = torch.randn(2, *own.layout)
-    found = faint.discount(small, 1e18 * 1e-3).apply(v)
-    torch.testing.assert_close(found, kfac.discount(own, 1e-3).apply(v), rtol=1e-3, atol=1e-4)
+    found = faint.operator(small, exponential(1e18 * 1e-3)).apply(v)
+    torch.testing.assert_close(found, kfac.operator(own, exponential(1e-3)).apply(v), rtol=1e-3, atol=1e-4)
 
 
 def test_an_observation_may_stand_for_several_steps() -> None:
@@ -287,5 +294,5 @@ def test_an_observation_may_stand_for_several_steps() -> None:
     once.end_step()
     once.observe(own, later, 1.0, steps=3)
     once.end_step()
-    expected, found = thrice.discount(own, 0.7), once.discount(own, 0.7)
+    expected, found = thrice.operator(own, exponential(0.7)), once.operator(own, exponential(0.7))
     torch.testing.assert_close(dense(found, first.layout), dense(expected, first.layout), **EXACT)

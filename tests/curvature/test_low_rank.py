@@ -18,8 +18,9 @@ from ine_callback import Recorder
 from ine_callback.capture import Block, Lookup, Outer
 from ine_callback.capture.windows import Kernel, Windows
 from ine_callback.curvature.intervals import curvature_gap, refresh_gap
-from ine_callback.curvature.kfac import KFAC, Discount, Sketched
+from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import KEPT, MIXED, MOST_MIXED, NOISE, TOP, Side, energies, low_rank, mixtures
+from ine_callback.curvature.spectral import Sketched, SpectralOperator, exponential
 from ine_callback.scoring.directions import Joint, Plan, direction_of
 from ine_callback.scoring.sign_contrasts import Contrasts, turned_by
 
@@ -48,9 +49,9 @@ def rows_of(left: Side, right: Side, count: int, positions: int = 1, seed: int =
     return Outer(sample(right, seed), sample(left, seed + 1))
 
 
-def discount(left: Side, right: Side, exponent: float) -> Discount:
+def discount(left: Side, right: Side, exponent: float) -> SpectralOperator:
     values = left.values[..., :, None] * right.values[..., None, :]
-    return Discount(torch.exp(-exponent * values), (left, right))
+    return SpectralOperator(torch.exp(-exponent * values), (left, right))
 
 
 LEFT, RIGHT = side(OUT, 1.5, 1), side(IN, 1.5, 2)
@@ -179,7 +180,7 @@ def test_a_tied_last_layer_is_met_by_few_columns_of_its_outputs() -> None:
         kfac.observe(block, record, terms=5.0)
     kfac.end_step()
     u = draw(1, 1, entries, 2, seed=3) @ draw(1, 1, 2, width, seed=4)
-    plan = Plan(kfac.discount(block, 0.2), 1.0, (1.0, 1.0))
+    plan = Plan(kfac.operator(block, exponential(0.2)), 1.0, (1.0, 1.0))
     joint, share = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
     assert isinstance(joint, Joint) and joint.basis is not None and share is not None
     joint.draw(1)
@@ -271,7 +272,7 @@ def test_bfloat16_is_met_without_a_copy_in_float32(convolution: bool) -> None:
         for one, size in ((LEFT, out), (RIGHT, inputs))
     ]
     values = sides[0].values[..., :, None] * sides[1].values[..., None, :]
-    plan = Plan(Discount(torch.exp(-values), (sides[0], sides[1])), 1.0, (1.0, 1.0))
+    plan = Plan(SpectralOperator(torch.exp(-values), (sides[0], sides[1])), 1.0, (1.0, 1.0))
     block = Block("w", (nn.Parameter(torch.zeros(out, inputs)),), record.layout, matrix=True)
     u = (draw(1, 1, out, 3, seed=7) @ draw(1, 1, 3, inputs, seed=8)).float()
     joint, _ = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
