@@ -29,7 +29,7 @@ def by_method(found: Sequence[Attribution]) -> dict[str, list[Attribution]]:
 
 
 def attribute_name(method: str) -> str:
-    """What a method's attribution is called as an attribute of a report.
+    """What a method is called where names are identifiers, such as columns of a data frame.
 
     Example:
         >>> attribute_name("BIF"), attribute_name("gradient norm")

@@ -1,7 +1,11 @@
-"""Reads what reports saved before all attributions had one form (until 0.1) hold of chains: ``bif.json`` and tables."""
+"""Reports as they were while they knew one fit-end method by name (until 0.1): its files, and its attributes.
+
+``bif.json`` and its Parquet files are read, and ``report.bif`` stays; nothing new is written in this form.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number
 from ine_callback.report.store import queries_fault
 from ine_callback.scores import Attribution, Check, QueryInfo, TokenScores
 
+METHOD = "BIF"
 FORMAT, VERSION = "ine_callback.bif", 2
 FILES = SCORES, TERMS, META = "bif.parquet", "bif_terms.parquet", "bif.json"
 MATRICES = ("scores", "se", "p", "q", "plain", "plain_se", "laplace", "trend", "size")
@@ -25,6 +30,26 @@ FIELDS = {
     "settings": dict, "notes": list, "interrupted": bool,
 }  # fmt: skip
 SHOWN = ("step_size", "n_beta", "localization")  # settings that the headline formats as numbers
+
+
+class FormerNames(ABC):
+    """Names of a report's attributions by BIF, for code written for earlier versions."""
+
+    @abstractmethod
+    def attribution(self, method: str) -> Attribution | None: ...
+
+    @abstractmethod
+    def stages(self, method: str) -> tuple[Attribution, ...]: ...
+
+    @property
+    def bif(self) -> Attribution | None:
+        """The same as ``attribution("BIF")``: Bayesian influence at the last stage at which chains ran."""
+        return self.attribution(METHOD)
+
+    @property
+    def bif_stages(self) -> tuple[Attribution, ...]:
+        """The same as ``stages("BIF")``."""
+        return self.stages(METHOD)
 
 
 def _schema(integers: Sequence[str], numbers: Sequence[str]) -> pa.Schema:
@@ -115,7 +140,7 @@ def _built(meta: dict[str, Any], table: pa.Table, of_terms: pa.Table | None) -> 
         correlation = {"correlation": found["scores"] / scale, "correlation_se": found["se"] / scale}
     drifting = np.abs(found["trend"]) > np.fmax(0.3 * np.abs(found["plain"]), 2 * found["plain_se"])
     return Attribution(
-        "BIF",
+        METHOD,
         rows,
         queries,
         found["scores"],

@@ -23,7 +23,6 @@ from ine_callback.report import (
     view,
 )
 from ine_callback.report.attribution_combine import combine_attributions
-from ine_callback.report.attribution_view import attribute_name
 from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 Rows = NDArray[np.int64]
 
 
-class InfluenceReport:
+class InfluenceReport(legacy.FormerNames):
     """Scores of every row on every query, with tests and provenance.
 
     Sign, everywhere: ``mu > 0`` means that training on the row lowers the query (helpful). Rows that were never
@@ -57,8 +56,6 @@ class InfluenceReport:
         scores: What a method's ``finish()`` returned.
         run: Provenance.
         attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
-
-    A method's last attribution is also an attribute, by its name in lower case with underscores: ``report.bif``.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -77,15 +74,17 @@ class InfluenceReport:
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
         self.attributions = tuple(attributions)
 
-    def __getattr__(self, name: str) -> Attribution:
-        # only called for what is no attribute; while being unpickled a report has none yet
-        known: dict[str, Attribution] = {
-            attribute_name(each.method): each for each in vars(self).get("attributions", ())
-        }
-        if name not in known:
-            there = f"; of other methods there are {', '.join(known)}" if known else ", and no other method ran"
-            raise AttributeError(f"InfluenceReport has no attribute {name!r}{there}")
-        return known[name]
+    def attribution(self, method: str) -> Attribution | None:
+        """What a method found on the trained model, at the last stage at which it ran; None where it did not run.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> from ine_callback.scores import example_attribution
+            >>> report = example_report().with_attributions(example_attribution())
+            >>> report.attribution("example").scores.shape, report.attribution("BIF")
+            ((5, 1), None)
+        """
+        return next((each for each in reversed(self.attributions) if each.method == method), None)
 
     def stages(self, method: str) -> tuple[Attribution, ...]:
         """All attributions by one method, in the order of training.
