@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ine_callback import InfluenceReport
 from ine_callback.report import plots
-from ine_callback.report.words import BLUE, ORANGE
+from ine_callback.utilities.words import BLUE, ORANGE
 
 HERE = Path(__file__).resolve().parent
 INK, PALE, SOFT, FAINT = "#30343A", "#F4F6F8", "#6B7280", "#D9DCE1"

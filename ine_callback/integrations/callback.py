@@ -39,7 +39,7 @@ from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
-from ine_callback.report.html import save_with_page
+from ine_callback.report.report import save_with_page
 from ine_callback.scores import Scores, Stage
 from ine_callback.utilities.isolation import unmoved
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_options, given

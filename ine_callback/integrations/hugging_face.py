@@ -27,7 +27,7 @@ from ine_callback.methods import Method
 from ine_callback.queries.sources import LARGEST_BATCH, DataSource
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
-from ine_callback.report.html import save_with_page
+from ine_callback.report.report import save_with_page
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured
 
 OWNER = "InfluenceTrainerCallback"

@@ -22,7 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ine_callback.report import InfluenceReport
-from ine_callback.report.html import save_with_page
+from ine_callback.report.report import save_with_page
 from ine_callback.scores import Scores
 
 PREFIX = "influence"

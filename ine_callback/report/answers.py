@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from ine_callback.report.attribution_view import by_method, heading, verdict
 from ine_callback.report.view import advice
-from ine_callback.report.words import plain, tails
+from ine_callback.utilities.words import plain, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 LARGEST = 20  # classes, and queries, of a matrix
 
@@ -37,7 +37,7 @@ class Answer:
     query: str | None = None
 
 
-def answers(report: InfluenceReport, facts: dict[str, Any]) -> list[Answer]:
+def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
     """The three of them.
 
     Example:
@@ -49,7 +49,7 @@ def answers(report: InfluenceReport, facts: dict[str, Any]) -> list[Answer]:
     return [_fix(report, facts), _matters(facts), _believe(report, facts)]
 
 
-def _fix(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
+def _fix(report: Contents, facts: dict[str, Any]) -> Answer:
     name = facts["recommended_query"]
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     short = f"{count:,} row{'' if count == 1 else 's'}"
@@ -71,7 +71,7 @@ def _matters(facts: dict[str, Any]) -> Answer:
     return Answer("What matters", short, "good", [plain(total), plain(query["question"])], query["name"])
 
 
-def _believe(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
+def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
     known = [query for query in facts["queries"] if query["null_ks_p"] is not None]
     failed, last = len(facts["null_checks_failed"]), [stages[-1] for stages in by_method(report.attributions).values()]
     checks = f"Null check passed for {len(known) - failed} of {len(known)} queries." if known else "No null check."
@@ -84,7 +84,7 @@ def _believe(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
     return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)
 
 
-def class_matrix(report: InfluenceReport, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
+def class_matrix(report: Contents, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
     """Mean score of the rows of each class on the query of each class, where there are queries named ``…/class``."""
     keys = {name.partition(" ")[0]: name for name in names}
     asked = [(column, query) for column, query in enumerate(report.queries) if query.rpartition("/")[2] in keys]

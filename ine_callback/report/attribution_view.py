@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.words import BLUE, ORANGE, plain, probability
 from ine_callback.scores import Attribution, Scores
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.words import BLUE, ORANGE, plain, probability
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from ine_callback.report import plots
 from ine_callback.report.attribution_view import by_method
-from ine_callback.report.optional import need
 from ine_callback.report.stages import stages
+from ine_callback.utilities.optional import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 
 class Plots:
@@ -33,7 +33,7 @@ class Plots:
         'The extremes, with 95 % intervals'
     """
 
-    def __init__(self, report: InfluenceReport) -> None:
+    def __init__(self, report: Contents) -> None:
         self._report = report
 
     def distribution(self, query: str | None = None, *, ax: Axes | None = None) -> Axes:

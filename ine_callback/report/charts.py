@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report.optional import need
+from ine_callback.utilities.optional import need
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure

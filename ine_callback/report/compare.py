@@ -24,17 +24,17 @@ from ine_callback.report.attribution_combine import agreements as method_agreeme
 from ine_callback.report.attribution_view import moment
 from ine_callback.report.combine import check_rows, differing_settings, flag_signs
 from ine_callback.report.runinfo import jsonable
-from ine_callback.report.table import as_text
-from ine_callback.report.validate import listed, threshold
-from ine_callback.report.words import MISSING, number, plain, signed
 from ine_callback.scores import Floats
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.terminal import as_text
+from ine_callback.utilities.validate import listed, threshold
+from ine_callback.utilities.words import MISSING, number, plain, signed
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 WHO = "InfluenceReport.compare"
 SHARES = (0.01, 0.05, 0.10)
@@ -123,7 +123,7 @@ class Comparison:
         return f"<pre>{escape(str(self))}</pre>"
 
 
-def compare(one: InfluenceReport, other: InfluenceReport, q: float) -> Comparison:
+def compare(one: Contents, other: Contents, q: float) -> Comparison:
     """See :meth:`InfluenceReport.compare`."""
     check_rows([one.scores, other.scores], WHO)
     limit = threshold(q, WHO)
@@ -146,11 +146,11 @@ def compare(one: InfluenceReport, other: InfluenceReport, q: float) -> Compariso
     return Comparison(agreements, q, same, tuple(note for note in notes if note), methods)
 
 
-def _columns(one: InfluenceReport, other: InfluenceReport, query: str) -> tuple[Floats, Floats]:
+def _columns(one: Contents, other: Contents, query: str) -> tuple[Floats, Floats]:
     return one.scores.mu[:, one.column(query)], other.scores.mu[:, other.column(query)]
 
 
-def _agreement(one: InfluenceReport, other: InfluenceReport, query: str, q: float) -> Agreement:
+def _agreement(one: Contents, other: Contents, query: str, q: float) -> Agreement:
     signs = flag_signs([one.scores, other.scores], query, q)
     both = signs[0] * signs[1]
     flagged = signs != 0
@@ -183,7 +183,7 @@ def _jaccard(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return int((one & other).sum()) / union if union else math.nan
 
 
-def _only(where: str, report: InfluenceReport, common: list[str]) -> str:
+def _only(where: str, report: Contents, common: list[str]) -> str:
     missing = [name for name in report.queries if name not in common]
     return f"Only the {where} report has {_listed(missing)}." if missing else ""
 

@@ -6,20 +6,20 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report.view import DETAILED, EXTREMES, FLAG_AT, LEGEND, advice, headline, warnings
-from ine_callback.report.words import null_check, plain, tails
+from ine_callback.report.view import DETAILED, EXTREMES, FLAG_AT, LEGEND, advice, headline, summary, warnings
+from ine_callback.utilities.words import null_check, plain, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>!|~&$])")
 _PING = re.compile(r"([@#])(?=\w)")  # a forge would notify @someone and link #7
 _LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)", re.IGNORECASE)  # nor is https://… to become a link
 
 
-def markdown(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
+def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
     """See :meth:`InfluenceReport.to_markdown`."""
-    facts = report.summary()
+    facts = summary(report)
     names = list(report.queries[:DETAILED] if queries is None else queries)
     shown = [facts["queries"][report.column(name)] for name in names]
     parts = [
@@ -73,7 +73,7 @@ def _overview(facts: dict[str, Any]) -> str:
     return table(head, lines, left=2)
 
 
-def _extremes(report: InfluenceReport, query: dict[str, Any]) -> list[str]:
+def _extremes(report: Contents, query: dict[str, Any]) -> list[str]:
     ends, name = tails(query["kind"]), query["name"]
     parts = [f"### {escaped(name)}"]
     for rows, title in ((report.top(EXTREMES, name), ends.upper), (report.bottom(EXTREMES, name), ends.lower)):

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.applications.group import group_score
 from ine_callback.report.attribution_view import by_method
 from ine_callback.report.plots import densities, heights
-from ine_callback.report.selection import group, smallest
+from ine_callback.report.rows import smallest
 from ine_callback.report.stages import common, comparable, label
-from ine_callback.report.words import decimals, null_check, plain, tails
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.words import decimals, null_check, plain, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
     from ine_callback.scores import Attribution
 
 PAIRS, FEWEST = 200_000, 2_000  # of a row and a query in a file, and rows in any file
@@ -29,7 +30,7 @@ STAGES = 3  # rows drawn at each end over the stages of training
 Classes = tuple[list[str], NDArray[np.int64]]
 
 
-def listed_rows(report: InfluenceReport, columns: Sequence[int]) -> NDArray[np.int64]:
+def listed_rows(report: Contents, columns: Sequence[int]) -> NDArray[np.int64]:
     """The rows [n] that the page holds: all, or of many the ends, small q-values and a sample of the rest."""
     budget = max(FEWEST, PAIRS // max(len(columns), 1))
     if report.rows <= budget:
@@ -44,9 +45,7 @@ def listed_rows(report: InfluenceReport, columns: Sequence[int]) -> NDArray[np.i
     return np.sort(smallest(urgent, budget))
 
 
-def payload(
-    report: InfluenceReport, facts: dict[str, Any], names: Sequence[str], classes: Classes | None
-) -> dict[str, Any]:
+def payload(report: Contents, facts: dict[str, Any], names: Sequence[str], classes: Classes | None) -> dict[str, Any]:
     """All that the page's script reads; texts without control characters, arrays as base64 of little-endian bytes."""
     columns = [report.column(name) for name in names]
     rows = listed_rows(report, columns)
@@ -76,7 +75,7 @@ def encoded(data: Any) -> str:
 
 
 def _query(
-    report: InfluenceReport, facts: dict[str, Any], column: int, rows: NDArray[np.int64], classes: Classes | None
+    report: Contents, facts: dict[str, Any], column: int, rows: NDArray[np.int64], classes: Classes | None
 ) -> dict[str, Any]:
     scores, ends = report.scores, tails(facts["kind"])
     mu, found = scores.mu[:, column], densities(report, column)
@@ -102,7 +101,7 @@ def _query(
     }
 
 
-def _groups(report: InfluenceReport, column: int, names: list[str], which: NDArray[np.int64]) -> list[dict[str, Any]]:
+def _groups(report: Contents, column: int, names: list[str], which: NDArray[np.int64]) -> list[dict[str, Any]]:
     """The rows of each of the largest classes as one set, with its trade-off curve."""
     scored = np.isfinite(report.scores.mu[:, column])
     sizes = np.bincount(which[scored], minlength=len(names))
@@ -110,7 +109,7 @@ def _groups(report: InfluenceReport, column: int, names: list[str], which: NDArr
     for index in np.argsort(-sizes, kind="stable")[:GROUPS].tolist():
         if not sizes[index]:
             continue
-        one = group(report.scores, np.flatnonzero(scored & (which == index)), column)
+        one = group_score(report.scores, np.flatnonzero(scored & (which == index)), column)
         mean = min(max(one.mu / one.size, -CAP), CAP)
         if np.isfinite([one.mu, one.z]).all():
             z = min(max(one.z, -CAP), CAP)
@@ -125,7 +124,7 @@ def _curve(mu: float) -> str:
 
 
 def _method(
-    report: InfluenceReport, stages: Sequence[Attribution], query: str, rows: NDArray[np.int64]
+    report: Contents, stages: Sequence[Attribution], query: str, rows: NDArray[np.int64]
 ) -> dict[str, Any] | None:
     """A method's scores of the page's rows and their course over its stages; None where it was not asked the query."""
     found = stages[-1]

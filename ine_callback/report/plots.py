@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.words import number, plain, tails
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.words import number, plain, tails
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 INK, FAINT, NULL = "#30343A", "#D9DCE1", "#B9BEC6"
 FLAG_AT = 0.05
@@ -29,7 +29,7 @@ CAP = 1e100  # what is larger comes from a damaged file, and its axis would over
 LABELLED = 6  # rows named at each end of the volcano, of three times as many that are tried
 
 
-def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
+def distribution(report: Contents, ax: Axes, query: str | None = None) -> None:
     """Histogram of ``z = mu / null_sd`` over its permutation null, density on a logarithmic axis.
 
     Bars above the grey null are more rows than chance puts there.
@@ -62,7 +62,7 @@ def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) ->
     _legend(ax)
 
 
-def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: float = FLAG_AT) -> None:
+def volcano(report: Contents, ax: Axes, query: str | None = None, q: float = FLAG_AT) -> None:
     """Score against ``-log10`` of its q-value; rows with q-value at most ``q`` in colour, the extremes named by id."""
     column = report.column(query)
     ends = tails(report.info(query).kind)
@@ -96,7 +96,7 @@ def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: floa
     _legend(ax)
 
 
-def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int = 8) -> None:
+def extremes(report: Contents, ax: Axes, query: str | None = None, k: int = 8) -> None:
     """The ``k`` largest and ``k`` smallest scores with their 95 % intervals; each row's mean loss at the right."""
     ends = tails(report.info(query).kind)
     name = report.queries[report.column(query)]
@@ -133,7 +133,7 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
 PLOTS: dict[str, Callable[..., None]] = {"distribution": distribution, "volcano": volcano, "extremes": extremes}
 
 
-def figure(report: InfluenceReport, query: str | None = None) -> Figure:
+def figure(report: Contents, query: str | None = None) -> Figure:
     """All three plots of a query side by side."""
     drawn = blank(15.0, 4.4)
     axes: NDArray[Any] = drawn.subplots(1, 3)
@@ -168,7 +168,7 @@ class Densities:
     floor: float
 
 
-def densities(report: InfluenceReport, column: int) -> Densities:
+def densities(report: Contents, column: int) -> Densities:
     """What :func:`distribution` draws."""
     z, null = _z(report, column), report.scores.null_mu[column]
     null = null[np.abs(null) < CAP]
@@ -189,7 +189,7 @@ def _normal(z: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi), dtype=np.float64)
 
 
-def _z(report: InfluenceReport, column: int) -> NDArray[np.float64]:
+def _z(report: Contents, column: int) -> NDArray[np.float64]:
     mu, sd = report.scores.mu[:, column], report.scores.null_sd[:, column]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         z = mu / sd

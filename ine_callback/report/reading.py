@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ine_callback.errors import InfluenceError
 from ine_callback.report.files import find
-from ine_callback.report.words import plain
+from ine_callback.utilities.words import plain
 
 REMEDY = "give the folder that InfluenceReport.save wrote, or save the report again"
 QUERY = pa.dictionary(pa.int32(), pa.string())

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.report.shown import Image, Shown, Text, Values, array_of, size_of
-from ine_callback.report.words import plain
+from ine_callback.utilities.words import plain
 
 SECONDS = 20.0  # for all rows together
 REFERENCE = 200  # rows that a table's z-scores are relative to

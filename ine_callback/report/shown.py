@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.words import plain
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.words import plain
 
 LETTERS, ENTRIES, PIXELS = 2_000, 48, 160  # of a text, of a row's values, and the longer side of a thumbnail
 BYTES = 100_000  # of one image

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.report.plots import FAINT, INK, NULL, dress
-from ine_callback.report.words import BLUE, ORANGE, plain
 from ine_callback.scores import Attribution, Floats
+from ine_callback.utilities.words import BLUE, ORANGE, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def stages(found: Sequence[Attribution], ax: Axes, query: str | None = None) -> 
     """
     if len(found) < 2:
         raise ValueError(
-            f"InfluenceReport: no method ran at more than {len(found)} stages; at=[2, 5, 'end'] runs one at three."
+            f"Contents: no method ran at more than {len(found)} stages; at=[2, 5, 'end'] runs one at three."
         )
     rows, score, se = common(found, query)
     x = np.arange(len(found))

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.words import MISSING, decimals, number, plain, probability, signed, tails
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.terminal import SHOWN, as_text
+from ine_callback.utilities.words import MISSING, decimals, number, plain, probability, signed, tails
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-SHOWN = 20
 
 
 class RowScore(NamedTuple):
@@ -180,16 +178,6 @@ class ScoreTable(Sequence[RowScore]):
         note = f"<p>{escape(self._more())}</p>" if self._more() else ""
         caption = f"<caption>{escape(plain(self.title))}</caption>"
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
-
-
-def as_text(renderable: Any, width: int = 110) -> str:
-    """A rich renderable as plain text without colours and trailing blanks."""
-    from rich.console import Console
-
-    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    with console.capture() as captured:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
 
 
 def _dim(text: str) -> str:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ine_callback.report.attribution_view import by_method, section
-from ine_callback.report.words import BLUE, NULL_ALARM, null_check, plain, tails
+from ine_callback.utilities.words import BLUE, NULL_ALARM, null_check, plain, tails
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 FLAG_AT = 0.05
 DETAILED = 4  # queries shown with their rows; the others are in the overview
@@ -24,7 +24,7 @@ LEGEND = """\
 q is the false discovery rate; the mean loss is the free baseline for label errors."""
 
 
-def summary(report: InfluenceReport) -> dict[str, Any]:
+def summary(report: Contents) -> dict[str, Any]:
     """See :meth:`InfluenceReport.summary`."""
     queries = [_query_summary(report, index) for index in range(len(report.queries))]
     run = report.run
@@ -43,7 +43,7 @@ def summary(report: InfluenceReport) -> dict[str, Any]:
     }
 
 
-def _query_summary(report: InfluenceReport, column: int) -> dict[str, Any]:
+def _query_summary(report: Contents, column: int) -> dict[str, Any]:
     scores, query = report.scores, report.scores.queries[column]
     mu = scores.mu[:, column]
     flagged = scores.q[:, column] <= FLAG_AT
@@ -69,7 +69,7 @@ def headline(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return pairs
 
 
-def warnings(report: InfluenceReport, facts: dict[str, Any]) -> list[str]:
+def warnings(report: Contents, facts: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the scores, most serious first."""
     run, lines = report.run, []
     for name in facts["null_checks_failed"]:
@@ -92,7 +92,7 @@ def _modules(reasons: dict[str, str], state: str, limit: int = 5) -> list[str]:
     return lines + ([f"… and {hidden:,} more modules are {state} (report.run)."] if hidden > 0 else [])
 
 
-def advice(report: InfluenceReport, facts: dict[str, Any]) -> str:
+def advice(report: Contents, facts: dict[str, Any]) -> str:
     """Where to look for label errors, and how strongly that is recommended."""
     name = facts["recommended_query"]
     kind = report.info(name).kind
@@ -106,7 +106,7 @@ def advice(report: InfluenceReport, facts: dict[str, Any]) -> str:
     return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
 
 
-def one_line(report: InfluenceReport) -> str:
+def one_line(report: Contents) -> str:
     """What ``repr`` says."""
     names = ", ".join(repr(plain(name)) for name in report.queries[:5]) + (", …" if len(report.queries) > 5 else "")
     missing = report.unseen.size
@@ -114,13 +114,13 @@ def one_line(report: InfluenceReport) -> str:
     return f"InfluenceReport({report.rows:,} rows, queries: {names}{note})"
 
 
-def terminal(report: InfluenceReport) -> Group:
+def terminal(report: Contents) -> Group:
     """See :class:`InfluenceReport`: what ``rich`` prints."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    facts = report.summary()
+    facts = summary(report)
     alarms = warnings(report, facts)
     failed = bool(facts["null_checks_failed"])
     head = [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
@@ -171,7 +171,7 @@ def _overview(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _extremes(report: InfluenceReport, query: dict[str, Any]) -> list[Any]:
+def _extremes(report: Contents, query: dict[str, Any]) -> list[Any]:
     from rich.columns import Columns
     from rich.rule import Rule
     from rich.text import Text

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 import ine_callback
 from ine_callback.methods.bif.scores import Screen, example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report, plots
-from ine_callback.report.words import BLUE, ORANGE
 from ine_callback.scores import QueryInfo
+from ine_callback.utilities.words import BLUE, ORANGE
 
 ROOT = Path(next(iter(ine_callback.__path__))).parent  # so that a fresh interpreter finds an uninstalled package
 HOSTILE = "<script>alert('x')</script><img src=x onerror=y>\" $\\frac{$ {{ 7*7 }} {% raw %}"

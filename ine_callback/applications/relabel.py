@@ -9,23 +9,19 @@ trained on wrong labels is less sure than its hits allow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.table import SHOWN, as_text
-from ine_callback.report.validate import row_ids
-from ine_callback.report.words import MISSING
-from ine_callback.scores import Floats
+from ine_callback.scores import Floats, Scores
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.terminal import SHOWN, as_text
+from ine_callback.utilities.words import MISSING
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ine_callback.report.report import InfluenceReport
 
 WHO = "InfluenceReport.suggest_labels"
 FITTED_ROWS = 20_000  # enough for two numbers
@@ -57,7 +53,7 @@ class LabelSuggestions:
         """A copy of the training set's labels [N] with every proposal that is at least so sure.
 
         Example:
-            >>> from ine_callback.report.labels import LabelSuggestions
+            >>> from ine_callback.applications.relabel import LabelSuggestions
             >>> found = LabelSuggestions(*map(np.array, ([2, 0], [1, 1], [0, 0], [0.9, 0.2])), noise=0.1)
             >>> found.corrected([1, 1, 1])
             array([1, 1, 0])
@@ -90,49 +86,17 @@ class LabelSuggestions:
 
 
 def suggest_labels(
-    report: InfluenceReport,
-    labels: ArrayLike,
-    probabilities: ArrayLike | None = None,
-    rows: Iterable[int] | NDArray[Any] | None = None,
+    scores: Scores, labels: ArrayLike, probabilities: ArrayLike | None, rows: NDArray[np.int64]
 ) -> LabelSuggestions:
-    """Which label each suspected row may really have, with the probability that it is right.
-
-    With *out-of-fold* probabilities, of models that were not trained on the row, the confidence is honest: on digits
-    with random flips it adds up to nearly the number of right proposals (docs/howto/label-cleaning.md). With those of a
-    model that was trained on the row itself it is not: such a model has learnt the wrong label too, so the noise found
-    is near 0, and so are all confidences; the order of the other classes is still good.
-
-    Without probabilities the report proposes, from the queries of ``Query.per_class``: the class that the row harms
-    most. That is right about as often where the label is wrong, but says nothing about whether it is.
-
-    Args:
-        labels: The label that each row was trained with [N], 0 ... C - 1.
-        probabilities: Class probabilities of all rows, out-of-fold [N, C].
-        rows: Rows to propose labels for; by default :meth:`drop_list`. Without probabilities those without any
-            score are left out.
-
-    Raises:
-        ValueError: On arrays of other shapes, labels that are no classes, what are no probabilities, or where there are
-            neither probabilities nor queries of classes.
-
-    Example:
-        >>> from ine_callback.report import example_report
-        >>> labels = np.repeat([0, 1, 0, 1], [30, 10, 12, 8])
-        >>> one = np.where(labels == 1, 0.99, 0.01)  # probability of class 1
-        >>> one[[3, 17, 29]] = 0.99  # in contradiction to the labels
-        >>> one[40:] = 0.4  # nobody is sure of these rows
-        >>> found = example_report().suggest_labels(labels, np.stack([1 - one, one], axis=1))
-        >>> found.rows, found.proposed, found.confidence.round(2), round(found.noise, 2)
-        (array([ 3, 17, 29]), array([1, 1, 1]), array([0.94, 0.94, 0.94]), 0.07)
-    """
-    given = _labels(labels, report.rows)
-    chosen = report.drop_list() if rows is None else row_ids(rows, report.rows, WHO)
+    """See :meth:`InfluenceReport.suggest_labels`; for the given rows."""
+    given = _labels(labels, len(scores.observations))
+    chosen = rows
     if probabilities is None:
-        chosen = chosen[np.isfinite(report.scores.mu[chosen]).any(1)]  # of other rows the queries say nothing
-        proposed, confidence, noise = _harmed(report, given, chosen), np.full(len(chosen), np.nan), float("nan")
+        chosen = chosen[np.isfinite(scores.mu[chosen]).any(1)]  # of other rows the queries say nothing
+        proposed, confidence, noise = _harmed(scores, given, chosen), np.full(len(chosen), np.nan), float("nan")
     else:
         likely = _log_probabilities(probabilities, given)
-        step = -(-report.rows // FITTED_ROWS)
+        step = -(-len(scores.observations) // FITTED_ROWS)
         noise, temperature = _fit(likely[::step], given[::step])
         posterior = np.exp(_joint(likely[chosen], given[chosen], noise, temperature))
         posterior /= posterior.sum(1, keepdims=True)
@@ -165,16 +129,17 @@ def _fit(likely: Floats, given: Labels) -> tuple[float, float]:
     return float(expit(found.x[0])), float(np.exp(found.x[1]))
 
 
-def _harmed(report: InfluenceReport, given: Labels, rows: Labels) -> Labels:
+def _harmed(scores: Scores, given: Labels, rows: Labels) -> Labels:
     """The class, other than the given one, whose loss training on the row raises most."""
-    named = [(name.rpartition("/")[2], column) for column, name in enumerate(report.queries) if "/" in name]
+    names = [query.name for query in scores.queries]
+    named = [(name.rpartition("/")[2], column) for column, name in enumerate(names) if "/" in name]
     classes = {int(text): column for text, column in named if text.isdecimal()}
     if len(classes) < 2 or len(classes) < len([text for text, _ in named if text.isdecimal()]):
         raise ValueError(
             f"{WHO}: without probabilities the report needs one query for each class, from one Query.per_class('val'); "
-            f"its queries are {', '.join(map(repr, report.queries[:20]))}"
+            f"its queries are {', '.join(map(repr, names[:20]))}"
         )
-    mu = report.scores.mu[rows][:, list(classes.values())]
+    mu = scores.mu[rows][:, list(classes.values())]
     numbers = np.array(list(classes), dtype=np.int64)
     mu = np.where((numbers == given[rows, None]) | np.isnan(mu), np.inf, mu)
     out: Labels = numbers[mu.argmin(1)]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
+from ine_callback.scores import Scores
 from ine_callback.stats.tradeoff import tradeoff
+from ine_callback.utilities.validate import listed, row_ids
 
 
 @dataclass(frozen=True)
@@ -65,3 +71,16 @@ class GroupScore:
             raise ValueError(f"GroupScore.curve: points is {points}; a curve needs at least 2")
         alpha = np.linspace(0.0, 1.0, points)
         return alpha, self.errors(alpha)
+
+
+def group_score(scores: Scores, rows: Iterable[int] | NDArray[Any], column: int) -> GroupScore:
+    """See :meth:`InfluenceReport.group`."""
+    who = "InfluenceReport.group"
+    ids = row_ids(rows, len(scores.observations), who)
+    mu = scores.mu[ids, column]
+    if not np.isfinite(mu).all():
+        missing = ids[~np.isfinite(mu)]
+        raise ValueError(f"{who}: row {listed(missing)} never observed or without a score; leave out report.unseen")
+    total, sd = float(mu.sum()), float(np.sqrt(np.square(scores.null_sd[ids, column]).sum()))
+    z = total / sd if sd > 0 else math.nan
+    return GroupScore(scores.queries[column].name, ids.size, total, sd, z, float(2.0 * ndtr(-abs(z))))

@@ -1,20 +1,16 @@
-"""Which rows answer a report's questions, with their numbers; the questions are :class:`InfluenceReport`'s methods."""
+"""Rows of a report with their numbers, as tables; the questions are :class:`InfluenceReport`'s methods."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
-from ine_callback.report.group import GroupScore
 from ine_callback.report.table import ScoreTable
-from ine_callback.report.validate import listed, row_ids, threshold
-from ine_callback.report.words import tails
 from ine_callback.scores import Scores
+from ine_callback.utilities.validate import row_ids, threshold
+from ine_callback.utilities.words import tails
 
 NORMAL_95 = 1.96
 Rows = NDArray[np.int64]
@@ -49,15 +45,6 @@ def table(scores: Scores, rows: Rows, column: int | NDArray[np.int64], title: st
     return ScoreTable(columns(scores, rows, which), kinds, title, note)
 
 
-def recommended(scores: Scores) -> str:
-    """See :attr:`InfluenceReport.recommended_query`."""
-    for kind in ("self", "margin"):
-        for query in scores.queries:
-            if query.kind == kind:
-                return query.name
-    return scores.queries[0].name
-
-
 def smallest(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
     """Positions of the k smallest values, in their order; of equal ones the first. Sorts no more than it must.
 
@@ -90,25 +77,6 @@ def flagged(scores: Scores, q: float, column: int) -> ScoreTable:
     return table(scores, rows, column, f"Flagged (q ≤ {q:g}) · {scores.queries[column].name}")
 
 
-def suspects(scores: Scores, q: float, column: int, who: str) -> Rows:
-    """See :meth:`InfluenceReport.drop_list`."""
-    mu = scores.mu[:, column] * tails(scores.queries[column].kind).suspect
-    rows = np.flatnonzero((scores.q[:, column] <= threshold(q, who)) & (mu > 0))
-    return rows[np.argsort(-mu[rows], kind="stable")]
-
-
-def by_loss(scores: Scores, k: int | None) -> Rows:
-    """See :meth:`InfluenceReport.suspect_labels`."""
-    loss = scores.mean_loss
-    rows = np.flatnonzero(np.isfinite(loss))
-    if not len(rows):
-        raise ValueError(
-            "InfluenceReport.suspect_labels: the run knew no losses of single rows; use drop_list() of a 'self' or "
-            "margin query, or train with a standard torch loss"
-        )
-    return rows[np.argsort(-loss[rows], kind="stable")][:k]
-
-
 def on_every_query(scores: Scores, row: int) -> ScoreTable:
     """See :meth:`InfluenceReport.row`."""
     which = int(row_ids([row], len(scores.observations), "InfluenceReport.row")[0])
@@ -116,16 +84,3 @@ def on_every_query(scores: Scores, row: int) -> ScoreTable:
     missing = f"row {which} was never observed: it has no score, which is not a score of 0"
     note = "" if scores.observations[which] else missing
     return table(scores, np.full(all_queries.size, which), all_queries, f"Row {which}", note)
-
-
-def group(scores: Scores, rows: Iterable[int] | NDArray[Any], column: int) -> GroupScore:
-    """See :meth:`InfluenceReport.group`."""
-    who = "InfluenceReport.group"
-    ids = row_ids(rows, len(scores.observations), who)
-    mu = scores.mu[ids, column]
-    if not np.isfinite(mu).all():
-        missing = ids[~np.isfinite(mu)]
-        raise ValueError(f"{who}: row {listed(missing)} never observed or without a score; leave out report.unseen")
-    total, sd = float(mu.sum()), float(np.sqrt(np.square(scores.null_sd[ids, column]).sum()))
-    z = total / sd if sd > 0 else math.nan
-    return GroupScore(scores.queries[column].name, ids.size, total, sd, z, float(2.0 * ndtr(-abs(z))))
