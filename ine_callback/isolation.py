@@ -16,7 +16,8 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from ine_callback.remember import DEEP, Memory, Restore, attributes
+from ine_callback.remember import DEEP, Memory, attributes
+from ine_callback.restores import Restore
 
 _MANY = 100  # parts of a container in which generators are looked for
 
@@ -94,6 +95,7 @@ def _restore(restores: list[Restore]) -> list[BaseException]:
                 restore()
             except BaseException as error:  # also Ctrl-C: the rest must be put back all the same
                 errors.append(error)
+    restores.clear()  # they hold a copy of the weights
     return errors
 
 

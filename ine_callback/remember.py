@@ -7,11 +7,9 @@ changed, so that what nobody touched may be shared with a live graph, with read-
 
 from __future__ import annotations
 
-import copy
 import functools
 import io
-import logging
-import random
+import operator
 import threading
 import types
 from collections import OrderedDict, deque
@@ -21,24 +19,30 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import UninitializedTensorMixin
 from torchmetrics import Metric
 
-DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
+from ine_callback.restores import Restore, array_restore, generator_restore, tensor_restore, untouched
 
-Restore = Callable[[], None]
+DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 # What is written to a file is output, as what is printed; a reader's place cannot always be told.
 _OUTPUT = (io.IOBase, np.memmap)
 # The machinery of a training goes on while a step runs on the side (and holds our own recording).
-_MACHINERY = ("lightning", "pytorch_lightning", "lightning_fabric", "ine_callback", "logging", "multiprocessing")
-_TORCH_MACHINERY = ("torch.utils.", "torch.optim.", "torch.distributed.", "torch.profiler.", "torch.amp.")
-_LIVE = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition, threading.Event)
+_MACHINERY = (
+    *("lightning.", "pytorch_lightning.", "lightning_fabric.", "ine_callback.", "torch.utils.", "torch.optim."),
+    *("torch.distributed.", "torch.profiler.", "torch.amp.", "torch.fx.", "torch._dynamo.", "torch._inductor."),
+    *("torch._functorch.", "torch._ops.", "logging.", "threading.", "queue.", "multiprocessing.", "concurrent."),
+)
+_LIVE = (threading.Thread, threading.Condition, threading.Event)
+_LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "numpy.", "torchmetrics.", "lightning.", "pytorch_lightning.")
+_CONTAINERS = (list, dict, set, deque, Tensor, np.ndarray)
 _FROZEN_SHARE = 2  # frozen parameters are kept up to so many times the trained ones: copies of the model, no backbone
 _UNSET = object()
+_BARE = frozenset({tuple, frozenset, dict, OrderedDict, list, set, deque})  # have no attributes of a user's
+_BOOKS = frozenset(nn.Module().__dict__)  # a module's own: most are empty dicts of hooks
 
 
 class Memory:
@@ -52,8 +56,11 @@ class Memory:
         self._register = register
         self._seen: dict[int, object] = {}  # holds the objects, so that no other one gets their ids
         self._stand_ins: dict[int, object] = {}
-        self._lend: list[Callable[[], None]] = []
+        self._holders: list[Callable[[], None]] = []
         self._parameters: list[nn.Parameter] = []
+        self._graded: list[nn.Parameter] = []
+        self._empty: list[Any] = []
+        register(self._clear)
 
     def take(self, *objects: object) -> None:
         """Remembers objects and all that they reach.
@@ -79,8 +86,11 @@ class Memory:
 
     def lend(self) -> None:
         """Puts stand-ins in the place of what must not be touched. From here on things change."""
-        for lend in self._lend:
+        for p in self._graded:  # a backward pass inside of a step would add to it
+            p.grad = None
+        for lend in self._holders if self._stand_ins else ():
             lend()
+        self._holders.clear()
 
     def _parts(self, value: Any, kind: type) -> Iterable[object]:
         """Remembers one object; returns what it holds."""
@@ -88,7 +98,7 @@ class Memory:
             self._tensor(value)
         elif issubclass(kind, np.ndarray):
             self._array(value)
-        elif (state := generator_state(value)) is not None:
+        elif (state := generator_restore(value)) is not None:
             self._register(state)
             return ()
         elif _is_spent_by_reading(value, kind):
@@ -115,9 +125,10 @@ class Memory:
 
     def _mapping(self, value: Any, base: Any) -> list[object]:
         before = list(base.items(value))
+        names, parts = [name for name, _ in before], [part for _, part in before]
 
         def restore() -> None:
-            if not _same([x for pair in base.items(value) for x in pair], [x for pair in before for x in pair]):
+            if not (_same(list(base.keys(value)), names) and _same(list(base.values(value)), parts)):
                 base.clear(value)
                 base.update(value, before)
 
@@ -127,8 +138,9 @@ class Memory:
                     base.__setitem__(value, key, other)
 
         self._register(restore)
-        self._lend.append(lend)
-        return [part for _, part in before]
+        if len(before) <= DEEP:
+            self._holders.append(lend)
+        return parts
 
     def _sequence(self, value: Any, base: Any) -> list[object]:
         before = list(base.__iter__(value))
@@ -145,7 +157,7 @@ class Memory:
 
         self._register(restore)
         if len(before) <= DEEP:
-            self._lend.append(lend)
+            self._holders.append(lend)
         return before
 
     def _set(self, value: Any) -> Iterable[object]:
@@ -160,40 +172,71 @@ class Memory:
         self._register(restore)
         return before if len(before) <= DEEP else ()
 
+    def _clear(self) -> None:
+        for books in self._empty:
+            books.clear()
+
     def _attributes(self, value: Any, kind: type) -> Iterable[object]:
+        if kind in _BARE:
+            return ()
         own = attributes(value)
         is_module = issubclass(kind, nn.Module)
         slots = list(_slots(value, kind))
         parts = [*(() if own is None else own.values()), *(part for _, part in slots)]
         if not is_module and (_is_machinery(kind) or any(issubclass(type(part), _LIVE) for part in parts)):
-            return ()  # what holds a lock belongs to several threads: turning it back would be a change
+            return ()  # what holds a thread lives beside the step: turning it back would be a change
         if issubclass(kind, Metric):  # updates write to states in place: on copies, and the states stay as they are
             for part in parts:
                 if issubclass(type(part), Tensor):
                     self._stand_in(part)
-        self._slots(value, slots)
+        if slots:
+            self._keep_slots(value, slots)
+        if id(kind) not in self._seen:
+            self._seen[id(kind)] = kind
+            parts.extend(part for parent in kind.__mro__ for part in self._of_class(parent))
         if own is None:
             return parts
         if is_module and any(map(_is_moved_by_fsdp, own.get("_parameters", {}).values())):
             self._seen[id(own["_parameters"])] = own["_parameters"]
         self._seen[id(own)] = own
         self._mapping(own, dict)
+        if is_module:
+            empty = [d for k, d in own.items() if k in _BOOKS and type(d) in (dict, OrderedDict) and not d]
+            self._empty += empty
+            self._seen.update((id(books), books) for books in empty)
         if issubclass(kind, torch.jit.ScriptModule):  # keeps its buffers elsewhere
             parts.extend(value.buffers(recurse=False))
         return parts if len(parts) <= DEEP else ()
 
-    def _slots(self, value: object, slots: list[tuple[Any, object]]) -> None:
+    def _of_class(self, kind: type) -> list[object]:
+        """Remembers the data that a user's class holds for all its instances."""
+        if _is_of(kind, _LIBRARIES):
+            return []
+        data = {k: v for k, v in kind.__dict__.items() if type(v) in _ATOMS or issubclass(type(v), _CONTAINERS)}
+
+        def restore() -> None:
+            for name, part in data.items():
+                if kind.__dict__.get(name, _UNSET) is not part:
+                    type.__setattr__(kind, name, part)
+
+        self._register(restore)
+        return list(data.values())
+
+    def _keep_slots(self, value: object, slots: list[tuple[Any, object]]) -> None:
         def write(slot: Any, part: object) -> None:
             if part is not _slot(slot, value):
                 slot.__delete__(value) if part is _UNSET else slot.__set__(value, part)
+
+        def restore() -> None:
+            for slot, part in slots:
+                write(slot, part)
 
         def lend() -> None:
             for slot, part in slots:
                 write(slot, self._lent(part))
 
-        if slots:
-            self._register(lambda: [write(*each) for each in slots].clear())
-            self._lend.append(lend)
+        self._register(restore)
+        self._holders.append(lend)
 
     # -- tensors and arrays -------------------------------------------------------------------------------------------
 
@@ -205,7 +248,7 @@ class Memory:
         elif issubclass(type(value), nn.Parameter):
             self._parameters.append(value)  # type: ignore[arg-type]
         elif id(value) not in self._stand_ins:
-            self._register(_tensor_restore(value))
+            self._register(tensor_restore(value))
 
     def _stand_in(self, value: Any) -> None:
         self._stand_ins.setdefault(id(value), value.detach().clone())
@@ -216,13 +259,13 @@ class Memory:
         if other is value and issubclass(type(value), tuple) and self._stand_ins and len(value) <= DEEP:
             parts = [self._lent(part) for part in tuple.__iter__(value)]
             if not _same(parts, list(tuple.__iter__(value))):
-                return tuple.__new__(type(value), parts)
+                new = type(value).__new__ if hasattr(type(value), "n_sequence_fields") else tuple.__new__
+                return new(type(value), parts)
         return other
 
     def _array(self, value: Any) -> None:
         if value.flags.writeable:
-            before = np.array(value, subok=False)
-            self._register(lambda: np.copyto(value, before))
+            self._register(array_restore(value))
 
     def _keep_parameters(self) -> None:
         """Steps may write to them: momentum copies of the model, weights that are normalized before they are used."""
@@ -232,16 +275,13 @@ class Memory:
             sizes[p.requires_grad] += p.numel() * p.element_size()
         for p in found:
             small = p.requires_grad or sizes[False] <= _FROZEN_SHARE * sizes[True]
-            self._register(_tensor_restore(p) if small else _untouched(p))
-            if p.grad is not None:  # a backward pass inside of a step would add to it
-                self._register(functools.partial(setattr, p, "grad", p.grad))
-                self._lend.append(functools.partial(setattr, p, "grad", None))
-            else:
-                self._register(functools.partial(setattr, p, "grad", None))
+            self._register(tensor_restore(p) if small else untouched(p))
+            self._register(functools.partial(setattr, p, "grad", p.grad))
+        self._graded = [p for p in found if p.grad is not None]
 
 
 class _Sealed:
-    """Stands for an iterator that cannot be turned back: what asks it for more fails, and the training's loses nothing."""
+    """Stands for an iterator that cannot be turned back: what asks it for more fails, and it loses nothing."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -270,41 +310,20 @@ def attributes(value: object) -> dict[str, Any] | None:
     return found if type(found) is dict else None
 
 
-def generator_state(value: Any) -> Restore | None:
-    """How to turn a random number generator back; None for anything else."""
-    kind = type(value)
-    if issubclass(kind, torch.Generator):
-        state = value.get_state()
-        return lambda: _ignore(value.set_state(state))
-    if issubclass(kind, np.random.Generator):
-        return generator_state(value.bit_generator)
-    if issubclass(kind, np.random.BitGenerator):
-        bits = copy.deepcopy(value.state)
-        return lambda: setattr(value, "state", bits)
-    if issubclass(kind, np.random.RandomState):
-        legacy = value.get_state()
-        return lambda: value.set_state(legacy)
-    if issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
-        python = value.getstate()
-        return lambda: value.setstate(python)
-    return None
-
-
-def _ignore(result: object) -> None:
-    """Makes a restoring call return nothing."""
-
-
 def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _slots(value: object, kind: type) -> Iterator[tuple[Any, object]]:
     """The slots of a class and what an instance holds in them."""
-    for parent in kind.__mro__:
-        if "__slots__" in parent.__dict__:
-            for slot in parent.__dict__.values():
-                if type(slot) is types.MemberDescriptorType:
-                    yield slot, _slot(slot, value)
+    for slot in _slots_of(kind):
+        yield slot, _slot(slot, value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots_of(kind: type) -> tuple[Any, ...]:
+    parents = [parent for parent in kind.__mro__ if "__slots__" in parent.__dict__]
+    return tuple(s for p in parents for s in p.__dict__.values() if type(s) is types.MemberDescriptorType)
 
 
 def _slot(slot: Any, value: object) -> object:
@@ -314,9 +333,13 @@ def _slot(slot: Any, value: object) -> object:
         return _UNSET
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_machinery(kind: type) -> bool:
-    names = [str(parent.__dict__.get("__module__")) for parent in kind.__mro__]
-    return any(name.partition(".")[0] in _MACHINERY or f"{name}.".startswith(_TORCH_MACHINERY) for name in names)
+    return any(_is_of(parent, _MACHINERY) for parent in kind.__mro__)
+
+
+def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
+    return f"{kind.__dict__.get('__module__', 'builtins')}.".startswith(packages)
 
 
 def _is_spent_by_reading(value: object, kind: type) -> bool:
@@ -326,37 +349,3 @@ def _is_spent_by_reading(value: object, kind: type) -> bool:
 
 def _is_moved_by_fsdp(value: object) -> bool:
     return hasattr(type(value), "full_tensor")
-
-
-def _tensor_restore(value: Tensor) -> Restore:
-    """How to put a leaf's contents back in place, for others may hold it or share its memory."""
-    data, before, learns = value.data, value.detach().clone(), value.requires_grad
-    version = _unsafe_preserve_version_counter(value)
-    plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
-
-    def restore() -> None:
-        if value.grad_fn is not None:  # written to in place by what requires a gradient
-            value.detach_()
-        if value.requires_grad != learns:
-            value.requires_grad_(learns)
-        if plain and (value.data_ptr() != data.data_ptr() or value.shape != data.shape):
-            value.data = data
-        # BatchNorm hides its changes from the version, and so does `.data`.
-        if value._version != version.prev_versions[0] or (plain and not torch.equal(data, before)):
-            data.copy_(before)
-            version.__exit__()  # a live graph may have saved it: the contents are as they were
-
-    return restore
-
-
-def _untouched(value: Tensor) -> Restore:
-    version = value._version
-
-    def check() -> None:
-        if value._version != version:
-            raise RuntimeError(
-                f"a step writes to a frozen parameter of shape {tuple(value.shape)}, and there are too many of them to "
-                "be put back: pass a callable query (module, batch) -> scalar that leaves them alone"
-            )
-
-    return check
