@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torchmetrics import Metric
 
-from ine_callback.restores import Restore, array_restore, generator_restore, tensor_restore, untouched
+from ine_callback.restores import Restore, array_restore, generator_restore, is_plain, tensor_restore, untouched
 
 DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
 
@@ -55,7 +55,7 @@ class Memory:
     def __init__(self, register: Callable[[Restore], None]) -> None:
         self._register = register
         self._seen: dict[int, object] = {}  # holds the objects, so that no other one gets their ids
-        self._stand_ins: dict[int, object] = {}
+        self._stand_ins: dict[int, tuple[object, Any]] = {}  # id -> the object, and what takes its place
         self._holders: list[Callable[[], None]] = []
         self._parameters: list[nn.Parameter] = []
         self._graded: list[nn.Parameter] = []
@@ -96,13 +96,15 @@ class Memory:
         """Remembers one object; returns what it holds."""
         if issubclass(kind, Tensor):
             self._tensor(value)
+            if value._is_view() and value._base is not None:
+                self._view(value, value._base)
         elif issubclass(kind, np.ndarray):
             self._array(value)
         elif (state := generator_restore(value)) is not None:
             self._register(state)
             return ()
         elif _is_spent_by_reading(value, kind):
-            self._stand_ins[id(value)] = _Sealed(kind.__name__)
+            self._stand_ins[id(value)] = value, _Sealed(kind.__name__)
             return ()
         return [*self._contents(value, kind), *self._attributes(value, kind)]
 
@@ -243,19 +245,32 @@ class Memory:
     def _tensor(self, value: Tensor) -> None:
         if issubclass(type(value), UninitializedTensorMixin) or _is_moved_by_fsdp(value) or value.is_meta:
             return  # nothing in it, or not ours to move
-        if value.is_inference() or value.grad_fn is not None:
-            self._stand_in(value)  # part of a graph: writing to it, even the same, would break that
-        elif issubclass(type(value), nn.Parameter):
+        if issubclass(type(value), nn.Parameter) and value.is_leaf:
             self._parameters.append(value)  # type: ignore[arg-type]
+        elif value.is_inference() or value.grad_fn is not None or not is_plain(value):
+            self._stand_in(value)  # part of a graph: writing to it, even the same, would break that
         elif id(value) not in self._stand_ins:
             self._register(tensor_restore(value))
 
-    def _stand_in(self, value: Any) -> None:
-        self._stand_ins.setdefault(id(value), value.detach().clone())
+    def _view(self, value: Tensor, base: Tensor) -> None:
+        """A view that gets into a graph by being written to never gets out again: lent together with its base."""
+        if value.requires_grad or base.requires_grad or id(value) in self._stand_ins:
+            return
+        whole = self._stand_in(base)
+        if whole.stride() == base.stride():
+            place = value.storage_offset() - base.storage_offset() + whole.storage_offset()
+            self._stand_ins[id(value)] = value, whole.as_strided(value.shape, value.stride(), place)
+        else:
+            self._stand_in(value)
+
+    def _stand_in(self, value: Any) -> Any:
+        if id(value) not in self._stand_ins:
+            self._stand_ins[id(value)] = value, value.detach().clone()
+        return self._stand_ins[id(value)][1]
 
     def _lent(self, value: Any) -> Any:
         """What takes the place of a value meanwhile."""
-        other = self._stand_ins.get(id(value), value)
+        other = self._stand_ins[id(value)][1] if id(value) in self._stand_ins else value
         if other is value and issubclass(type(value), tuple) and self._stand_ins and len(value) <= DEEP:
             parts = [self._lent(part) for part in tuple.__iter__(value)]
             if not _same(parts, list(tuple.__iter__(value))):
@@ -275,7 +290,7 @@ class Memory:
             sizes[p.requires_grad] += p.numel() * p.element_size()
         for p in found:
             small = p.requires_grad or sizes[False] <= _FROZEN_SHARE * sizes[True]
-            self._register(tensor_restore(p) if small else untouched(p))
+            self._register(tensor_restore(p) if small and is_plain(p) else untouched(p))
             self._register(functools.partial(setattr, p, "grad", p.grad))
         self._graded = [p for p in found if p.grad is not None]
 
