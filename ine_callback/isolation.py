@@ -31,9 +31,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
     are restored; ``self.log`` and ``self.log_dict`` do nothing meanwhile. The mode is evaluation, and gradients of
     single parameters can be taken, also through reentrant activation checkpoints.
 
-    Tensors that are part of a live graph (a hidden state, a metric's sum of losses) are lent as detached copies, and
-    so are metrics' states: the objects themselves are never written to. An iterator cannot be turned back, so taking
-    from one fails inside. All is registered for restoration before the first change.
+    Tensors that are part of a live graph (a hidden state, a metric's sum of losses) are lent as detached copies: the
+    objects themselves are never written to. An iterator cannot be turned back, so taking from one fails inside. All is
+    registered for restoration before the first change.
 
     Args:
         module: The model.

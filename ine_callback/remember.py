@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
-from torchmetrics import Metric
+from torch.nn.parameter import is_lazy
 
 from ine_callback.restores import Restore, array_restore, generator_restore, is_plain, tensor_restore, untouched
 
@@ -187,10 +186,6 @@ class Memory:
         parts = [*(() if own is None else own.values()), *(part for _, part in slots)]
         if not is_module and (_is_machinery(kind) or any(issubclass(type(part), _LIVE) for part in parts)):
             return ()  # what holds a thread lives beside the step: turning it back would be a change
-        if issubclass(kind, Metric):  # updates write to states in place: on copies, and the states stay as they are
-            for part in parts:
-                if issubclass(type(part), Tensor):
-                    self._stand_in(part)
         if slots:
             self._keep_slots(value, slots)
         if id(kind) not in self._seen:
@@ -243,7 +238,7 @@ class Memory:
     # -- tensors and arrays -------------------------------------------------------------------------------------------
 
     def _tensor(self, value: Tensor) -> None:
-        if issubclass(type(value), UninitializedTensorMixin) or _is_moved_by_fsdp(value) or value.is_meta:
+        if is_lazy(value) or _is_moved_by_fsdp(value) or value.is_meta:
             return  # nothing in it, or not ours to move
         if issubclass(type(value), nn.Parameter) and value.is_leaf:
             self._parameters.append(value)  # type: ignore[arg-type]
