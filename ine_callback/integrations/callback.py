@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -196,17 +197,31 @@ class InfluenceCallback(Callback):
 
     def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
         before = {name: target.__dict__[name]} if name in target.__dict__ else {}
-        target.__dict__[name] = function
 
         def undo() -> None:
             target.__dict__.pop(name, None)
             target.__dict__.update(before)
 
         self._undo.append(undo)
+        target.__dict__[name] = function
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._tracker is None:
             return
+        try:
+            self._start(trainer, pl_module)
+        except InfluenceError:
+            raise
+        except Exception as error:  # an accident of ours; the user can train without the recording
+            if self.on_error == "raise":
+                raise
+            if self._recorder is not None:
+                self._recorder.stop()
+            self._recorder = None
+            warnings.warn(f"{self.owner}: nothing is recorded: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._tracker is not None
         owner = self.owner
         if len(trainer.optimizers) != 1:
             raise InfluenceError(
@@ -411,11 +426,12 @@ class InfluenceCallback(Callback):
 
     def _release(self) -> None:
         """Leaves trainer, loaders and module as they were found; the recorder stays for checkpoints still to come."""
-        if self._recorder is not None:
-            self._recorder.stop()
-        if self._tracker is not None:
-            self._tracker.release()
-        for undo in reversed(self._undo):
-            undo()
+        with contextlib.ExitStack() as stack:  # each of them, whatever fails
+            for undo in self._undo:
+                stack.callback(undo)
+            if self._tracker is not None:
+                stack.callback(self._tracker.release)
+            if self._recorder is not None:
+                stack.callback(self._recorder.stop)
         self._undo.clear()
         self._tracker = None

@@ -155,7 +155,7 @@ def term_limit(losses: RowLosses, module: nn.Module, sample: Any, owner: str) ->
 
 
 def _mute_metrics(module: nn.Module) -> None:
-    """Metrics that a step updates before its loss do nothing; they are ``isolated``'s copies, and are thrown away."""
+    """Metrics that a step updates before its loss do nothing; ``isolated`` takes that back."""
     for metric in module.modules():
         if isinstance(metric, Metric):
             metric.__dict__["forward"] = metric.__dict__["update"] = lambda *_, **__: torch.zeros(())
