@@ -16,8 +16,8 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from ine_callback.remember import DEEP, Memory, attributes
-from ine_callback.restores import Restore
+from ine_callback.utilities.remember import DEEP, Memory, attributes
+from ine_callback.utilities.restores import Restore
 
 _MANY = 100  # parts of a container in which generators are looked for
 

@@ -28,7 +28,7 @@ from torchmetrics.classification import Accuracy, MulticlassAccuracy, Multiclass
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper
 
 from ine_callback import InfluenceCallback
-from ine_callback.isolation import isolated, unmoved
+from ine_callback.utilities.isolation import isolated, unmoved
 
 Hidden = namedtuple("Hidden", "h c")
 

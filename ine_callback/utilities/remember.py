@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ine_callback.restores import Restore, array_restore, generator_restore, is_plain, tensor_restore, untouched
+from ine_callback.utilities.restores import (
+    Restore,
+    array_restore,
+    generator_restore,
+    is_plain,
+    tensor_restore,
+    untouched,
+)
 
 DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
 

@@ -1,0 +1,89 @@
+"""The package's layers: each sub-package imports only from those below it, as docs/architecture.md draws them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ine_callback"
+# From the bottom up: each line may import from the lines above it, and its own names from one another within a package.
+LAYERS = (
+    ("errors", "scores"),
+    ("utilities", "stats", "distributed", "data"),
+    ("optimizers", "capture", "applications"),
+    ("curvature", "queries", "report"),
+    ("scoring", "methods"),
+    ("recording",),
+    ("integrations", "cli"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LONGEST = 400  # lines of a file
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also inside of functions and for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.startswith("ine_callback."):
+                found.add(known(name.removeprefix("ine_callback.")))
+    return found
+
+
+def known(name: str) -> str:
+    """The module that a dotted name is, or lies in."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVEL)
+MODULES = {module_name(path): path for path in FILES}
+IMPORTS = {name: imported(path) - {"", name} for name, path in MODULES.items()}
+
+
+def test_the_top_holds_the_entry_points_and_the_values_alone() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {
+        "__init__", "__main__", "_version", "cli", "errors", "scores",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_from_a_layer_above_or_beside_its_own(name: str) -> None:
+    own = name.partition(".")[0]
+    wrong = {other for other in IMPORTS[name] if (top := other.partition(".")[0]) != own and LEVEL[top] >= LEVEL[own]}
+    assert not wrong, f"{name} ({LAYERS[LEVEL[own]]}) imports {sorted(wrong)}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    # a package's own file stands for what it re-exports: its modules may not go through it
+    graph = {name: {other for other in others if not name.startswith(f"{other}.")} for name, others in IMPORTS.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_map_draws_these_layers() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = re.search(r"```layers\n(.*?)```", text, re.DOTALL)
+    assert drawn, "docs/architecture.md draws no ```layers"
+    lines = [set(re.findall(r"\w+", line)) for line in drawn.group(1).splitlines() if line.strip()]
+    assert lines == [set(names) for names in reversed(LAYERS)]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_file_is_longer_than_a_reader_takes_in(name: str) -> None:
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
