@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.compressed import Compressed
-from ine_callback.capture.per_sample_gradients import Outer, Record, Vector
+from ine_callback.capture.per_sample_gradients import Lookup, Outer, Record, Vector
 
 
 @dataclass(eq=False)
@@ -47,6 +48,11 @@ class Block:
         weight = gradients[0].reshape(queries, groups, out, inputs - 1)
         return torch.cat([weight, gradients[1].reshape(queries, groups, out, 1)], -1)
 
+    def fits(self, record: Record) -> bool:
+        """Whether a record is of the kind that the block's direction and curvature are made for."""
+        kinds = Vector if len(self.layout) == 1 else Outer if self.matrix else Outer | Lookup
+        return record.layout == self.layout and isinstance(record, kinds)
+
     @property
     def key(self) -> str:
         """What other processes, and the same training resumed, know it by."""
@@ -74,12 +80,13 @@ class BlockTable:
         owners: dict[nn.Parameter, int] = {}
         self._first: dict[tuple[nn.Module, str], nn.Parameter] = {}
         for child in module.modules():
-            for name, parameter in child.named_parameters(recurse=False):
+            for name, parameter in own_parameters(child).items():
                 owners[parameter] = owners.get(parameter, 0) + 1
                 self._first[child, name] = parameter
         self._shared = {p for p, count in owners.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
         self._refused: set[nn.Parameter] = set()
+        self._slow: set[nn.Parameter] = set()
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks.values())
@@ -102,7 +109,9 @@ class BlockTable:
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
         """The optimizer's parameter: in a pass FSDP2 puts a whole one in its place."""
         found = self._first.get((module, name))
-        return module.get_parameter(name) if found is None else found
+        if found is None:
+            raise LayerError(f"its parameter '{name}' was not there when the recording began")
+        return found
 
     def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
         if parameters not in self._blocks:
@@ -110,10 +119,17 @@ class BlockTable:
             name, position, shared = self.names[first], self._positions[first], first in self._shared
             matrix = isinstance(record, Outer) and not shared
             self._blocks[parameters] = Block(name, parameters, record.layout, position, matrix, shared)
-        return self._blocks[parameters]
+        block = self._blocks[parameters]
+        if not block.fits(record):
+            raise LayerError(
+                f"its function returned a {type(record).__name__} of {record.layout} for '{block.name}', which does "
+                f"not go with the {'Outer' if block.matrix else 'record'} of {block.layout} that came for it before"
+            )
+        return block
 
     def vector(self, parameter: nn.Parameter) -> Block:
         """The block of a parameter whose per-row gradients come from the fallback."""
+        self._slow.add(parameter)
         return self._block((parameter,), Vector(parameter.detach().reshape(1, -1)))
 
     def drop(self, block: Block) -> None:
@@ -121,5 +137,19 @@ class BlockTable:
         del self._blocks[block.parameters]
         self._refused.update(block.parameters)
 
+    def lose(self, module: nn.Module) -> list[Block]:
+        """Refuses a module's parameters from now on; returns the blocks that held them, also of other modules."""
+        own = {p for (owner, _), p in self._first.items() if owner is module} - self._slow
+        self._refused |= own
+        lost = [block for block in self if own.intersection(block.parameters)]
+        for block in lost:
+            self.drop(block)
+        return lost
+
+    def owners(self, block: Block) -> list[nn.Module]:
+        """The modules that use one of a block's parameters."""
+        return [owner for (owner, _), p in self._first.items() if any(p is own for own in block.parameters)]
+
     def captured(self) -> set[nn.Parameter]:
-        return {p for block in self for p in block.parameters}
+        """Parameters with records of layer functions."""
+        return {p for block in self for p in block.parameters} - self._slow

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, Record, Vector
 from ine_callback.capture.fallback import row_shares
+from ine_callback.capture.odd import wrong_functions
 from ine_callback.capture.probe import row_order_faults
 from ine_callback.capture.row_losses import Scale
 from ine_callback.capture.verify import share_of, uncaptured, wrong_blocks
 from ine_callback.data.batches import led_by
 from ine_callback.distributed.processes import Lockstep
-from ine_callback.errors import CaptureError
+from ine_callback.errors import CaptureError, RowsError
 from ine_callback.utilities.options import Uncaptured
 
 
@@ -58,6 +59,7 @@ class Coverage:
             return
         try:
             faults = row_order_faults(self._module, self._capture, loss, batch, rows)
+            faults = wrong_functions(self._module, self._capture, loss, batch, rows) | faults
         except Exception as error:
             self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
             return
@@ -72,6 +74,17 @@ class Coverage:
         """Whether parameters are trained that were frozen (or not yet there) when the capture was proved."""
         return any(p.requires_grad and p not in self._proved for p in self._module.parameters())
 
+    def agree(self, processes: Lockstep) -> None:
+        """Drops what another process dropped, so that all rows' scores speak for the same layers. A meeting."""
+        if processes.count == 1:
+            return
+        if not self._capture.names:
+            raise RowsError(f"{self._owner}: no layer is left to record: {self.first_reason()}")
+        common = processes.common(self._capture.names.values())
+        for module, name in list(self._capture.names.items()):
+            if name not in common:
+                self._capture.drop(module, "another process that trains the model had to leave it out")
+
     @property
     def slow(self) -> bool:
         """Whether some parameters are recorded by per-row autograd."""
@@ -83,6 +96,7 @@ class Coverage:
         Raises:
             CaptureError: If parameters are uncaptured under the policy ``"raise"``.
         """
+        self.agree(processes)
         wrong = wrong_blocks([(block, record) for block, record, _ in held], self._capture.half, processes)
         for block in wrong:
             table.drop(block)
@@ -139,7 +153,7 @@ class Coverage:
             raise CaptureError(f"{self._owner}: uncaptured='fallback' needs loss= and the batch of every step.")
         parameters = list(self._slow.values())
         shares = row_shares(self._module, loss, batch, rows, parameters, scale)
-        return [(table.vector(p), Vector(g.flatten(1))) for p, g in zip(parameters, shares, strict=True)]
+        return [(table.vector(p), Vector(g.reshape(rows, -1))) for p, g in zip(parameters, shares, strict=True)]
 
     def late_notes(self) -> list[str]:
         """What was lost after the first step's proof."""

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ine_callback.capture.layers import ROW_MIXING, RowMismatch, layer_function, records_of
+from ine_callback.capture.attributes import LayerError, own_parameters
+from ine_callback.capture.layers import ROW_MIXING, LayerFunction, RowMismatch, layer_function, records_of
 from ine_callback.capture.per_sample_gradients import Record, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts
 
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
+
+# of the machine, not of a layer; torch 2.8 has the last
+FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 Receiver = Callable[[nn.Module, dict[str, Record]], None]
 
@@ -31,8 +35,9 @@ class Capture:
     Args:
         module: The model.
         receive: Called in the backward pass with a module and the records of one of its calls.
-        fail: Called with an exception raised inside a hook, so that the backward pass itself goes on.
+        fail: Called with an exception that is no single layer's, so that the backward pass itself goes on.
         layers: Patterns (``fnmatch``) of the modules' names; None: all.
+        lose: Called with a module that is dropped: what came of it in this batch may be half of it.
 
     Attributes:
         active: Hooks do nothing while this is False.
@@ -42,6 +47,7 @@ class Capture:
         approximate: Module name -> why single rows are approximate.
         unscale: Factor that undoes the scaling of the loss under mixed precision.
         half: Whether a gradient came in half precision.
+        functions: Functions that the rows' check has found right instead of the one that a type says.
         observe_call: Set by the probe: called with (name, first input) of each hooked module instead of recording.
     """
 
@@ -51,8 +57,9 @@ class Capture:
         receive: Receiver,
         fail: Callable[[Exception], None],
         layers: Sequence[str] | None = None,
+        lose: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
-        self._receive, self._fail = receive, fail
+        self._receive, self._fail, self._lose = receive, fail, lose
         self.active, self.rows = False, 0
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
@@ -70,11 +77,15 @@ class Capture:
         self.unscale: Tensor | None = None
         self.half = False
         self._proved: set[nn.Module] = set()
+        self._led = False  # whether some layer's input in this batch is led by its rows: then their number is right
+        self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
+        self.functions: dict[nn.Module, LayerFunction] = {}
         self.observe_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         for child in self.names:
+            self._own[child] = own_parameters(child)
             self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
 
     def detach(self) -> None:
@@ -84,7 +95,7 @@ class Capture:
         self._handles.clear()
 
     def start_batch(self, rows: int) -> None:
-        self.rows, self.active = rows, True
+        self.rows, self.active, self._led = rows, True, False
         self.calls.clear()
 
     @contextlib.contextmanager
@@ -97,29 +108,55 @@ class Capture:
             self.active = active
 
     def drop(self, module: nn.Module, reason: str) -> None:
-        self.dropped[self.names.pop(module)] = reason
+        """Takes nothing more of a module, and forgets what came of it in this batch."""
+        if module in self.names:
+            self.dropped[self.names.pop(module)] = reason
+            self._lose(module)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        a = args[0] if args else next(iter(kwargs.values()), None)
-        held = None
-        if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad:
-            # first, and whatever became of the recording: a recomputation must save what the pass before it saved
+        a, held = first_input(args, kwargs), None
+        if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad and not _transformed():
+            # first, and whatever became of the recording: a recomputation must save what the pass before it saved,
+            # and may end here, with an exception of its own
             held = _hold(a)
+        try:
+            self._see(module, a, held, output)
+        except Exception as error:
+            self._give_up(module, error)
+
+    def _see(self, module: nn.Module, a: Any, held: Callable[[], Tensor | None] | None, output: Any) -> None:
         if module not in self.names:
             return
         if self.observe_call is not None:
             if isinstance(a, Tensor):
-                self.observe_call(self.names[module], a)
+                self.observe_call(self.names[module], a if a.layout == torch.strided else a.to_dense())
             return
         if not (self.active and torch.is_grad_enabled()):
             return
         if not (isinstance(a, Tensor) and isinstance(output, Tensor)):
             self.drop(module, "its input or output is not a single tensor")
             return
-        if held is None or not any(p.requires_grad for p in module.parameters(recurse=False)):
+        if _transformed():
+            self.drop(module, "it was called inside of a torch.func transform")
+            return
+        self._led |= a.shape[:1] == (self.rows,)
+        if held is None or not any(p.requires_grad for p in own_parameters(module).values()):
+            return
+        if other := self._other_weights(module):
+            if any(p.requires_grad for p in other):
+                self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
         self.calls[module] = self.calls.get(module, 0) + 1
         output.register_hook(lambda delta: self._backward(module, held, delta))
+
+    def _other_weights(self, module: nn.Module) -> list[Tensor]:
+        """What stands in the place of the parameters that the module had when the recording began."""
+        now, own = own_parameters(module), self._own.get(module, {})
+        return [
+            now[name]
+            for name, p in own.items()
+            if name in now and now[name] is not p and not hasattr(p, "full_tensor")  # FSDP2 puts whole ones there
+        ]
 
     def _backward(self, module: nn.Module, held: Callable[[], Tensor | None], delta: Tensor) -> None:
         if not self.active or module not in self.names:
@@ -136,16 +173,41 @@ class Capture:
                     delta = widened(delta) * self.unscale
                     # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
                     delta = torch.where(delta.isfinite().all(), delta, 0.0)
-                records = records_of(module, a, delta, self.rows)
+                records = records_of(module, a, delta, self.rows, self.functions.get(module))
                 self._receive(module, records)
                 self._proved.add(module)
         except RowMismatch as error:
-            if module in self._proved:
+            if module in self._proved and not self._led:
                 self._fail(RowsError(f"{self.names[module]}: {error}; check row_fn and the collate function"))
             else:
                 self.drop(module, str(error))
         except Exception as error:  # the training run is sacred: report, never raise into its backward pass
+            self._give_up(module, error)
+
+    def _give_up(self, module: nn.Module, error: Exception) -> None:
+        """After an exception: a layer's own ends its recording, any other everybody's."""
+        if isinstance(error, FATAL):
             self._fail(error)
+        else:
+            self.drop(module, in_words(error))
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer function calls ``a``."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def in_words(error: Exception) -> str:
+    """An exception as the reason why a layer is dropped."""
+    if isinstance(error, LayerError):
+        return str(error)
+    first = next(iter(str(error).strip().splitlines()), "")[:200]
+    return f"recording it failed with {type(error).__name__}: {first}"
+
+
+def _transformed() -> bool:
+    """Whether torch.func (vmap, grad) runs the layer, on tensors that do not outlive it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Keep(torch.autograd.Function):
@@ -163,12 +225,12 @@ def _hold(a: Tensor) -> Callable[[], Tensor | None]:
     Inside of activation checkpointing, or where activations are moved off the device, holding the input itself would
     undo what they save.
     """
-    a, version = a.detach(), a._version
+    a, version = a.detach(), 0 if a.is_inference() else a._version
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        return lambda: a if a._version == version else None
+        return lambda: a if a.is_inference() or a._version == version else None
     kept = _Keep.apply(torch.empty(0, requires_grad=True), a)  # type: ignore[no-untyped-call]
     return lambda: kept.grad_fn.saved_tensors[0]
 
 
 def _capturable(module: nn.Module) -> bool:
-    return layer_function(module) is not None and any(True for _ in module.parameters(recurse=False))
+    return layer_function(module) is not None and bool(own_parameters(module))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ine_callback.capture.attributes import LayerError, buffer, own_parameters, plain_parameters, setting
 from ine_callback.capture.per_sample_gradients import Lookup, Outer, Record, Vector, widened
 from ine_callback.capture.windows import Kernel, Windows
 
@@ -31,7 +32,7 @@ _REGISTRY: dict[type[nn.Module], LayerFunction] = {}
 ROW_MIXING = (nn.modules.batchnorm._BatchNorm,)
 
 
-class RowMismatch(ValueError):
+class RowMismatch(LayerError):
     """A layer's input cannot be split into the batch's rows."""
 
 
@@ -80,16 +81,20 @@ def layer_function(module: nn.Module) -> LayerFunction | None:
 
 
 def _known_by_name(module: nn.Module) -> LayerFunction | None:
-    """Types of other libraries, none of which is imported: GPT-2's Conv1D and the many classes called RMSNorm.
+    """Types of other libraries, none of which is imported: GPT-2's Conv1D, the many called RMSNorm or LayerNorm2d.
 
-    The first step's proof drops what only has the name.
+    The rows' check before the first step drops what only has the name.
     """
     kind = type(module)
     if f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D":
         return transposed_linear
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and own == ["weight"] and _epsilon(module) is not None:
+    own = own_parameters(module)
+    if _epsilon(module) is None or list(own) not in (["weight"], ["weight", "bias"]):
+        return None
+    if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and len(own) == 1:
         return named_rms_norm
+    if kind.__name__.endswith(("LayerNorm", "LayerNorm2d")) and own["weight"].dim() == 1:
+        return named_layer_norm
     return None
 
 
@@ -132,27 +137,29 @@ def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) ->
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """A linear layer on patches, one for each group."""
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     a, delta = by_row(a, rows), by_row(delta, rows)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(a, module._reversed_padding_repeated_twice, mode=mode)
-    kernel = Kernel(module.kernel_size, module.stride, module.dilation, module.groups)
-    record = Windows(padded, _channels_last(delta, module.groups), kernel=kernel)
+    mode = setting(module, "padding_mode")
+    mode = "constant" if mode == "zeros" else mode
+    padded = F.pad(a, setting(module, "_reversed_padding_repeated_twice"), mode=mode)
+    kernel = _kernel(module)
+    record = Windows(padded, _channels_last(delta, kernel.groups), kernel=kernel)
     return {"weight": record, "bias": _bias(record.delta)}
 
 
 @register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def transposed_convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """The roles swap: patches are cut from the output gradient, and the weight's leading dimension is the input's."""
-    assert isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
     a, delta = by_row(a, rows), by_row(delta, rows)
-    padding = module._reversed_padding_repeated_twice
-    kernel = Kernel(module.kernel_size, module.stride, module.dilation, module.groups)
-    padded = F.pad(delta, padding)
+    kernel = _kernel(module)
+    padded = F.pad(delta, setting(module, "_reversed_padding_repeated_twice"))
     for d, (length, k, s, r) in enumerate(zip(a.shape[2:], kernel.size, kernel.stride, kernel.dilation, strict=True)):
         padded = padded.narrow(2 + d, 0, (length - 1) * s + r * (k - 1) + 1)  # output padding has no window
     windows = kernel.cut(padded)
-    return {"weight": Outer(windows, _channels_last(a, module.groups)), "bias": Vector(delta.flatten(2).sum(2))}
+    return {"weight": Outer(windows, _channels_last(a, kernel.groups)), "bias": Vector(delta.flatten(2).sum(2))}
+
+
+def _kernel(module: nn.Module) -> Kernel:
+    return Kernel(*(setting(module, name) for name in ("kernel_size", "stride", "dilation", "groups")))
 
 
 def _channels_last(x: Tensor, groups: int) -> Tensor:
@@ -164,30 +171,46 @@ def _channels_last(x: Tensor, groups: int) -> Tensor:
 @register_layer(nn.Embedding)
 def embedding(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """A row's gradient touches the entries that it looked up; the padding entry has none."""
-    assert isinstance(module, nn.Embedding)
+    entries, width = setting(module, "num_embeddings"), setting(module, "embedding_dim")
     if a.dim() == 0 or a.shape[0] != rows:  # positions shared by all rows: their gradient is already summed over rows
         raise RowMismatch(f"looked-up entries of shape {tuple(a.shape)} do not lead with the batch size {rows}")
-    ids, delta = a.reshape(rows, -1), delta.reshape(rows, -1, module.embedding_dim)
-    if module.padding_idx is not None:
-        delta = delta * (ids != module.padding_idx)[..., None]
-    if module.scale_grad_by_freq:
-        delta = delta / ids.flatten().bincount(minlength=module.num_embeddings)[ids][..., None]
-    return {"weight": Lookup(ids, delta, module.num_embeddings)}
+    ids, delta = a.reshape(rows, -1), delta.reshape(rows, -1, width)
+    padding = setting(module, "padding_idx")
+    if padding is not None:
+        delta = delta * (ids != padding)[..., None]
+    if setting(module, "scale_grad_by_freq"):
+        delta = delta / ids.flatten().bincount(minlength=entries)[ids][..., None]
+    return {"weight": Lookup(ids, delta, entries)}
 
 
 @register_layer(nn.LayerNorm)
 def layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
-    """Scale and shift over the normalized dimensions."""
-    assert isinstance(module, nn.LayerNorm)
-    return _affine(F.layer_norm(a, module.normalized_shape, eps=module.eps), delta, rows, len(module.normalized_shape))
+    """Scale and shift over the normalized dimensions; ConvNeXt's subclass has the channels behind the row instead."""
+    shape = list(setting(module, "normalized_shape"))
+    if list(a.shape[a.dim() - len(shape) :]) != shape and list(a.shape[1:2]) == shape:
+        return channel_layer_norm(module, a, delta, rows)
+    return _affine(F.layer_norm(a, shape, eps=setting(module, "eps")), delta, rows, len(shape))
+
+
+def channel_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """The same over the channels (dimension 1) of each position."""
+    normed = F.layer_norm(a.movedim(1, -1), [a.shape[1]], eps=_epsilon(module) or 0.0)
+    return _channel_affine(normed.movedim(-1, 1), delta, rows)
+
+
+def named_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+    """LayerNorm of another library over the last dimension, or the channels where only these fit."""
+    width = own_parameters(module)["weight"].numel()
+    if a.shape[-1] != width and a.shape[1:2] == (width,):
+        return channel_layer_norm(module, a, delta, rows)
+    return _affine(F.layer_norm(a, [width], eps=_epsilon(module) or 0.0), delta, rows, 1)
 
 
 @register_layer(nn.RMSNorm)
 def rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """Scale over the normalized dimensions."""
-    assert isinstance(module, nn.RMSNorm)
-    shape = list(module.normalized_shape)
-    return _affine(F.rms_norm(a, shape, eps=module.eps), delta, rows, len(shape))
+    shape = list(setting(module, "normalized_shape"))
+    return _affine(F.rms_norm(a, shape, eps=setting(module, "eps")), delta, rows, len(shape))
 
 
 def named_rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
@@ -198,7 +221,7 @@ def named_rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> di
 
 def _epsilon(module: nn.Module) -> float | None:
     """What the class calls eps."""
-    found = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    found = (setting(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
     return next((value for value in found if isinstance(value, float)), None)
 
 
@@ -214,33 +237,27 @@ def _affine(normed: Tensor, delta: Tensor, rows: int, trailing: int) -> dict[str
 @register_layer(nn.GroupNorm)
 def group_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """Scale and shift per channel."""
-    assert isinstance(module, nn.GroupNorm)
-    return _channel_affine(F.group_norm(a, module.num_groups, eps=module.eps), delta, rows)
+    normed = F.group_norm(a, setting(module, "num_groups"), eps=setting(module, "eps"))
+    return _channel_affine(normed, delta, rows)
 
 
 @register_layer(nn.modules.batchnorm._BatchNorm)
 def batch_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """Affine part only; the statistics couple the rows of a batch, which no per-row gradient can undo."""
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if module.training or module.running_mean is None:
-        normed = F.batch_norm(a, None, None, training=True, eps=module.eps)
+    mean, variance, eps = buffer(module, "running_mean"), buffer(module, "running_var"), setting(module, "eps")
+    if setting(module, "training") or mean is None:
+        normed = F.batch_norm(a, None, None, training=True, eps=eps)
     else:
-        normed = F.batch_norm(a, module.running_mean, module.running_var, training=False, eps=module.eps)
+        normed = F.batch_norm(a, mean, variance, training=False, eps=eps)
     return _channel_affine(normed, delta, rows)
 
 
 @register_layer(nn.modules.instancenorm._InstanceNorm)
 def instance_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
     """Scale and shift per channel; every row has its own statistics."""
-    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
-    own = module.training or not module.track_running_stats
-    normed = F.instance_norm(
-        a,
-        None if own else module.running_mean,
-        None if own else module.running_var,
-        use_input_stats=own,
-        eps=module.eps,
-    )
+    own = setting(module, "training") or not setting(module, "track_running_stats")
+    mean, variance = (None if own else buffer(module, name) for name in ("running_mean", "running_var"))
+    normed = F.instance_norm(a, mean, variance, use_input_stats=own, eps=setting(module, "eps"))
     return _channel_affine(normed, delta, rows)
 
 
@@ -255,31 +272,55 @@ def _channel_affine(normed: Tensor, delta: Tensor, rows: int) -> dict[str, Recor
 # functions whose records take factors in bfloat16; all others get them in float32
 _ANY_PRECISION = (linear, transposed_linear, convolution)
 
+# what a class of another forward pass may be instead: the rows' check (capture/odd.py) takes the one that fits
+ALTERNATIVES: dict[LayerFunction, LayerFunction] = {
+    layer_norm: channel_layer_norm,
+    named_layer_norm: channel_layer_norm,
+}
 
-def records_of(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
-    """Calls the module's capture function and wraps bare per-row gradients.
+
+def records_of(
+    module: nn.Module, a: Tensor, delta: Tensor, rows: int, function: LayerFunction | None = None
+) -> dict[str, Record]:
+    """Calls the module's capture function (or another) and wraps bare per-row gradients.
 
     Raises:
-        RowMismatch: If the input cannot be split into rows, or a returned tensor has the wrong shape.
+        LayerError: If the input cannot be split into rows, or what the function returned is no parameter's.
     """
-    function = layer_function(module)
+    function = function or layer_function(module)
     assert function is not None
+    a = a if a.layout == torch.strided else a.to_dense()
     if function not in _ANY_PRECISION or delta.dtype != torch.bfloat16 or a.dtype == torch.float16:
         a, delta = _in_one_precision(a, delta)
-    out: dict[str, Record] = {}
+    if function.__module__ != __name__:
+        a, delta = a.clone(), delta.clone()  # a user's function may write into them, and they are the training's
+    parameters, out = plain_parameters(module), {}
     for name, value in function(module, a, delta, rows).items():
-        parameter = getattr(module, name, None)
-        if parameter is None or not parameter.requires_grad:
-            continue
-        if isinstance(value, Tensor):
-            if value.shape != (rows, *parameter.shape):
-                raise RowMismatch(
-                    f"the function registered for {type(module).__name__} returned {tuple(value.shape)} for "
-                    f"'{name}', which must be (rows, *parameter.shape) = {(rows, *parameter.shape)}"
-                )
-            value = Vector(value.flatten(1))
-        out[name] = value
+        parameter = parameters.get(name)  # none of that name: it is computed, and what it is made of is left out
+        if parameter is not None and parameter.requires_grad and parameter.numel():
+            out[name] = _checked(value, name, parameter, rows, type(module).__name__)
     return out
+
+
+def _checked(value: Record | Tensor, name: str, parameter: nn.Parameter, rows: int, kind: str) -> Record:
+    """A record of the parameter's shape and the batch's rows, whatever the function returned."""
+    if isinstance(value, Tensor):
+        if value.shape != (rows, *parameter.shape):
+            raise RowMismatch(
+                f"the function registered for {kind} returned {tuple(value.shape)} for "
+                f"'{name}', which must be (rows, *parameter.shape) = {(rows, *parameter.shape)}"
+            )
+        value = Vector(value.reshape(rows, parameter.numel()))
+    if not isinstance(value, Record):
+        raise LayerError(f"the function registered for {kind} returned a {type(value).__name__} for '{name}'")
+    if value.rows != rows or math.prod(value.layout) != parameter.numel():
+        raise RowMismatch(
+            f"the function registered for {kind} returned {value.rows} rows of {value.layout} for '{name}', which must "
+            f"be {rows} rows of {tuple(parameter.shape)}"
+        )
+    if not value.dtype.is_floating_point:
+        raise LayerError(f"the gradients of '{name}' are of {value.dtype}, which no score is made of")
+    return value
 
 
 def _in_one_precision(a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.attributes import own_parameters, plain_parameters
 from ine_callback.capture.blocks import Block
+from ine_callback.capture.layers import layer_function
 from ine_callback.capture.per_sample_gradients import Record
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import whole
@@ -80,16 +82,30 @@ def uncaptured(module: nn.Module, captured: set[nn.Parameter], reasons: Mapping[
         captured: Parameters of the blocks that passed.
         reasons: Module name -> why it was dropped.
     """
-    owners = {id(p): (name, child) for name, child in module.named_modules() for p in child.parameters(recurse=False)}
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for name, child in module.named_modules():
+        for p in own_parameters(child).values():
+            owners.setdefault(p, []).append((name, child))
     out = {}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad or parameter in captured or parameter.grad is None:
+        if not parameter.requires_grad or parameter in captured or parameter.grad is None or not parameter.numel():
             continue
-        owner, child = owners[id(parameter)]
-        kind = type(child).__name__
-        default = f"no capture for {kind} (register one with @register_layer, or its forward is never called)"
-        out[name] = reasons.get(owner, default)
+        users = owners.get(parameter, [])
+        told = [reasons[owner] for owner, _ in users if owner in reasons]
+        out[name] = told[0] if told else _why(name, [child for _, child in users])
     return out
+
+
+def _why(name: str, users: Sequence[nn.Module]) -> str:
+    kind = type(users[-1]).__name__ if users else "a parameter of no module"
+    if ".parametrizations." in f".{name}":
+        return "a weight is computed from it by a parametrization, so no layer's call shows its rows' gradients"
+    own = name.rpartition(".")[2]
+    if users and own not in plain_parameters(users[-1]):
+        return f"'{own}' is a property of {kind}, which computes what the layer works with"
+    if users and layer_function(users[-1]) is not None and own not in ("weight", "bias"):
+        return f"{kind} computes with it in a way that its layer function does not know (weight_norm, prune, a scale)"
+    return f"no capture for {kind} (register one with @register_layer, or its forward is never called)"
 
 
 def share_of(module: nn.Module, names: Iterable[str]) -> float:

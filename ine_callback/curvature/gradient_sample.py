@@ -211,10 +211,18 @@ class Reservoir:
         if self._draw is None or block not in self._kept:
             return
         if block.reused or block in self._new:  # its rows' gradients are sums over uses: left to K-FAC
-            self._kept.pop(block)
-            self._new.pop(block, None)
+            self.forget(block)
             return
-        self._new[block] = _kept(record, self._draw.picked, self._draw.scale)
+        new = _kept(record, self._draw.picked, self._draw.scale)
+        if (new.left is None) != (self._kept[block].left is None):  # one position now, several before: left to K-FAC
+            self.forget(block)
+            return
+        self._new[block] = new
+
+    def forget(self, block: Block) -> None:
+        """Drops a block's rows."""
+        self._kept.pop(block, None)
+        self._new.pop(block, None)
 
     def commit(self) -> None:
         """Puts the drawn rows in their places; a block that the batch did not use has zero gradients there."""

@@ -104,6 +104,11 @@ class KFAC:
         factors.seen += record.rows
         self._seen[block.name] = steps
 
+    def forget(self, block: Block) -> None:
+        """Drops a block's sums."""
+        self._factors.pop(block.name, None)
+        self._seen.pop(block.name, None)
+
     def end_step(self) -> None:
         """Closes an optimizer step: the blocks seen since the last one have one more observation."""
         for name, steps in self._seen.items():

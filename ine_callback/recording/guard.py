@@ -44,9 +44,12 @@ class Guard:
 
     def fail(self, error: Exception) -> None:
         """Stops the recording because of an accident."""
+        first = not self.failed
         self.give_up()
         if self.on_error == "raise":
             raise error
+        if not first:  # what comes after an accident is its consequence
+            return
         message = f"recording stopped after {self.steps} steps: {type(error).__name__}: {error}"
         self.notes.append(message)
         warnings.warn(f"{self.owner}: {message} Training goes on; the report holds what came before.", stacklevel=2)

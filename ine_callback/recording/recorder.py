@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture, Record
@@ -139,7 +140,7 @@ class Recorder(Guard):
         self._reservoir = Reservoir(reservoir if discount else 0)
         self._initial_weights: InitialWeights = initial_weights
         self._to_device, self._context = to_device or (lambda batch: batch), context
-        self.capture = Capture(module, self._receive, self.fail, checked_layers(layers, module, owner))
+        self.capture = Capture(module, self._receive, self.fail, checked_layers(layers, module, owner), self._lose)
         self.coverage = Coverage(module, self.capture, uncaptured, owner)
         self.config: dict[str, Any] = {
             "queries": list(self.queries),
@@ -196,6 +197,7 @@ class Recorder(Guard):
             self._rank,
             self._to_device,
             self._context,
+            self.capture.drop,
         )
         self.signals.check()
         self.ledger = Ledger(
@@ -230,6 +232,11 @@ class Recorder(Guard):
             raise InfluenceError(
                 f"{self.owner}: no layer can be recorded: {self.coverage.first_reason()}; train without torch.compile, "
                 "or pass uncaptured='fallback' (slow: one backward pass a row)."
+            )
+        if any(is_lazy(p) for p in self.module.parameters()):
+            raise InfluenceError(
+                f"{self.owner}: a lazy module has no weights yet, and a pass of ours would draw others than the "
+                "training does; run one batch through the model first (in configure_model or before the fit)."
             )
         if self.config["uncaptured"] == "fallback" and is_sharded(self.module):
             raise InfluenceError(
@@ -300,9 +307,11 @@ class Recorder(Guard):
         """Before a step's first batch: refreshes or draws anew, or holds records back where parameters are new."""
         if self.coverage.thawed() and self.signals.held is None:
             self.signals.hold()
+            self._look = self.steps  # what joined has no curvature yet
         if self.signals.held is not None:
             self.coverage.probe(self._loss, data, len(rows), self._processes)
         elif self._saved > self._made or self.steps - self._made >= refresh_gap(self._made, self.refresh_every):
+            self.coverage.agree(self._processes)
             self.signals.refresh()
             self._made = self.steps
         elif self.steps >= self._look:
@@ -354,6 +363,12 @@ class Recorder(Guard):
     def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
         self._received = True
         self.signals.receive(module, records, self.capture.calls.get(module, 1))
+
+    def _lose(self, module: nn.Module) -> None:
+        """A layer was dropped: the others go on, if there are any."""
+        self.signals.lose(module)
+        if self.signals.held is None and not any(True for _ in self.signals.table):
+            self.fail(RowsError(f"no layer is left to record: {self.coverage.first_reason()}"))
 
     def _fall_back(self, rows: Tensor, data: Any) -> None:
         slow = self.coverage.fallback(self._loss, data, len(rows), self.signals.scale, self.signals.table)

@@ -26,7 +26,7 @@ class InitialNoise:
     """
 
     def __init__(self, module: nn.Module, weights: InitialWeights) -> None:
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = [p for p in module.parameters() if p.requires_grad and p.numel() and p.is_floating_point()]
         found = {p: whole(p.detach()).float().var(unbiased=False) for p in parameters}
         spread = bool(torch.stack([v > 0 for v in found.values()]).any()) if found else False
         self.random = weights == "random" and spread

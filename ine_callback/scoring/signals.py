@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable, Record
+from ine_callback.capture.hooks import FATAL, in_words
 from ine_callback.capture.row_losses import Scale
 from ine_callback.curvature.gradient_sample import Reservoir
 from ine_callback.curvature.kfac import KFAC
@@ -45,6 +46,7 @@ class Signals:
         rank: Most dimensions of a layer's inputs that directions are held in; None: all.
         to_device: Moves a query batch to the module's device.
         context: Precision context for query evaluation.
+        drop: Called with a module whose part of this failed, and why; it must come to :meth:`lose` with it.
     """
 
     module: nn.Module
@@ -60,6 +62,7 @@ class Signals:
     rank: int | None = RANK
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    drop: Callable[[nn.Module, str], None] = lambda module, why: None
     held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,10 +70,10 @@ class Signals:
         self.columns = len(self.queries) + int(self.self_query)
         self._directions: dict[Block, Direction] = {}
         self._factors: dict[Block, Tensor] = {}
-        self._signals: list[Tensor] = []
+        self._signals: list[tuple[Block, Tensor]] = []
         self._own: list[tuple[Block, Own, Scale]] = []
         self.scale = Scale(1.0, 1.0)
-        self._dtype = torch.promote_types(next(self.module.parameters()).dtype, torch.float32)
+        self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
         self.kept: Tensor | None = None
         self._draws = 0
@@ -135,7 +138,7 @@ class Signals:
             return
         signals, use = direction.contract(record)
         if signals is not None:
-            self._signals.append(signals)
+            self._signals.append((block, signals))
         if self.self_query and block.reused:
             block.waiting.append(use)
         elif self.self_query:
@@ -143,6 +146,32 @@ class Signals:
 
     def _clear(self) -> None:
         self._signals, self._own = [], []
+
+    def lose(self, module: nn.Module) -> None:
+        """Forgets the blocks of a module that was dropped; what they left in this batch may be half of it."""
+        gone = set(self.table.lose(module))
+        for block in gone:
+            self._directions.pop(block, None)
+            self._factors.pop(block, None)
+            self.reservoir.forget(block)
+            if self.curvature is not None:
+                self.curvature.forget(block)
+        self._signals = [one for one in self._signals if one[0] not in gone]
+        self._own = [one for one in self._own if one[0] not in gone]
+        if self.held is not None:
+            self.held = [one for one in self.held if one[0] not in gone]
+
+    @contextlib.contextmanager
+    def _only(self, block: Block) -> Iterator[None]:
+        """What fails inside costs the modules of this block, and no other."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, FATAL):
+                for module in self.table.owners(block):
+                    self.drop(module, in_words(error))
+            if block in set(self.table):  # of the machine, or of a block that no layer's function made
+                raise
 
     def hold(self) -> None:
         """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""
@@ -163,28 +192,31 @@ class Signals:
             return
         if self.curvature is not None:
             for block, record, scale in held:
-                self.curvature.observe(block, record, scale.terms, self.observing)
+                with self._only(block):
+                    self.curvature.observe(block, record, scale.terms, self.observing)
+            held = [one for one in held if one[0] in set(self.table)]
         self.reservoir.open([(block, record) for block, record, _ in held], self.processes)
         for block, record, scale in held:
             self._keep(block, record, scale)
         self.reservoir.commit()
         self.refresh(unscale)
         for block, record, scale in held:
-            self._contract(block, record, scale)
+            with self._only(block):
+                self._contract(block, record, scale)
 
     def settle(self) -> tuple[Tensor, Tensor]:
         """What a backward pass left: signals and contrasts [b, Q, 1 + J], and each row's own squared unit [b].
 
         The unit of self-influence is that of the row's own loss.
         """
-        for block in self.table:
-            if block.waiting:
+        for block in [block for block in self.table if block.waiting]:
+            with self._only(block):
                 self._own.append((block, self._directions[block].own_of(block.waiting), self.scale))
-                block.waiting.clear()
+            block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
         if self._signals:
-            signals = summed(self._signals).to(self._dtype)
+            signals = summed([one for _, one in self._signals]).to(self._dtype)
         else:
             rows, device = self._batch
             signals = torch.zeros(rows, len(self.queries), 1 + self.contrasts.count, device=device, dtype=self._dtype)
@@ -224,7 +256,11 @@ class Signals:
         with torch.no_grad():
             if self.curvature is not None:
                 self.curvature.pool(self.processes)
-            plans = {block: self._plan(block, remaining, unscale) for block in v}
+            plans: dict[Block, Plan] = {}
+            for block in v:
+                with self._only(block):
+                    plans[block] = self._plan(block, remaining, unscale)
+            v = {block: v[block] for block in plans}
             exponents = {block: plan.exponents for block, plan in plans.items()}
             mixed = self._mixtures(plans)
             across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}
@@ -235,14 +271,15 @@ class Signals:
                 self._factors[block] = torch.stack(
                     [torch.as_tensor(x).to(variance.device, self._dtype) for x in factors]
                 )
-                if not self.queries:
-                    self._directions[block] = self._direction(block, None, plan, mixed[block])
-                    continue
-                u = plan.discount.apply(v.pop(block))
-                if block in across:
-                    u = (u + across.pop(block)) / 2
-                variance += self.noise.variance(block, u)
-                self._directions[block] = self._direction(block, u * plan.weight, plan, mixed[block])
+                u = None
+                if self.queries:
+                    u = plan.discount.apply(v.pop(block))
+                    if block in across:
+                        u = (u + across.pop(block)) / 2
+                    variance += self.noise.variance(block, u)
+                    u = u * plan.weight
+                with self._only(block):
+                    self._directions[block] = self._direction(block, u, plan, mixed[block])
             self._variance = variance.to(self._dtype)
         self.draw()
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from ine_callback.utilities.remember import DEEP, Memory, attributes
@@ -54,7 +55,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
         for m in modules:
             _evaluate(m)
             _mute(m)
-        with torch.enable_grad(), _differentiable_checkpoints(), _uncompiled(module):
+        with torch.enable_grad(), _differentiable_checkpoints(), _uncompiled(module), _uncached():
             yield
 
 
@@ -138,6 +139,17 @@ def compiled_parts(module: nn.Module) -> list[nn.Module]:
 def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Runs compiled parts as they were written: other shapes would change what is compiled for the training."""
     return torch.compiler.set_stance("force_eager") if compiled_parts(module) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Sets aside what ``parametrize.cached`` holds: the training must find neither our weights there, nor we its."""
+    before = parametrize._cache, parametrize._cache_enabled
+    parametrize._cache, parametrize._cache_enabled = {}, 0
+    try:
+        yield
+    finally:
+        parametrize._cache, parametrize._cache_enabled = before
 
 
 @contextlib.contextmanager

@@ -138,6 +138,27 @@ def test_a_batch_missing_later_ends_the_recording_not_the_training() -> None:
     assert recorder.report().run.steps == 1
 
 
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_what_thaws_between_two_looks_has_a_curvature_at_once(at: int) -> None:
+    """Without one its discount was 0 / 0, which ended the recording."""
+    model, x, y = mlp(), torch.randn(12, 4), torch.randint(3, (12,))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"curvature_every": 20, "refresh_every": 2, "total_steps": 12, "on_error": "raise"}
+    recorder = Recorder(model, optimizer, 12, {"all": (x, y), "own": "self"}, cross_entropy, **options)
+    with recorder:
+        for step in range(12):
+            model[0].requires_grad_(step >= at)
+            with recorder.batch(torch.arange(12), (x, y)):
+                cross_entropy(model, (x, y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert recorder.signals.curvature is not None
+    factors = recorder.signals.curvature._factors["0.weight"]
+    assert factors.steps > 0 and float(factors.left.abs().sum()) > 0
+    assert recorder.report().run.steps == 12 and not recorder.capture.dropped
+
+
 @pytest.mark.parametrize(
     "option", [{"refresh_every": 0}, {"uncaptured": "maybe"}, {"on_error": "ignore"}, {"accumulate": 0}]
 )

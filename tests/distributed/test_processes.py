@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ine_callback import InfluenceReport, Recorder
-from ine_callback.capture import Block, Capture
+from ine_callback.capture import Block, Capture, register_layer
 from ine_callback.capture.coverage import Coverage
 from ine_callback.capture.per_sample_gradients import Vector
 from ine_callback.curvature.gradient_sample import Reservoir
@@ -51,12 +51,33 @@ PLACES = [
 Batch = tuple[Tensor, Tensor]
 
 
-class Net(nn.Module):
-    """A network; ``more`` lets the first process alone use one more layer."""
+class Odd(nn.Module):
+    """A layer whose function fails in the second process, after so many steps."""
 
-    def __init__(self, more: bool = False) -> None:
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.factor, self.left = nn.Parameter(torch.ones(8)), left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@register_layer(Odd)
+def _odd(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
+    module.left -= 1
+    if module.left < 0 and dist.get_rank() == 1:
+        raise ZeroDivisionError("mine")
+    return {"factor": a * delta}
+
+
+class Net(nn.Module):
+    """A network; ``more`` lets the first process alone use one more layer, ``odd`` has one that fails in the second."""
+
+    def __init__(self, more: bool = False, odd: int | None = None) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        if odd is not None:
+            self.body.insert(2, Odd(odd))
         self.more = nn.Linear(3, 3) if more else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,22 +89,28 @@ def loss_of(module: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
-def problem(more: bool = False) -> tuple[Net, Batch, Batch, list[Tensor]]:
+def problem(more: bool = False, odd: int | None = None) -> tuple[Net, Batch, Batch, list[Tensor]]:
     """A network, training and held-out rows, and the rows of each step's batch."""
     torch.manual_seed(0)
     x, y = torch.randn(ROWS + 16, 5), torch.randint(3, (ROWS + 16,))
     order = torch.cat([torch.randperm(ROWS) for _ in range(BATCH * STEPS // ROWS)]).split(BATCH)
-    return Net(more), (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), list(order)
+    return Net(more, odd), (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), list(order)
 
 
 def train(
-    parts: int = 1, rank: int = 0, recorded: bool = True, more: bool = False, saved: bool = False, **options: Any
+    parts: int = 1,
+    rank: int = 0,
+    recorded: bool = True,
+    more: bool = False,
+    odd: int | None = None,
+    saved: bool = False,
+    **options: Any,
 ) -> tuple[list[Tensor], InfluenceReport | None]:
     """Trains on the ``rank``-th of ``parts`` of every batch; returns the weights and the report.
 
     ``saved``: the state is asked for after every step, as checkpoints do.
     """
-    module, (x, y), held_out, order = problem(more)
+    module, (x, y), held_out, order = problem(more, odd)
     wrapped = DistributedDataParallel(module, find_unused_parameters=more) if parts > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)
     settings = {"rows": ROWS, "total_steps": STEPS, "refresh_every": 4, "curvature_every": 1, "distributed": parts > 1}
@@ -135,6 +162,9 @@ def process(rank: int, folder: str) -> None:
         "growing": train(2, rank, reservoir=0, rows=None),
         "more": train(2, rank, more=True),
         "more, by autograd": train(2, rank, more=True, uncaptured="fallback"),
+        "odd, at once": train(2, rank, odd=0),
+        "odd, later": train(2, rank, odd=7),
+        "odd, plain": train(2, rank, odd=0, recorded=False),
         "joined": joined(rank),
         "more, plain": train(2, rank, more=True, recorded=False),
     }
@@ -189,7 +219,8 @@ def test_the_reservoir_is_that_of_all_rows(together: list[dict[Any, Any]]) -> No
 def test_training_is_as_without_us(together: list[dict[Any, Any]]) -> None:
     for found in together:
         for kind in found.keys() - {"joined"}:
-            plain = found["more, plain" if isinstance(kind, str) and kind.startswith("more") else "plain"][0]
+            start = kind.split(",")[0] if isinstance(kind, str) else ""
+            plain = found[f"{start}, plain" if start in ("more", "odd") else "plain"][0]
             assert all(torch.equal(a, b) for a, b in zip(found[kind][0], plain, strict=True)), kind
 
 
@@ -212,6 +243,16 @@ def test_a_layer_that_one_process_uses_is_left_out_in_all(together: list[dict[An
     for kind in ("more", "more, by autograd"):
         (_, one), (_, other) = (found[kind] for found in together)
         assert not unequal(one, other) and one.run.steps == STEPS, (one.run.notes, other.run.notes)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_layer_that_fails_in_one_process_is_left_out_in_all(together: list[dict[Any, Any]], when: str) -> None:
+    (_, one), (_, other) = (found[f"odd, {when}"] for found in together)
+    assert not unequal(one, other) and one.run.steps == other.run.steps == STEPS, (one.run.notes, other.run.notes)
+    assert all(("body.2.factor" in each.run.uncaptured) == (when == "at once") for each in (one, other))
+    told = [[*each.run.notes, *map(": ".join, each.run.uncaptured.items())] for each in (one, other)]
+    assert any("body.2" in line and "another process" in line for line in told[0]), told[0]
+    assert any("body.2" in line and "ZeroDivisionError: mine" in line for line in told[1]), told[1]
 
 
 def test_one_alone_meets_nobody() -> None:
