@@ -451,7 +451,7 @@ def test_the_last_layer_that_fails_ends_the_recording() -> None:
     assert [note for note in recorder.notes if "no layer is left to record: recording it failed" in note]
 
 
-@pytest.mark.parametrize("name", ["observe", "discount"])
+@pytest.mark.parametrize("name", ["observe", "operator"])
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_curvature_that_fails_costs_its_layer(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
     method, asked = getattr(KFAC, name), []
