@@ -163,7 +163,7 @@ def test_weights_and_biases_gets_table_figure_and_files(tmp_path: Path, monkeypa
     monkeypatch.setenv("WANDB_SILENT", "true")
     fit([logger := WandbLogger(save_dir=tmp_path, offline=True)], influence())
     files = Path(logger.experiment.dir)
-    logger.experiment.compute()
+    logger.experiment.finish()
     media = sorted(path.suffix for path in (files / "media").rglob("*.*"))
     assert media == [".json", ".png", ".png"]
     until = time.monotonic() + 20  # its own process may write after finish() has returned
