@@ -50,7 +50,7 @@ class Proof:
 
     def watch(self, parameter: nn.Parameter, known_as: nn.Parameter) -> None:
         """Reads the gradients of a parameter, which FSDP2 puts in the place of the one it is known as."""
-        if parameter.requires_grad and parameter not in self._handles:
+        if parameter.requires_grad and parameter not in self._handles and not parameter.is_complex():
             self._handles[parameter] = parameter.register_hook(lambda grad: self._meet(known_as, parameter, grad))
 
     def take(self, block: Block, record: Record) -> None:

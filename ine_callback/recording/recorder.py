@@ -18,7 +18,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture, Record
-from ine_callback.capture.coverage import Coverage
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
 from ine_callback.capture.verify import Proof
@@ -34,6 +33,7 @@ from ine_callback.optimizers.rates import Clipping, clipped, known, plan, step_r
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pending, Visits
 from ine_callback.recording.provenance import run_info

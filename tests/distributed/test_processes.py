@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ine_callback import InfluenceReport, Recorder
 from ine_callback.capture import Block, Capture, register_layer
-from ine_callback.capture.coverage import Coverage
 from ine_callback.capture.per_sample_gradients import Vector
 from ine_callback.curvature.gradient_sample import Reservoir
 from ine_callback.curvature.kfac import KFAC
@@ -27,6 +26,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
 from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
 

@@ -160,7 +160,7 @@ class Coverage:
         right = processes.common(block.key for block in met if block.key in common and block not in wrong)
         elsewhere = "its per-row gradients add up in this process, but not in another"
         failed = {b: wrong.get(b, elsewhere) for b in met if b.key in common and b.key not in right}
-        for block in failed:
+        for block in set(signals.table).intersection(failed):  # of a layer lost in this very pass nothing is left
             signals.drop_block(block)
         captured = signals.table.captured()
         self._begin_naming(step)
@@ -215,7 +215,7 @@ class Coverage:
         self._since = "" if self._last is None else f"from step {step} on (proved until step {self._last})"
 
     def _settle(self, missing: dict[str, str]) -> None:
-        if self._policy == "raise":
+        if self._policy == "raise" and self._last is None:  # later there is no step left to refuse
             raise CaptureError(
                 f"{self._told(missing)} Register a layer function, or pass uncaptured='warn' or 'fallback'."
             )
