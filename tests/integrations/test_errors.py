@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from ine_callback import FINE, InfluenceCallback, InfluenceReport, Query, Recorder
 from ine_callback.capture import Capture
 from ine_callback.errors import RowsError
-from ine_callback.optimizers.rates import Clipping
+from ine_callback.optimizers.clipping import Clipping
 from ine_callback.recording.coverage import Coverage
 from ine_callback.report import example_report
 from ine_callback.scoring.signals import Signals
@@ -289,10 +289,14 @@ HOOKS = [
     (Recorder, "_receive"),
     (Recorder, "_settle"),
     (Recorder, "_end_batch"),
-    (Recorder, "_before_step"),
+    (Recorder, "_begin_pass"),
+    (Recorder, "_pass_ended"),
+    (Recorder, "_ready"),
+    (Recorder, "_look"),
     (Recorder, "_after_step"),
-    (Clipping, "before"),
-    (Clipping, "after"),
+    (Clipping, "mark"),
+    (Clipping, "change"),
+    (Clipping, "forget"),
     (Coverage, "prove"),
     (Coverage, "fallback"),
     (Capture, "start_batch"),
