@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.row_losses import read_loss
+from ine_callback.data.again import Again
 from ine_callback.data.batches import cut
 from ine_callback.utilities.isolation import isolated
 
 _PAIRS = 10
 _REPLACED = 3  # pairs after which rows are also replaced, so that the batch holds others
 _NEAR = 1e-2  # of the input's largest number: rounding and half precision
+_LIBRARIES = ("builtins", "abc", "typing", "torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers")
 _LOSS = "the rows' losses"
 MIXED = "rows are permuted or mixed inside training_step (mixup or the like): train without for scores of single rows"
 _SHARED = "its input holds a statistic of the batch in training: shares add up exactly, single rows do not"
@@ -193,6 +196,7 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
             shown.last = name
 
     training = [each for each in module.modules() if each.training and not _is_plain(each)]
+    back = Again(_own_functions(module)).remember()  # what the step counts or gathers outside of the module
     capture.observe_call = observe
     try:
         with isolated(module):
@@ -206,7 +210,15 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
                 shown.calls[_LOSS] = [reading.rows.detach()]
     finally:
         capture.observe_call = None
+        back()
     return shown
+
+
+def _own_functions(module: nn.Module) -> list[Any]:
+    """Methods of the user's classes among the modules."""
+    kinds = dict.fromkeys(kind for each in module.modules() for kind in type(each).__mro__)
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in _LIBRARIES]
+    return [value for kind in own for value in vars(kind).values() if isinstance(value, FunctionType)]
 
 
 def _is_plain(module: nn.Module) -> bool:

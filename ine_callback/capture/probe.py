@@ -57,7 +57,8 @@ def row_order_faults(
                 faults[by_name[name]] = (
                     f"{shape} holds {a.shape[0] // rows} {VIEWS} (torch.cat), not each row's own one after another"
                     if views
-                    else f"{shape} is not led by the batch's {rows} rows (time first, shared by all rows, or several entries a row: nodes, packed tokens)"
+                    else f"{shape} is not led by the batch's {rows} rows (time first, shared by all rows, or several "
+                    "entries a row: nodes, packed tokens)"
                 )
     if led_by(batch, rows):
         faults = {**mixture_faults(module, capture, run, batch, rows), **faults}
@@ -71,7 +72,7 @@ def _inputs(
     seen: dict[str, list[Tensor]] = {}
     capture.observe_call = lambda name, a: seen.setdefault(name, []).append(a.detach().clone())
     try:
-        with isolated(module), torch.no_grad():
+        with isolated(module):  # with gradients: adversarial examples take some
             before = _random_states(module)
             run(module, batch)
             drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(module), strict=True))

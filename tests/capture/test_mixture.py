@@ -169,3 +169,23 @@ def test_a_layer_inside_of_a_shuffle_is_left_out_alone() -> None:
     assert callback.report is not None
     assert set(callback.report.run.uncaptured) == {"first.weight", "first.bias"}
     assert np.isfinite(callback.report.scores.mean_loss).all()
+
+
+class Journal(Net):
+    def training_step(self, batch: Any) -> Tensor:
+        if self.training:
+            SEEN.append(batch[0])
+            COUNT["steps"] += 1
+        return super().training_step(batch)
+
+
+SEEN: list[Tensor] = []
+COUNT = {"steps": 0}
+
+
+def test_what_the_step_gathers_outside_of_the_module_holds_the_trainings_steps_alone() -> None:
+    SEEN.clear()
+    COUNT["steps"] = 0
+    callback = fit(Journal())
+    assert callback.report is not None and callback.report.run.captured_share == 1.0
+    assert len(SEEN) == COUNT["steps"] == callback.report.run.steps
