@@ -53,6 +53,13 @@ class Block:
         kinds = Vector if len(self.layout) == 1 else Outer if self.matrix else Outer | Lookup
         return record.layout == self.layout and isinstance(record, kinds)
 
+    def from_layout(self, gradient: Tensor) -> list[Tensor]:
+        """One gradient [*layout] as the parameters' own, each of the parameter's shape."""
+        if len(self.parameters) == 1:
+            return [gradient.reshape(self.parameters[0].shape)]
+        weight, bias = self.parameters
+        return [gradient[..., :-1].reshape(weight.shape), gradient[..., -1].reshape(bias.shape)]
+
     @property
     def key(self) -> str:
         """What other processes, and the same training resumed, know it by."""
@@ -105,6 +112,11 @@ class BlockTable:
         for name, record in records.items():
             pairs.append((self._block((self._parameter(module, name),), record), record))
         return pairs
+
+    def own(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A module's own trainable parameters, as it uses them now and as the optimizer knows them."""
+        own = module._parameters.items()
+        return [(p, self._parameter(module, name)) for name, p in own if p is not None and p.requires_grad]
 
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
         """The optimizer's parameter: in a pass FSDP2 puts a whole one in its place."""

@@ -7,7 +7,7 @@ module and break in-place activations). Neither draws random numbers, synchronis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.layers import ROW_MIXING, LayerFunction, RowMismatch, layer_function, records_of
+from ine_callback.capture.passes import unused
 from ine_callback.capture.per_sample_gradients import Record, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts
@@ -27,6 +28,12 @@ _COMPILED = "it runs inside torch.compile, which calls no hooks"
 FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 Receiver = Callable[[nn.Module, dict[str, Record]], None]
+
+
+class _Call:
+    """One call of a layer; ``counts``: whether its use adds to the gradients, as far as is known."""
+
+    counts = True
 
 
 class Capture:
@@ -48,6 +55,7 @@ class Capture:
         unscale: Factor that undoes the scaling of the loss under mixed precision.
         half: Whether a gradient came in half precision.
         functions: Functions that the rows' check has found right instead of the one that a type says.
+        twice: Whether a gradient was made differentiable itself (``create_graph=True``) in this batch.
         observe_call: Set by the probe: called with (name, first input) of each hooked module instead of recording.
     """
 
@@ -75,7 +83,8 @@ class Capture:
         }
         self.calls: dict[nn.Module, int] = {}
         self.unscale: Tensor | None = None
-        self.half = False
+        self.half = self.twice = False
+        self._met: list[tuple[nn.Module, _Call]] = []
         self._proved: set[nn.Module] = set()
         self._led = False  # whether some layer's input in this batch is led by its rows: then their number is right
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
@@ -95,8 +104,9 @@ class Capture:
         self._handles.clear()
 
     def start_batch(self, rows: int) -> None:
-        self.rows, self.active, self._led = rows, True, False
+        self.rows, self.active, self._led, self.twice = rows, True, False, False
         self.calls.clear()
+        self._met.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -147,7 +157,8 @@ class Capture:
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
         self.calls[module] = self.calls.get(module, 0) + 1
-        output.register_hook(lambda delta: self._backward(module, held, delta))
+        call = _Call()
+        output.register_hook(lambda delta: self._backward(module, call, held, delta))
 
     def _other_weights(self, module: nn.Module) -> list[Tensor]:
         """What stands in the place of the parameters that the module had when the recording began."""
@@ -158,10 +169,28 @@ class Capture:
             if name in now and now[name] is not p and not hasattr(p, "full_tensor")  # FSDP2 puts whole ones there
         ]
 
-    def _backward(self, module: nn.Module, held: Callable[[], Tensor | None], delta: Tensor) -> None:
+    def forget(self) -> None:
+        """What the batch's backward passes read so far was thrown away: the calls in it do not count."""
+        for module, call in self._met:
+            self._count(module, call, False)
+        self._met.clear()
+
+    def _count(self, module: nn.Module, call: _Call, counts: bool) -> None:
+        if call.counts != counts:
+            self.calls[module] += 1 if counts else -1
+            call.counts = counts
+
+    def _backward(self, module: nn.Module, call: _Call, held: Callable[[], Tensor | None], delta: Tensor) -> None:
         if not self.active or module not in self.names:
             return
         try:
+            self.twice |= torch.is_grad_enabled()
+            passed_by = unused(module)  # by torch.autograd.grad, or backward(inputs=...)
+            if passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in _own(module)):
+                self._count(module, call, False)
+                return
+            self._count(module, call, True)
+            self._met.append((module, call))
             a = held()
             if a is None:
                 self.drop(module, "its input was changed in place after the layer had read it")
@@ -174,7 +203,7 @@ class Capture:
                     # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
                     delta = torch.where(delta.isfinite().all(), delta, 0.0)
                 records = records_of(module, a, delta, self.rows, self.functions.get(module))
-                self._receive(module, records)
+                self._receive(module, {name: record for name, record in records.items() if name not in passed_by})
                 self._proved.add(module)
         except RowMismatch as error:
             if module in self._proved and not self._led:
@@ -208,6 +237,10 @@ def in_words(error: Exception) -> str:
 def _transformed() -> bool:
     """Whether torch.func (vmap, grad) runs the layer, on tensors that do not outlive it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _own(module: nn.Module) -> ItemsView[str, nn.Parameter | None]:
+    return module._parameters.items()
 
 
 class _Keep(torch.autograd.Function):

@@ -18,6 +18,8 @@ from ine_callback.capture.hooks import Capture
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
 
+VIEWS = "views of the rows behind one another"
+
 
 def row_order_faults(
     module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any, rows: int
@@ -49,9 +51,12 @@ def row_order_faults(
             else:
                 continue
             if not good:
+                views = led_by(batch, rows) and k < len(less.get(name, [])) and _views(a, less[name][k], rows)
+                shape = f"its input of shape {tuple(a.shape)}"
                 faults[by_name[name]] = (
-                    f"its input of shape {tuple(a.shape)} is not led by the batch's {rows} rows (time first, or shared "
-                    "by all rows)"
+                    f"{shape} holds {a.shape[0] // rows} {VIEWS} (torch.cat), not each row's own one after another"
+                    if views
+                    else f"{shape} is not led by the batch's {rows} rows (time first, or shared by all rows)"
                 )
     return faults
 
@@ -81,6 +86,14 @@ def _loses_its_end(whole: Tensor, less: Tensor, rows: int) -> bool:
     if whole.dim() == 0 or less.dim() == 0:
         return False
     return whole.shape[0] % rows == 0 and less.shape[0] * rows == whole.shape[0] * (rows - 1)
+
+
+def _views(whole: Tensor, less: Tensor, rows: int) -> bool:
+    """Whether the batch is there several times, one after another: without its last row each time loses its end."""
+    if not _loses_its_end(whole, less, rows) or whole.shape[0] == rows or whole.shape[1:] != less.shape[1:]:
+        return False
+    one, other = whole.unflatten(0, (-1, rows))[:, :-1], less.unflatten(0, (-1, rows - 1))
+    return all(_same_before(a, b, b) for a, b in zip(one, other, strict=True))
 
 
 def _same_before(whole: Tensor, other: Tensor, less: Tensor) -> bool:

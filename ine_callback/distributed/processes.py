@@ -139,8 +139,3 @@ class Lockstep(Processes):
         if len({one for one, _ in self.meet(digest)}) == 1:
             return set(mine)
         return set.intersection(*map(set, self.gather(mine)))
-
-    def same(self, number: Tensor) -> bool:
-        """Whether a scalar is the same to the last bit in all of them; right after a meeting."""
-        parts = self.join(number.reshape(1), [1] * self.count)
-        return bool((parts == parts[0]).all())

@@ -51,7 +51,6 @@ def run_info(recorder: Recorder) -> RunInfo:
             *(f"query '{name}': {n} signals were not finite and were left out" for name, n in lost.items()),
             *method.notes(),
             *coverage.notes,
-            *coverage.late_notes(),
             *recorder.source.notes,
             *([schedule["note"]] if schedule["note"] and not recorder.failed else []),
             *recorder.signals.notes(),

@@ -18,20 +18,22 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture, Record
-from ine_callback.capture.coverage import Coverage
+from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
+from ine_callback.capture.verify import Proof
 from ine_callback.curvature.gradient_sample import Reservoir
 from ine_callback.curvature.intervals import curvature_gap, refresh_gap
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.distributed.processes import Lockstep
-from ine_callback.distributed.sharding import is_sharded, whole
+from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError, RowsError
 from ine_callback.methods import FINE, Method, training_methods
 from ine_callback.optimizers.rates import Clipping, clipped, known, plan, step_rate
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pending, Visits
 from ine_callback.recording.provenance import run_info
@@ -161,6 +163,7 @@ class Recorder(Guard):
         self._row_losses: Tensor | None = None
         self._batch: tuple[Tensor, Any] | None = None
         self._received = self._settled = False
+        self._passes, self._lost = Passes(), 0
         self._made = self._saved = 0  # steps before the directions were made, and a state was last saved
         self._look = 0  # the step that looks at the curvature next
         self._clipping = Clipping(optimizer)
@@ -252,6 +255,7 @@ class Recorder(Guard):
         self._handles.clear()
         if self.running:
             self._seconds = time.monotonic() - self._clock
+            self._end_proof()
             self.signals.forget()
             self._processes.close()
         self.running = False
@@ -296,10 +300,19 @@ class Recorder(Guard):
         rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled, self._row_losses = (rows, data), False, None
+        due = False
         if not self._pending:
             self._prepare(rows, data)
+            due = self.coverage.due(self.steps)
+            if self.coverage.wanted > 1 and self.signals.held is None:
+                self.signals.hold()
+            self.coverage.wanted = 0
         self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look else 0
         self.capture.start_batch(len(rows))
+        self._lost = self._passes.lost
+        self._passes.start_batch()
+        if self.signals.held is not None or due:
+            self._begin_proof()
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
 
@@ -314,6 +327,7 @@ class Recorder(Guard):
             self.coverage.agree(self._processes)
             self.signals.refresh()
             self._made = self.steps
+            self.coverage.refreshed()
         elif self.steps >= self._look:
             self.signals.draw()
 
@@ -343,25 +357,36 @@ class Recorder(Guard):
 
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
-        assert self.signals.held is not None
         self._processes.meet()
-        unscale = self.capture.unscale
-        finite = unscale is None or _finite(self.module)
-        if not all(there for there, _ in self._processes.meet(int(finite))):  # its step is skipped: the next pass is it
+        if not self._prove(rows, data):  # an overflow, whose step is skipped: the next pass is it
             self.signals.held = []
             return
-        self.signals.held = self.coverage.prove(self.signals.held, self.signals.table, self._processes)
-        self._fall_back(rows, data)
-        if not self.signals.held:
-            raise RowsError(
-                f"{self.owner}: no layer's gradients could be told apart by the batch's {len(rows)} rows: "
-                f"{self.coverage.first_reason()}. Check row_fn and the collate function, or use uncaptured='fallback'."
-            )
-        self.signals.release(1.0 if unscale is None else unscale)
+        self.signals.release(1.0 if self.capture.unscale is None else self.capture.unscale)
         self._made = self.steps
 
+    def _begin_proof(self) -> None:
+        """Has the coming gradients compared with the sums of the records."""
+        self.signals.proof = self.coverage.begin(self.fail)
+
+    def _prove(self, rows: Tensor, data: Any) -> bool:
+        """Drops what the proof finds wrong, also among the fallback's; False where gradients overflowed."""
+        proof, self.signals.proof = self.signals.proof, None
+        assert proof is not None
+        proof.close()
+        finite = self.coverage.prove(proof, self.signals, self._processes, self.steps, self._passes.count)
+        if finite:
+            self._fall_back(rows, data, proof)
+            if not any(True for _ in self.signals.table):
+                raise RowsError(f"{self.owner}: {self.coverage.nothing_left(len(rows))}")
+        return finite
+
     def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
+        own = self.signals.table.own(module)
+        self._passes.touch((known for _, known in own), self._begin_pass)
         self._received = True
+        if self.signals.proof is not None and self._sharded:
+            for p, known in own:
+                self.signals.proof.watch(p, known)
         self.signals.receive(module, records, self.capture.calls.get(module, 1))
 
     def _lose(self, module: nn.Module) -> None:
@@ -370,8 +395,31 @@ class Recorder(Guard):
         if self.signals.held is None and not any(True for _ in self.signals.table):
             self.fail(RowsError(f"no layer is left to record: {self.coverage.first_reason()}"))
 
-    def _fall_back(self, rows: Tensor, data: Any) -> None:
-        slow = self.coverage.fallback(self._loss, data, len(rows), self.signals.scale, self.signals.table)
+    def _begin_pass(self) -> None:
+        """The first record of a backward pass: forgets passes whose gradients are gone; proves what never was."""
+        if (self._received or self._pending) and not self._sharded and self._passes.gone():
+            self.signals.discard_received()
+            self.capture.forget()
+            self._pending.clear()
+            self._received = False
+            self._passes.lost = self._passes.count
+        self.signals.aside = self._passes.count < self._lost
+        if self.signals.held is not None:  # what is held back is proved
+            if self.signals.proof is None:
+                self._begin_proof()
+            return
+        if not self.coverage.changed(self._passes.count):
+            return
+        if self._processes.count > 1 or self._received:  # all of them prove, and hold back, in the same step
+            self.coverage.asks |= 3 if self.coverage.joining else int(self.signals.proof is None)
+            return
+        if self.signals.proof is None:
+            self._begin_proof()
+        if self.coverage.joining:
+            self.signals.hold()
+
+    def _fall_back(self, rows: Tensor, data: Any, proof: Proof | None = None) -> None:
+        slow = self.coverage.fallback(self._loss, data, len(rows), self.signals, proof)
         for block, record in slow:
             self.signals.take(block, record)
 
@@ -385,6 +433,13 @@ class Recorder(Guard):
         self._settle(unread and not self._settled and any(p.grad is not None for p in self.module.parameters()))
         self.capture.active = False
         self._batch = None
+        self._end_proof()
+
+    def _end_proof(self) -> None:
+        """Leaves a proof that no backward pass came to."""
+        proof, self.signals.proof = self.signals.proof, None
+        if proof is not None:
+            proof.close()
 
     def _settle(self, backward: bool) -> None:
         """Moves the signals of the backward passes so far to those that wait for the optimizer's step."""
@@ -392,8 +447,11 @@ class Recorder(Guard):
             return
         rows, data = self._batch
         with self.capture.paused():
+            self.coverage.look(self.signals, self.steps)
             if self.signals.held is not None:
                 self._release(rows, data)
+            elif self.signals.proof is not None:
+                self._prove(rows, data)
             else:
                 self._fall_back(rows, data)
         with torch.no_grad():
@@ -421,7 +479,10 @@ class Recorder(Guard):
         with torch.no_grad():
             visits = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
             squares = self._clipping.after()
-            sizes, known = zip(*self._processes.meet(len(visits.rows), self.ledger.check.count), strict=True)
+            told = 4 * self.ledger.check.count + self.coverage.asks  # two numbers in one
+            sizes, said = zip(*self._processes.meet(len(visits.rows), told), strict=True)
+            known = [one // 4 for one in said]
+            self.coverage.asks, self.coverage.wanted = 0, self.coverage.wanted | max(one % 4 for one in said)
             if squares is not None and self._sharded:
                 self._processes.average([squares])
             if not any(sizes):
@@ -488,8 +549,3 @@ class Recorder(Guard):
             self.give_up()
         elif state["signals"] is not None:
             self.signals.load_state_dict(state["signals"])
-
-
-def _finite(module: nn.Module) -> bool:
-    """Whether all gradients are."""
-    return all(bool(whole(p.grad).isfinite().all()) for p in module.parameters() if p.grad is not None)

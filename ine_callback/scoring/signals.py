@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ine_callback.capture import Block, BlockTable, Record
 from ine_callback.capture.hooks import FATAL, in_words
 from ine_callback.capture.row_losses import Scale
+from ine_callback.capture.verify import Proof
 from ine_callback.curvature.gradient_sample import Reservoir
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import MIXED, RANK, mixtures
@@ -76,6 +77,8 @@ class Signals:
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
         self.kept: Tensor | None = None
+        self.proof: Proof | None = None
+        self.aside = False
         self._draws = 0
         self._variance = torch.ones(len(self.queries))
 
@@ -116,9 +119,13 @@ class Signals:
 
     def take(self, block: Block, record: Record) -> None:
         """Takes one record; before the first refresh it is held back until the backward pass is over."""
+        if self.proof is not None:
+            self.proof.take(block, record)
         if self.held is not None:
             self.held.append((block, record, self.scale))
             return
+        if self.aside:  # the like of it was thrown away in the batch before
+            return self._contract(block, record, self.scale)
         if self.curvature is not None and self.observing:
             self.curvature.observe(block, record, self.scale.terms, self.observing)
         self._keep(block, record, self.scale)
@@ -149,7 +156,14 @@ class Signals:
 
     def lose(self, module: nn.Module) -> None:
         """Forgets the blocks of a module that was dropped; what they left in this batch may be half of it."""
-        gone = set(self.table.lose(module))
+        self._forget(set(self.table.lose(module)))
+
+    def drop_block(self, block: Block) -> None:
+        """Leaves a block out from now on, with what the present batch has of it."""
+        self.table.drop(block)
+        self._forget({block})
+
+    def _forget(self, gone: set[Block]) -> None:
         for block in gone:
             self._directions.pop(block, None)
             self._factors.pop(block, None)
@@ -172,6 +186,16 @@ class Signals:
                     self.drop(module, in_words(error))
             if block in set(self.table):  # of the machine, or of a block that no layer's function made
                 raise
+
+    def discard_received(self) -> None:
+        """Forgets what this batch's backward passes left so far: their gradients were thrown away."""
+        self._clear()
+        for block in self.table:
+            block.waiting.clear()
+        if self.held is not None:
+            self.held = []
+        if self.proof is not None:
+            self.proof.forget()
 
     def hold(self) -> None:
         """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ine_callback import InfluenceReport, Recorder
 from ine_callback.capture import Block, Capture, register_layer
-from ine_callback.capture.coverage import Coverage
 from ine_callback.capture.per_sample_gradients import Vector
 from ine_callback.curvature.gradient_sample import Reservoir
 from ine_callback.curvature.kfac import KFAC
@@ -27,6 +26,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
 from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
 
@@ -260,3 +260,42 @@ def test_one_alone_meets_nobody() -> None:
     assert alone.meet(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
     alone.leave()
     assert alone.meet() == [[0, 0]] and not alone.dissolved
+
+
+class Routed(nn.Module):
+    """From its third batch on the second process alone uses one more layer, then both do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more, self.calls = nn.Linear(5, 3), nn.Linear(3, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return x + self.more(x.tanh()) if self.calls > 3 - dist.get_rank() else x
+
+
+def routed(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, (_, (x, y), held_out, order) = Routed(), problem()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, sgd, ROWS, {"val": LossQuery(held_out)}, loss_of, distributed=True, on_error="raise")
+    with recorder:
+        for step, batch in enumerate(order[:8]):
+            rows, model.calls = batch[rank::2], step
+            with recorder.batch(rows, (x[rows], y[rows])):
+                loss_of(wrapped, (x[rows], y[rows])).backward()
+            sgd.step()
+            sgd.zero_grad()
+        directions = sorted(block.name for block in recorder.signals._directions)
+    torch.save((recorder.report(), directions, recorder.coverage.share), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_layer_that_joins_in_one_process_first_gets_its_direction_in_all() -> None:
+    (one, mine, share), (other, its, _) = spawned("routed", routed)
+    assert not unequal(one, other) and one.run.steps == 8
+    assert mine == its == ["body.weight", "more.weight"] and share == 1.0

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ine_callback import FINE, InfluenceCallback, InfluenceReport, Query, Recorder
 from ine_callback.capture import Capture
-from ine_callback.capture.coverage import Coverage
 from ine_callback.errors import RowsError
 from ine_callback.optimizers.rates import Clipping
+from ine_callback.recording.coverage import Coverage
 from ine_callback.report import example_report
 from ine_callback.scoring.signals import Signals
 
@@ -299,7 +299,7 @@ HOOKS = [
     (Signals, "receive"),
     (Signals, "refresh"),
     (Signals, "settle"),
-    (FINE, "fold"),
+    (FINE, "update"),
 ]
 
 
@@ -317,7 +317,7 @@ def test_an_accident_in_any_hook_never_ends_training(owner: type, name: str, aft
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "told"), [(FINE, "finish", "report was lost"), (InfluenceReport, "save", "could not be saved")]
+    ("owner", "name", "told"), [(FINE, "compute", "report was lost"), (InfluenceReport, "save", "could not be saved")]
 )
 def test_an_accident_after_training_loses_the_report_only(owner: type, name: str, told: str) -> None:
     with accident(owner, name, 0):
