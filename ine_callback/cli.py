@@ -187,7 +187,8 @@ def _show(arguments: argparse.Namespace) -> int:
         _say_json(lists or report.summary())
     else:
         parts: list[Any] = [table.render(len(table)) for table in tables.values()]
-        for part in parts or [report]:
+        missed = [plain(report.run.incomplete)] if parts and report.run.incomplete else []  # the whole report says it
+        for part in [*missed, *parts] or [report]:
             _say(part)
     return NOT_FOUND if arguments.flagged and not len(tables["flagged"]) else FOUND
 

@@ -34,13 +34,16 @@ def unused(module: nn.Module) -> set[str]:
 class Passes:
     """Follows the backward passes of a step.
 
+    Args:
+        over: Called when a pass is over, before anybody else sees its gradients.
+
     Attributes:
         count: Passes of the present batch so far.
         lost: Passes of the batch so far whose gradients were thrown away.
     """
 
-    def __init__(self) -> None:
-        self._running = False
+    def __init__(self, over: Callable[[], None]) -> None:
+        self._told, self._running = over, False
         self._touched: set[nn.Parameter] = set()
         self._left: list[tuple[nn.Parameter, ref[Tensor], int]] = []
         self.count = self.lost = 0
@@ -61,6 +64,7 @@ class Passes:
         """The pass is over: remembers which gradients it left."""
         self._running = False
         self._left = [(p, ref(p.grad), p.grad._version) for p in self._touched if p.grad is not None]
+        self._told()
 
     def gone(self) -> bool:
         """Whether none of the gradients that the last pass left is there any more; called in the next one."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.hooks import Capture
+from ine_callback.capture.mixture import mixture_faults
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
 
@@ -56,8 +57,10 @@ def row_order_faults(
                 faults[by_name[name]] = (
                     f"{shape} holds {a.shape[0] // rows} {VIEWS} (torch.cat), not each row's own one after another"
                     if views
-                    else f"{shape} is not led by the batch's {rows} rows (time first, or shared by all rows)"
+                    else f"{shape} is not led by the batch's {rows} rows (time first, shared by all rows, or several entries a row: nodes, packed tokens)"
                 )
+    if led_by(batch, rows):
+        faults = {**mixture_faults(module, capture, run, batch, rows), **faults}
     return faults
 
 

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ine_callback.curvature.low_rank import RANK
@@ -31,6 +30,7 @@ from ine_callback.integrations.trainer import (
     schedulers_of,
     splits_tensors,
     steps_ahead,
+    touches_gradients,
     transferred,
     unscale,
 )
@@ -38,6 +38,7 @@ from ine_callback.methods import FitContext, FitEndMethod, FitEndMethods, Method
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
+from ine_callback.recording.provenance import SINGLE
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.report.report import save_with_page
@@ -77,7 +78,8 @@ class InfluenceCallback(Callback):
         initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
             randomness, the scale of mu; ``fixed`` (fine-tuning) only the order of the rows.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
-        row_fn: Maps a batch to the dataset index of each of its rows [b]; needed for iterable datasets only.
+        row_fn: Maps a batch to the dataset index of each of its rows [b]; needed where the loader does not tell them
+            (iterable datasets, collate functions that cannot be followed). Batches may be objects of any class.
         num_rows: Number of training rows, where the dataset has no length.
         layers: Names of the modules to record, as patterns (``["model.h.11.*", "head"]``); None: all. Fewer cost less,
             and the scores speak for their parameters alone.
@@ -265,7 +267,9 @@ class InfluenceCallback(Callback):
             context=lambda: evaluating(trainer),
             owner=owner,
         )
+        self._recorder.clipping.watching = touches_gradients(trainer, pl_module)
         self._recorder.start()
+        self._warn_of_single_rows(trainer, loaders[0])
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._fit_end = FitEndMethods(ending, owner, self.on_error)
         bound = self._recorder.bound
@@ -273,6 +277,13 @@ class InfluenceCallback(Callback):
         self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             self._go_on(trainer, self._recorder)
+
+    def _warn_of_single_rows(self, trainer: Trainer, loader: Any) -> None:
+        """Before a long training; where batches tell no size, the first step does."""
+        rows = getattr(loader, "batch_size", None) == 1 and trainer.accumulate_grad_batches * trainer.world_size == 1
+        if rows and trainer.lightning_module.automatic_optimization:
+            assert self._recorder is not None
+            self._recorder.warn(SINGLE)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -321,7 +332,7 @@ class InfluenceCallback(Callback):
             if fault := self._hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
                 self._recorder.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
-            self._recorder.start_batch(self.row_fn or self._tracker.rows, batch)
+            self._recorder.start_batch(self.row_fn or self._tracker.told, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._recorder is not None:
@@ -331,17 +342,13 @@ class InfluenceCallback(Callback):
         if self._recorder is not None:
             self._recorder.after_backward()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._recorder is not None and trainer.gradient_clip_val:
-            self._recorder.measure_clipping()
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._recorder is not None:
             self._recorder.end_batch()
-            if not trainer.fit_loop._should_accumulate():
-                self._recorder.discard()
+            if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
+                self._recorder.discard()  # by hand gradients may be gathered over batches
 
     # -- methods that run on a trained model --------------------------------------------------------------------------
 

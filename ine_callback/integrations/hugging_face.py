@@ -2,10 +2,9 @@
 
 A ``TrainerCallback`` is told of steps, but neither of a batch's rows nor of its loss, and the Trainer fetches the
 batches of an accumulated step before the first of them is trained on. So while the one Trainer trains, its loader's
-batches carry their rows, and four methods are wrapped: ``get_batch_samples`` (takes the rows off again),
-``training_step`` (a batch begins and ends), and the accelerator's ``backward`` (the loss as it is differentiated) and
-``clip_grad_norm_``. No event tells of a training that an exception ends, so ``train`` is wrapped as well, for good: a
-Trainer may train again.
+batches carry their rows, and three methods are wrapped: ``get_batch_samples`` (takes the rows off again),
+``training_step`` (a batch begins and ends), the accelerator's ``backward`` (the loss as it is differentiated). No event
+tells of a training that an exception ends, so ``train`` is wrapped as well, for good: a Trainer may train again.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None
         self._tracker = RowTracker(OWNER, "give a training set whose rows have indices")
-        self._rows: deque[Tensor | None] = deque()  # of the batches fetched and not yet trained on
+        self._rows: deque[Callable[[Any], Tensor] | None] = deque()  # of the batches fetched and not yet trained on
         self._undo: list[Callable[[], None]] = []
         trainer.add_callback(self)
         _wrap(trainer, "train", self._train)
@@ -148,7 +148,6 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             (self._trainer, "get_batch_samples", self._fetched),
             (self._trainer, "training_step", self._step),
             (accelerator, "backward", self._backward),
-            (accelerator, "clip_grad_norm_", self._clip),
         ):
             self._undo.append(_wrap(target, name, wrapped))
 
@@ -202,7 +201,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _stripped(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             known = isinstance(batch, RowBatch)
-            self._rows.append(batch.rows if known else None)
+            self._rows.append(partial(self._tracker.told_of, batch) if known else None)
             yield batch.batch if known else batch
 
     def _loss(self, module: Any, batch: Any) -> Tensor:
@@ -226,12 +225,6 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._recorder.see(loss)
         original(loss, **kwargs)
         self._recorder.after_backward()
-
-    def _clip(self, original: Callable[..., Any], parameters: Any, max_norm: float, *args: Any) -> Any:
-        assert self._recorder is not None
-        if max_norm < float("inf"):  # else it is asked for the norm alone
-            self._recorder.measure_clipping()
-        return original(parameters, max_norm, *args)
 
 
 def _wrap(target: Any, name: str, wrapped: Callable[..., Any]) -> Callable[[], None]:

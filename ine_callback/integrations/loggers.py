@@ -73,7 +73,7 @@ class RunLog:
         """Logs what the report says."""
         if not self._loggers:
             return
-        self._metrics(scalars(report.scores))
+        self._metrics(scalars(report.scores) | ({f"{PREFIX}/incomplete": 1.0} if report.run.incomplete else {}))
         for logger in self._loggers:
             with self._guarded(f"{type(logger).__name__}: the report"):
                 _show(logger, report, self._step)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ine_callback.distributed.sharding import local, whole
+from ine_callback.distributed.sharding import whole
 
 _SGD, _ADAM = (torch.optim.SGD,), (torch.optim.Adam, torch.optim.AdamW)
 
@@ -115,45 +115,6 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] |
         if any(p is parameter for p in group["params"]):
             return group
     return None
-
-
-class Clipping:
-    """By how much a step's gradient was clipped, measured on the device, of the parts that this process holds.
-
-    Args:
-        optimizer: The optimizer whose gradients are clipped.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._before: Tensor | None = None
-
-    def before(self) -> None:
-        """Called with the unclipped gradients in place."""
-        self._before = self._square()
-
-    def after(self) -> Tensor | None:
-        """Squared norms [2] before and after, with the clipped gradients in place; None where nothing was measured."""
-        if self._before is None:
-            return None
-        before, self._before = self._before, None
-        return torch.stack([before, self._square()])
-
-    def _square(self) -> Tensor:
-        grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm([local(grad) for grad in grads]).square()
-
-
-def clipped(squares: Tensor | None) -> Tensor | float:
-    """Clipped over unclipped norm, from their squares [2]; 1 where nothing was measured.
-
-    Example:
-        >>> clipped(torch.tensor([4.0, 1.0]))
-        tensor(0.5000)
-    """
-    if squares is None:
-        return 1.0
-    return (squares[1] / squares[0].clamp_min(torch.finfo(squares.dtype).tiny)).sqrt()
 
 
 class Schedule:

@@ -57,6 +57,10 @@ class QuerySource(ABC):
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """The module's own mean loss of a batch."""
 
+    def size(self, batch: Batch) -> int:
+        """Number of rows of one of the batches."""
+        return size_of(batch)
+
 
 class Query(ABC):
     """A question about the trained model. Subclasses say which scalar; the factories below make the common ones.
@@ -98,7 +102,7 @@ class LossQuery(Query):
         self.data, self.name = data, name
 
     def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
-        batches = _weighted(source.batches(self.data))
+        batches = _weighted(source.batches(self.data), source.size)
         info = QueryInfo(name, "loss", f"Does training on this row lower the mean loss on {_describe(self.data)}?")
         return [BoundQuery(info, source.loss, batches)]
 
@@ -159,7 +163,7 @@ class MarginQuery(Query):
             name, "margin", f"Does training on this row raise the margin of the true class on {_describe(self.data)}?"
         )
         if not self.per_row:
-            return [BoundQuery(info, self._value, _weighted(batches))]
+            return [BoundQuery(info, self._value, _weighted(batches, source.size))]
         rows = [cut(batch, torch.tensor([k]), size_of(batch)) for batch in batches for k in range(size_of(batch))]
         question = "Does training on this row raise the margin of query row {} of {}?"
         return [
@@ -191,7 +195,7 @@ class CallableQuery(Query):
 
     def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
         info = QueryInfo(name, "custom", f"Does training on this row lower '{name}' on {_describe(self.data)}?")
-        return [BoundQuery(info, self.function, _weighted(source.batches(self.data)))]
+        return [BoundQuery(info, self.function, _weighted(source.batches(self.data), source.size))]
 
 
 class SelfQuery(Query):
@@ -287,8 +291,8 @@ def _describe(data: Any) -> str:
     return "the query's data"
 
 
-def _weighted(batches: Sequence[Batch]) -> tuple[tuple[float, Batch], ...]:
-    sizes = [size_of(batch) for batch in batches]
+def _weighted(batches: Sequence[Batch], size: Callable[[Batch], int] = size_of) -> tuple[tuple[float, Batch], ...]:
+    sizes = [size(batch) for batch in batches]
     total = sum(sizes)
     return tuple((size / total, batch) for size, batch in zip(sizes, batches, strict=True))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, Record, Vector
 from ine_callback.capture.fallback import COMPARED, Sums, row_shares, separable
+from ine_callback.capture.mixture import MIXED
 from ine_callback.capture.odd import wrong_functions
 from ine_callback.capture.probe import VIEWS, row_order_faults
 from ine_callback.capture.verify import Proof, share_of, uncaptured
@@ -79,6 +80,7 @@ class Coverage:
         except Exception as error:
             self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
             return
+        self.approximate.update(self._capture.approximate)
         if not led_by(batch, rows):
             self.notes.append(
                 f"the order of rows inside the layers was not checked (no part of a batch has its {rows} rows)"
@@ -255,6 +257,8 @@ class Coverage:
         told = f"no layer's gradients could be told apart by the batch's {rows} rows: {reason}."
         if not self._advisable or COMPARED in reason:
             return told + " Scores of rows need a loss that is a mean or a sum over rows."
+        if MIXED in reason:  # it says itself what to do
+            return told
         by_rows = any(words in reason for words in ("batch size", "is not led by", "no layer with"))
         check = "Check row_fn and the collate function" if by_rows else ""
         slowly = "" if self._policy == "fallback" else "use uncaptured='fallback' (one backward pass a row)"

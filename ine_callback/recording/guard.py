@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from ine_callback.errors import CaptureError
+from ine_callback.errors import CaptureError, UntoldRows
 from ine_callback.utilities.options import OnError
 
 
@@ -21,12 +21,15 @@ class Guard:
         steps: Optimizer steps recorded.
         recording: Whether records are taken.
         failed: Whether an accident ended that.
+        reason: What it was.
+        taken: Optimizer steps of the training, recorded or not.
     """
 
     def __init__(self, owner: str, on_error: OnError) -> None:
         self.owner, self.on_error = owner, on_error
         self.notes: list[str] = []
-        self.steps, self.recording, self.failed = 0, False, False
+        self.steps, self.taken, self.recording, self.failed = 0, 0, False, False
+        self.reason = ""
 
     def guarded(self, function: Callable[..., None], *args: object) -> None:
         """Calls a part of the recording, unless it has stopped."""
@@ -34,10 +37,10 @@ class Guard:
             return
         try:
             function(*args)
-        except CaptureError as error:
-            if self.steps:  # a batch that went missing later must not end the training
+        except (CaptureError, UntoldRows) as error:
+            if self.steps or not error.always:  # a batch that went missing later must not end the training
                 return self.fail(error)
-            self.stop()  # before the first step: the user asked for it with uncaptured="raise" or "fallback"
+            self.stop()  # before the first step: uncaptured="raise" or "fallback" asked for it, or rows never are told
             raise
         except Exception as error:  # the training run is sacred
             self.fail(error)
@@ -46,11 +49,13 @@ class Guard:
         """Stops the recording because of an accident."""
         first = not self.failed
         self.give_up()
+        if first:
+            self.reason = f"{type(error).__name__}: {error}"
         if self.on_error == "raise":
             raise error
         if not first:  # what comes after an accident is its consequence
             return
-        message = f"recording stopped after {self.steps} steps: {type(error).__name__}: {error}"
+        message = f"recording stopped after {self.steps} steps: {self.reason}"
         self.notes.append(message)
         warnings.warn(f"{self.owner}: {message} Training goes on; the report holds what came before.", stacklevel=2)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from ine_callback.capture import Block
 from ine_callback.distributed.processes import Processes
+from ine_callback.optimizers.clipping import Change
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,76 @@ class Visits:
         return Visits(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one backward pass left, before it is known what becomes of the gradients.
+
+    Attributes:
+        rows: Dataset indices [b].
+        blocks: The K blocks whose signals are apart; none: one sum.
+        signals: Signals and contrasts [K, b, Q, 1 + J].
+        own: As of :class:`Visits`.
+        losses: As of :class:`Visits`.
+        changes: What was done to the gradients since.
+    """
+
+    rows: Tensor
+    blocks: tuple[Block, ...]
+    signals: Tensor
+    own: Tensor
+    losses: Tensor
+    changes: list[Change] = field(default_factory=list)
+
+    def visits(self) -> Visits:
+        """With each block's signals times what was done to its gradients."""
+        signals = self.signals
+        for change in self.changes:
+            factors = change.factors(self.blocks) if self.blocks else change.total()[None]
+            signals = signals * factors.to(signals.dtype)[:, None, None, None]
+        return Visits(self.rows, signals.sum(0), self.own, self.losses)
+
+
 class Pending:
-    """The visits of a step that is not yet taken."""
+    """The passes of a step that is not yet taken."""
 
     def __init__(self) -> None:
-        self._parts: list[Visits] = []
+        self._passes: list[Pass] = []
 
     def __bool__(self) -> bool:
-        return bool(self._parts)
+        return bool(self._passes)
 
-    def add(self, visits: Visits) -> None:
-        """Takes what a backward pass left; a further pass of the same batch adds to the one before."""
-        if self._parts and self._parts[-1].rows is visits.rows:
-            visits = self._parts.pop().again(visits)
-        self._parts.append(visits)
+    def add(self, one: Pass) -> None:
+        """Takes what a backward pass left."""
+        self._passes.append(one)
+
+    def change(self, change: Change) -> None:
+        """The gradients of all passes so far were changed."""
+        for one in self._passes:
+            one.changes.append(change)
+
+    @property
+    def changes(self) -> list[Change]:
+        """In the order in which they happened: the first pass saw them all."""
+        return self._passes[0].changes if self._passes else []
 
     def clear(self) -> None:
-        """Forgets them: their step was skipped."""
-        self._parts.clear()
+        """Forgets them: their step was skipped, or their gradients were removed."""
+        self._passes.clear()
+
+    def _batches(self) -> list[list[Pass]]:
+        """The passes, those of one batch together."""
+        batches: list[list[Pass]] = []
+        for one in self._passes:
+            if batches and batches[-1][0].rows is one.rows:
+                batches[-1].append(one)
+            else:
+                batches.append([one])
+        return batches
 
     def take(self, columns: int, contrasts: int, device: torch.device) -> Visits:
         """All of them, as one; they are no longer pending. None at all have signals [0, columns, 1 + contrasts]."""
-        parts, self._parts = self._parts, []
+        parts = [reduce(Visits.again, (one.visits() for one in batch)) for batch in self._batches()]
+        self._passes = []
         if not parts:
             none = torch.zeros(0, device=device)
             return Visits(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)

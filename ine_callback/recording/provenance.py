@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from ine_callback.recording.recorder import Recorder
 
 
+SINGLE = (
+    "a step has a single row, and a row's influence is its difference to its batch-mates: such steps give no score; "
+    "train with batches of at least 2 rows, or accumulate several batches into a step (accumulate_grad_batches)"
+)
+
+
 def versions() -> dict[str, str]:
     """Versions of this package and of what it computes with; no paths, no hostnames."""
     return {
@@ -26,6 +32,22 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+def incomplete(recorder: Recorder) -> str:
+    """Why the scores cover less than the training, in one line; empty where they cover it."""
+    steps, taken, why = recorder.steps, recorder.taken, recorder.reason or "; ".join(recorder.notes[:1])
+    if recorder.failed and steps:
+        return f"The scores cover steps 0-{steps - 1} of {taken} only. Recording stopped: {why}"
+    if recorder.failed:
+        return f"Nothing was recorded: {why}"
+    if not steps:
+        missed = "no optimizer step was taken" if not taken else f"none of {taken} optimizer steps had a recorded batch"
+        remedy = "give the optimizer whose step() is called, and let every backward pass lie in a recorded batch"
+        return f"Nothing was recorded: {missed}; {remedy}."
+    if recorder.widest == 1:
+        return f"No row has a score: {SINGLE}."
+    return ""
 
 
 def run_info(recorder: Recorder) -> RunInfo:
@@ -45,11 +67,13 @@ def run_info(recorder: Recorder) -> RunInfo:
         approximate=coverage.approximate,
         uncaptured=coverage.uncaptured,
         nonfinite=lost,
+        incomplete=incomplete(recorder),
         schedule=schedule,
         notes=[
             *recorder.notes,
             *(f"query '{name}': {n} signals were not finite and were left out" for name, n in lost.items()),
             *method.notes(),
+            *recorder.clipping.notes(),
             *coverage.notes,
             *recorder.source.notes,
             *([schedule["note"]] if schedule["note"] and not recorder.failed else []),

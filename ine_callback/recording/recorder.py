@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture, Record
+from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
 from ine_callback.capture.verify import Proof
@@ -27,16 +30,17 @@ from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
-from ine_callback.errors import InfluenceError, RowsError
+from ine_callback.errors import InfluenceError, RowsError, UntoldRows
 from ine_callback.methods import FINE, Method, training_methods
-from ine_callback.optimizers.rates import Clipping, clipped, known, plan, step_rate
+from ine_callback.optimizers.clipping import Clipping
+from ine_callback.optimizers.rates import known, plan, step_rate
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import Ledger
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
-from ine_callback.recording.observations import Pending, Visits
-from ine_callback.recording.provenance import run_info
+from ine_callback.recording.observations import Pass, Pending
+from ine_callback.recording.provenance import SINGLE, incomplete, run_info
 from ine_callback.report import InfluenceReport
 from ine_callback.scoring.initial_noise import InitialNoise
 from ine_callback.scoring.sign_contrasts import CONTRASTS, Contrasts
@@ -161,13 +165,17 @@ class Recorder(Guard):
         self._handles: list[Any] = []
         self._pending = Pending()
         self._row_losses: Tensor | None = None
+        self._left_out: Counter[str] = Counter()  # reason -> batches
+        self._gap = False  # whether a batch of the present step is left out
         self._batch: tuple[Tensor, Any] | None = None
         self._received = self._settled = False
-        self._passes, self._lost = Passes(), 0
+        self._passes, self._lost = Passes(self._pass_over), 0
+        self._passing = False  # whether a backward pass has begun and is not yet known to be over
         self._made = self._saved = 0  # steps before the directions were made, and a state was last saved
-        self._look = 0  # the step that looks at the curvature next
-        self._clipping = Clipping(optimizer)
+        self._look_at = 0  # the step that looks at the curvature next
+        self.clipping = Clipping(optimizer)
         self._seconds = 0.0
+        self.widest = 0  # most rows in a step
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -217,8 +225,8 @@ class Recorder(Guard):
             self.warn(f"{kind} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
         self.capture.attach()
         self._handles = [
-            self.optimizer.register_step_pre_hook(lambda *_: self.guarded(self._before_step)),
-            self.optimizer.register_step_post_hook(lambda *_: self.guarded(self._after_step)),
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(lambda *_: self._stepped()),
         ]
         self.started = datetime.datetime.now(datetime.timezone.utc)
         self._clock = time.monotonic()
@@ -254,6 +262,8 @@ class Recorder(Guard):
             handle.remove()
         self._handles.clear()
         if self.running:
+            if (self.failed or self.taken) and (missing := incomplete(self)):
+                warnings.warn(f"{self.owner}: {missing}", stacklevel=2)
             self._seconds = time.monotonic() - self._clock
             self._end_proof()
             self.signals.forget()
@@ -297,7 +307,12 @@ class Recorder(Guard):
         self.guarded(self._start_batch, rows, data)
 
     def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
-        rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
+        try:
+            rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
+            if self._gap and self.signals.held is not None:  # its gradients are not this step's alone
+                raise UntoldRows("the first step's rows must all be known")
+        except UntoldRows as error:
+            return self._leave_out(error)
         rows = rows.to(self._device, torch.int64, non_blocking=True)
         self._batch, self._settled, self._row_losses = (rows, data), False, None
         due = False
@@ -307,7 +322,7 @@ class Recorder(Guard):
             if self.coverage.wanted > 1 and self.signals.held is None:
                 self.signals.hold()
             self.coverage.wanted = 0
-        self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look else 0
+        self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look_at else 0
         self.capture.start_batch(len(rows))
         self._lost = self._passes.lost
         self._passes.start_batch()
@@ -316,11 +331,22 @@ class Recorder(Guard):
         self.signals.start_batch(len(rows), self._device, len(rows) * self.accumulate)
         self.signals.scale = Scale(float(len(rows) * self.accumulate), float(len(rows) * self.accumulate))
 
+    def _leave_out(self, error: UntoldRows) -> None:
+        """Goes on without a batch whose rows are unknown, unless none ever will be known or others wait for it."""
+        if self._processes.count > 1 or (error.always and not self.steps and not self._left_out):
+            raise error
+        self._gap = True
+        message = str(error).removeprefix(f"{self.owner}: ").rstrip(".")
+        if message not in self._left_out:
+            self.warn(f"a batch is left out: {message}")
+            self.notes.remove(f"a batch is left out: {message}")
+        self._left_out[message] += 1
+
     def _prepare(self, rows: Tensor, data: Any) -> None:
         """Before a step's first batch: refreshes or draws anew, or holds records back where parameters are new."""
         if self.coverage.thawed() and self.signals.held is None:
             self.signals.hold()
-            self._look = self.steps  # what joined has no curvature yet
+            self._look_at = self.steps  # what joined has no curvature yet
         if self.signals.held is not None:
             self.coverage.probe(self._loss, data, len(rows), self._processes)
         elif self._saved > self._made or self.steps - self._made >= refresh_gap(self._made, self.refresh_every):
@@ -328,7 +354,7 @@ class Recorder(Guard):
             self.signals.refresh()
             self._made = self.steps
             self.coverage.refreshed()
-        elif self.steps >= self._look:
+        elif self.steps >= self._look_at:
             self.signals.draw()
 
     def see(self, loss: Tensor) -> None:
@@ -351,9 +377,48 @@ class Recorder(Guard):
     def after_backward(self) -> None:
         """Closes a backward pass: its signals wait for the optimizer's step. The first one also proves the capture.
 
-        Needed where the pass runs inside of ``optimizer.step(closure)``, as in Lightning; else the step itself tells.
+        Optional: the end of the batch, or of the closure of ``optimizer.step(closure)``, tells as well.
         """
         self.guarded(self._settle, True)
+
+    def _pass_over(self) -> None:
+        """Told by autograd; under DDP gradients are still to be averaged then."""
+        if not self.distributed:
+            self.guarded(self._pass_ended)
+
+    def _pass_ended(self) -> None:
+        """Measures the gradients, before anybody else sees them."""
+        self._passing = False
+        with torch.no_grad():
+            self.clipping.mark()
+
+    def _look(self, last: bool = False) -> None:
+        """Takes what was done to the gradients since the backward pass, or the last look, into account.
+
+        Args:
+            last: Whether the optimizer uses them now; else a further pass adds to them.
+        """
+        if not self._pending or not self.clipping.marked:
+            return
+        if self.clipping.gone():
+            return self._discard()
+        if not self.clipping.watching:
+            if self.clipping.touched():
+                self.clipping.watching = True
+                self._discard()
+                self.note(
+                    f"step {self.steps} is left out: gradients were changed between backward pass and step by code "
+                    "that was not expected; they are measured from then on"
+                )
+            return
+        unscale, scale = self.capture.unscale, getattr(self.optimizer, "grad_scale", None)
+        with torch.no_grad():
+            before = 1.0 if unscale is None or not last else unscale
+            change = self.clipping.change(before, 1.0 if scale is None or not last else 1.0 / scale)
+        if change is not None and not last and change.zeroed():
+            return self._discard()
+        if change is not None:
+            self._pending.change(change)
 
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
@@ -400,9 +465,15 @@ class Recorder(Guard):
         if (self._received or self._pending) and not self._sharded and self._passes.gone():
             self.signals.discard_received()
             self.capture.forget()
-            self._pending.clear()
+            self._discard()
             self._received = False
             self._passes.lost = self._passes.count
+        elif self.clipping.marked and self.signals.held is None and self.signals.proof is None:
+            self._settle(False)
+            # of other layers' parameters some may have met this pass already
+            if self.clipping.touched({p for module in self.capture.names for p in own_parameters(module).values()}):
+                self._look()
+        self._passing = True
         self.signals.aside = self._passes.count < self._lost
         if self.signals.held is not None:  # what is held back is proved
             if self.signals.proof is None:
@@ -445,6 +516,8 @@ class Recorder(Guard):
         """Moves the signals of the backward passes so far to those that wait for the optimizer's step."""
         if self._batch is None or not (self._received or backward):
             return
+        if self._passing or not self._received:
+            self._pass_ended()
         rows, data = self._batch
         with self.capture.paused():
             self.coverage.look(self.signals, self.steps)
@@ -455,45 +528,87 @@ class Recorder(Guard):
             else:
                 self._fall_back(rows, data)
         with torch.no_grad():
-            signals, own = self.signals.settle()
+            blocks, signals, own = self.signals.settle(self.clipping.watching)
             losses = torch.full_like(own, torch.nan) if self._row_losses is None else self._row_losses.to(own.dtype)
-            self._pending.add(Visits(rows, signals, own, losses))
+            self._pending.add(Pass(rows, blocks, signals, own, losses))
         self._received, self._settled = False, True
 
     def discard(self) -> None:
-        """Forgets signals whose step was skipped (an overflow under mixed precision)."""
+        """Forgets the passes so far: their step was skipped, or their gradients were removed."""
+        self.guarded(self._discard)
+
+    def _discard(self) -> None:
         self._pending.clear()
+        self.clipping.forget()
+        self._gap = False
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
     def measure_clipping(self) -> None:
-        """Called with the unclipped gradients: the step will tell by how much they were clipped."""
-        self.guarded(self._clipping.before)
+        """Called with the unclipped gradients (optional, but for several processes that clip inside of the batch)."""
+        self.guarded(self._settle, False)
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The gradients are as they will be used; or they will be when the closure, if there is one, has run."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not self.recording or not callable(closure):
+            self.guarded(self._ready)
+            return None
+
+        def watched() -> Any:
+            loss = closure()
+            self.guarded(self._ready)
+            return loss
+
+        return (
+            (args, {**kwargs, "closure": watched}) if "closure" in kwargs else ((args[0], watched, *args[2:]), kwargs)
+        )
+
+    def _ready(self) -> None:
         self._settle(False)
+        self._look(last=True)
+
+    def _stepped(self) -> None:
+        self.taken += 1
+        self.guarded(self._after_step)
 
     def _after_step(self) -> None:
+        self._gap = False
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.schedule.advance(lr)
+        self.clipping.forget()
         with torch.no_grad():
+            self._join_changes()
             visits = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
-            squares = self._clipping.after()
             told = 4 * self.ledger.check.count + self.coverage.asks  # two numbers in one
             sizes, said = zip(*self._processes.meet(len(visits.rows), told), strict=True)
             known = [one // 4 for one in said]
             self.coverage.asks, self.coverage.wanted = 0, self.coverage.wanted | max(one % 4 for one in said)
-            if squares is not None and self._sharded:
-                self._processes.average([squares])
             if not any(sizes):
                 return
-            visits = visits.joined(self._processes, sizes).times(clipped(squares) / self._processes.count)
+            visits = visits.joined(self._processes, sizes).times(1 / self._processes.count)
             self.ledger.update(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
-        if self.steps >= self._look:
-            self._look = self.steps + curvature_gap(self.steps, self.curvature_every)
+        self._alone(sum(sizes))
+        if self.steps >= self._look_at:
+            self._look_at = self.steps + curvature_gap(self.steps, self.curvature_every)
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
+
+    def _join_changes(self) -> None:
+        """What was done to the whole gradients, where each process holds parts of them."""
+        changes = self._pending.changes
+        if not self._sharded:
+            return
+        if len({count for count, _ in self._processes.meet(len(changes))}) > 1:
+            raise InfluenceError("the processes' gradients were changed at different times")
+        self._processes.average([change.moments for change in changes])
+
+    def _alone(self, rows: int) -> None:
+        """Tells of steps with a single row once."""
+        self.widest = max(self.widest, rows)
+        if not self.steps and rows == 1:
+            self.warn(SINGLE)
 
     def give_up(self) -> None:
         super().give_up()
@@ -506,6 +621,8 @@ class Recorder(Guard):
         """The report of everything recorded so far."""
         if not hasattr(self, "infos"):
             raise InfluenceError(f"{self.owner}: nothing was recorded; put `with recorder:` around the training loop.")
+        for reason, count in self._left_out.items():
+            self.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
         return InfluenceReport(self.ledger.scores(), run_info(self))
 
     @property
@@ -525,9 +642,13 @@ class Recorder(Guard):
         self._saved = self.steps
         return {
             "steps": self.steps,
-            "look": self._look,
+            "look": self._look_at,
             "failed": self.failed,
+            "reason": self.reason,
+            "taken": self.taken,
+            "widest": self.widest,
             "notes": list(self.notes),
+            "left_out": dict(self._left_out),
             "started": self.started.isoformat(),
             "seconds": self.seconds,
             "ledger": self.ledger.state_dict(),
@@ -541,8 +662,12 @@ class Recorder(Guard):
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
         self.ledger.load_state_dict(state["ledger"])
-        self.steps, self._look = state["steps"], state["look"]
+        self.steps, self._look_at = state["steps"], state["look"]
+        # checkpoints of 0.1 have no more than the steps
+        self.reason, self.taken = state.get("reason", ""), state.get("taken", state["steps"])
+        self.widest = state.get("widest", 0)
         self.notes = [*state["notes"], *self.notes]
+        self._left_out = Counter(state.get("left_out", {}))
         self.started = datetime.datetime.fromisoformat(state["started"])
         self._clock -= state["seconds"]
         if state["failed"]:

@@ -79,6 +79,8 @@ def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
     for found in last:
         passed = sum(check.passed for check in found.checks)
         lines.append(f"{heading(found)}: {verdict(found)} ({passed} of {len(found.checks)} checks).")
+    if facts["incomplete"]:
+        return Answer("Can I believe it?", "Not of the whole run", "alarm", [plain(facts["incomplete"]), *lines])
     if failed or not all(found.reliable for found in last):
         return Answer("Can I believe it?", "Not all of it", "alarm", lines)
     return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)

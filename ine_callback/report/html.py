@@ -192,7 +192,8 @@ def notebook(report: Contents) -> str:
     """A small HTML fragment for notebooks: headline, warnings, extreme rows. Needs no extra."""
     facts = summary(report)
     head = " · ".join(f"<b>{escape(value)}</b> {escape(label)}" for label, value in headline(facts))
-    parts = [f"<p><b>Influence report</b><br>{head}<br>{escape(advice(report, facts))}</p>"]
+    missed = f'<b style="color:#b00020">{escape(plain(facts["incomplete"]))}</b><br>' if facts["incomplete"] else ""
+    parts = [f"<p><b>Influence report</b><br>{missed}{head}<br>{escape(advice(report, facts))}</p>"]
     for line in warnings(report, facts):
         color = "#b00020" if line.startswith("NULL") else "#9a6700"
         parts.append(f'<p style="color:{color}">{escape(line)}</p>')

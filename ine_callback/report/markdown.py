@@ -24,6 +24,7 @@ def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
     shown = [facts["queries"][report.column(name)] for name in names]
     parts = [
         "## Influence report",
+        *([f"> **✗ {escaped(facts['incomplete'])}**"] if facts["incomplete"] else []),
         " · ".join(f"**{value}** {label}" for label, value in headline(facts)),
         escaped(advice(report, facts)),
         *(f"> **{'✗' if line.startswith('NULL') else '!'}** {escaped(line)}" for line in warnings(report, facts)),

@@ -26,6 +26,7 @@ class RunInfo:
         approximate: Module name to the reason why its signals are approximate.
         uncaptured: Module or parameter name to the reason why it is left out, with its share of the parameters.
         nonfinite: Query name to the number of its signals that were dropped as non-finite.
+        incomplete: Why the scores cover less than the run, the first line of every view; empty where they cover it.
         schedule: planned_steps, steps, planned_lr_sum, realised_lr_sum and a note.
         notes: Sentences for the reader, shown in every view.
 
@@ -46,6 +47,7 @@ class RunInfo:
     approximate: dict[str, str] = field(default_factory=dict)
     uncaptured: dict[str, str] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    incomplete: str = ""
     schedule: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

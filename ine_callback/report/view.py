@@ -30,6 +30,7 @@ def summary(report: Contents) -> dict[str, Any]:
     run = report.run
     unseen = int(report.unseen.size)
     return {
+        "incomplete": run.incomplete,
         "rows": report.rows,
         "seen": report.rows - unseen,
         "unseen": unseen,
@@ -111,7 +112,8 @@ def one_line(report: Contents) -> str:
     names = ", ".join(repr(plain(name)) for name in report.queries[:5]) + (", …" if len(report.queries) > 5 else "")
     missing = report.unseen.size
     note = f"; {missing:,} row{'s' if missing > 1 else ''} never observed" if missing else ""
-    return f"InfluenceReport({report.rows:,} rows, queries: {names}{note})"
+    missed = f"; {plain(report.run.incomplete)}" if report.run.incomplete else ""
+    return f"InfluenceReport({report.rows:,} rows, queries: {names}{note}{missed})"
 
 
 def terminal(report: Contents) -> Group:
@@ -123,10 +125,14 @@ def terminal(report: Contents) -> Group:
     facts = summary(report)
     alarms = warnings(report, facts)
     failed = bool(facts["null_checks_failed"])
-    head = [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
+    missed = facts["incomplete"]
+    head = [Text(plain(missed), "bold white on red")] if missed else []
+    head += [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
     head.append(Text(advice(report, facts)))
     parts: list[Any] = [
-        Panel(Group(*head), title="Influence report", title_align="left", border_style="red" if failed else BLUE)
+        Panel(
+            Group(*head), title="Influence report", title_align="left", border_style="red" if failed or missed else BLUE
+        )
     ]
     parts += [_alarm(line) for line in alarms]
     parts.append(_overview(facts))

@@ -228,10 +228,13 @@ class Signals:
             with self._only(block):
                 self._contract(block, record, scale)
 
-    def settle(self) -> tuple[Tensor, Tensor]:
-        """What a backward pass left: signals and contrasts [b, Q, 1 + J], and each row's own squared unit [b].
+    def settle(self, apart: bool) -> tuple[tuple[Block, ...], Tensor, Tensor]:
+        """What a backward pass left: signals and contrasts [K, b, Q, 1 + J], each row's own squared unit [b].
 
         The unit of self-influence is that of the row's own loss.
+
+        Args:
+            apart: Whether the K blocks that come first are told apart; else their sum is all, and no block comes.
         """
         for block in [block for block in self.table if block.waiting]:
             with self._only(block):
@@ -239,29 +242,33 @@ class Signals:
             block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
+        found = [block for block, _ in self._signals] + [block for block, *_ in self._own]
+        blocks = tuple(dict.fromkeys(found)) if apart else ()
         if self._signals:
-            signals = summed([one for _, one in self._signals]).to(self._dtype)
+            signals = _by_block(self._signals, blocks).to(self._dtype)
         else:
-            rows, device = self._batch
-            signals = torch.zeros(rows, len(self.queries), 1 + self.contrasts.count, device=device, dtype=self._dtype)
-        own, variance = self._own_sums(signals)
+            (rows, device), shape = self._batch, (len(self.queries), 1 + self.contrasts.count)
+            signals = torch.zeros(max(1, len(blocks)), rows, *shape, device=device, dtype=self._dtype)
+        own, variance = self._own_sums(signals, blocks)
         self._clear()
-        return (torch.cat([signals, own[:, None]], 1) if self.self_query else signals), variance
+        return blocks, (torch.cat([signals, own[:, :, None]], 2) if self.self_query else signals), variance
 
-    def _own_sums(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """<P D g_i, s_i> with its contrasts [b, 1 + J] and |sigma D g_i|^2 [b].
+    def _own_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+        """<P D g_i, s_i> with its contrasts [K, b, 1 + J] and |sigma D g_i|^2 [b].
 
         A row's own gradient is rows x its share. All blocks' parts are added up at once, by as many operations as one
         of them would need.
         """
-        own, variance = like.new_zeros(len(like), like.shape[2]), like.new_zeros(len(like))
+        own, variance = like.new_zeros(like.shape[0], like.shape[1], like.shape[3]), like.new_zeros(like.shape[1])
         for scale in {id(its): its for *_, its in self._own}.values():  # a second backward pass may have its own
             found = [(block, one) for block, one, its in self._own if its is scale]
             norms = torch.stack([one.norms for _, one in found])  # [K, b, 2]
             shares = turned_by(torch.stack([one.energies for _, one in found]))
             factors = torch.stack([self._factors[block] for block, _ in found])
             weighted = norms * factors[:, None]
-            own = own + (shares * weighted[..., :1]).sum(0) * scale.rows
+            parts = shares * weighted[..., :1]
+            each = [(block, part) for (block, _), part in zip(found, parts.unbind(), strict=True)]
+            own = own + (_by_block(each, blocks) if blocks else parts.sum(0, keepdim=True)) * scale.rows
             variance = variance + weighted[..., 1].sum(0) * scale.rows**2
         return own, variance
 
@@ -388,3 +395,13 @@ class Signals:
             SpectralOperator() if self.curvature is None else self.curvature.operator(block, exponential(*exponents))
         )
         return Plan(discount, weight, exponents)
+
+
+def _by_block(found: Sequence[tuple[Block, Tensor]], blocks: tuple[Block, ...]) -> Tensor:
+    """Sums of each block's tensors [K, ...]; of all [1, ...], where there are no blocks to tell apart."""
+    if not blocks:
+        return summed([part for _, part in found])[None]
+    parts: dict[Block, list[Tensor]] = {block: [] for block in blocks}
+    for block, part in found:
+        parts[block].append(part)
+    return torch.stack([summed(each) if each else torch.zeros_like(found[0][1]) for each in parts.values()])

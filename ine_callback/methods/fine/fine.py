@@ -220,7 +220,7 @@ class FINE(Method):
         """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""
         state = self._started("compute")
         observations = state["observations"].cpu().numpy().astype(np.int64)
-        seen = observations > 0
+        seen = state["informative"].cpu().numpy() > 0  # alone in all of its steps a row was compared with nothing
         shift, scatter, variance = (host(state[name]) for name in ("shift", "scatter", "variance"))
         for array in (shift, scatter, variance):
             array[~seen] = np.nan
