@@ -45,6 +45,8 @@ class Capture:
         fail: Called with an exception that is no single layer's, so that the backward pass itself goes on.
         layers: Patterns (``fnmatch``) of the modules' names; None: all.
         lose: Called with a module that is dropped: what came of it in this batch may be half of it.
+        every_pass: Whether passes that add nothing to ``grad`` are read too (those of our own, by
+            ``torch.autograd.grad``).
 
     Attributes:
         active: Hooks do nothing while this is False.
@@ -66,8 +68,9 @@ class Capture:
         fail: Callable[[Exception], None],
         layers: Sequence[str] | None = None,
         lose: Callable[[nn.Module], None] = lambda module: None,
+        every_pass: bool = False,
     ) -> None:
-        self._receive, self._fail, self._lose = receive, fail, lose
+        self._receive, self._fail, self._lose, self._every_pass = receive, fail, lose, every_pass
         self.active, self.rows = False, 0
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
@@ -185,7 +188,8 @@ class Capture:
             return
         try:
             self.twice |= torch.is_grad_enabled()
-            passed_by = unused(module)  # by torch.autograd.grad, or backward(inputs=...)
+            # by torch.autograd.grad, or backward(inputs=...)
+            passed_by = set() if self._every_pass else unused(module)
             if passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in _own(module)):
                 self._count(module, call, False)
                 return

@@ -173,7 +173,7 @@ class FitContext:
             for block, record in self.table.sort(module, found):
                 records.setdefault(block, []).append(record)
 
-        capture = Capture(self.module, receive, failures.append, self.layers)
+        capture = Capture(self.module, receive, failures.append, self.layers, every_pass=True)
         capture.attach()
         try:
             with isolated(self.module), self.precision():
