@@ -91,8 +91,9 @@ def _factor(moments: Tensor, otherwise: Tensor) -> Tensor:
 def _cosine(moments: Tensor) -> Tensor:
     """Cosine of the sampled entries before and after; 1 where none is left, so that the norms alone count."""
     _, _, before, after, product = moments
-    found = product / (before.sqrt() * after.sqrt())
-    return torch.where((before > 0) & (after > 0), found.clamp(-1.0, 1.0), 1.0)
+    found = (product / (before.sqrt() * after.sqrt())).clamp(-1.0, 1.0)
+    same = (product == before) & (product == after)  # exactly 1 then, which rounding would miss
+    return torch.where((before > 0) & (after > 0) & ~same, found, 1.0)
 
 
 class Clipping:
