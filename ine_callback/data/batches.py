@@ -15,6 +15,8 @@ from ine_callback.errors import RowsError
 def size_of(batch: Any) -> int:
     """Number of rows: the leading dimension of the first tensor (or the length of the first list) found.
 
+    Graphs of torch_geometric say themselves how many they are.
+
     Raises:
         RowsError: If there is neither.
 
@@ -79,6 +81,27 @@ def _graphs(batch: Any) -> Any:
     if not hasattr(batch, "to_data_list"):
         return None
     return next((kind for kind in type(batch).__mro__ if "from_data_list" in vars(kind)), None)
+
+
+def is_all_led_by(batch: Any, size: int) -> bool:
+    """Whether every tensor of a batch has one row each for ``size`` rows, or none at all.
+
+    Example:
+        >>> import torch
+        >>> nodes, graph_of_node, label = torch.zeros(9, 2), torch.zeros(9), torch.zeros(3)
+        >>> is_all_led_by((nodes, graph_of_node, label), 9), is_all_led_by({"x": nodes, "t": torch.tensor(2.0)}, 9)
+        (False, True)
+    """
+    if isinstance(batch, Tensor):
+        return batch.dim() == 0 or len(batch) == size
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        return True
+    if isinstance(batch, Mapping):
+        return all(is_all_led_by(part, size) for part in batch.values())
+    if isinstance(batch, list | tuple):
+        return all(is_all_led_by(part, size) for part in batch)
+    fields = getattr(batch, "__dataclass_fields__", None)
+    return fields is not None and all(is_all_led_by(getattr(batch, name), size) for name in fields)
 
 
 def cut(batch: Any, rows: Tensor, size: int) -> Any:

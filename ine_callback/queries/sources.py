@@ -76,8 +76,7 @@ class DataSource(QuerySource):
             if len(known) == len(loaders) and all(a is b for a, b in zip(known, loaders, strict=True)):
                 return batches
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            found = [batch for loader in loaders for batch in self._sample(name, loader)]
-        batches = [part for batch in found for part in micro_batches(batch, LARGEST_BATCH)]
+            batches = [batch for loader in loaders for batch in self._sample(name, loader)]
         self._read_before.append((loaders, self._checked(batches, loaders[0])))
         return batches
 
@@ -97,7 +96,7 @@ class DataSource(QuerySource):
             return self._loaded(dataset, range(len(dataset)), loader)
         batches, rows = [], 0
         for batch in loader:
-            batches.append(batch)
+            batches += micro_batches(batch, LARGEST_BATCH)
             rows += count_of(batch) or 1
             if rows >= self._limit:
                 self.notes.append(f"query data '{name}': its first {rows} rows")

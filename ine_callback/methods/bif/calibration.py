@@ -75,7 +75,7 @@ def calibrate(
         (10.0, True, True)
     """
     bif = bif or BIF()
-    with prepared(module, train, loss_fn, context, "calibrate") as (flat, rows, _, losses):
+    with prepared(module, train, bif, loss_fn, context, "calibrate") as (flat, rows, losses):
         posterior = LocalPosterior(flat, losses, rows, bif)
         sampler = posterior.sampler(posterior.calibrate())
         return Calibration(

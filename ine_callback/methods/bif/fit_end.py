@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.rowloss import RowLoss, row_losses
+from ine_callback.methods.bif.dense import Dense
+from ine_callback.methods.bif.derived import derive
+from ine_callback.methods.bif.given import RowLoss
+from ine_callback.methods.bif.rows import MISCUT, Rows, alike
 from ine_callback.methods.bif.run import MAX_ROWS, chains, prepared, term_limit
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Interrupted
-from ine_callback.queries import Batch, BoundQuery
-from ine_callback.queries.sources import DataSource
+from ine_callback.queries import BoundQuery
 from ine_callback.scores import Attribution, Floats
 from ine_callback.utilities.isolation import isolated
 
@@ -47,13 +49,14 @@ def run_chains(bif: BIF, context: FitContext, loss_fn: RowLoss | None = None) ->
     found, interrupted = chains(
         context.module,
         train,
-        {query.info.name: _fast(context.module, query, source, context.to_device) for query in context.queries},
+        {query.info.name: _fast(query, context) for query in context.queries},
         replace(bif, rows=place.tolist()),
         loss_fn,
         progress=lambda draws: context.progress(range(draws), "BIF chains"),
         context=context.precision,
         owner=context.owner,
         at=context.at,
+        count=len(data),
     )
     found = replace(found, rows=data[found.rows], notes=(*notes, *found.notes))
     if interrupted:
@@ -66,8 +69,22 @@ def _most(bif: BIF, context: FitContext, loss_fn: RowLoss | None) -> int:
     if not bif.per_token:
         return MAX_ROWS
     sample = context.to_device(context.source.training([0]))
-    with prepared(context.module, sample, loss_fn, context.precision, context.owner) as (_, _, sample, losses):
-        return term_limit(losses, context.module, sample, context.owner)[1]
+    with prepared(context.module, sample, bif, loss_fn, context.precision, context.owner) as (_, rows, losses):
+        return term_limit(losses, context.module, rows, context.owner)[1]
+
+
+def _fast(query: BoundQuery, context: FitContext) -> BoundQuery:
+    """The query on the device; a mean loss is read off the step's own loss, so that its metrics do not run."""
+    batches = tuple((weight, context.to_device(batch)) for weight, batch in query.batches)
+    query = replace(query, batches=batches)
+    if query.value != context.source.loss:
+        return query
+    with isolated(context.module), context.precision(), Dense():
+        for name in ("validation_step", "training_step"):
+            fast = _read_off(context.module, name, query)
+            if fast is not None:
+                return fast
+    return query
 
 
 def _scored(bif: BIF, count: int, most: int, mu: Floats | None) -> tuple[NDArray[np.int64], list[str]]:
@@ -99,19 +116,22 @@ def _data(scored: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.union1d(scored, np.random.default_rng(0).choice(count, MAX_DATA, replace=False))
 
 
-def _fast(module: nn.Module, query: BoundQuery, source: DataSource, to_device: Callable[[Batch], Batch]) -> BoundQuery:
-    """The query on the device; a mean loss is read off the step's own loss, so that its metrics do not run."""
-    batches = tuple((weight, to_device(batch)) for weight, batch in query.batches)
-    query = replace(query, batches=batches)
-    if query.value != source.loss:
-        return query
+def _read_off(module: nn.Module, name: str, query: BoundQuery) -> BoundQuery | None:
+    """A mean loss taken out of one of the module's steps, if that is the loss that the query asks for."""
+    if not callable(getattr(module, name, None)):
+        return None
     try:
-        with isolated(module):
-            losses = row_losses(module, batches[0][1], steps=("validation_step", "training_step"))
-    except InfluenceError:  # its rows cannot be told apart, its mean can
-        return query
+        losses = derive(module, name, query.batches[0][1], None)
+        if isinstance(losses, str):
+            return None
+        rows = tuple((weight, losses.rows(module, batch)) for weight, batch in query.batches)
+    except (InfluenceError, *MISCUT):  # its rows cannot be told apart, its mean can
+        return None
 
-    def mean(module: nn.Module, batch: Batch) -> Tensor:
-        return losses(module, batch).mean()
+    def mean(module: nn.Module, rows: Rows) -> Tensor:
+        return losses.shares(module, rows).mean()
 
-    return replace(query, value=mean)
+    with torch.no_grad():
+        asked = torch.stack([query.value(module, batch).float() for _, batch in query.batches])
+        found = torch.stack([mean(module, part).float() for _, part in rows])
+    return replace(query, value=mean, batches=rows) if alike(found, asked) else None

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.dense import Dense
+
 Batch = Any
 Function = Callable[[nn.Module, Batch], Tensor]
 Named = dict[str, Tensor]
@@ -25,6 +28,7 @@ class Flat:
         module: The model, in evaluation mode. Its trainable parameters make up the vector, each once (tied ones too).
 
     Attributes:
+        module: The module.
         weights: The trained weights w* [P].
         notes: What the report should say about how the module was run.
 
@@ -38,13 +42,15 @@ class Flat:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._call = _Call(module)
+        self.module, self._call = module, Caller(module)
         self._parameters = {name: p for name, p in self._call.named_parameters() if p.requires_grad}
         first = {id(p): name for name, p in self._parameters.items()}
         names = self._call.named_parameters(remove_duplicate=False)
         self._tied = {
             name: first[id(p)] for name, p in names if id(p) in first
         }  # torch would look them up anew per call
+        if not self._parameters:
+            raise InfluenceError(f"BIF: no parameter of {type(module).__name__} requires a gradient; thaw some.")
         parts = [p.detach().flatten() for p in self._parameters.values()]
         widest = torch.float32
         for part in parts:
@@ -57,11 +63,12 @@ class Flat:
         """Vectors [..., P] as the parameters they stand for, each [..., *shape]."""
         parts = vectors.split([p.numel() for p in self._parameters.values()], -1)
         named = zip(self._parameters.items(), parts, strict=True)
-        return {name: part.view(*vectors.shape[:-1], *p.shape).to(p.dtype) for (name, p), part in named}
+        return {name: part.view((*vectors.shape[:-1], *p.shape)).to(p.dtype) for (name, p), part in named}
 
     def _at(self, named: Named, function: Function, batch: Batch) -> Tensor:
         tied = {name: named[first] for name, first in self._tied.items()}
-        value: Tensor = functional_call(self._call, tied, (function, batch), tie_weights=False)
+        with Dense():
+            value: Tensor = functional_call(self._call, tied, (function, batch), tie_weights=False)
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
     def values(self, vectors: Tensor, function: Function, batch: Batch) -> Tensor:
@@ -137,7 +144,7 @@ def _singly(compute: Callable[[Tensor, Over], Tensor], vectors: Tensor) -> Tenso
     return torch.cat([compute(vector[None], alone).detach() for vector in vectors])
 
 
-class _Call(nn.Module):
+class Caller(nn.Module):
     """Lets ``functional_call`` run any function of a module, not only its forward."""
 
     def __init__(self, module: nn.Module) -> None:

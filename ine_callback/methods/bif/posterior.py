@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ine_callback.data.batches import cut, micro_batches, size_of
-from ine_callback.methods.bif.flat import Batch, Flat, Function
+from ine_callback.methods.bif.flat import Flat, Function
 from ine_callback.methods.bif.locality import pull
 from ine_callback.methods.bif.quadratic import Quadratic
+from ine_callback.methods.bif.rows import RowLosses, Rows
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.bif.sgld import SGLD, Coordinates, Curved, Diagonal, Gradient, State
 from ine_callback.stats.chains import minibatch_bias
@@ -31,8 +31,8 @@ class LocalPosterior:
 
     Args:
         flat: The module.
-        losses: Its row losses ``(module, batch) -> [b]``.
-        data: All training rows as one batch; L is the mean of their losses.
+        losses: Its row losses.
+        data: All training rows; L is the mean of their shares, the training's own loss of all of them.
         settings: The chains' settings.
 
     Attributes:
@@ -42,25 +42,24 @@ class LocalPosterior:
         mean_gradient: ∇L(w*) [P].
     """
 
-    def __init__(self, flat: Flat, losses: Function, data: Batch, settings: BIF) -> None:
-        self.flat, self.losses, self.data, self.settings = flat, losses, data, settings
+    def __init__(self, flat: Flat, losses: RowLosses, data: Rows, settings: BIF) -> None:
+        self.flat, self.shares, self.data, self.settings = flat, losses.shares, data, settings
         self.generator = torch.Generator(flat.weights.device).manual_seed(settings.seed)
-        self.count, self.weights = size_of(data), flat.weights
+        self.count, self.weights = len(data), flat.weights
         few = min(settings.curvature_rows, self.count, max(1, LIMIT // len(self.weights)))
         order = self._order()
-        self._sample = cut(data, order[:few], self.count)
+        self._sample = data.take(order[:few])
         others = order[few:] if self.count >= 2 * few else order
-        self._others = cut(data, others[: settings.eval_rows], self.count)
-        self.gradients = jacobian(flat, losses, self._sample)
+        self._others = data.take(others[: settings.eval_rows])
+        self.gradients = jacobian(flat, self.shares, self._sample)
         fisher = Quadratic(self.gradients, 1.0, 1.0)
         self.localization = settings.localization or self._pull(fisher)
         self.n_beta = settings.n_beta or self._data_weight(fisher)
         self.quadratic = fisher.at(self.n_beta, self.localization).measured(self._curvature)
         self.mean_gradient = torch.zeros_like(self.weights)
-        for part in micro_batches(data, settings.eval_rows):
-            share = size_of(part) / self.count
-            self.mean_gradient += share * flat.gradients(self.weights[None], losses, part)[0]
-        self.whole = settings.batch_size >= self.count
+        for part in data.split(settings.eval_rows):
+            self.mean_gradient += len(part) / self.count * flat.gradients(self.weights[None], self.shares, part)[0]
+        self.whole = settings.batch_size >= self.count or data.picked is not None
         self.anchored = settings.reduced and not self.whole
 
     def _order(self) -> Tensor:
@@ -68,7 +67,7 @@ class LocalPosterior:
 
     def _pull(self, fisher: Quadratic) -> float:
         def loss(deviations: Tensor) -> Tensor:
-            return self.flat.values(self.weights + deviations, self.losses, self._others).mean(1)
+            return self.flat.values(self.weights + deviations, self.shares, self._others).mean(1)
 
         return pull(fisher, self.weights, self.settings.n_beta, loss, self._normal(TRIED))
 
@@ -87,7 +86,7 @@ class LocalPosterior:
         """d · H d / ‖d‖² by central differences [k], if possible on rows that did not choose the directions."""
         found = []
         for d in displacements.split(_TOGETHER):
-            ahead, behind = (self.flat.gradients(self.weights + s * d, self.losses, self._others) for s in (1, -1))
+            ahead, behind = (self.flat.gradients(self.weights + s * d, self.shares, self._others) for s in (1, -1))
             found.append(((ahead - behind) * d).sum(1) / 2 / d.square().sum(1))
         return torch.cat(found) if found else displacements.new_zeros(0)
 
@@ -99,14 +98,14 @@ class LocalPosterior:
         """
         points = self.weights + deviation
         if self.whole:
-            return self.flat.gradients(points, self.losses, self.data)
+            return self.flat.gradients(points, self.shares, self.data)
         rows = torch.randint(
             self.count, (self.settings.batch_size,), generator=self.generator, device=self.weights.device
         )
-        batch = cut(self.data, rows, self.count)
+        batch = self.data.take(rows)
         if not self.anchored:
-            return self.flat.gradients(points, self.losses, batch)
-        found = self.flat.gradients(torch.cat([points, self.weights[None]]), self.losses, batch)
+            return self.flat.gradients(points, self.shares, batch)
+        found = self.flat.gradients(torch.cat([points, self.weights[None]]), self.shares, batch)
         return found[:-1] - found[-1] + self.mean_gradient
 
     def coordinates(self) -> Coordinates:
@@ -125,7 +124,7 @@ class LocalPosterior:
         """Relative inflation of the variance by minibatch noise, at a deviation [P] that the chains have visited."""
         if self.whole:
             return 0.0
-        gradients = jacobian(self.flat, self.losses, self._sample, self.weights + deviation)
+        gradients = jacobian(self.flat, self.shares, self._sample, self.weights + deviation)
         if self.anchored:
             gradients = gradients - self.gradients
         pulled = sampler.coordinates.pull(gradients)
@@ -217,7 +216,7 @@ def initial_state(posterior: LocalPosterior, sampler: SGLD) -> State:
     return state
 
 
-def jacobian(flat: Flat, function: Function, data: Batch, at: Tensor | None = None) -> Tensor:
-    """Gradient [n, P] of every row's value of ``function(module, batch) -> [b]``, by default at the trained weights."""
+def jacobian(flat: Flat, function: Function, data: Rows, at: Tensor | None = None) -> Tensor:
+    """Gradient [n, P] of every row's value of ``function(module, rows) -> [b]``, by default at the trained weights."""
     point = flat.weights if at is None else at
-    return torch.cat([flat.jacobian(point, function, part) for part in micro_batches(data, _ROWS_TOGETHER)])
+    return torch.cat([flat.jacobian(point, function, part) for part in data.split(_ROWS_TOGETHER)])

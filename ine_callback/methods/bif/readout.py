@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from ine_callback.data.batches import cut, micro_batches, size_of
-from ine_callback.errors import QueryError
+from ine_callback.errors import InfluenceError, QueryError
+from ine_callback.methods.bif.dense import Dense
 from ine_callback.methods.bif.flat import Batch, Flat, Function
 from ine_callback.methods.bif.posterior import LIMIT, jacobian
-from ine_callback.methods.bif.rowloss import RowLosses
+from ine_callback.methods.bif.rows import LARGEST, RowLosses, Rows
 from ine_callback.methods.bif.sgld import Curved, Law
-from ine_callback.queries import BoundQuery, parse
+from ine_callback.queries import BoundQuery, LossQuery, Query, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import QueryInfo
 
@@ -40,35 +42,77 @@ class Group:
     batches: tuple[tuple[float, Batch], ...]
 
 
-def groups(queries: Any, losses: Function, owner: str) -> list[Group]:
-    """Queries in any form that users may write (see :func:`ine_callback.queries.parse`), or :class:`EachRow`.
+class Reader:
+    """Makes groups of queries, with their data on the module's device.
 
-    Raises:
-        QueryError: If there is none, or one that is no query.
+    Args:
+        flat: The module.
+        losses: Its row losses.
+        owner: Class named in messages.
     """
-    source = DataSource(owner, lambda module, batch: losses(module, batch).mean())
-    if not isinstance(queries, Mapping):
-        return [_single(bound) for name, query in parse(queries, owner).items() for bound in query.bind(name, source)]
-    found: list[Group] = []
-    for name, value in queries.items():
+
+    def __init__(self, flat: Flat, losses: RowLosses, owner: str) -> None:
+        self._flat, self._losses, self._owner = flat, losses, owner
+        self._source = DataSource(owner, self._mean)
+
+    def groups(self, queries: Any) -> list[Group]:
+        """Queries in any form that users may write (see :func:`ine_callback.queries.parse`), or :class:`EachRow`.
+
+        Raises:
+            QueryError: If there is none, or one that is no query.
+        """
+        if not isinstance(queries, Mapping):
+            named = parse(queries, self._owner).items()
+            return [self._single(bound) for name, query in named for bound in query.bind(name, self._source)]
+        found = [group for name, value in queries.items() for group in self._groups(str(name), value)]
+        if not found:
+            raise QueryError(f"{self._owner}: queries={list(queries)} hold nothing to ask; 'self' is no query of BIF.")
+        return found
+
+    def _groups(self, name: str, value: Any) -> list[Group]:
         if isinstance(value, EachRow):
+            rows = self._rows(value.batch)
             question = f"Does training on this row lower the loss of query row {{}} of '{name}'?"
-            infos = [QueryInfo(f"{name}/{k}", "loss", question.format(k)) for k in range(size_of(value.batch))]
-            found.append(Group(tuple(infos), losses, ((1.0, value.batch),)))
-            continue
-        query = parse({name: value}, owner)[name]
-        bound = [value] if isinstance(value, BoundQuery) else query.bind(name, source)
-        found += [_single(each) for each in bound]
-    if not found:
-        raise QueryError(f"{owner}: queries={list(queries)} hold nothing to ask; 'self' is no query of BIF.")
-    return found
+            infos = [QueryInfo(f"{name}/{k}", "loss", question.format(k)) for k in range(len(rows))]
+            return [Group(tuple(infos), self._losses, ((1.0, rows),))]
+        if isinstance(value, BoundQuery):
+            return [self._single(value)]
+        query = parse({name: value}, self._owner)[name]
+        if (
+            isinstance(query, LossQuery)
+            and self._losses.whole
+            and not isinstance(value, str | list | DataLoader | Query)
+        ):
+            info = QueryInfo(name, "loss", "Does training on this row lower the mean loss on the query's data?")
+            return [Group((info,), self._mean, ((1.0, self._rows(value)),))]  # nobody else can count its rows
+        bound = query.bind(name, self._source)
+        return [self._single(each) for each in bound]
 
+    def _single(self, bound: BoundQuery) -> Group:
+        if bound.value == self._source.loss:
+            parts = [
+                (weight * len(part) / len(rows), part)
+                for weight, batch in bound.batches
+                for rows in [self._rows(batch)]
+                for part in rows.split(LARGEST)
+            ]
+            return Group((bound.info,), self._mean, tuple(parts))
 
-def _single(bound: BoundQuery) -> Group:
-    def value(module: nn.Module, batch: Batch) -> Tensor:
-        return bound.value(module, batch).reshape(1)
+        def value(module: nn.Module, batch: Batch) -> Tensor:
+            return bound.value(module, batch).reshape(1)
 
-    return Group((bound.info,), value, bound.batches)
+        return Group((bound.info,), value, tuple((weight, self._moved(batch)) for weight, batch in bound.batches))
+
+    def _mean(self, module: nn.Module, rows: Rows) -> Tensor:
+        """The training's own loss of some rows [1]."""
+        return self._losses.shares(module, rows).mean()[None]
+
+    def _rows(self, batch: Batch) -> Rows:
+        with Dense():
+            return self._losses.rows(self._flat.module, self._moved(batch))
+
+    def _moved(self, batch: Batch) -> Batch:
+        return batch if isinstance(batch, Rows) else move_data_to_device(batch, self._flat.weights.device)
 
 
 class Readout:
@@ -79,7 +123,7 @@ class Readout:
     Args:
         flat: The module.
         losses: Its row losses.
-        rows: The rows to score, as one batch.
+        rows: The rows to score.
         queries: The queries.
         eval_rows: Rows evaluated at a time.
         terms: T to read each row's terms too, else 0.
@@ -90,13 +134,13 @@ class Readout:
     """
 
     def __init__(
-        self, flat: Flat, losses: RowLosses, rows: Batch, queries: list[Group], eval_rows: int, terms: int = 0
+        self, flat: Flat, losses: RowLosses, rows: Rows, queries: list[Group], eval_rows: int, terms: int = 0
     ) -> None:
         self.flat, self.width = flat, 1 + terms
-        self.losses: Function = _Lines(losses) if terms else losses
-        self.count = size_of(rows) * self.width
+        self.losses: Function = _Lines(losses, terms) if terms else losses
+        self.count = len(rows) * self.width
         self._rows = rows
-        self._parts = micro_batches(rows, eval_rows)
+        self._parts = rows.split(eval_rows)
         self._queries = queries
         self.infos = tuple(info for group in queries for info in group.infos)
         self._row_gradients: Tensor | None = None
@@ -153,11 +197,16 @@ class Readout:
 class _Lines:
     """A row's loss followed by what its terms add to it, as one flat tensor [b (1 + T)]."""
 
-    def __init__(self, losses: RowLosses) -> None:
-        self._losses = losses
+    def __init__(self, losses: RowLosses, count: int) -> None:
+        self._losses, self._count = losses, count
 
-    def __call__(self, module: nn.Module, batch: Batch) -> Tensor:
-        terms = self._losses.terms(module, batch)
+    def __call__(self, module: nn.Module, rows: Rows) -> Tensor:
+        terms = self._losses.terms(module, rows)
+        if terms.shape[1] != self._count:
+            raise InfluenceError(
+                f"BIF: per_token=True needs as many terms in every batch, but there are {terms.shape[1]} and "
+                f"{self._count}; pad all rows to one length."
+            )
         return torch.cat([terms.sum(1, keepdim=True), terms], 1).flatten()
 
 
@@ -188,8 +237,3 @@ def chosen_rows(rows: Any, count: int, most: int, owner: str) -> tuple[Tensor, s
     if not len(index) or len(outside):
         raise QueryError(f"{owner}: rows={index[:5].tolist()} must be dataset indices, 0 to {count - 1}.")
     return index, None
-
-
-def taken(data: Batch, rows: Tensor) -> Batch:
-    """The given rows of a batch."""
-    return cut(data, rows, size_of(data))

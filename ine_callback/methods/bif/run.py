@@ -13,13 +13,14 @@ from rich.progress import Progress
 from torch import nn
 from torchmetrics import Metric
 
-from ine_callback.data.batches import cut, size_of
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.dense import Dense
 from ine_callback.methods.bif.flat import Flat
 from ine_callback.methods.bif.posterior import LocalPosterior, initial_state
-from ine_callback.methods.bif.readout import Readout, chosen_rows, groups, taken
-from ine_callback.methods.bif.rowloss import RowLoss, RowLosses, note_on, row_losses
+from ine_callback.methods.bif.readout import Reader, Readout, chosen_rows
+from ine_callback.methods.bif.rowloss import RowLoss, row_losses
+from ine_callback.methods.bif.rows import SAMPLE, RowLosses, Rows
 from ine_callback.methods.bif.screens import Facts
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.bif.sgld import SGLD, Curved, State
@@ -42,6 +43,7 @@ def bif_scores(
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     owner: str = "bif_scores",
     at: Stage = "end",
+    count: int | None = None,
 ) -> Attribution:
     """Bayesian influence of training rows on queries, from chains around the module's present weights.
 
@@ -61,6 +63,7 @@ def bif_scores(
         context: Surrounds every evaluation, e.g. with autocast.
         owner: Class named in messages.
         at: Finished epochs, where training is not at its end.
+        count: Rows of ``train``, where its first tensor does not tell (graphs, whose nodes are concatenated).
 
     Returns:
         The scores, with further columns (``ine_callback/methods/bif/scores.py``); score > 0: training on the row lowers
@@ -78,7 +81,7 @@ def bif_scores(
         >>> scores.scores.shape
         (40, 1)
     """
-    return chains(module, train, queries, bif or BIF(), loss_fn, progress, context, owner, at)[0]
+    return chains(module, train, queries, bif or BIF(), loss_fn, progress, context, owner, at, count)[0]
 
 
 def chains(
@@ -91,21 +94,22 @@ def chains(
     context: Callable[[], contextlib.AbstractContextManager[Any]],
     owner: str,
     at: Stage,
+    count: int | None,
 ) -> tuple[Attribution, bool]:
     """See :func:`bif_scores`; and whether Ctrl-C ended the chains early."""
-    with prepared(module, train, loss_fn, context, owner) as (flat, train, sample, losses):
-        terms, most = term_limit(losses, module, sample, owner) if bif.per_token else (0, MAX_ROWS)
-        index, note = chosen_rows(bif.rows, size_of(train), most, owner)
-        asked = _on(flat, groups(queries, losses, owner))
-        readout = Readout(flat, losses, taken(train, index), asked, bif.eval_rows, terms)
+    with prepared(module, train, bif, loss_fn, context, owner, count) as (flat, rows, losses):
+        terms, most = term_limit(losses, module, rows, owner) if bif.per_token else (0, MAX_ROWS)
+        index, note = chosen_rows(bif.rows, len(rows), most, owner)
+        asked = Reader(flat, losses, owner).groups(queries)
+        readout = Readout(flat, losses, rows.take(index), asked, bif.eval_rows, terms)
         processes = Processes(flat.weights.device)
-        posterior = LocalPosterior(flat, losses, train, share(bif, processes, owner))
+        posterior = LocalPosterior(flat, losses, rows, share(bif, processes, owner))
         sampler = posterior.sampler()
         sampler = replace(sampler, step_size=processes.first(sampler.step_size))
         if processes.rank:
             sampler.generator.manual_seed(bif.seed + 2**32 * processes.rank)
         tally = Tally(readout, sampler, posterior.settings)
-        notes = [each for each in (note, note_on(losses)) if each]
+        notes = [each for each in (note, losses.note, weights_note(rows)) if each]
         state, interrupted = _run(posterior, sampler, tally, progress, notes, processes)
         if tally.draws < 4:
             raise InfluenceError(f"{owner}: only {tally.draws} draws before the chains ended; {'; '.join(notes)}.")
@@ -128,27 +132,31 @@ def chains(
 def prepared(
     module: nn.Module,
     train: Any,
+    bif: BIF,
     loss_fn: RowLoss | None,
     context: Callable[[], contextlib.AbstractContextManager[Any]],
     owner: str,
-) -> Iterator[tuple[Flat, Any, Any, RowLosses]]:
-    """The isolated module as a function of its weights, the training rows on its device, some of them, row losses."""
+    count: int | None = None,
+) -> Iterator[tuple[Flat, Rows, RowLosses]]:
+    """The isolated module as a function of its weights, the training rows on its device, how to get their losses."""
     with isolated(module), context():
         _mute_metrics(module)
         flat = Flat(module)
         train = move_data_to_device(train, flat.weights.device)
-        sample = cut(train, torch.arange(min(64, size_of(train))), size_of(train))
-        yield flat, train, sample, row_losses(module, sample, loss_fn, owner)
+        with Dense():
+            losses = row_losses(module, train, loss_fn, owner, count=count)
+            rows = losses.rows(module, train, bif.eval_rows, count)
+        yield flat, rows, losses
 
 
-def term_limit(losses: RowLosses, module: nn.Module, sample: Any, owner: str) -> tuple[int, int]:
+def term_limit(losses: RowLosses, module: nn.Module, rows: Rows, owner: str) -> tuple[int, int]:
     """Terms T of a row of an isolated module, and how many rows are scored where nothing is said.
 
     Raises:
         InfluenceError: If rows have one term only.
     """
     with torch.no_grad():
-        terms = losses.terms(module, sample).shape[1]
+        terms = losses.terms(module, rows.take(torch.arange(min(SAMPLE, len(rows))))).shape[1]
     if terms == 1:
         raise InfluenceError(f"{owner}: per_token=True has nothing to split: every row's loss is one term.")
     return terms, max(1, min(MAX_ROWS, MAX_TOKENS // terms))
@@ -161,12 +169,18 @@ def _mute_metrics(module: nn.Module) -> None:
             metric.__dict__["forward"] = metric.__dict__["update"] = lambda *_, **__: torch.zeros(())
 
 
-def _on(flat: Flat, queries: list[Any]) -> list[Any]:
-    """Queries with their batches on the module's device."""
-    return [
-        type(q)(q.infos, q.function, tuple((w, move_data_to_device(b, flat.weights.device)) for w, b in q.batches))
-        for q in queries
-    ]
+def weights_note(rows: Rows) -> str | None:
+    """What the report should say where rows count unequally in the training's loss."""
+    low, high = float(rows.weights.min()), float(rows.weights.max())
+    if high - low <= 1e-3 * high:
+        return None
+    empty = int((rows.weights == 0).sum())
+    mean = float(rows.weights.mean())
+    return (
+        f"the training's loss counts rows unequally, {low / mean:.3g} to {high / mean:.3g} times the mean (tokens, "
+        "class weights or a mask), and so do the chains; a score is about the row's mean loss"
+        + (f"; {empty:,} rows have no term that counts: their scores are 0" if empty else "")
+    )
 
 
 def _run(

@@ -1,6 +1,6 @@
 """BIF, the Bayesian influence function (arXiv 2509.26544): its settings. The chains run in ``bif/run.py``.
 
-    posterior   p(w) ∝ exp(−n_beta L(w) − (γ/2) ‖w − w*‖²) around the trained weights w*
+    posterior   p(w) ∝ exp(−n_beta L(w) − (γ/2) ‖w − w*‖²) around the trained weights w*, L the training's own loss
     score       + Cov_p(ℓ_i(w), φ(w))         > 0: training on row i lowers the query φ (helpful)
 
 The paper's BIF is −Cov; the sign is turned so that it means the same as f-INE's. To first order the score is the damped

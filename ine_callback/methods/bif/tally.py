@@ -237,7 +237,7 @@ class Tally:
     def _p(self, scores: Tensor, se: Tensor) -> Floats:
         """Fisher's z over the chains; for the reduced estimator, no correlation, Student's t over the blocks."""
         if self.twins:
-            t = _array(scores / se)
+            t = _array(torch.where((scores == 0) & (se == 0), 0.0, scores / se))  # a row whose loss never moves
             return np.asarray(2 * special.stdtr(max(1, self._scatter.count - 1), -np.abs(t)), dtype=np.float64)
         scale = self._rows.variance().sqrt()[:, :, None] * self._queries.variance().sqrt()[:, None, :]
         correlation = _array(self._plain.covariance() / scale.clamp_min(torch.finfo(scale.dtype).tiny))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.flat import Flat
 
 
@@ -46,6 +47,25 @@ def test_gradients_and_jacobian_are_autograds() -> None:
     directions = torch.randn(3, len(flat.weights), dtype=torch.float64)
     assert torch.allclose(flat.products(directions, loss, batch), directions @ explicit.T)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_parameters_without_a_dimension() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.scale = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.scale.exp()
+
+    model = Scaled()
+    flat = Flat(model)
+    grads = torch.autograd.grad(loss(model, BATCH).mean(), list(model.parameters()))
+    explicit = torch.cat([g.flatten() for g in grads])
+    assert torch.allclose(flat.gradients(flat.weights[None], loss, BATCH)[0], explicit, atol=1e-6)
+    assert torch.allclose(flat.jacobian(flat.weights, loss, BATCH).mean(0), explicit, atol=1e-6)
+    with pytest.raises(InfluenceError, match="no parameter of Linear requires a gradient"):
+        Flat(nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_values_at_other_weights_are_those_of_a_module_with_them() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport, Query
+from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport, Query
 from ine_callback.errors import InfluenceError
 from ine_callback.report import ReportError
 
@@ -114,6 +114,15 @@ def test_what_cannot_run_leaves_the_rest_of_the_report() -> None:
         InfluenceCallback(methods=[FINE(), BIF(), BIF()])
     with pytest.raises(InfluenceError, match="BIF has no query"):
         fit([FINE(), BIF(**FEW)], queries="self", **QUIET)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("val_extra", [0.0, 0.1])
+def test_the_validation_query_is_validation_steps_own_loss(val_extra: float) -> None:
+    """Not training_step's, though that can be read row by row where validation_step adds something."""
+    own = CallableQuery(lambda module, batch: module.validation_step(batch, 0), "val")
+    queries = {"val": "val", "own": own}
+    _, report, _ = fit([FINE(), BIF(**FEW)], Model(0.0, val_extra), queries, **QUIET)  # type: ignore[arg-type]
+    assert np.allclose(report.bif.scores[:, 0], report.bif.scores[:, 1], atol=1e-6)
 
 
 class Stop(L.Callback):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ine_callback.report.bif_view import ends, legend
 from torch import Tensor, nn
 
 from ine_callback import BIF, BIFScores, CallableQuery, EachRow, InfluenceReport, bif_scores, calibrate
@@ -18,7 +19,6 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.rowloss import row_losses
 from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import example_report
-from ine_callback.report.bif_view import ends, legend
 from ine_callback.utilities.isolation import isolated
 from tests.methods.bif.test_run import Point
 
@@ -70,7 +70,7 @@ def test_terms_are_derived_from_the_modules_own_step(pad: int) -> None:
     model, (ids, targets) = Characters(pad), characters()
     with isolated(model):
         losses = row_losses(model, (ids, targets))
-        terms = losses.terms(model, (ids, targets))
+        terms = losses.terms(model, losses.rows(model, (ids, targets)))
     explicit = F.cross_entropy(model.out(model.embed(ids)).mT, targets, reduction="none")
     explicit[:, TERMS - pad :] = 0.0
     assert torch.allclose(terms, explicit / (TERMS - pad), atol=1e-6)
@@ -82,17 +82,6 @@ def test_terms_are_derived_from_the_modules_own_step(pad: int) -> None:
     whole = bif_scores(model, (ids, targets), query, BIF(draws=24), progress=False)
     assert np.allclose(whole.scores, found.scores, atol=1e-5) and whole.terms is None
     assert np.allclose(whole.loss, found.loss, rtol=1e-5)
-
-
-def test_unequal_numbers_of_ignored_targets_are_refused() -> None:
-    class Ragged(Characters):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            ids, targets = batch
-            targets = targets.masked_fill(ids == 0, -100)
-            return F.cross_entropy(self.out(self.embed(ids)).reshape(-1, VOCABULARY), targets.reshape(-1))
-
-    with isolated(model := Ragged()), pytest.raises(InfluenceError, match="loss_fn="):
-        row_losses(model, characters())
 
 
 def test_rows_of_one_term_cannot_be_split() -> None:
