@@ -19,9 +19,9 @@ from ine_callback.report import InfluenceReport, ScoreTable
 from ine_callback.report.attribution_view import section
 from ine_callback.report.export import LISTS, Format, contents
 from ine_callback.report.optional import need
-from ine_callback.report.runinfo import jsonable
 from ine_callback.report.table import as_text
 from ine_callback.report.words import plain
+from ine_callback.utilities.jsonable import jsonable
 
 FOUND, NOT_FOUND, FAULT, PIPE_CLOSED = 0, 1, 2, 141  # the last as the shell says it: 128 + SIGPIPE
 FLAG_AT, LISTED = 0.05, 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +25,6 @@ def by_method(found: Sequence[Attribution]) -> dict[str, list[Attribution]]:
     for each in found:
         methods.setdefault(each.method, []).append(each)
     return methods
-
-
-def attribute_name(method: str) -> str:
-    """What a method's attribution is called as an attribute of a report.
-
-    Example:
-        >>> attribute_name("BIF"), attribute_name("gradient norm")
-        ('bif', 'gradient_norm')
-    """
-    return re.sub(r"\W+", "_", method.lower()).strip("_")
 
 
 def section(stages: Sequence[Attribution], scores: Scores) -> list[Any]:

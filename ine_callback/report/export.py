@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,13 +16,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ine_callback.report import selection
-from ine_callback.report.attribution_view import attribute_name, by_method
+from ine_callback.report.attribution_view import by_method
 from ine_callback.report.files import replace_file
 from ine_callback.report.optional import need
-from ine_callback.report.runinfo import jsonable
 from ine_callback.report.store import doubles, query_column
 from ine_callback.report.table import RowScore
 from ine_callback.report.words import plain
+from ine_callback.scores import attribute_name
+from ine_callback.utilities.jsonable import jsonable
 
 if TYPE_CHECKING:
     from ine_callback.report.report import InfluenceReport
@@ -40,11 +42,16 @@ def to_arrow(report: InfluenceReport) -> pa.Table:
 
 
 def _of_methods(report: InfluenceReport) -> dict[str, NDArray[np.float64]]:
-    """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score."""
-    found = {}
+    """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score.
+
+    A method whose name is a column already gets a number behind it.
+    """
+    found: dict[str, NDArray[np.float64]] = {}
     for stages in by_method(report.attributions).values():
         last = stages[-1]
-        name, known = attribute_name(last.method), [query.name for query in last.queries]
+        known = [query.name for query in last.queries]
+        names = (attribute_name(last.method) + end for end in ("", *(f"_{k}" for k in count(2))))
+        name = next(each for each in names if not {each, f"{each}_se", f"{each}_q"} & {*RowScore._fields, *found})
         for suffix, values in (("", last.ranking), ("_se", last.ranking_se), ("_q", last.q)):
             if values is None:
                 continue

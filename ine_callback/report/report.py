@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from ine_callback.report import (
     view,
 )
 from ine_callback.report.attribution_combine import combine_attributions
-from ine_callback.report.attribution_view import attribute_name
 from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
@@ -35,9 +35,9 @@ from ine_callback.report.reading import named
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.samples import Render
 from ine_callback.report.table import ScoreTable, as_text
-from ine_callback.report.validate import checked
+from ine_callback.report.validate import checked, checked_attributions
 from ine_callback.report.weights import weights
-from ine_callback.scores import Attribution, QueryInfo, Scores
+from ine_callback.scores import Attribution, QueryInfo, Scores, attribute_name
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -58,7 +58,11 @@ class InfluenceReport:
         run: Provenance.
         attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
 
-    A method's last attribution is also an attribute, by its name in lower case with underscores: ``report.bif``.
+    A method's last attribution is also an attribute, by its name in lower case with underscores: ``report.bif``. Where
+    the report has an attribute of that name already, ask :meth:`stages`.
+
+    Raises:
+        ValueError: If scores have wrong shapes, or two attributions one method and one stage.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -75,16 +79,15 @@ class InfluenceReport:
     def __init__(self, scores: Scores, run: RunInfo | None = None, attributions: Sequence[Attribution] = ()) -> None:
         self.scores = checked(scores)
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
-        self.attributions = tuple(attributions)
+        self.attributions = checked_attributions(attributions)
 
     def __getattr__(self, name: str) -> Attribution:
         # only called for what is no attribute; while being unpickled a report has none yet
-        known: dict[str, Attribution] = {
-            attribute_name(each.method): each for each in vars(self).get("attributions", ())
-        }
+        found: tuple[Attribution, ...] = vars(self).get("attributions", ())
+        known = {attribute_name(each.method): each for each in found}
         if name not in known:
-            there = f"; of other methods there are {', '.join(known)}" if known else ", and no other method ran"
-            raise AttributeError(f"InfluenceReport has no attribute {name!r}{there}")
+            there = f"scores of: {', '.join(known)}" if known else "no scores by methods on the trained model"
+            raise AttributeError(f"InfluenceReport: no attribute {name!r}; the report has {there}")
         return known[name]
 
     def stages(self, method: str) -> tuple[Attribution, ...]:
@@ -130,7 +133,8 @@ class InfluenceReport:
         """
         scores = combine_scores([report.scores for report in reports])
         run = combine_runs([report.run for report in reports], [report.scores for report in reports])
-        return cls(scores, run, combine_attributions([report.attributions for report in reports]))
+        found, notes = combine_attributions([report.attributions for report in reports])
+        return cls(scores, replace(run, notes=[*run.notes, *notes]), found)
 
     # ---- what there is ----
 
@@ -398,8 +402,8 @@ class InfluenceReport:
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
-        With :attr:`attributions` also ``attributions.parquet`` and ``attributions.json``, and where asked for
-        ``attribution_layers.parquet`` and ``attribution_tokens.parquet``.
+        With :attr:`attributions` also ``attributions.json`` and ``attributions.parquet``, and where they have such
+        parts ``attribution_layers.parquet``, ``attribution_tokens.parquet`` and ``attribution_arrays.parquet``.
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.
         """

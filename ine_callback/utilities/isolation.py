@@ -20,6 +20,7 @@ from torchmetrics import Metric, MetricCollection
 
 _METRICS = (Metric, MetricCollection)
 _INTERNAL = frozenset(nn.Module().__dict__)
+_HOOKS = frozenset(name for name in _INTERNAL if "hooks" in name)
 _DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
 
 _MANY = 100  # parts of a container in which generators are looked for
@@ -60,6 +61,34 @@ def isolated(module: nn.Module) -> Iterator[None]:
             for restore in restores:
                 restore()
         _set_rng_states(states)
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """:func:`isolated`, for code that is not ours: gradients, grad flags and hooks are afterwards as before, too.
+
+    Args:
+        module: The model; its parameters have no gradients meanwhile.
+    """
+    parameters = [(p, p.grad, p.requires_grad) for p in module.parameters()]
+    hooks = [
+        (kept, dict(kept))
+        for m in module.modules()
+        for name, kept in vars(m).items()
+        if name in _HOOKS and kept is not None
+    ]
+    try:
+        with isolated(module):
+            for p, _, _ in parameters:
+                p.grad = None
+            yield
+    finally:
+        for p, grad, requires_grad in parameters:
+            p.requires_grad_(requires_grad)
+            p.grad = grad
+        for kept, before in hooks:
+            kept.clear()
+            kept.update(before)
 
 
 @contextlib.contextmanager

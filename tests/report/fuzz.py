@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -30,7 +30,7 @@ import numpy as np
 
 from ine_callback.errors import InfluenceError
 from ine_callback.report import InfluenceReport
-from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_plain
+from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_former, save_plain
 
 SECONDS, MEMORY = 120.0, 3 * 2**30
 CLEAN = ("error", "loaded")
@@ -150,9 +150,26 @@ def survive(report: InfluenceReport, again: Path, draw: bool) -> None:
 
 def numbers(report: InfluenceReport) -> list[Any]:
     """All that a report holds beside its run's facts."""
-    terms = [each.terms for each in report.bif_stages if each.terms is not None]
-    parts = [value for each in (report.scores, *report.bif_stages, *terms) for value in vars(each).values()]
-    return [value.tobytes() if isinstance(value, np.ndarray) else repr(value) for value in parts]
+    return list(_flat([report.scores, *report.attributions]))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The parts of a value that have none themselves, with their names."""
+    if isinstance(value, np.ndarray):
+        yield value.shape, value.dtype, value.tobytes()
+    elif is_dataclass(value):
+        for each in fields(value):
+            yield each.name
+            yield from _flat(getattr(value, each.name))
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from _flat(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield repr(value)
 
 
 def child(pipe: Connection) -> None:
@@ -213,7 +230,7 @@ def run(numbers: range, seed: int = 0, kinds: list[str] | None = None, keep: Pat
     try:
         with tempfile.TemporaryDirectory() as place:
             root = Path(place).resolve()
-            whole = [save_plain(root / "plain"), save_chains(root / "chains")]
+            whole = [save(root / save.__name__) for save in (save_plain, save_chains, save_former)]
             for number in numbers:
                 random = Random(f"{seed} {number}")
                 kind = random.choice(kinds) if kinds else kind_of(random)
