@@ -326,12 +326,6 @@ def _column(table: pa.Table, name: str, shape: tuple[int, int]) -> Floats:
     return np.ascontiguousarray(found.T)
 
 
-def array(values: list[Any], *shape: int) -> Floats:
-    """A JSON list of numbers, nested or not, as an array."""
-    found = np.array([number(value) for value in np.ravel(np.array(values, dtype=object))], dtype=np.float64)
-    return found.reshape(shape)
-
-
 def number(value: Any) -> float:
     """JSON has neither NaN (null) nor infinity (text)."""
     return float("nan") if value is None else float(value)

@@ -50,7 +50,7 @@ def _of_methods(report: InfluenceReport) -> dict[str, NDArray[np.float64]]:
     for stages in by_method(report.attributions).values():
         last = stages[-1]
         known = [query.name for query in last.queries]
-        names = (attribute_name(last.method) + end for end in ("", *(f"_{k}" for k in count(2))))
+        names = (attribute_name(last.method) + (f"_{k}" if k > 1 else "") for k in count(1))
         name = next(each for each in names if not {each, f"{each}_se", f"{each}_q"} & {*RowScore._fields, *found})
         for suffix, values in (("", last.ranking), ("_se", last.ranking_se), ("_q", last.q)):
             if values is None:

@@ -20,16 +20,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
-
 from ine_callback.errors import InfluenceError
 from ine_callback.report import InfluenceReport
+from tests.attributions import parts
 from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_former, save_plain
 
 SECONDS, MEMORY = 120.0, 3 * 2**30
@@ -150,26 +149,7 @@ def survive(report: InfluenceReport, again: Path, draw: bool) -> None:
 
 def numbers(report: InfluenceReport) -> list[Any]:
     """All that a report holds beside its run's facts."""
-    return list(_flat([report.scores, *report.attributions]))
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """The parts of a value that have none themselves, with their names."""
-    if isinstance(value, np.ndarray):
-        yield value.shape, value.dtype, value.tobytes()
-    elif is_dataclass(value):
-        for each in fields(value):
-            yield each.name
-            yield from _flat(getattr(value, each.name))
-    elif isinstance(value, dict):
-        for name, each in value.items():
-            yield name
-            yield from _flat(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _flat(each)
-    else:
-        yield repr(value)
+    return list(parts([report.scores, *report.attributions]))
 
 
 def child(pipe: Connection) -> None:

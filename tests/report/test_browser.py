@@ -94,7 +94,7 @@ def first_rows(page: Any, count: int = 3) -> list[int]:
 
 
 def test_plots_are_drawn_and_follow_the_tabs(page: Any) -> None:
-    for name in ("volcano", "null", "chains", "course", "tradeoff"):
+    for name in ("volcano", "null", "methods", "course", "tradeoff"):
         image = Image.open(io.BytesIO(page.locator(f"#plot-{name}").screenshot())).convert("HSV")
         colored = (np.asarray(image)[..., 1] > 100).sum()  # points and lines; axes and the null are grey
         assert colored > 100, name
