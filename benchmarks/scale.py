@@ -53,7 +53,7 @@ def fold(fine: FINE, rows: int, count: int, steps: int, batch: int = BATCH) -> l
         picked = torch.randint(rows, (batch,), generator=g)
         signals = torch.randn(batch, count, 1 + CONTRASTS, generator=g)
         before = time.perf_counter()
-        fine.fold(picked, signals[..., 0], 0.1, torch.ones(batch, count), signals[..., 1:])
+        fine.update(picked, signals[..., 0], 0.1, torch.ones(batch, count), signals[..., 1:])
         seconds.append(time.perf_counter() - before)
     return seconds
 
@@ -72,10 +72,10 @@ def of_end(rows: int, count: int) -> dict[str, Any]:
     for part in torch.randperm(rows).split(50_000) if rows > BATCH else ():  # every row is met three times
         for _ in range(3):
             signals = torch.randn(len(part), count, 1 + CONTRASTS)
-            fine.fold(part, signals[..., 0], 0.1, torch.ones(len(part), count), signals[..., 1:])
+            fine.update(part, signals[..., 0], 0.1, torch.ones(len(part), count), signals[..., 1:])
     found: dict[str, Any] = {"rows": rows, "queries": count}
     clock = time.perf_counter()
-    report = InfluenceReport(fine.finish(), RunInfo(rows=rows, steps=100))
+    report = InfluenceReport(fine.compute(), RunInfo(rows=rows, steps=100))
     found["scores_s"] = time.perf_counter() - clock
     with tempfile.TemporaryDirectory() as folder:
         clock = time.perf_counter()

@@ -244,12 +244,16 @@ class Attribution:
         return names.index(query)
 
     def top(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
-        """Dataset indices of the ``k`` most helpful rows, best first."""
-        return self.rows[np.argsort(-self.ranking[:, self.column(query)], kind="stable")][:k]
+        """Dataset indices of the ``k`` most helpful rows, best first; rows without a score are left out."""
+        return self._first(-self.ranking[:, self.column(query)], k)
 
     def bottom(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
-        """Dataset indices of the ``k`` most harmful rows, worst first."""
-        return self.rows[np.argsort(self.ranking[:, self.column(query)], kind="stable")][:k]
+        """Dataset indices of the ``k`` most harmful rows, worst first; rows without a score are left out."""
+        return self._first(self.ranking[:, self.column(query)], k)
+
+    def _first(self, values: Floats, k: int) -> NDArray[np.int64]:
+        order = np.argsort(values, kind="stable")
+        return self.rows[order[~np.isnan(values[order])]][:k]
 
 
 def attribute_name(method: str) -> str:

@@ -51,7 +51,7 @@ def agreements(one: Sequence[Attribution], other: Sequence[Attribution]) -> tupl
     Example:
         >>> from ine_callback.scores import example_attribution
         >>> found = agreements([example_attribution()], [example_attribution()])
-        >>> found[0].rank_correlation, found[0].scored
+        >>> round(found[0].rank_correlation, 6), found[0].scored
         (1.0, 5)
     """
     theirs = {(each.method, each.at): each for each in other}

@@ -93,9 +93,9 @@ class Told(FINE):
         super().__init__()
         self.told: list[list[int]] = []
 
-    def fold(self, rows: Tensor, *args: Any, **kwargs: Any) -> None:
+    def update(self, rows: Tensor, *args: Any, **kwargs: Any) -> None:
         self.told.append(rows.tolist())
-        super().fold(rows, *args, **kwargs)
+        super().update(rows, *args, **kwargs)
 
 
 class Tiny(L.LightningModule):

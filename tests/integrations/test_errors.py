@@ -298,7 +298,7 @@ HOOKS = [
     (Signals, "receive"),
     (Signals, "refresh"),
     (Signals, "settle"),
-    (FINE, "fold"),
+    (FINE, "update"),
 ]
 
 
@@ -316,7 +316,7 @@ def test_an_accident_in_any_hook_never_ends_training(owner: type, name: str, aft
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "told"), [(FINE, "finish", "report was lost"), (InfluenceReport, "save", "could not be saved")]
+    ("owner", "name", "told"), [(FINE, "compute", "report was lost"), (InfluenceReport, "save", "could not be saved")]
 )
 def test_an_accident_after_training_loses_the_report_only(owner: type, name: str, told: str) -> None:
     with accident(owner, name, 0):

@@ -611,7 +611,7 @@ def test_self_influence_does_not_depend_on_how_signals_shrink() -> None:
 
 
 def test_self_influence_of_a_climbing_run_is_the_negative() -> None:
-    found, climbing = own_run()[0].finish(), own_run(rate=-0.1)[0].finish()
+    found, climbing = own_run()[0].compute(), own_run(rate=-0.1)[0].compute()
     np.testing.assert_array_equal(climbing.mu, -found.mu)
     np.testing.assert_array_equal(climbing.t, -found.t)
 

@@ -209,7 +209,7 @@ def test_longer_training_plans_anew(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_failed_recording_stays_ended_and_keeps_what_it_had(tmp_path: Path) -> None:
     regime = Regime("failed", "resumed", data=ordered)
-    with accident(FINE, "fold", 8):
+    with accident(FINE, "update", 8):
         run(regime, tmp_path, 13, False, on_error="warn")
         resumed, _ = run(regime, tmp_path, None, True, on_error="warn")
     assert resumed is not None and resumed.run.steps == 8 and resumed.observations.sum() == 8 * 5

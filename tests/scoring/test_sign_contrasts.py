@@ -135,8 +135,8 @@ def scores(contrasts: Tensor | None) -> Scores:
     fine.start(2000, (QueryInfo("q", "loss", "?"),), torch.device("cpu"), True, 4)
     for step in range(2):
         signals = torch.randn(2000, 1, generator=torch.Generator().manual_seed(step))
-        fine.fold(rows, signals, 0.1, torch.full((1,), 2.0), contrasts)
-    return fine.finish()
+        fine.update(rows, signals, 0.1, torch.full((1,), 2.0), contrasts)
+    return fine.compute()
 
 
 def test_the_standard_error_is_the_contrasts_root_mean_square() -> None:
