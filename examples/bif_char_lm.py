@@ -56,9 +56,9 @@ def main() -> None:
     report, console = influence.report, Console()
     print(f"Trained {trainer.global_step} steps to a loss of {trainer.callback_metrics['loss']:.2f} a character.")
 
-    for found in report.bif_stages:
+    for found in report.stages("BIF"):
         when = "end of training" if found.at == "end" else f"epoch {found.at}"
-        state = "all screens passed" if found.reliable else "UNRELIABLE: " + "; ".join(found.reasons)
+        state = "all checks passed" if found.reliable else "UNRELIABLE: " + "; ".join(found.reasons)
         print(f"\nChains at {when}: {len(found.rows)} rows, {found.loss.shape[1]} draws of {len(found.loss)}; {state}")
     found = report.bif
     for column, title in enumerate(report.queries):
@@ -70,7 +70,7 @@ def main() -> None:
             source, piece = rows[row]
             console.print(
                 Text(f"  row {row:4d}  BIF {bif[k]:+.2g} ± {found.se[k, column]:.0g}  {source.split(' (')[0]:12s} ")
-                + coloured(piece[: LENGTH + 1], found.terms.scores[k, :, column]),
+                + coloured(piece[: LENGTH + 1], found.tokens.of(k)[:, column]),
                 soft_wrap=True,
             )
     if args.out is not None:  # again, with characters in place of their numbers

@@ -142,8 +142,8 @@ def main() -> None:
     print("How well scores tell wrong from right labels (AUROC: 1 always, 0.5 by chance):")
     print("\n".join(f"    {summary[key]:.4f}  {meaning}" for key, (meaning, _) in candidates.items()))
 
-    if report.bif is not None:
-        state_of_chains = "passed all screens" if report.bif.reliable else f"are UNRELIABLE: {report.bif.reasons}"
+    if report.stages("BIF"):
+        state_of_chains = "passed all checks" if report.bif.reliable else f"are UNRELIABLE: {report.bif.reasons}"
         bif, rows = report.bif.scores[:, report.bif.column("margin")], report.bif.rows
         agreement = spearmanr(bif, mu["margin"][rows]).statistic
         print(f"\nThe chains {state_of_chains}. On {len(rows)} rows BIF ranks harm to the margin like f-INE to")

@@ -18,7 +18,7 @@ from ine_callback._version import __version__
 from ine_callback.report import InfluenceReport, ScoreTable
 from ine_callback.report.attribution_view import section
 from ine_callback.report.export import LISTS, Format, contents
-from ine_callback.report.runinfo import jsonable
+from ine_callback.utilities.jsonable import jsonable
 from ine_callback.utilities.optional import need
 from ine_callback.utilities.terminal import as_text
 from ine_callback.utilities.words import plain
@@ -194,21 +194,23 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _show_method(report: InfluenceReport, arguments: argparse.Namespace) -> int:
-    """One fit-end method's page; with ``--query`` its best and worst rows on that query."""
+    """One fit-end method's section; ``--query`` and ``--top`` choose the query and how many rows of each end."""
+    if arguments.flagged or arguments.bottom is not None:
+        raise ValueError("show: --flagged and --bottom list f-INE's scores; leave out --method, or take --top")
     stages = report.stages(arguments.method)
     if not stages:
         there = ", ".join(dict.fromkeys(each.method for each in report.attributions)) or "none"
         raise ValueError(f"show: no method {arguments.method!r} ran on the trained model; there are: {there}")
-    last = stages[-1]
+    last, asked = stages[-1], None if arguments.query is None else [arguments.query]
+    k = LISTED if arguments.top is None else arguments.top
     if arguments.json:
-        asked = [query.name for query in last.queries] if arguments.query is None else [arguments.query]
-        k = arguments.top or LISTED
-        lists = {name: {"top": last.top(k, name).tolist(), "bottom": last.bottom(k, name).tolist()} for name in asked}
+        names = asked or [query.name for query in last.queries]
+        lists = {name: {"top": last.top(k, name).tolist(), "bottom": last.bottom(k, name).tolist()} for name in names}
         _say_json({"method": last.method, "at": last.at, "reliable": last.reliable, "queries": lists})
         return FOUND
     from rich.console import Group
 
-    _say(Group(*section(stages, report.scores)))
+    _say(Group(*section(stages, report.scores, asked, k)))
     return FOUND
 
 

@@ -6,12 +6,15 @@ on a trained model returns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ine_callback.utilities.jsonable import jsonable, unicode
 
 QueryKind = Literal["loss", "margin", "self", "custom"]
 Stage = int | Literal["end"]  # finished epochs, or the end of training
@@ -164,6 +167,10 @@ class Attribution:
         legend: How its numbers are read.
         at: Finished epochs when the method ran, or ``"end"``.
 
+    Raises:
+        ValueError: If shapes or names do not belong together. Arrays, lists and tensors on the host are copied, as
+            read-only float64.
+
     Example:
         >>> found = example_attribution()
         >>> found.top(2, "val"), found.reliable
@@ -190,6 +197,10 @@ class Attribution:
     headline: str = ""
     legend: str = ""
     at: Stage = "end"
+
+    def __post_init__(self) -> None:
+        for name, value in _checked(self).items():
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Floats:
         # only called for what is no field; while being unpickled an instance has no fields yet
@@ -233,12 +244,124 @@ class Attribution:
         return names.index(query)
 
     def top(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
-        """Dataset indices of the ``k`` most helpful rows, best first."""
-        return self.rows[np.argsort(-self.ranking[:, self.column(query)], kind="stable")][:k]
+        """Dataset indices of the ``k`` most helpful rows, best first; rows without a score are left out."""
+        return self._first(-self.ranking[:, self.column(query)], k)
 
     def bottom(self, k: int = 10, query: str | None = None) -> NDArray[np.int64]:
-        """Dataset indices of the ``k`` most harmful rows, worst first."""
-        return self.rows[np.argsort(self.ranking[:, self.column(query)], kind="stable")][:k]
+        """Dataset indices of the ``k`` most harmful rows, worst first; rows without a score are left out."""
+        return self._first(self.ranking[:, self.column(query)], k)
+
+    def _first(self, values: Floats, k: int) -> NDArray[np.int64]:
+        order = np.argsort(values, kind="stable")
+        return self.rows[order[~np.isnan(values[order])]][:k]
+
+
+def attribute_name(method: str) -> str:
+    """What a method's attribution is called as an attribute of a report, and as a column of its tables.
+
+    Example:
+        >>> attribute_name("BIF"), attribute_name("gradient norm"), attribute_name("?")
+        ('bif', 'gradient_norm', 'method')
+    """
+    return re.sub(r"\W+", "_", method.lower()).strip("_") or "method"
+
+
+_TEXTS = ("method", "ranked_by", "title", "headline", "legend")
+
+
+def _checked(found: Attribution) -> dict[str, Any]:
+    """The fields of an attribution as what they are declared to be."""
+    who = f"Attribution by {found.method!r}"
+    names = [query.name for query in found.queries]
+    if not isinstance(found.method, str) or not found.method.strip():
+        raise ValueError(f"Attribution: method={found.method!r} is no name; give the method one, such as 'my method'")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{who}: queries are {names}; give at least one query, each with a name of its own")
+    if unknown := [query.kind for query in found.queries if query.kind not in get_args(QueryKind)]:
+        raise ValueError(f"{who}: query kind {unknown[0]!r} is none of {get_args(QueryKind)}")
+    rows = _owned(found.rows, None, f"{who}: rows", np.int64)
+    if rows.ndim != 1 or not rows.size or len(np.unique(rows)) < len(rows) or rows.min() < 0:
+        raise ValueError(f"{who}: rows must list dataset indices, at least one and each once")
+    shape = (len(rows), len(names))
+    fields: dict[str, Any] = {"rows": rows, "queries": tuple(found.queries), "at": _stage(found.at, who)}
+    for name in ("scores", "se", "p", "q"):
+        value = getattr(found, name)
+        fields[name] = None if value is None and name != "scores" else _owned(value, shape, f"{who}: {name}")
+    if found.doubtful is not None:
+        fields["doubtful"] = _owned(found.doubtful, shape, f"{who}: doubtful", np.bool_)
+    fields["columns"] = {
+        unicode(str(name)): _owned(value, shape, f"{who}: columns[{name!r}]") for name, value in found.columns.items()
+    }
+    fields["arrays"] = {
+        unicode(str(name)): _owned(value, None, f"{who}: arrays[{name!r}]") for name, value in found.arrays.items()
+    }
+    fields |= {name: _text(getattr(found, name), f"{who}: {name}") for name in _TEXTS}
+    fields["notes"] = tuple(_text(note, f"{who}: a note") for note in found.notes)
+    if fields["ranked_by"] and fields["ranked_by"] not in fields["columns"]:
+        raise ValueError(f"{who}: ranked_by={found.ranked_by!r} is none of its columns {list(found.columns)}")
+    fields["layers"] = None if found.layers is None else _checked_layers(found.layers, shape, who)
+    fields["tokens"] = None if found.tokens is None else _checked_tokens(found.tokens, shape, who)
+    fields["checks"] = tuple(_checked_check(check, f"{who}: a check") for check in found.checks)
+    fields["settings"] = {unicode(str(name)): _setting(value) for name, value in found.settings.items()}
+    return fields
+
+
+def _checked_layers(layers: LayerScores, shape: tuple[int, int], who: str) -> LayerScores:
+    names = tuple(unicode(str(name)) for name in layers.names)
+    if not names:
+        raise ValueError(f"{who}: layers names no layer; leave layers out")
+    scores = _owned(layers.scores, (shape[0], len(names), shape[1]), f"{who}: layers.scores")
+    return LayerScores(names, scores)
+
+
+def _checked_tokens(tokens: TokenScores, shape: tuple[int, int], who: str) -> TokenScores:
+    offsets = _owned(tokens.offsets, (shape[0] + 1,), f"{who}: tokens.offsets", np.int64)
+    terms = int(offsets[-1])
+    if offsets[0] or (np.diff(offsets) < 0).any() or not terms:
+        raise ValueError(f"{who}: tokens.offsets must rise from 0 to the number of all rows' terms")
+    given = {name: getattr(tokens, name) for name in ("scores", "se", "q")}
+    arrays: dict[str, Any] = {
+        name: None if value is None and name != "scores" else _owned(value, (terms, shape[1]), f"{who}: tokens.{name}")
+        for name, value in given.items()
+    }
+    return TokenScores(offsets, **arrays)
+
+
+def _owned(value: Any, shape: tuple[int, ...] | None, what: str, kind: Any = np.float64) -> NDArray[Any]:
+    """A read-only array that nobody else holds: a method may use its own again at the next stage."""
+    array = np.asarray(value)
+    if not np.can_cast(array.dtype, kind, "same_kind"):
+        raise ValueError(f"{what} has type {array.dtype}, expected {np.dtype(kind)}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{what} has shape {array.shape}, expected {shape}")
+    if array.dtype != kind or array.flags.writeable or not array.flags.owndata:
+        array = np.array(array, dtype=kind)
+        array.flags.writeable = False
+    return array
+
+
+def _checked_check(check: Check, what: str) -> Check:
+    texts = {name: _text(getattr(check, name), f"{what}'s {name}") for name in ("name", "limit", "remedy")}
+    return replace(check, value=float(check.value), passed=bool(check.passed), **texts)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {value!r}, expected text")
+    return unicode(value)
+
+
+def _stage(at: Any, who: str) -> Stage:
+    if at != "end" and (isinstance(at, bool) or not isinstance(at, int | np.integer) or at < 0):
+        raise ValueError(f"{who}: at={at!r} is neither a number of epochs nor 'end'")
+    return at if at == "end" else int(at)
+
+
+def _setting(value: Any) -> Any:
+    try:
+        return jsonable(value, "")
+    except ValueError:
+        return unicode(repr(value))
 
 
 def example_attribution() -> Attribution:

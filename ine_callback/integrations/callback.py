@@ -309,7 +309,7 @@ class InfluenceCallback(Callback):
         try:
             if saved:
                 recorder.load_state_dict(saved["recorder"])
-                self._fit_end.load_state_dict(saved["fit_end"] if "fit_end" in saved else former(saved["stages"]))
+                self._go_on_fit_end(saved, recorder)
                 recorder.note(f"resumed at step {step} from a checkpoint")
                 if restarts_in_an_epoch(trainer):
                     recorder.note(
@@ -323,6 +323,15 @@ class InfluenceCallback(Callback):
             why = f"{type(error).__name__}: {error}"
         note = f"recording began at step {step} of a resumed run; earlier steps are missing ({why})"
         (recorder.warn if trainer.ckpt_path else recorder.note)(note)
+
+    def _go_on_fit_end(self, saved: dict[str, Any], recorder: Recorder) -> None:
+        """Takes up what methods found before the checkpoint; the recording is not lost to it."""
+        try:
+            self._fit_end.load_state_dict(saved["fit_end"] if "fit_end" in saved else former(saved["stages"]))
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            recorder.warn(f"the checkpoint's scores of earlier stages are lost: {type(error).__name__}: {error}")
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ine_callback.methods.fit_end import packed
+from ine_callback.methods.packing import packed
 from ine_callback.report import legacy
 
 

@@ -1,10 +1,14 @@
 """Methods: what turns signals, or a trained model, into scores."""
 
-from ine_callback.methods.base import Method, split_methods, training_methods
-from ine_callback.methods.bif.settings import BIF
-from ine_callback.methods.context import FitContext, RowGradients
-from ine_callback.methods.fine import FINE
-from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods, PerSamplePass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ine_callback.methods.base import Method, split_methods, training_methods
+    from ine_callback.methods.bif.settings import BIF
+    from ine_callback.methods.context import FitContext, RowGradients
+    from ine_callback.methods.fine import FINE
+    from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods, PerSamplePass
 
 __all__ = [
     "BIF",
@@ -18,3 +22,20 @@ __all__ = [
     "split_methods",
     "training_methods",
 ]
+
+# Imported at first use: a saved report of chains is read without torch.
+_MODULES = {
+    "base": ["Method", "split_methods", "training_methods"],
+    "bif.settings": ["BIF"],
+    "context": ["FitContext", "RowGradients"],
+    "fine": ["FINE"],
+    "fit_end": ["FitEndMethod", "FitEndMethods", "PerSamplePass"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value

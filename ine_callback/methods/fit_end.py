@@ -19,18 +19,19 @@ method of your own:
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ine_callback.errors import InfluenceError
-from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo, Stage, TokenScores
+from ine_callback.methods.packing import packed, unpacked
+from ine_callback.scores import Attribution, QueryInfo, Stage, attribute_name
+from ine_callback.utilities.isolation import isolated
 
 if TYPE_CHECKING:
     from ine_callback.methods.context import FitContext, RowGradients
@@ -52,11 +53,13 @@ class PerSamplePass:
     """
 
     labels: Labels = "true"
-    rows: tuple[int, ...] | None = None
+    rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.labels not in get_args(Labels):
             raise InfluenceError(f"PerSamplePass: labels={self.labels!r} is none of {', '.join(get_args(Labels))}.")
+        if self.rows is not None:
+            object.__setattr__(self, "rows", tuple(int(row) for row in self.rows))
 
 
 Steps = Generator[tuple[PerSamplePass, Take], None, Attribution]
@@ -104,6 +107,16 @@ class FitEndMethod(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings as plain types, for the report."""
         return {}
+
+
+@dataclass(eq=False)
+class _Running:
+    """A method at work: what it does next, and whether it has returned or failed."""
+
+    method: FitEndMethod
+    steps: Steps | None = None
+    take: Take = lambda rows, gradients: None
+    over: bool = False
 
 
 class FitEndMethods:
@@ -158,81 +171,91 @@ class FitEndMethods:
             KeyboardInterrupt: Again, where Ctrl-C ended a method in the middle of training: it is meant for both.
         """
         self._reached.add(context.at)
-        waiting: dict[FitEndMethod, Steps] = {}
-        for method in self.due(context.at):
-            steps = self._guarded(method, lambda method=method: method.run(context), context.at)  # type: ignore[misc]
-            if isinstance(steps, Generator):
-                waiting[method] = steps
-            elif steps is not None:
-                self._keep(method, steps, context.at)
-        while waiting:
-            waiting = self._round(waiting, context)
+        running = [_Running(method) for method in self.due(context.at)]
+        with self._guarded(running, context), isolated(context.module):
+            for one in running:
+                with self._guarded([one], context):
+                    self._begin(one, context)
+            while going := [one for one in running if one.steps is not None]:
+                self._round(going, context)
 
-    def _round(self, waiting: Mapping[FitEndMethod, Steps], context: FitContext) -> dict[FitEndMethod, Steps]:
-        """Lets every method go on to its next pass, makes each different pass once; returns those that go on."""
-        asked: dict[PerSamplePass, dict[FitEndMethod, Take]] = {}
-        for method, steps in waiting.items():
-            request = self._guarded(method, lambda steps=steps: self._next(steps), context.at)  # type: ignore[misc]
-            if isinstance(request, tuple):
-                asked.setdefault(request[0], {})[method] = request[1]
-            elif request is not None:
-                self._keep(method, request, context.at)
-        going: dict[FitEndMethod, Steps] = {}
+    def _begin(self, one: _Running, context: FitContext) -> None:
+        found = one.method.run(context)
+        if isinstance(found, Generator):
+            one.steps = found
+        else:
+            self._keep(one, found, context)
+
+    def _round(self, going: Sequence[_Running], context: FitContext) -> None:
+        """Lets every method go on to its next pass, and makes each different pass once."""
+        asked: dict[PerSamplePass, list[_Running]] = {}
+        for one in going:
+            with self._guarded([one], context):
+                if what := self._next(one, context):
+                    asked.setdefault(what, []).append(one)
         for what, takers in asked.items():
-            going |= {method: waiting[method] for method in self._pass(what, takers, context)}
-        return going
+            with self._guarded(takers, context):
+                for rows, gradients in context.per_sample(what):
+                    for one in [each for each in takers if each.steps is not None]:
+                        with self._guarded([one], context):
+                            one.take(rows, gradients)
+                    if all(one.steps is None for one in takers):
+                        break
 
-    @staticmethod
-    def _next(steps: Steps) -> tuple[PerSamplePass, Take] | Attribution:
+    def _next(self, one: _Running, context: FitContext) -> PerSamplePass | None:
+        """The pass that a method asks for next; None where it is done."""
+        assert one.steps is not None
         try:
-            return next(steps)
+            asked: Any = next(one.steps)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            self._keep(one, end.value, context)
+            return None
+        what, take = asked if isinstance(asked, tuple) and len(asked) == 2 else (asked, None)
+        if not isinstance(what, PerSamplePass) or not callable(take):
+            raise InfluenceError(
+                f"run() yielded {asked!r}; yield a PerSamplePass and a function take(rows, gradients)."
+            )
+        one.take = take
+        return what
 
-    def _pass(self, what: PerSamplePass, takers: dict[FitEndMethod, Take], context: FitContext) -> list[FitEndMethod]:
-        """Makes one pass for all who asked for it; returns those whose function took every batch."""
-        left = dict(takers)
+    def _keep(self, one: _Running, found: Any, context: FitContext) -> None:
+        """Takes what a method returned, in place of what it found when training was at this stage before."""
+        if not isinstance(found, Attribution):
+            raise InfluenceError(f"run() returned {type(found).__name__}; return an Attribution.")
+        if context.source.is_indexed and found.rows.max() >= context.rows:
+            raise InfluenceError(f"run() scored row {found.rows.max()}; there are rows 0 to {context.rows - 1}.")
+        settings = dict(found.settings) or one.method.settings()
+        found = replace(found, method=one.method.name, at=context.at, settings=settings)
+        self.found = [each for each in self.found if (each.method, each.at) != (found.method, found.at)] + [found]
+        one.steps, one.over = None, True
 
-        def all_of_them() -> bool:
-            for rows, gradients in context.per_sample(what):
-                for method, take in list(left.items()):
-                    if not self._guarded(method, lambda take=take: take(rows, gradients) or True, context.at):  # type: ignore[misc]  # noqa: B023
-                        del left[method]
-                if not left:
-                    break
-            return True
-
-        first = next(iter(takers))
-        done = self._guarded(first, all_of_them, context.at, whose=list(takers))
-        return list(left) if done else []
-
-    def _guarded(
-        self, method: FitEndMethod, function: Callable[[], Any], at: Stage, whose: Sequence[FitEndMethod] = ()
-    ) -> Any:
-        """What a part of a method returns; None and a note where it failed, for nothing else must be lost to it."""
+    @contextlib.contextmanager
+    def _guarded(self, running: Sequence[_Running], context: FitContext) -> Iterator[None]:
+        """A part of methods' work: where it fails they end with a note, for nothing else must be lost to it."""
         try:
-            return function()
-        except Interrupted as stopped:
-            self._keep(method, stopped.found, at)
-            if at != "end":
+            yield
+        except KeyboardInterrupt as stopped:
+            if isinstance(stopped, Interrupted) and len(running) == 1:
+                with self._guarded(running, context):
+                    self._keep(running[0], stopped.found, context)
+            self._end(running, "was ended by Ctrl-C.")
+            if context.at != "end":
                 raise KeyboardInterrupt from stopped
         except Exception as error:
             if self._on_error == "raise":
                 raise
-            for each in whose or [method]:
-                message = f"{each.name} failed: {type(error).__name__}: {error}"
-                self.notes.append(message)
-                warnings.warn(f"{self._owner}: {message} The report holds the rest.", stacklevel=2)
-        return None
+            self._end(running, f"failed: {type(error).__name__}: {error}")
 
-    def _keep(self, method: FitEndMethod, found: Any, at: Stage) -> None:
-        if not isinstance(found, Attribution):
-            kind = type(found).__name__
-            self.notes.append(f"{method.name} failed: run() returned a {kind}; return an Attribution")
-            warnings.warn(f"{self._owner}: {self.notes[-1]}. The report holds the rest.", stacklevel=2)
-            return
-        settings = dict(found.settings) or method.settings()
-        self.found.append(replace(found, method=method.name, at=at, settings=settings))
+    def _end(self, running: Sequence[_Running], why: str) -> None:
+        """Notes why methods have no scores, of those that are not over."""
+        for one in [each for each in running if not each.over]:
+            steps, one.steps, one.over = one.steps, None, True
+            message = f"{one.method.name} {why}"
+            self.notes.append(message)
+            warnings.warn(f"{self._owner}: {message} The report holds the rest.", stacklevel=2)
+            if steps is not None:
+                with contextlib.suppress(Exception):
+                    steps.close()
 
     def missed(self) -> list[str]:
         """Notes on the stages that training never reached."""
@@ -253,47 +276,8 @@ class FitEndMethods:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        self.found = [_unpacked(each) for each in state["found"]]
+        self.found = [unpacked(each) for each in state["found"]]
         self.notes, self._reached = list(state["notes"]), set(state["reached"])
-
-
-_PARTS = {"layers": LayerScores, "tokens": TokenScores}
-
-
-def packed(found: Attribution) -> dict[str, Any]:
-    """An attribution as tensors and plain types, which load under ``weights_only=True``."""
-    state: dict[str, Any] = {}
-    for name, value in vars(found).items():
-        if name == "queries":
-            value = [vars(query) for query in value]
-        elif name == "checks":
-            value = [vars(check) for check in value]
-        elif name in _PARTS and value is not None:
-            value = {key: _tensor(part) for key, part in vars(value).items()}
-        elif name in ("columns", "arrays"):
-            value = {key: _tensor(part) for key, part in value.items()}
-        state[name] = _tensor(value)
-    return state
-
-
-def _tensor(value: Any) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
-
-
-def _array(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) else value
-
-
-def _unpacked(state: dict[str, Any]) -> Attribution:
-    fields = {name: _array(value) for name, value in state.items()}
-    fields["queries"] = tuple(QueryInfo(**query) for query in state["queries"])
-    fields["checks"] = tuple(Check(**check) for check in state["checks"])
-    for name, kind in _PARTS.items():
-        if fields[name] is not None:
-            fields[name] = kind(**{key: _array(part) for key, part in fields[name].items()})
-    for name in ("columns", "arrays"):
-        fields[name] = {key: _array(part) for key, part in fields[name].items()}
-    return Attribution(**fields)
 
 
 def checked_fit_end(methods: Sequence[FitEndMethod], owner: str) -> list[FitEndMethod]:
@@ -302,10 +286,14 @@ def checked_fit_end(methods: Sequence[FitEndMethod], owner: str) -> list[FitEndM
     Raises:
         InfluenceError: For two of one name, or an impossible stage.
     """
-    names = [method.name for method in methods]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    for method in methods:
+        name: Any = getattr(method, "name", None)
+        if not isinstance(name, str) or not name.strip():
+            raise InfluenceError(f"{owner}: {type(method).__name__} has no name; set name = 'my method' in the class.")
+    names = [attribute_name(method.name) for method in methods]
+    twice = [method.name for method, name in zip(methods, names, strict=True) if names.count(name) > 1]
     if twice:
-        raise InfluenceError(f"{owner}: two methods are called {twice}; give each a name of its own.")
+        raise InfluenceError(f"{owner}: {twice} would have one name in the report; give each a name of its own.")
     for method in methods:
         check_stages(method.name, method.at)
     return list(methods)

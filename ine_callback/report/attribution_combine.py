@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
+from ine_callback.report.attribution_view import LEGEND, moment
+from ine_callback.report.combine import between, mean_over
 from ine_callback.scores import Attribution, Check, Floats, Stage
 from ine_callback.stats.hypothesis_tests import benjamini_hochberg
 from ine_callback.stats.ranks import spearman
@@ -82,57 +84,97 @@ def _jaccard(one: Floats, other: Floats) -> float:
     return len(a & b) / len(a | b)
 
 
-def combine_attributions(runs: Sequence[Sequence[Attribution]]) -> tuple[Attribution, ...]:
-    """The mean of the runs' scores for every method, stage, row and query that all of them have.
+def combine_attributions(runs: Sequence[Sequence[Attribution]]) -> tuple[tuple[Attribution, ...], list[str]]:
+    """The mean of the runs' scores for every method, stage, row and query that all have, and notes on what is left out.
 
-    ``se`` is the standard error of that mean by the scatter between runs, sqrt(variance / R), and ``p`` the two-sided
-    normal p-value of "the score averaged over runs is 0"; columns are averaged, but for the standard errors of one run
-    alone, which are left out. A check is passed if it is in every run; its value is that of the first failed run, or of
-    the first run. Scores of layers, tokens and traces stay with the single runs.
+    ``se``, ``p`` and ``q`` come from the scatter between runs by the formulas of ``combine.py``, and are about "the
+    score averaged over runs is 0"; a run whose score is NaN does not count. Columns are averaged, and those that are
+    standard errors (``name_se``) become the mean's. A check is passed if it is in every run; its value is that of the
+    first failed run, or of the first run. Scores of layers, tokens and traces stay with the single runs.
     """
     by_stage = [{(each.method, each.at): each for each in run} for run in runs]
-    common = [key for key in by_stage[0] if all(key in run for run in by_stage)]
-    return tuple(_combined([run[key] for run in by_stage]) for key in common)
+    found: list[Attribution] = []
+    notes: list[str] = []
+    for method, at in dict.fromkeys(key for run in by_stage for key in run):
+        each = [run[method, at] for run in by_stage if (method, at) in run]
+        combined = _combined(each) if len(each) == len(runs) else None
+        if combined is not None:
+            found.append(combined)
+            continue
+        shared = len(each) == len(runs)
+        why = "no row and query is in all runs" if shared else f"{len(each)} of {len(runs)} runs have it"
+        notes.append(f"{method}, {moment(at)}, is left out of the combined report: {why}.")
+    return tuple(found), notes
 
 
-def _combined(runs: list[Attribution]) -> Attribution:
+def _combined(runs: list[Attribution]) -> Attribution | None:
+    """The runs' mean; None where they have no row or no query in common."""
     rows = runs[0].rows
     for run in runs[1:]:
         rows = np.intersect1d(rows, run.rows)
-    queries = tuple(q for q in runs[0].queries if all(q in run.queries for run in runs))
-    scores = np.stack([_picked(run, run.scores, rows, [q.name for q in queries]) for run in runs])
-    mean, se = scores.mean(0), scores.std(0, ddof=1) / math.sqrt(len(runs))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = np.where(se > 0, 2 * ndtr(-np.abs(mean / se)), np.nan)
-    names = [n for n in runs[0].columns if not n.endswith("_se") and all(n in run.columns for run in runs)]
-    columns = {
-        name: np.stack([_picked(run, run.columns[name], rows, [q.name for q in queries]) for run in runs]).mean(0)
-        for name in names
-    }
-    doubtful = [_picked(r, r.doubtful, rows, [q.name for q in queries]) for r in runs if r.doubtful is not None]
-    return replace(
-        runs[0],
-        rows=rows,
-        queries=queries,
-        scores=mean,
-        se=se,
-        p=p,
-        q=benjamini_hochberg(p),
+    asked = [{(query.name, query.kind) for query in run.queries} for run in runs]
+    queries = tuple(query for query in runs[0].queries if all((query.name, query.kind) in each for each in asked))
+    if not rows.size or not queries:
+        return None
+    picked = partial(_picked, runs, rows, [query.name for query in queries])
+    scores, se, p = _over_runs(picked([run.scores for run in runs]), picked([run.se for run in runs]))
+    columns: dict[str, Floats] = {}
+    for name in [name for name in runs[0].columns if all(name in run.columns for run in runs)]:
+        if name.endswith("_se"):
+            continue
+        errors = [run.columns.get(f"{name}_se") for run in runs]
+        columns[name], spread, _ = _over_runs(picked([run.columns[name] for run in runs]), picked(errors))
+        if all(error is not None for error in errors):
+            columns[f"{name}_se"] = spread
+    doubtful = None
+    if all(run.doubtful is not None for run in runs):
+        doubtful = np.asarray(picked([run.doubtful for run in runs]).all(0))
+    first = runs[0]
+    return Attribution(
+        first.method,
+        rows,
+        queries,
+        scores,
+        se,
+        p,
+        benjamini_hochberg(p),
         columns=columns,
-        doubtful=np.logical_and.reduce(doubtful) if len(doubtful) == len(runs) else None,
-        layers=None,
-        tokens=None,
-        arrays={},
+        ranked_by=first.ranked_by if first.ranked_by in columns else "",
+        doubtful=doubtful,
         checks=_checks(runs),
-        headline=f"mean of {len(runs)} runs · {len(rows):,} rows",
+        settings=first.settings,
         notes=tuple(dict.fromkeys(note for run in runs for note in run.notes)),
+        title=first.title,
+        headline=f"mean of {len(runs)} runs · {len(rows):,} rows",
+        legend=f"{LEGEND} It is the mean of {len(runs)} runs; ± is its standard error by their scatter, and q tests "
+        '"the mean over runs is 0".',
+        at=first.at,
     )
 
 
-def _picked(run: Attribution, values: NDArray[Any], rows: NDArray[np.int64], queries: Sequence[str]) -> NDArray[Any]:
-    order = np.argsort(run.rows)
-    at = order[np.searchsorted(run.rows[order], rows)]
-    return values[at][:, [run.column(name) for name in queries]]
+def _picked(
+    runs: Sequence[Attribution], rows: NDArray[np.int64], queries: Sequence[str], values: Sequence[NDArray[Any] | None]
+) -> NDArray[Any]:
+    """Each run's values [runs, R, Q] of these rows and queries; NaN of a run that has none."""
+    found = []
+    for run, each in zip(runs, values, strict=True):
+        order = np.argsort(run.rows)
+        at = order[np.searchsorted(run.rows[order], rows)]
+        each = np.full(run.scores.shape, np.nan) if each is None else each
+        found.append(each[at][:, [run.column(name) for name in queries]])
+    return np.stack(found)
+
+
+def _over_runs(values: Floats, within: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean, its standard error and p-value [R, Q] of values [runs, R, Q] with their errors within the runs."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    count = np.isfinite(values).sum(0)
+    mean, se, p = (np.full(count.shape, np.nan) for _ in range(3))
+    for k in range(count.shape[1]):
+        mean[:, k] = mean_over(values[..., k], np.isfinite(values[..., k]))
+        fit, se[:, k] = between(values[..., k], mean[:, k], count[:, k], within[..., k])
+        p[:, k] = np.where(se[:, k] > 0, fit.p, np.nan)
+    return mean, se, p
 
 
 def _checks(runs: Sequence[Attribution]) -> tuple[Check, ...]:

@@ -1,9 +1,10 @@
 """Attributions on disk: Parquet files of numbers, one JSON file of everything else. Data only.
 
-attributions.json            for every attribution its queries, checks, settings, notes and arrays
+attributions.json            for every attribution its queries, checks, settings, notes and the arrays' shapes
 attributions.parquet         one line for every attribution, query and row
 attribution_layers.parquet   one line for every attribution, query, row and layer, where asked for
 attribution_tokens.parquet   one line for every attribution, query and term of a row's loss, where asked for
+attribution_arrays.parquet   one line for every number of further arrays, in the order of their names
 
 An attribution is named by its position. A number that an attribution does not have is null in its lines.
 """
@@ -11,7 +12,8 @@ An attribution is named by its position. A number that an attribution does not h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,23 @@ from numpy.typing import NDArray
 
 from ine_callback.report.files import find
 from ine_callback.report.reading import FAULTS, ReportError, is_count, read_json, read_table
-from ine_callback.report.runinfo import jsonable
 from ine_callback.report.store import doubles, queries_fault, write_table
 from ine_callback.scores import Attribution, Check, Floats, LayerScores, QueryInfo, TokenScores
+from ine_callback.utilities.jsonable import jsonable
 
 FORMAT, VERSION = "ine_callback.attributions", 1
-FILES = META, SCORES, LAYERS, TOKENS = (
+FILES = META, SCORES, LAYERS, TOKENS, ARRAYS = (
     "attributions.json",
     "attributions.parquet",
     "attribution_layers.parquet",
     "attribution_tokens.parquet",
+    "attribution_arrays.parquet",
 )
 OPTIONAL = ("se", "p", "q")
-MOST_COLUMNS = 64  # in all, of a file
 TEXTS = ("method", "ranked_by", "title", "headline", "legend")
 FIELDS = {
     **dict.fromkeys(TEXTS, str), "at": (int, str), "rows": int, "queries": list, "columns": list, "checks": list,
-    "settings": dict, "arrays": dict, "notes": list, "known": list, "layers": list, "terms": (list, type(None)),
+    "settings": dict, "arrays": dict, "notes": list, "known": list, "layers": list, "terms": int,
 }  # fmt: skip
 OF_CHECKS = {"name": str, "value": (int, float, str, type(None)), "limit": str, "passed": bool, "remedy": str}
 KNOWN = (*OPTIONAL, "doubtful", "token_se", "token_q")  # parts that an attribution may do without
@@ -54,6 +56,9 @@ def write(found: Sequence[Attribution], folder: Path) -> None:
     for name, parts in ((LAYERS, layers), (TOKENS, tokens)):
         if parts:
             write_table(pa.concat_tables(parts), folder / name)
+    arrays = [_arrays_table(k, each.arrays) for k, each in enumerate(found) if each.arrays]
+    if arrays:
+        write_table(pa.concat_tables(arrays), folder / ARRAYS)
     meta = {"format": FORMAT, "format_version": VERSION, "attributions": [_meta(each) for each in found]}
     text = json.dumps(jsonable(meta, "attributions"), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / META).write_text(text + "\n", encoding="utf-8")
@@ -70,6 +75,7 @@ def _rows_schema(columns: Sequence[str]) -> pa.Schema:
 
 LAYERS_SCHEMA = _schema(("query", "row", "layer"), ("scores",))
 TOKENS_SCHEMA = _schema(("query", "row", "term"), ("scores", "se", "q"))
+ARRAYS_SCHEMA = _schema((), ("values",))
 
 
 def _rows_table(position: int, found: Attribution, columns: Sequence[str]) -> pa.Table:
@@ -116,6 +122,11 @@ def _tokens_table(position: int, tokens: TokenScores, rows: NDArray[np.int64]) -
     return pa.table(table, TOKENS_SCHEMA)
 
 
+def _arrays_table(position: int, arrays: Mapping[str, Floats]) -> pa.Table:
+    values = np.concatenate([arrays[name].ravel() for name in sorted(arrays)])
+    return pa.table({"attribution": np.full(values.size, position), "values": doubles(values)}, ARRAYS_SCHEMA)
+
+
 def _meta(found: Attribution) -> dict[str, Any]:
     tokens = found.tokens
     parts = {name: getattr(found, name) for name in (*OPTIONAL, "doubtful")}
@@ -127,11 +138,11 @@ def _meta(found: Attribution) -> dict[str, Any]:
         "columns": list(found.columns),
         "checks": [vars(check) for check in found.checks],
         "settings": dict(found.settings),
-        "arrays": {name: {"shape": value.shape, "values": value.ravel()} for name, value in found.arrays.items()},
+        "arrays": {name: value.shape for name, value in found.arrays.items()},
         "notes": list(found.notes),
         "known": [name for name in KNOWN if parts[name] is not None],
         "layers": [] if found.layers is None else list(found.layers.names),
-        "terms": None if tokens is None else np.diff(tokens.offsets),
+        "terms": 0 if tokens is None else len(tokens.scores),
     }
 
 
@@ -154,9 +165,10 @@ def load(folder: Path) -> tuple[Attribution, ...]:
     columns = sorted({name for each in metas for name in each["columns"]})
     rows = _parts(folder, SCORES, _rows_schema(columns), metas, lambda each: each["rows"])
     layers = _parts(folder, LAYERS, LAYERS_SCHEMA, metas, lambda each: each["rows"] * len(each["layers"]))
-    tokens = _parts(folder, TOKENS, TOKENS_SCHEMA, metas, lambda each: sum(each["terms"] or ()))
+    tokens = _parts(folder, TOKENS, TOKENS_SCHEMA, metas, lambda each: each["terms"])
+    arrays = _arrays(folder, metas)
     try:
-        return tuple(_built(k, each, rows[k], layers.get(k), tokens.get(k)) for k, each in enumerate(metas))
+        return tuple(_built(each, rows[k], layers.get(k), tokens.get(k), arrays[k]) for k, each in enumerate(metas))
     except FAULTS as error:
         raise ReportError(folder, f"{META} or a Parquet file of attributions is damaged ({error})") from error
 
@@ -176,10 +188,8 @@ def _fault(metas: Any) -> str:
     fault = next((found for each in metas if (found := _one_fault(each))), "")
     if fault:
         return fault
-    if len({(each["method"], each["at"]) for each in metas}) < len(metas):
-        return "two attributions have one method and one stage"
-    columns = {name for each in metas for name in each["columns"]}
-    return f"there are more than {MOST_COLUMNS} columns" if len(columns) > MOST_COLUMNS else ""
+    pairs = {(each["method"], each["at"]) for each in metas}
+    return "two attributions have one method and one stage" if len(pairs) < len(metas) else ""
 
 
 def _one_fault(found: Any) -> str:
@@ -197,11 +207,11 @@ def _one_fault(found: Any) -> str:
         return "columns, notes, known or layers hold something that is no text"
     if found["ranked_by"] and found["ranked_by"] not in found["columns"]:
         return f"ranked_by names no column: {found['ranked_by']!r}"
-    terms = found["terms"]
-    if terms is not None and (len(terms) != found["rows"] or not all(is_count(count) for count in terms)):
-        return "terms does not tell how many each row has"
-    arrays = found["arrays"].values()
-    return "" if all(isinstance(each, dict) and set(each) == {"shape", "values"} for each in arrays) else "bad arrays"
+    if not is_count(found["terms"]):
+        return f"an attribution has {found['terms']!r} terms"
+    shapes = found["arrays"].values()
+    known = all(isinstance(shape, list) and all(is_count(length) for length in shape) for shape in shapes)
+    return "" if known else "arrays does not tell their shapes"
 
 
 def _parts(
@@ -223,7 +233,27 @@ def _parts(
     return found
 
 
-def _built(position: int, meta: dict[str, Any], table: pa.Table, layers: Any, tokens: Any) -> Attribution:
+def _arrays(folder: Path, metas: list[Any]) -> list[dict[str, Floats]]:
+    """Each attribution's further arrays by name."""
+    shapes = [(k, name, meta["arrays"][name]) for k, meta in enumerate(metas) for name in sorted(meta["arrays"])]
+    found: list[dict[str, Floats]] = [{} for _ in metas]
+    if not shapes:
+        return found
+    table = read_table(folder, ARRAYS, ARRAYS_SCHEMA, sum(math.prod(shape) for _, _, shape in shapes))
+    values, start = np.asarray(table.column("values").to_numpy(), dtype=np.float64), 0
+    owners = np.repeat([k for k, _, _ in shapes], [math.prod(shape) for _, _, shape in shapes])
+    if not np.array_equal(_integers(table, "attribution"), owners):
+        raise ReportError(folder, f"{ARRAYS} and {META} name different arrays")
+    for k, name, shape in shapes:
+        stop = start + math.prod(shape)
+        found[k][name] = values[start:stop].reshape(shape)
+        start = stop
+    return found
+
+
+def _built(
+    meta: dict[str, Any], table: pa.Table, layers: pa.Table | None, tokens: pa.Table | None, arrays: dict[str, Floats]
+) -> Attribution:
     queries = tuple(QueryInfo(**query) for query in meta["queries"])
     shape = (len(queries), meta["rows"])
     rows = _rows(table, shape, np.ones(meta["rows"], dtype=np.int64))
@@ -241,7 +271,7 @@ def _built(position: int, meta: dict[str, Any], table: pa.Table, layers: Any, to
         tokens=None if tokens is None else _tokens(meta, tokens, rows),
         checks=tuple(Check(**(check | {"value": number(check["value"])})) for check in meta["checks"]),
         settings=meta["settings"],
-        arrays={name: array(each["values"], *each["shape"]) for name, each in meta["arrays"].items()},
+        arrays={name: arrays[name] for name in meta["arrays"]},
         notes=tuple(meta["notes"]),
         at=meta["at"],
         **known,
@@ -260,9 +290,14 @@ def _layers(meta: dict[str, Any], table: pa.Table, rows: NDArray[np.int64]) -> L
 
 
 def _tokens(meta: dict[str, Any], table: pa.Table, rows: NDArray[np.int64]) -> TokenScores:
-    lengths = np.asarray(meta["terms"], dtype=np.int64)
-    shape = (len(meta["queries"]), int(lengths.sum()))
+    shape = (len(meta["queries"]), meta["terms"])
+    order = np.argsort(rows)
+    place = np.searchsorted(rows[order], _integers(table, "row")[: shape[1]])
+    lengths = np.bincount(order[np.minimum(place, len(rows) - 1)], minlength=len(rows))
     _same_rows(table, rows, lengths, shape[0])
+    terms = np.arange(shape[1]) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if not np.array_equal(_integers(table, "term"), np.tile(terms, shape[0])):
+        raise ValueError("terms are in another order")
     kept = {name: _column(table, name, shape) for name in ("se", "q") if f"token_{name}" in meta["known"]}
     return TokenScores(np.concatenate([[0], np.cumsum(lengths)]), _column(table, "scores", shape), **kept)
 
@@ -289,12 +324,6 @@ def _column(table: pa.Table, name: str, shape: tuple[int, int]) -> Floats:
     """Numbers [R, Q] of lines [Q, R]; null becomes NaN."""
     found = np.asarray(table.column(name).to_numpy(), dtype=np.float64).reshape(shape)
     return np.ascontiguousarray(found.T)
-
-
-def array(values: list[Any], *shape: int) -> Floats:
-    """A JSON list of numbers, nested or not, as an array."""
-    found = np.array([number(value) for value in np.ravel(np.array(values, dtype=object))], dtype=np.float64)
-    return found.reshape(shape)
 
 
 def number(value: Any) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +27,17 @@ def by_method(found: Sequence[Attribution]) -> dict[str, list[Attribution]]:
     return methods
 
 
-def attribute_name(method: str) -> str:
-    """What a method is called where names are identifiers, such as columns of a data frame.
+def section(
+    stages: Sequence[Attribution], scores: Scores, queries: Sequence[str] | None = None, k: int = EXTREMES
+) -> list[Any]:
+    """Parts for a rich group: a method's last stage, and how the earlier ones agree with it.
 
-    Example:
-        >>> attribute_name("BIF"), attribute_name("gradient norm")
-        ('bif', 'gradient_norm')
+    Args:
+        stages: The method's attributions.
+        scores: f-INE's.
+        queries: Names of the queries shown; by default the first ones.
+        k: Rows shown at each end.
     """
-    return re.sub(r"\W+", "_", method.lower()).strip("_")
-
-
-def section(stages: Sequence[Attribution], scores: Scores) -> list[Any]:
-    """Parts for a rich group: a method's last stage, and how the earlier ones agree with it."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.rule import Rule
@@ -53,10 +51,11 @@ def section(stages: Sequence[Attribution], scores: Scores) -> list[Any]:
     parts += [Text(f" ✗ {plain(reason)}", "bold white on red") for reason in found.reasons]
     parts.append(Text(legend(found), "dim"))
     parts += [Text(line) for line in earlier(stages)]
-    for column, query in enumerate(found.queries[:DETAILED]):
-        words = f"{plain(query.name)} · {agreement(found, scores, query.name)}"
+    for name in [query.name for query in found.queries[:DETAILED]] if queries is None else queries:
+        words = f"{plain(name)} · {agreement(found, scores, name)}"
         parts.append(Rule(Text(words, "bold"), align="left", style="dim"))
-        parts.append(Columns([_table(head_of(found), *side) for side in ends(found, column, EXTREMES)], padding=(0, 3)))
+        sides = ends(found, found.column(name), k)
+        parts.append(Columns([_table(head_of(found), *side) for side in sides], padding=(0, 3)))
     return parts + [Text(f"Note: {plain(note)}", "dim") for note in found.notes]
 
 

@@ -58,8 +58,8 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         of = {n: np.stack([getattr(run, n)[:, c] for run, c in zip(runs, columns[:, k], strict=True)]) for n in names}
         scored = np.isfinite(of["mu"])
         count = scored.sum(0)
-        mean = _mean(of["mu"], scored)
-        fit, se = _between(of["mu"], mean, count, of["se"])
+        mean = mean_over(of["mu"], scored)
+        fit, se = between(of["mu"], mean, count, of["se"])
         result["mu"][:, k], result["se"][:, k], result["t"][:, k], result["p_t"][:, k] = mean, se, fit.t, fit.p
         result["p"][:, k] = _stouffer(of["p"], np.where(np.isfinite(of["t"]), of["t"], of["mu"]))
         # NaN in a scored row's null_sd stays: its estimator has none
@@ -74,25 +74,25 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         queries=queries,
         q=tests.benjamini_hochberg(result["p"]),
         observations=observations.sum(0),
-        mean_loss=_mean(loss, np.where(np.isfinite(loss), observations, 0)),
+        mean_loss=mean_over(loss, np.where(np.isfinite(loss), observations, 0)),
         null_mu=np.stack(null_mu),
         null_ks_p=null_ks_p,
         **result,
     )
 
 
-def _mean(values: Floats, weights: NDArray[Any]) -> Floats:
+def mean_over(values: Floats, weights: NDArray[Any]) -> Floats:
     """Weighted mean over the first axis; NaN without weight."""
     total = weights.sum(0)
     return np.where(total > 0, np.where(weights > 0, values * weights, 0.0).sum(0) / np.maximum(total, 1), np.nan)
 
 
-def _between(mu: Floats, mean: Floats, count: NDArray[np.int64], within: Floats) -> tuple[tests.ModeratedT, Floats]:
+def between(mu: Floats, mean: Floats, count: NDArray[np.int64], within: Floats) -> tuple[tests.ModeratedT, Floats]:
     """Moderated t of the mean over runs and its standard error, from mu [R, N] and its error within the runs [R, N]."""
     known = np.isfinite(mu)
     variance = np.where(known, np.square(mu - mean), 0.0).sum(0) / np.maximum(count - 1, 1)
     variance = np.where(count > 1, variance, np.nan)
-    unit = _mean(np.square(within), (known & np.isfinite(within)).astype(np.int64))
+    unit = mean_over(np.square(within), (known & np.isfinite(within)).astype(np.int64))
     good = unit[unit > 0]
     unit = np.where(unit > 0, unit, float(np.median(good)) if good.size else 1.0)
     fit = tests.moderated_t(mean, variance / unit, count - 1.0, unit / np.maximum(count, 1))

@@ -23,9 +23,9 @@ from ine_callback.report.attribution_combine import MethodAgreement
 from ine_callback.report.attribution_combine import agreements as method_agreements
 from ine_callback.report.attribution_view import moment
 from ine_callback.report.combine import check_rows, differing_settings, flag_signs
-from ine_callback.report.runinfo import jsonable
 from ine_callback.scores import Floats
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.jsonable import jsonable
 from ine_callback.utilities.terminal import as_text
 from ine_callback.utilities.validate import listed, threshold
 from ine_callback.utilities.words import MISSING, number, plain, signed

@@ -15,7 +15,7 @@ from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable
 from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
-from ine_callback.utilities.validate import checked, row_ids
+from ine_callback.utilities.validate import checked, checked_attributions, row_ids
 
 Rows = NDArray[np.int64]
 
@@ -32,7 +32,7 @@ class Contents:
     def __init__(self, scores: Scores, run: RunInfo | None = None, attributions: Sequence[Attribution] = ()) -> None:
         self.scores = checked(scores)
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
-        self.attributions = tuple(attributions)
+        self.attributions = checked_attributions(attributions)
 
     def attribution(self, method: str) -> Attribution | None:
         """What a method found on the trained model, at the last stage at which it ran; None where it did not run.

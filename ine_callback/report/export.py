@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,12 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ine_callback.report import rows as tables
-from ine_callback.report.attribution_view import attribute_name, by_method
+from ine_callback.report.attribution_view import by_method
 from ine_callback.report.files import replace_file
 from ine_callback.report.markdown import markdown
-from ine_callback.report.runinfo import jsonable
 from ine_callback.report.store import doubles, query_column
 from ine_callback.report.table import RowScore
+from ine_callback.scores import attribute_name
+from ine_callback.utilities.jsonable import jsonable
 from ine_callback.utilities.optional import need
 from ine_callback.utilities.words import plain
 
@@ -41,11 +43,16 @@ def to_arrow(report: Contents) -> pa.Table:
 
 
 def _of_methods(report: Contents) -> dict[str, NDArray[np.float64]]:
-    """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score."""
-    found = {}
+    """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score.
+
+    A method whose name is a column already gets a number behind it.
+    """
+    found: dict[str, NDArray[np.float64]] = {}
     for stages in by_method(report.attributions).values():
         last = stages[-1]
-        name, known = attribute_name(last.method), [query.name for query in last.queries]
+        known = [query.name for query in last.queries]
+        names = (attribute_name(last.method) + (f"_{k}" if k > 1 else "") for k in count(1))
+        name = next(each for each in names if not {each, f"{each}_se", f"{each}_q"} & {*RowScore._fields, *found})
         for suffix, values in (("", last.ranking), ("_se", last.ranking_se), ("_q", last.q)):
             if values is None:
                 continue

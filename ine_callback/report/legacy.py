@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ine_callback.report.attribution_store import OF_CHECKS, array, fields_fault, number
+from ine_callback.report.attribution_store import OF_CHECKS, fields_fault, number
 from ine_callback.report.files import find
 from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number, read_json, read_table
 from ine_callback.report.store import queries_fault
@@ -132,11 +132,11 @@ def _built(meta: dict[str, Any], table: pa.Table, of_terms: pa.Table | None) -> 
             raise ValueError("scores of terms are of other rows")
         flat = (_column(of_terms, name).reshape(len(queries), -1).T for name in OF_TERMS)
         tokens = TokenScores(np.arange(meta["rows"] + 1) * meta["terms"], *flat)
-    row_sd, query_sd = found.pop("row_sd")[:, 0], array(meta["query_sd"], len(queries))
-    loss, settings = array(meta["loss"], -1, len(meta["loss"][0])), meta["settings"]
+    row_sd, query_sd = found.pop("row_sd")[:, 0], _array(meta["query_sd"], len(queries))
+    loss, settings = _array(meta["loss"], -1, len(meta["loss"][0])), meta["settings"]
     chains, draws = loss.shape
     scale = row_sd[:, None] * query_sd
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         correlation = {"correlation": found["scores"] / scale, "correlation_se": found["se"] / scale}
     drifting = np.abs(found["trend"]) > np.fmax(0.3 * np.abs(found["plain"]), 2 * found["plain_se"])
     return Attribution(
@@ -175,3 +175,9 @@ def _rows(table: pa.Table, shape: tuple[int, int, int]) -> NDArray[np.int64]:
 
 def _column(table: pa.Table, name: str) -> NDArray[np.float64]:
     return np.asarray(table.column(name).to_numpy(), dtype=np.float64)  # null becomes NaN
+
+
+def _array(values: list[Any], *shape: int) -> NDArray[np.float64]:
+    """A JSON list of numbers, nested or not, as an array."""
+    found = np.array([number(value) for value in np.ravel(np.array(values, dtype=object))], dtype=np.float64)
+    return found.reshape(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ class InfluenceReport(Contents, legacy.FormerNames):
         run: Provenance.
         attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
 
+    Raises:
+        ValueError: If scores have wrong shapes, or two attributions one method and one stage.
+
     Example:
         >>> from ine_callback.report import example_report
         >>> report = example_report()
@@ -93,7 +97,8 @@ class InfluenceReport(Contents, legacy.FormerNames):
         """
         scores = combine_scores([report.scores for report in reports])
         run = combine_runs([report.run for report in reports], [report.scores for report in reports])
-        return cls(scores, run, combine_attributions([report.attributions for report in reports]))
+        found, notes = combine_attributions([report.attributions for report in reports])
+        return cls(scores, replace(run, notes=[*run.notes, *notes]), found)
 
     # ---- out ----
 
@@ -205,8 +210,8 @@ class InfluenceReport(Contents, legacy.FormerNames):
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
-        With :attr:`attributions` also ``attributions.parquet`` and ``attributions.json``, and where asked for
-        ``attribution_layers.parquet`` and ``attribution_tokens.parquet``.
+        With :attr:`attributions` also ``attributions.json`` and ``attributions.parquet``, and where they have such
+        parts ``attribution_layers.parquet``, ``attribution_tokens.parquet`` and ``attribution_arrays.parquet``.
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.
         """

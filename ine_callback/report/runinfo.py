@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import numpy as np
+from ine_callback.utilities.jsonable import jsonable
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RunInfo:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = jsonable(getattr(self, each.name), each.name)
+            value = jsonable(getattr(self, each.name), f"RunInfo: {each.name}")
             object.__setattr__(self, each.name, _typed(each.name, str(each.type), value))
         if not 0.0 <= self.captured_share <= 1.0:
             raise ValueError(f"RunInfo: captured_share is {self.captured_share}; give a share between 0 and 1")
@@ -73,38 +72,6 @@ class RunInfo:
         if unknown:
             raise ValueError(f"RunInfo: unknown fields {unknown}; was it written by a newer ine_callback?")
         return cls(**values)
-
-
-def jsonable(value: Any, where: str) -> Any:
-    """A deep copy of ``value`` in plain JSON types: NaN becomes None, infinities strings, tuples and arrays lists.
-
-    Raises:
-        ValueError: When a value has no JSON form; ``where`` names it.
-
-    Example:
-        >>> jsonable({"lr": np.float32(0.5), "betas": (0.9, float("inf"))}, "config")
-        {'lr': 0.5, 'betas': [0.9, 'inf']}
-    """
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, str):
-        return _unicode(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None if math.isnan(value) else str(value)
-    if isinstance(value, Mapping):
-        return {_unicode(str(key)): jsonable(item, f"{where}[{str(key)!r}]") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise ValueError(
-        f"RunInfo: {where} is a {type(value).__name__}, which JSON cannot hold; pass str(value) or leave it out"
-    )
-
-
-def _unicode(text: str) -> str:
-    """File names can hold what is no Unicode, which no file of text takes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _typed(name: str, declared: str, value: Any) -> Any:

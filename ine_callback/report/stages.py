@@ -32,9 +32,7 @@ def stages(found: Sequence[Attribution], ax: Axes, query: str | None = None) -> 
         ValueError: If the method ran at fewer than two stages.
     """
     if len(found) < 2:
-        raise ValueError(
-            f"Contents: no method ran at more than {len(found)} stages; at=[2, 5, 'end'] runs one at three."
-        )
+        raise ValueError(f"InfluenceReport: the method ran at {len(found)} stages; at=[2, 5, 'end'] runs it at three.")
     rows, score, se = common(found, query)
     x = np.arange(len(found))
     low, high = np.nanpercentile(score, [5, 95], axis=1)

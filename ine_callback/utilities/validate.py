@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.scores import Scores
+from ine_callback.scores import Attribution, Scores
 
 MATRICES = ("mu", "se", "p", "q", "t", "p_t", "null_sd")
 
@@ -45,6 +45,22 @@ def checked(scores: Scores) -> Scores:
     if scored.size:
         raise ValueError(f"InfluenceReport: never observed rows have scores ({listed(scored)}); set their mu to NaN")
     return replace(scores, queries=tuple(scores.queries), **arrays)
+
+
+def checked_attributions(found: Sequence[Attribution]) -> tuple[Attribution, ...]:
+    """The attributions, of which no two have one method and one stage.
+
+    Raises:
+        ValueError: If two have, or something is none.
+    """
+    for each in found:
+        if not isinstance(each, Attribution):
+            raise ValueError(f"InfluenceReport: attributions hold {type(each).__name__}; give a list of Attribution")
+    keys = [(each.method, each.at) for each in found]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"InfluenceReport: two attributions are by {twice[0]!r} at stage {twice[1]!r}; keep one")
+    return tuple(found)
 
 
 def row_ids(rows: Iterable[int] | NDArray[Any], total: int, who: str) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ EVERY_OPTION: dict[str, Any] = {
     "reservoir": 99,
     "initial_weights": "fixed",
     "max_query_rows": 44,
-    "row_fn": "test_cli.first_rows",
+    "row_fn": f"{__name__}.first_rows",
     "num_rows": 77,
     "layers": ["net.*"],
     "uncaptured": "raise",
@@ -58,7 +58,6 @@ def first_rows(batch: Any) -> torch.Tensor:
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the app in this process with a command line of its own."""
     monkeypatch.syspath_prepend(str(CLI))
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))  # for row_fn: test_cli.first_rows
     monkeypatch.delitem(sys.modules, "main", raising=False)
 
     def command_line(*args: str) -> LightningCLI:

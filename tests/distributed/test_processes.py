@@ -38,7 +38,7 @@ PLACES = [
     (Recorder, "_receive"),
     (Recorder, "_settle"),
     (Recorder, "_after_step"),
-    (Ledger, "fold"),
+    (Ledger, "update"),
     (Capture, "start_batch"),
     (Coverage, "prove"),
     (Signals, "refresh"),
@@ -46,7 +46,7 @@ PLACES = [
     (KFAC, "observe"),
     (Reservoir, "commit"),
     (Pending, "take"),
-    (FINE, "fold"),
+    (FINE, "update"),
 ]
 Batch = tuple[Tensor, Tensor]
 

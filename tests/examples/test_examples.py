@@ -76,8 +76,8 @@ def test_bif_char_lm_shows_which_characters_helped(program: Callable[..., str], 
     few = ("--epochs", "2", "--rows", "4", "--draws", "6", "--characters", "3000")
     printed = program("bif_char_lm.py", "--out", "report", *few)
     report = InfluenceReport.load(tmp_path / "report")
-    assert [found.at for found in report.bif_stages] == [1, "end"] and report.bif is not None
-    assert report.bif.terms is not None and report.bif.terms.scores.shape == (4, 48, len(report.queries))
+    assert [found.at for found in report.stages("BIF")] == [1, "end"]
+    assert report.bif.tokens is not None and report.bif.tokens.scores.shape == (4 * 48, len(report.queries))
     assert 'class="helps"' in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     for title in report.queries:
         assert f"{title}: rank agreement of BIF with f-INE's μ" in printed

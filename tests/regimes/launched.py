@@ -36,7 +36,7 @@ def main() -> None:
     data, module = vectors(), Split()
     L.Trainer(**options).fit(module, data.train, data.val)
     report = influence.report
-    assert report is not None and report.bif is not None and report.run.steps == 6, report and report.run.notes
+    assert report is not None and report.stages("BIF") and report.run.steps == 6, report and report.run.notes
     print("recorded", report.run.steps, report.observations.tolist(), float(report.bif.scores.sum()), flush=True)
 
 

@@ -168,8 +168,8 @@ def test_chains_of_earlier_stages_are_kept(tmp_path: Path) -> None:
     run(regime, tmp_path / "parts", 13, False, methods=methods())
     resumed, _ = run(regime, tmp_path / "parts", None, True, methods=methods())
     assert whole is not None and resumed is not None
-    assert [found.at for found in resumed.bif_stages] == [1, 4, "end"] == [found.at for found in whole.bif_stages]
-    for one, other in zip(whole.bif_stages, resumed.bif_stages, strict=True):
+    assert [found.at for found in resumed.stages("BIF")] == [1, 4, "end"] == [found.at for found in whole.stages("BIF")]
+    for one, other in zip(whole.stages("BIF"), resumed.stages("BIF"), strict=True):
         np.testing.assert_array_equal(one.scores, other.scores)
 
 
@@ -209,7 +209,7 @@ def test_longer_training_plans_anew(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_failed_recording_stays_ended_and_keeps_what_it_had(tmp_path: Path) -> None:
     regime = Regime("failed", "resumed", data=ordered)
-    with accident(FINE, "fold", 8):
+    with accident(FINE, "update", 8):
         run(regime, tmp_path, 13, False, on_error="warn")
         resumed, _ = run(regime, tmp_path, None, True, on_error="warn")
     assert resumed is not None and resumed.run.steps == 8 and resumed.observations.sum() == 8 * 5

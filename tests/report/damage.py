@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ine_callback.methods.bif.scores import TermScores, example_bif_scores
+from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, example_report
+from ine_callback.scores import LayerScores, TokenScores, example_attribution
 
+FORMER = Path(__file__).parents[1] / "fixtures" / "report"
 Damage = Callable[[Path, Random], None]
 SENTINEL = "executed"  # a file beside the folder that code in a damaged report would make
 HOSTILE_TEXTS = (
@@ -35,13 +37,19 @@ def save_plain(folder: Path) -> Path:
 
 
 def save_chains(folder: Path) -> Path:
-    """A report with chains at two stages and scores of terms."""
+    """A report with chains at two stages and another method, and with all parts that an attribution can have."""
     found = example_bif_scores()
-    cube = np.random.default_rng(0).standard_normal((5, 3, 1))
-    last = replace(found, terms=TermScores(cube, np.abs(cube), np.abs(cube) / 9), notes=("a note",))
-    settings = {"step_size": 1e-4, "n_beta": 30.0, "localization": 100.0}
-    stages = [replace(found, at=2, settings=settings), replace(last, settings=settings)]
-    return InfluenceReport(example_report(12).scores, example_report(12).run, stages).save(folder)
+    terms = np.random.default_rng(0).standard_normal((9, 1))
+    tokens = TokenScores(np.array([0, 3, 3, 4, 7, 9]), terms, np.abs(terms), np.abs(terms) / 9)
+    last = replace(found, tokens=tokens, notes=("a note",), settings={"step_size": 1e-4, "n_beta": 30.0})
+    other = replace(example_attribution(), layers=LayerScores(("a", "b"), np.ones((5, 2, 1))), p=None)
+    attributions = [replace(found, at=2), last, other]
+    return InfluenceReport(example_report(12).scores, example_report(12).run, attributions).save(folder)
+
+
+def save_former(folder: Path) -> Path:
+    """A report as versions until 0.1 wrote it: f-INE, and chains at two stages with scores of tokens."""
+    return Path(shutil.copytree(FORMER, folder))
 
 
 def _some(folder: Path, random: Random, end: str = "") -> Path:
@@ -289,15 +297,17 @@ def bomb(folder: Path, random: Random) -> None:
     n = 20_000_000
     if kind == "text":
         table = table[:16]  # a gigabyte
-        (at,) = (k for k, name in enumerate(table.column_names) if name == "query")
-        table = table.set_column(at, "query", pa.array(["x" * 2**26] * len(table), pa.large_string()))
+        at = max(0, table.schema.get_field_index("query"))
+        text = pa.array(["x" * 2**26] * len(table), pa.large_string())
+        table = table.set_column(at, table.column_names[at], text)
     else:
         ids = np.arange(n) if kind == "ids" else np.zeros(n, dtype=np.int64)
-        name = table.column("query").cast(pa.string())[:1].combine_chunks()
-        query = pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), name)
-        columns = {"row": pa.array(ids), "query": query, "observations": pa.array(np.zeros(n, np.int64))}
-        zero = pa.array(np.zeros(n))
-        table = pa.table({name: columns.get(name, zero) for name in table.column_names})
+        zero = {pa.int64(): pa.array(np.zeros(n, np.int64)), pa.float64(): pa.array(np.zeros(n))}
+        columns = {name: zero.get(column.type) for name, column in zip(table.column_names, table.columns, strict=True)}
+        for name in [name for name, column in columns.items() if column is None]:
+            text = table.column(name).cast(pa.string())[:1].combine_chunks()
+            columns[name] = pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), text)
+        table = pa.table(columns | ({"row": pa.array(ids)} if "row" in columns else {}))
     pq.write_table(table, path, compression="zstd", row_group_size=n)
     if random.random() < 0.5:
         _claim_rows(folder, n)

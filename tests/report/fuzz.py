@@ -26,11 +26,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
-
 from ine_callback.errors import InfluenceError
 from ine_callback.report import InfluenceReport
-from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_plain
+from tests.attributions import parts
+from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_former, save_plain
 
 SECONDS, MEMORY = 120.0, 3 * 2**30
 CLEAN = ("error", "loaded")
@@ -150,9 +149,7 @@ def survive(report: InfluenceReport, again: Path, draw: bool) -> None:
 
 def numbers(report: InfluenceReport) -> list[Any]:
     """All that a report holds beside its run's facts."""
-    terms = [each.terms for each in report.bif_stages if each.terms is not None]
-    parts = [value for each in (report.scores, *report.bif_stages, *terms) for value in vars(each).values()]
-    return [value.tobytes() if isinstance(value, np.ndarray) else repr(value) for value in parts]
+    return list(parts([report.scores, *report.attributions]))
 
 
 def child(pipe: Connection) -> None:
@@ -213,7 +210,7 @@ def run(numbers: range, seed: int = 0, kinds: list[str] | None = None, keep: Pat
     try:
         with tempfile.TemporaryDirectory() as place:
             root = Path(place).resolve()
-            whole = [save_plain(root / "plain"), save_chains(root / "chains")]
+            whole = [save(root / save.__name__) for save in (save_plain, save_chains, save_former)]
             for number in numbers:
                 random = Random(f"{seed} {number}")
                 kind = random.choice(kinds) if kinds else kind_of(random)

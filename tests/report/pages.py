@@ -8,9 +8,9 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import false_discovery_control
 
-from ine_callback.methods.bif.scores import BIFScores, Screen, TermScores
+from ine_callback.methods.bif.scores import BIFScores, attribution
 from ine_callback.report import InfluenceReport, example_report
-from ine_callback.scores import QueryInfo, QueryKind, Scores
+from ine_callback.scores import Check, QueryInfo, QueryKind, Scores, TokenScores
 
 CLASSES, TERMS = ("cat", "dog", "owl"), 12
 
@@ -41,7 +41,7 @@ def report_of(rows: int = 240, named: str = "", chains: bool = True) -> Influenc
     run = replace(example_report().run, rows=rows, notes=[f"Synthetic. {named}"])
     asked = queries[:2]
     stages = [_chains(scores, asked, at, weight, named) for at, weight in ((2, 0.2), (5, 0.7), ("end", 1.0))]
-    return InfluenceReport(scores, run, stages if chains else None)
+    return InfluenceReport(scores, run, stages if chains else ())
 
 
 def classes_of(rows: int) -> np.ndarray:
@@ -61,10 +61,11 @@ def _chains(scores: Scores, queries: tuple[QueryInfo, ...], at: int | str, weigh
     small = np.full_like(found, 0.03)
     q = np.full_like(found, 0.2)
     sd = np.full(len(rows), 1.0)
-    terms = random.standard_normal((len(rows), TERMS, len(queries))) * found[:, None]
-    return BIFScores(
-        rows, queries, found, small, q, q, found, small, found, 0 * found, found + 400.0, sd, sd[: len(queries)],
-        np.zeros((4, 20)), (Screen(f"drift{named}", 0.1, "below 0.5", True, "raise burn_in"),),
+    terms = (random.standard_normal((len(rows), TERMS, len(queries))) * found[:, None]).reshape(-1, len(queries))
+    return attribution(
+        rows, queries, scores=found, se=small, p=q, q=q, plain=found, plain_se=small, laplace=found, trend=0 * found,
+        effective_draws=found + 400.0, row_sd=sd, query_sd=sd[: len(queries)], loss=np.zeros((4, 20)),
+        checks=(Check(f"drift{named}", 0.1, "below 0.5", True, "raise burn_in"),),
         settings={"step_size": 1e-4, "n_beta": 30.0, "localization": 100.0}, at=at,  # type: ignore[arg-type]
-        terms=TermScores(terms, np.abs(terms), np.abs(terms)),
+        tokens=TokenScores(np.arange(len(rows) + 1) * TERMS, terms, np.abs(terms), np.abs(terms)),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import ine_callback
 from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, example_report
 
-OLD = example_report(40).with_bif(example_bif_scores())
+OLD = example_report(40).with_attributions(example_bif_scores())
 NEW = example_report(2000)  # large enough to take some milliseconds
 
 
@@ -96,8 +96,8 @@ def which(folder: Path) -> str:
     """The report that a folder holds: "old" or "new", whole; raises if it is neither."""
     found = InfluenceReport.load(folder)
     expected, name = (NEW, "new") if found.rows == NEW.rows else (OLD, "old")
-    assert found.run == expected.run and len(found.bif_stages) == len(expected.bif_stages)
-    for one, other in zip(found.bif_stages, expected.bif_stages, strict=True):
+    assert found.run == expected.run and len(found.attributions) == len(expected.attributions)
+    for one, other in zip(found.attributions, expected.attributions, strict=True):
         assert one.scores.tobytes() == other.scores.tobytes()
     assert found.scores.mu.tobytes() == expected.scores.mu.tobytes()
     return name

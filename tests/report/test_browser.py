@@ -94,14 +94,14 @@ def first_rows(page: Any, count: int = 3) -> list[int]:
 
 
 def test_plots_are_drawn_and_follow_the_tabs(page: Any) -> None:
-    for name in ("volcano", "null", "chains", "course", "tradeoff"):
+    for name in ("volcano", "null", "methods", "course", "tradeoff"):
         image = Image.open(io.BytesIO(page.locator(f"#plot-{name}").screenshot())).convert("HSV")
         colored = (np.asarray(image)[..., 1] > 100).sum()  # points and lines; axes and the null are grey
         assert colored > 100, name
     before = page.evaluate("[...sources.get('volcano.rest').data.x]")
     page.get_by_role("tab", name="class/dog").click()
     assert page.evaluate("[...sources.get('volcano.rest').data.x]") != before
-    assert page.locator("#plot-chains").is_hidden()  # no chains asked this query
+    assert page.locator("#plot-methods").is_hidden()  # no chains asked this query
     page.keyboard.press("ArrowLeft")
     assert page.get_by_role("tab", selected=True).inner_text() == "class/cat"
     assert page.locator("#question").inner_text() == "What about class/cat?"
@@ -229,12 +229,12 @@ def test_plots_say_in_words_what_they_show(page: Any) -> None:
 def test_tokens_have_the_colours_of_the_chosen_query(opened: Open) -> None:
     page, report = opened("tokens.html"), pages.report_of(ROWS)
     chains = report.bif
-    assert chains is not None and chains.terms is not None
+    assert chains.tokens is not None
     row = int(chains.rows[3])
     page.evaluate(f"choose({row})")
     for name in ("self", "margin"):
         page.get_by_role("tab", name=name, exact=True).click()
-        scores = chains.terms.scores[3, :, chains.column(name)]
+        scores = chains.tokens.of(3)[:, chains.column(name)]
         found = page.locator("#detail [data-w]").evaluate_all(
             "all => all.map((one) => (one.className === 'harms' ? -1 : 1) * one.style.getPropertyValue('--w'))"
         )

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import ine_callback
-from ine_callback.report import InfluenceReport, ReportError, example_report
+from ine_callback.report import InfluenceReport, ReportError, attribution_store, example_report, legacy, store
+from ine_callback.report.attribution_store import FIELDS
 from tests.report import saver
-from tests.report.damage import bomb_bytes, save_chains, save_plain
+from tests.report.damage import bomb_bytes, save_chains, save_former, save_plain
 from tests.report.fuzz import CLEAN, run, table
 
 ROOT = Path(next(iter(ine_callback.__path__))).parent
@@ -96,14 +97,20 @@ def plain_report(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def former(tmp_path: Path) -> Path:
+    return save_former(tmp_path / "report")
+
+
+@pytest.fixture
 def chains(tmp_path: Path) -> Path:
     return save_chains(tmp_path / "report")
 
 
-@pytest.mark.parametrize("name", ["meta.json", "scores.parquet", "null.parquet", "bif.json", "bif.parquet"])
+@pytest.mark.parametrize("name", [*store.FILES, *attribution_store.FILES, *legacy.FILES])
 @pytest.mark.parametrize("kind", ["outside", "zero", "loop", "pipe", "folder"])
-def test_links_and_pipes_are_not_opened(chains: Path, name: str, kind: str) -> None:
+def test_links_and_pipes_are_not_opened(tmp_path: Path, name: str, kind: str) -> None:
     """A good file behind the link makes no difference: what it shows may not be the sender's to show."""
+    chains = (save_former if name in legacy.FILES else save_chains)(tmp_path / "report")
     path = chains / name
     shutil.move(path, chains.parent / name)
     if kind == "pipe":
@@ -172,7 +179,7 @@ def test_types_that_arrow_would_unpickle_stay_data(plain_report: Path) -> None:
     assert not sentinel.exists()
 
 
-@pytest.mark.parametrize("name", ["meta.json", "bif.json"])
+@pytest.mark.parametrize("name", ["meta.json", "attributions.json", "bif.json"])
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
@@ -185,7 +192,8 @@ def test_types_that_arrow_would_unpickle_stay_data(plain_report: Path) -> None:
         ("[]", "does not belong to a report"),
     ],
 )
-def test_json_that_no_report_has(chains: Path, name: str, text: str, fault: str) -> None:
+def test_json_that_no_report_has(tmp_path: Path, name: str, text: str, fault: str) -> None:
+    chains = (save_former if name == "bif.json" else save_chains)(tmp_path / "report")
     (chains / name).write_text(text)
     with pytest.raises(ReportError, match=f"{name} {fault}"):
         InfluenceReport.load(chains)
@@ -214,8 +222,8 @@ STAGE_FAULTS: dict[str, tuple[Any, str]] = {
     "epoch": ({"at": "start"}, "at is 'start'"),
     "rows": (-5, "rows and"),
     "no rows": ({"rows": 0}, "has 0 rows"),
-    "terms": (True, "a stage has 5 rows and True terms"),
-    "more terms": ({"terms": 7}, r"bif_terms\.parquet has 15 lines, expected 35"),
+    "terms": (True, "a stage has 24 rows and True terms"),
+    "more terms": ({"terms": 7}, r"bif_terms\.parquet has 192 lines, expected 264"),
     "notes": ("abc", "notes of a stage is 'abc'"),
     "note": ({"notes": [1]}, "no text"),
     "settings": ({"step_size": "x"}, "is no number"),
@@ -227,22 +235,99 @@ STAGE_FAULTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", STAGE_FAULTS)
-def test_chains_whose_json_is_wrong_are_named(chains: Path, case: str) -> None:
+def test_former_chains_whose_json_is_wrong_are_named(former: Path, case: str) -> None:
     value, fault = STAGE_FAULTS[case]
-    meta = json.loads((chains / "bif.json").read_text())
+    meta = json.loads((former / "bif.json").read_text())
     meta["stages"][1] |= value if isinstance(value, dict) and case not in meta["stages"][1] else {case: value}
-    (chains / "bif.json").write_text(json.dumps(meta))
+    (former / "bif.json").write_text(json.dumps(meta))
+    with pytest.raises(ReportError, match=fault):
+        InfluenceReport.load(former)
+
+
+CHECK = {"name": "x", "value": 1.0, "limit": "below 1", "passed": True, "remedy": "x"}
+# of the second attribution, chains with scores of terms; a case whose name is no field gives the fields
+ATTRIBUTION_FAULTS: dict[str, tuple[Any, str]] = {
+    "method": (5, "method of an attribution is 5"),
+    "no name": ({"method": " "}, "damaged .*is no name"),
+    "at": ([], "at of an attribution"),
+    "epoch": ({"at": "start"}, "at is 'start'"),
+    "one stage twice": ({"at": 2}, "two attributions have one method and one stage"),
+    "rows": (-5, "an attribution has -5 rows"),
+    "no rows": ({"rows": 0}, "an attribution has 0 rows"),
+    "true rows": ({"rows": True}, "an attribution has True rows"),
+    "more rows": ({"rows": 6}, r"attributions\.parquet has 15 lines, expected 16"),
+    "queries": ([], "not a list of queries"),
+    "query kind": ({"queries": [{"name": "q", "kind": "x", "question": "?"}]}, "query kind 'x'"),
+    "columns": (["other"], r"attributions\.parquet has columns"),
+    "a column that is none": ({"columns": [3]}, "hold something that is no text"),
+    "ranked_by": ("nothing", "ranked_by names no column: 'nothing'"),
+    "checks": ([{"name": "x"}], "a check is not made of"),
+    "a check's value": ({"checks": [CHECK | {"value": "many"}]}, "damaged .*many"),
+    "arrays": ({"loss": "x"}, "does not tell their shapes"),
+    "array below": ({"arrays": {"loss": [-2, 3]}}, "does not tell their shapes"),
+    "larger array": ({"arrays": {"loss": [2, 4]}}, r"attribution_arrays\.parquet has 24 lines, expected"),
+    "endless array": ({"arrays": {"loss": [10**9] * 9}}, r"attribution_arrays\.parquet has 24 lines, expected"),
+    "notes": ("abc", "notes of an attribution is 'abc'"),
+    "note": ({"notes": [1]}, "hold something that is no text"),
+    "settings": ([], "settings of an attribution"),
+    "known": ([[]], "hold something that is no text"),
+    "layers": (["a"], r"attribution_layers\.parquet has 10 lines, expected 15"),
+    "terms": (True, "an attribution has True terms"),
+    "more terms": ({"terms": 7}, r"attribution_tokens\.parquet has 9 lines, expected 7"),
+    "a field too many": ({"more": 1}, "an attribution is not made of"),
+}
+
+
+@pytest.mark.parametrize("case", ATTRIBUTION_FAULTS)
+def test_attributions_whose_json_is_wrong_are_named(chains: Path, case: str) -> None:
+    value, fault = ATTRIBUTION_FAULTS[case]
+    meta = json.loads((chains / "attributions.json").read_text())
+    meta["attributions"][1] |= value if isinstance(value, dict) and case not in FIELDS else {case: value}
+    (chains / "attributions.json").write_text(json.dumps(meta))
     with pytest.raises(ReportError, match=fault):
         InfluenceReport.load(chains)
 
 
-def test_chains_of_rows_that_f_ine_has_not_are_shown_without_agreement(chains: Path) -> None:
-    rewrite(chains / "bif.parquet", lambda t: t.set_column(1, "row", pa.array([100, 101, 102, 103, 104] * 2)))
-    (chains / "bif_terms.parquet").unlink()
-    meta = json.loads((chains / "bif.json").read_text())
-    meta["stages"][1]["terms"] = 0
-    (chains / "bif.json").write_text(json.dumps(meta))
-    assert "not scored by f-INE" in str(InfluenceReport.load(chains))
+def column(name: str, values: list[Any]) -> Callable[[pa.Table], pa.Table]:
+    """Puts values in place of a column's first ones."""
+
+    def change(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index(name)
+        kept = table.column(name).to_pylist()[len(values) :]
+        return table.set_column(at, name, pa.array(values + kept, table.schema.field(at).type))
+
+    return change
+
+
+TABLE_FAULTS: dict[str, tuple[str, str, list[Any], str]] = {
+    "another attribution": ("attributions", "attribution", [1], "name different attributions or queries"),
+    "another query": ("attributions", "query", [1], "name different attributions or queries"),
+    "a row twice": ("attributions", "row", [1], "rows are there twice"),
+    "a row below 0": ("attributions", "row", [-1], "rows are there twice, or below 0"),
+    "a row that is null": ("attributions", "row", [None], "column row has nulls"),
+    "a layer twice": ("attribution_layers", "layer", [1], "scores of layers are in another order"),
+    "a layer's row": ("attribution_layers", "row", [4], "rows differ"),
+    "a term twice": ("attribution_tokens", "term", [1], "terms are in another order"),
+    "a term's row": ("attribution_tokens", "row", [4], "rows differ"),
+    "a term of no row": ("attribution_tokens", "row", [11], "rows differ"),
+    "an array of another": ("attribution_arrays", "attribution", [1], "name different arrays"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE_FAULTS)
+def test_tables_of_attributions_that_contradict_their_json_are_named(chains: Path, case: str) -> None:
+    table, name, values, fault = TABLE_FAULTS[case]
+    rewrite(chains / f"{table}.parquet", column(name, values))
+    with pytest.raises(ReportError, match=fault):
+        InfluenceReport.load(chains)
+
+
+def test_scores_of_rows_that_f_ine_has_not_are_shown_without_agreement(chains: Path) -> None:
+    rewrite(chains / "attributions.parquet", column("row", [100, 101, 102, 103, 104]))
+    report = InfluenceReport.load(chains)
+    found = report.stages("BIF")
+    assert "not scored by f-INE" in str(InfluenceReport(report.scores, report.run, found[:1]))
+    assert found[0].rows.tolist() == [100, 101, 102, 103, 104] and found[1].rows.tolist() == [0, 1, 2, 3, 4]
 
 
 # ---- killed while saving ----

@@ -16,9 +16,9 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from ine_callback.methods.bif.scores import Screen, example_bif_scores
+from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report
-from ine_callback.scores import QueryInfo
+from ine_callback.scores import Check, QueryInfo
 
 OWNED = "document.documentElement.setAttribute('data-owned','1')"
 PAYLOADS = {
@@ -50,7 +50,7 @@ def report_of(text: str) -> InfluenceReport:
     end = replace(
         found,
         queries=(QueryInfo(f"1{text}", "loss", text),),
-        screens=(*found.screens, Screen(text, 0.9, text, False, text)),
+        checks=(*found.checks, Check(text, 0.9, text, False, text)),
         settings={text: text},
         notes=(text,),
     )

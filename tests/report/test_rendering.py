@@ -17,9 +17,9 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
 import ine_callback
-from ine_callback.methods.bif.scores import Screen, example_bif_scores
+from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report, plots
-from ine_callback.scores import QueryInfo
+from ine_callback.scores import Check, QueryInfo
 from ine_callback.utilities.words import BLUE, ORANGE
 
 ROOT = Path(next(iter(ine_callback.__path__))).parent  # so that a fresh interpreter finds an uninstalled package
@@ -178,11 +178,11 @@ def test_missing_extra_names_the_remedy(tmp_path: Path) -> None:
 
 def test_chains_have_a_section_that_says_whether_to_believe_them(tmp_path: Path) -> None:
     report, found = example_report(), example_bif_scores()
-    healthy = InfluenceReport(report.scores, report.run, found).write_html(tmp_path / "a.html").read_text("utf-8")
-    assert "Bayesian influence" in healthy and "all screens passed" in healthy and "UNRELIABLE" not in healthy
+    healthy = InfluenceReport(report.scores, report.run, [found]).write_html(tmp_path / "a.html").read_text("utf-8")
+    assert "Bayesian influence" in healthy and "all checks passed" in healthy and "UNRELIABLE" not in healthy
     assert "rank agreement with μ" in healthy and "<td>+0.9</td>" in healthy
-    failed = replace(found, screens=(*found.screens, Screen(HOSTILE, 0.9, HOSTILE, False, HOSTILE)), notes=(HOSTILE,))
-    text = InfluenceReport(report.scores, report.run, failed).write_html(tmp_path / "b.html").read_text("utf-8")
+    failed = replace(found, checks=(*found.checks, Check(HOSTILE, 0.9, HOSTILE, False, HOSTILE)), notes=(HOSTILE,))
+    text = InfluenceReport(report.scores, report.run, [failed]).write_html(tmp_path / "b.html").read_text("utf-8")
     assert 'role="alert">UNRELIABLE: do not use this ranking' in text
     assert text.count("<script") == 4 and "onerror=y>" not in text and "&lt;script&gt;" in text
     assert "Bayesian influence" not in example_report().write_html(tmp_path / "c.html").read_text("utf-8")

@@ -127,12 +127,12 @@ def test_classes_are_found_without_reading_a_row() -> None:
 
 def test_tokens_are_coloured_by_their_scores() -> None:
     report = pages.report_of()
-    assert isinstance(report.bif, BIFScores) and report.bif.terms is not None
+    assert isinstance(report.bif, BIFScores) and report.bif.tokens is not None
     tokens = [f"w{k} " for k in range(pages.TERMS)]
     text = page(report, ["self"], samples=[tokens] * report.rows, render=Text)
     row = report.top(1, "self").rows[0]
     figure = text.split(f'<figure data-row="{row}">')[1].split("</figure>")[0]
-    terms = report.bif.terms.scores[list(report.bif.rows).index(row), :, 0]
+    terms = report.bif.tokens.of(list(report.bif.rows).index(row))[:, 0]
     best = int(np.abs(terms).argmax())
     sign, colour = ("", "helps") if terms[best] > 0 else ("-", "harms")
     assert re.search(rf'<span data-w="{sign}1" class="{colour}" style="--w:1\.0">w{best} </span>', figure)

@@ -98,7 +98,7 @@ def test_an_interrupted_replace_leaves_the_new_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survive: int
 ) -> None:
     """The disk fails after ``survive`` of the three files: the others are read from where they wait."""
-    example_report(40).with_bif(example_bif_scores()).save(tmp_path)
+    example_report(40).with_attributions(example_bif_scores()).save(tmp_path)
     replace, calls = os.replace, []
 
     def failing(source: Any, target: Any) -> None:
@@ -113,7 +113,7 @@ def test_an_interrupted_replace_leaves_the_new_report(
     monkeypatch.undo()
     found = InfluenceReport.load(tmp_path)
     assert_same(found, example_report(50))
-    assert found.bif is None
+    assert found.attributions == ()
     example_report(60).save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["meta.json", "null.parquet", "scores.parquet"]
     assert InfluenceReport.load(tmp_path).rows == 60

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ine_callback.bif import readout
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import BIF, FINE, InfluenceCallback, bif_scores
+from ine_callback.methods.bif import readout
 from ine_callback.methods.bif.dense import Dense
 
 IDS, Y = torch.randint(9, (24, 5), generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3

@@ -276,7 +276,7 @@ def test_noise_is_that_of_rows_against_each_other() -> None:
 
     bif = BIF(draws=40, localization=300.0, n_beta=10.0)
     found = bif_scores(model, rows, {"q": EachRow(query)}, bif, together, progress=False)
-    (screen,) = (s for s in found.screens if s.name == "noise share of the scores")
+    (screen,) = (s for s in found.checks if s.name == "noise share of the scores")
     assert screen.value < 0.5 * np.median((found.se**2).mean(0) / found.scores.var(0))
 
 
@@ -292,7 +292,7 @@ def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
     step = 4 * share / (5.0 + 1.0)
     bif = BIF(8, 4, step_size=step, n_beta=1.0, localization=1.0, batch_size=WHOLE, **PLAIN)
     scores = bif_scores(Point(torch.zeros(5).double()), rows, {"q": rows[:1]}, bif, loss, progress=False)
-    (screen,) = (s for s in scores.screens if s.name == "step-size bias")
+    (screen,) = (s for s in scores.checks if s.name == "step-size bias")
     assert screen.value == pytest.approx(share / (1 - share), rel=0.02)
 
 

@@ -13,8 +13,9 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ine_callback import BIF, FINE, BIFScores, CallableQuery, InfluenceCallback, InfluenceReport, bif_scores, run_bif
+from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport, bif_scores, run_bif
 from ine_callback.errors import InfluenceError
+from tests.attributions import assert_same
 from tests.methods.bif.test_stage import FEW, QUIET, ROWS, Model, fit
 
 STAGES: dict[str, Any] = {**FEW, "at": [1, 2, "end"]}
@@ -42,38 +43,29 @@ def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
     return DataLoader(train, batch_size=16, shuffle=True), DataLoader(val, batch_size=24)
 
 
-def same(one: BIFScores, other: BIFScores) -> None:
-    for name, value in vars(one).items():
-        there = getattr(other, name)
-        if isinstance(value, np.ndarray):
-            assert np.array_equal(value, there, equal_nan=True) and value.dtype == there.dtype, name
-        else:
-            assert value == there, name
-
-
 def test_stages_are_the_chains_of_their_moment_and_change_nothing() -> None:
     alone, _, _ = fit([FINE()], **QUIET)
     keep = Keep()
     model, report, _ = fit([FINE(), BIF(**STAGES)], callbacks=[keep], **QUIET)
     assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), model.state_dict().values(), strict=True))
-    assert alone.seen == model.seen and [found.at for found in report.bif_stages] == [1, 2, "end"]
-    assert report.bif is report.bif_stages[-1]
+    assert alone.seen == model.seen and [found.at for found in report.stages("BIF")] == [1, 2, "end"]
+    assert report.bif is report.stages("BIF")[-1]
     x, y = data()
-    for found, weights in zip(report.bif_stages, keep.weights, strict=True):
+    for found, weights in zip(report.stages("BIF"), keep.weights, strict=True):
         model.load_state_dict(weights)
         again = bif_scores(
             model, (x[:ROWS], y[:ROWS]), {"val": (x[ROWS:], y[ROWS:])}, BIF(**STAGES), progress=False, at=found.at
         )
         assert np.allclose(again.scores, found.scores, rtol=1e-4, atol=1e-7)
-    first, last = report.bif_stages[0], report.bif_stages[-1]
+    first, last = report.stages("BIF")[0], report.stages("BIF")[-1]
     assert np.abs(first.scores - last.scores).max() > 1e-3  # another moment, another answer
 
 
 def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     _, report, _ = fit([FINE(), BIF(**STAGES)], dirpath=tmp_path / "it", **QUIET)
     again = InfluenceReport.load(tmp_path / "it")
-    for one, other in zip(report.bif_stages, again.bif_stages, strict=True):
-        same(one, other)
+    for one, other in zip(report.stages("BIF"), again.stages("BIF"), strict=True):
+        assert_same(one, other)
     console = Console(width=140, record=True, file=(tmp_path / "out").open("w"))
     console.print(report)
     assert "After epoch 1: " in (text := console.export_text()) and "rank agreement with the end of training" in text
@@ -85,13 +77,13 @@ def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     page = (tmp_path / "it" / "report.html").read_text()
     assert '"stages":["epoch 1","epoch 2","end"]' in page and "After epoch 2" in page
     _, single, _ = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"chains ran at 1 stages; .*at=\[2, 5, 'end'\]"):
+    with pytest.raises(ValueError, match=r"the method ran at 1 stages; .*at=\[2, 5, 'end'\]"):
         single.plot.stages()
 
 
 def test_a_stage_that_never_came_is_told() -> None:
     _, report, _ = fit([FINE(), BIF(**FEW, at=[99])], **QUIET)  # type: ignore[arg-type]
-    assert report.bif is None and "training ended before epochs [99]" in " ".join(report.run.notes)
+    assert not report.attributions and "training ended before epochs [99]" in " ".join(report.run.notes)
 
 
 @pytest.mark.parametrize("at", ["end", [], [0], [True], ["start"], [2, 2], [1.5]])
@@ -120,9 +112,9 @@ def test_ctrl_c_in_the_middle_ends_the_fit_and_keeps_what_was_drawn() -> None:
     trainer = L.Trainer(max_epochs=3, callbacks=[influence], logger=False, enable_checkpointing=False, **QUIET)
     with pytest.raises(SystemExit):
         trainer.fit(Model(), *loaders())
-    assert influence.report is not None and [found.at for found in influence.report.bif_stages] == [1]
-    found = influence.report.bif_stages[0]
-    assert found.interrupted and not found.reliable and "interrupted after 8 of 24 draws" in found.notes[0]
+    assert influence.report is not None and [found.at for found in influence.report.stages("BIF")] == [1]
+    found = influence.report.stages("BIF")[0]
+    assert not found.reliable and "interrupted after 8 of 24 draws" in found.notes[0]
     assert influence.report.run.steps == 6 and np.isfinite(found.scores).all()
 
 
@@ -136,7 +128,7 @@ def test_a_stage_that_fails_costs_nothing_else() -> None:
     with pytest.warns(UserWarning, match="BIF failed: ArithmeticError: stop The report holds the rest"):
         trainer.fit(model, *ready)
     assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), model.state_dict().values(), strict=True))
-    assert influence.report is not None and [found.at for found in influence.report.bif_stages] == [2, "end"]
+    assert influence.report is not None and [found.at for found in influence.report.stages("BIF")] == [2, "end"]
     assert [note for note in influence.report.run.notes if "BIF" in note] == ["BIF failed: ArithmeticError: stop"]
 
 
@@ -144,10 +136,10 @@ def test_chains_can_be_run_after_the_fit(tmp_path: Path) -> None:
     model, report, trainer = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = run_bif(trainer, model, BIF(**FEW))  # type: ignore[arg-type]
-    same(report.bif, found)
+    assert_same(report.bif, found)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    both = InfluenceReport(report.scores, report.run).with_bif(found)
-    assert InfluenceReport.load(both.save(tmp_path)).bif is not None
+    both = InfluenceReport(report.scores, report.run).with_attributions(found)
+    assert_same(InfluenceReport.load(both.save(tmp_path)).bif, found)
     few = run_bif(trainer, model, BIF(**FEW, rows=10), report=report)  # type: ignore[arg-type]
     assert set(np.argsort(-np.abs(report.scores.mu[:, 0]), kind="stable")[:4]) <= set(few.rows)
 
@@ -168,10 +160,10 @@ def test_chains_can_be_run_from_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "it.ckpt")
     fresh = L.Trainer(logger=False, enable_checkpointing=False, **QUIET)
     again = Model.load_from_checkpoint(tmp_path / "it.ckpt")
-    same(report.bif, run_bif(fresh, again, BIF(**FEW), datamodule=Data()))  # type: ignore[arg-type]
+    assert_same(report.bif, run_bif(fresh, again, BIF(**FEW), datamodule=Data()))  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match="0 training loaders were found; pass train_dataloaders="):
         run_bif(L.Trainer(logger=False, enable_checkpointing=False, **QUIET), again, BIF(**FEW))  # type: ignore[arg-type]
     train, val = loaders()
     explicit = run_bif(fresh, again, BIF(**FEW), train_dataloaders=train, val_dataloaders=val)  # type: ignore[arg-type]
-    same(report.bif, explicit)
+    assert_same(report.bif, explicit)
     assert again._trainer is None

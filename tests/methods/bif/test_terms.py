@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ine_callback.report.bif_view import ends, legend
 from torch import Tensor, nn
 
 from ine_callback import BIF, BIFScores, CallableQuery, EachRow, InfluenceReport, bif_scores, calibrate
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.rowloss import row_losses
-from ine_callback.methods.bif.scores import example_bif_scores
+from ine_callback.methods.bif.scores import attribution, example_bif_scores
 from ine_callback.report import example_report
+from ine_callback.report.attribution_view import ends, legend
 from ine_callback.utilities.isolation import isolated
 from tests.methods.bif.test_run import Point
 
@@ -31,6 +32,12 @@ def straight(module: Any, batch: Tensor) -> Tensor:
     return out
 
 
+def cube(found: BIFScores) -> np.ndarray:
+    """Scores of terms [R, T, Q] of rows that all have as many."""
+    assert found.tokens is not None
+    return np.stack([found.tokens.of(k) for k in range(len(found.rows))])
+
+
 def test_terms_of_straight_losses_are_exact() -> None:
     """Losses a · w have covariance aᵀ a′ / γ: the twin knows it, so that nothing is left to chance."""
     g = torch.Generator().manual_seed(0)
@@ -39,9 +46,10 @@ def test_terms_of_straight_losses_are_exact() -> None:
     bif = BIF(draws=16, localization=2.0, batch_size=ROWS, curvature_rows=1, per_token=True)
     found = bif_scores(Point(torch.zeros(6)), rows - rows.mean(0), queries, bif, straight, progress=False)
     truth = torch.einsum("rtp,qp->rtq", rows - rows.mean(0), query) / TERMS / 2.0
-    assert found.terms is not None and found.terms.scores.shape == (ROWS, TERMS, 3)
-    assert np.allclose(found.terms.scores.sum(1), found.scores, atol=1e-5)
-    assert np.allclose(found.terms.scores, truth.numpy(), atol=1e-5)
+    terms = cube(found)
+    assert terms.shape == (ROWS, TERMS, 3)
+    assert np.allclose(terms.sum(1), found.scores, atol=1e-5)
+    assert np.allclose(terms, truth.numpy(), atol=1e-5)
 
 
 class Characters(L.LightningModule):
@@ -76,11 +84,12 @@ def test_terms_are_derived_from_the_modules_own_step(pad: int) -> None:
     assert torch.allclose(terms, explicit / (TERMS - pad), atol=1e-6)
     query = {"q": (ids[:3], targets[:3])}
     found = bif_scores(model, (ids, targets), query, BIF(draws=24, per_token=True), progress=False)
-    assert found.terms is not None and found.terms.scores.shape == (ROWS, TERMS, 1)
-    assert np.allclose(found.terms.scores.sum(1), found.scores, atol=1e-5)
-    assert (found.terms.scores[:, TERMS - pad :] == 0).all()
+    split = cube(found)
+    assert split.shape == (ROWS, TERMS, 1)
+    assert np.allclose(split.sum(1), found.scores, atol=1e-5)
+    assert (split[:, TERMS - pad :] == 0).all()
     whole = bif_scores(model, (ids, targets), query, BIF(draws=24), progress=False)
-    assert np.allclose(whole.scores, found.scores, atol=1e-5) and whole.terms is None
+    assert np.allclose(whole.scores, found.scores, atol=1e-5) and whole.tokens is None
     assert np.allclose(whole.loss, found.loss, rtol=1e-5)
 
 
@@ -93,19 +102,26 @@ def test_rows_of_one_term_cannot_be_split() -> None:
 def test_terms_are_saved(tmp_path: Path) -> None:
     model, batch = Characters(), characters()
     found = bif_scores(model, batch, {"a": batch, "b": EachRow(batch)}, BIF(draws=8, per_token=True), progress=False)
-    again = InfluenceReport.load(example_report().with_bif(found).save(tmp_path)).bif
-    assert again is not None and again.terms is not None and found.terms is not None
-    for name, value in vars(found.terms).items():
-        assert np.array_equal(value, getattr(again.terms, name)), name
-    example_report().with_bif(replace(found, terms=None)).save(tmp_path)
-    assert not (tmp_path / "bif_terms.parquet").exists() and InfluenceReport.load(tmp_path).bif is not None
+    again = InfluenceReport.load(example_report().with_attributions(found).save(tmp_path)).bif
+    assert again.tokens is not None and found.tokens is not None
+    for name, value in vars(found.tokens).items():
+        assert np.array_equal(value, getattr(again.tokens, name)), name
+    example_report().with_attributions(replace(found, tokens=None)).save(tmp_path)
+    assert not (tmp_path / "attribution_tokens.parquet").exists() and InfluenceReport.load(tmp_path).bif.tokens is None
+
+
+def example(**other: Any) -> BIFScores:
+    """Five rows on one query, with other arrays in part."""
+    same = example_bif_scores()
+    names = inspect.signature(attribution).parameters
+    arrays = {name: getattr(same, name) for name in names if name not in ("rows", "queries")}
+    return attribution(same.rows, same.queries, **arrays | other)
 
 
 def test_pairs_that_drift_or_rest_on_few_draws_are_marked() -> None:
-    found = example_bif_scores()
-    assert not found.doubtful.any()
-    few = replace(found, size=np.array([[400.0], [20.0], [400.0], [400.0], [400.0]]))
-    drifting = replace(found, trend=np.array([[0.0], [0.0], [0.0], [0.3], [0.8]]))  # ± is .1, the fourth covariance 0
+    assert not example().doubtful.any()
+    few = example(effective_draws=np.array([[400.0], [20.0], [400.0], [400.0], [400.0]]))
+    drifting = example(trend=np.array([[0.0], [0.0], [0.0], [0.3], [0.8]]))  # ± is .1, the fourth covariance 0
     assert few.doubtful[:, 0].tolist() == [False, True, False, False, False]
     assert drifting.doubtful[:, 0].tolist() == [False, False, False, True, True]
     (_, _, helpful), _ = ends(few, 0, 5)
@@ -126,9 +142,9 @@ def test_slow_chains_mark_their_pairs() -> None:
 
 
 def test_ranking_by_correlation() -> None:
-    loud = replace(example_bif_scores(), row_sd=np.array([1.0, 0.01, 1.0, 1.0, 1.0]))
+    loud = example(row_sd=np.array([1.0, 0.01, 1.0, 1.0, 1.0]))
     assert loud.top(1).tolist() == [4] and "covariance of the row's loss" in legend(loud)
-    normalized = replace(loud, settings={"normalized": True})
+    normalized = example(row_sd=loud.row_sd, settings={"normalized": True})
     assert normalized.top(1).tolist() == [1] and "correlation of the row's loss" in legend(normalized)
     (_, _, helpful), _ = ends(normalized, 0, 1)
     assert helpful[0][:3] == ("1", "+50", "1e+01")
