@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ine_callback"
 # From the bottom up: each line may import from the lines above it, and its own names from one another within a package.
 LAYERS = (
-    ("errors", "scores"),
-    ("utilities", "stats", "distributed", "data"),
-    ("optimizers", "capture", "applications"),
-    ("curvature", "queries", "report"),
+    ("errors",),
+    ("utilities",),
+    ("scores", "stats", "distributed", "data"),
+    ("capture", "applications"),
+    ("optimizers", "curvature", "queries", "report"),
     ("scoring", "methods"),
     ("recording",),
     ("integrations", "cli"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import LayerError, own_parameters
-from ine_callback.capture.compressed import Compressed
-from ine_callback.capture.per_sample_gradients import Lookup, Outer, Record, Vector
+from ine_callback.capture.compressed_gradients import CompressedGradients
+from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector
 
 
 @dataclass(eq=False)
@@ -23,7 +23,7 @@ class Block:
         layout: Shape of one row's gradient, see :mod:`ine_callback.capture.per_sample_gradients`.
         position: Of the first parameter among the model's.
         matrix: Whether all its records are products of inputs and output gradients.
-        shared: Whether several modules use the parameter (tied weights).
+        tied: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
         outputs: Whether its units are the network's outputs.
         waiting: What the uses in the current batch left, waiting for the sum.
@@ -34,10 +34,10 @@ class Block:
     layout: tuple[int, ...]
     position: int = 0
     matrix: bool = False
-    shared: bool = False
+    tied: bool = False
     reused: bool = False
     outputs: bool = False
-    waiting: list[Record | Compressed] = field(default_factory=list)
+    waiting: list[GradSample | CompressedGradients] = field(default_factory=list)
 
     def to_layout(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients of the parameters, each [Q, *shape], as one [Q, *layout]."""
@@ -48,10 +48,10 @@ class Block:
         weight = gradients[0].reshape(queries, groups, out, inputs - 1)
         return torch.cat([weight, gradients[1].reshape(queries, groups, out, 1)], -1)
 
-    def fits(self, record: Record) -> bool:
+    def fits(self, grad_sample: GradSample) -> bool:
         """Whether a record is of the kind that the block's direction and curvature are made for."""
         kinds = Vector if len(self.layout) == 1 else Outer if self.matrix else Outer | Lookup
-        return record.layout == self.layout and isinstance(record, kinds)
+        return grad_sample.layout == self.layout and isinstance(grad_sample, kinds)
 
     def from_layout(self, gradient: Tensor) -> list[Tensor]:
         """One gradient [*layout] as the parameters' own, each of the parameter's shape."""
@@ -71,7 +71,7 @@ class Block:
 
 
 class BlockTable:
-    """Finds (or makes) the block of each record; knows which parameters are shared between modules.
+    """Finds (or makes) the block of each record; knows which parameters are tied between modules.
 
     Args:
         module: The model.
@@ -90,7 +90,7 @@ class BlockTable:
             for name, parameter in own_parameters(child).items():
                 owners[parameter] = owners.get(parameter, 0) + 1
                 self._first[child, name] = parameter
-        self._shared = {p for p, count in owners.items() if count > 1}
+        self._tied = {p for p, count in owners.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
         self._refused: set[nn.Parameter] = set()
         self._slow: set[nn.Parameter] = set()
@@ -98,19 +98,19 @@ class BlockTable:
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks.values())
 
-    def sort(self, module: nn.Module, records: Mapping[str, Record]) -> list[tuple[Block, Record]]:
+    def sort(self, module: nn.Module, grad_samples: Mapping[str, GradSample]) -> list[tuple[Block, GradSample]]:
         """Pairs each record of one module call with its block, joining weight and bias where both are matrices."""
-        pairs: list[tuple[Block, Record]] = []
-        records = {k: r for k, r in records.items() if self._parameter(module, k) not in self._refused}
-        weight, bias = records.get("weight"), records.get("bias")
+        pairs: list[tuple[Block, GradSample]] = []
+        grad_samples = {k: r for k, r in grad_samples.items() if self._parameter(module, k) not in self._refused}
+        weight, bias = grad_samples.get("weight"), grad_samples.get("bias")
         if isinstance(weight, Outer) and isinstance(bias, Outer):
             parameters = (self._parameter(module, "weight"), self._parameter(module, "bias"))
-            if not self._shared.intersection(parameters) and self._joinable(*parameters):
+            if not self._tied.intersection(parameters) and self._joinable(*parameters):
                 joined = weight.with_bias()
                 pairs.append((self._block(parameters, joined), joined))
-                del records["weight"], records["bias"]
-        for name, record in records.items():
-            pairs.append((self._block((self._parameter(module, name),), record), record))
+                del grad_samples["weight"], grad_samples["bias"]
+        for name, grad_sample in grad_samples.items():
+            pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
         return pairs
 
     def own(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -125,17 +125,17 @@ class BlockTable:
             raise LayerError(f"its parameter '{name}' was not there when the recording began")
         return found
 
-    def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
+    def _block(self, parameters: tuple[nn.Parameter, ...], grad_sample: GradSample) -> Block:
         if parameters not in self._blocks:
             first = parameters[0]
-            name, position, shared = self.names[first], self._positions[first], first in self._shared
-            matrix = isinstance(record, Outer) and not shared
-            self._blocks[parameters] = Block(name, parameters, record.layout, position, matrix, shared)
+            name, position, tied = self.names[first], self._positions[first], first in self._tied
+            matrix = isinstance(grad_sample, Outer) and not tied
+            self._blocks[parameters] = Block(name, parameters, grad_sample.layout, position, matrix, tied)
         block = self._blocks[parameters]
-        if not block.fits(record):
+        if not block.fits(grad_sample):
             raise LayerError(
-                f"its function returned a {type(record).__name__} of {record.layout} for '{block.name}', which does "
-                f"not go with the {'Outer' if block.matrix else 'record'} of {block.layout} that came for it before"
+                f"its function returned a {type(grad_sample).__name__} of {grad_sample.layout} for '{block.name}', "
+                f"which does not go with the {'Outer' if block.matrix else 'one'} of {block.layout} that came before"
             )
         return block
 

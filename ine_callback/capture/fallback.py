@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.row_losses import Scale, read_loss
-from ine_callback.capture.verify import agree
+from ine_callback.capture.verification import agree
 from ine_callback.data.batches import cut
 from ine_callback.utilities.isolation import isolated
 
@@ -25,7 +25,7 @@ _OTHERWISE = "training mode does something else with a row than evaluation mode,
 _QUIETLY = "single rows are recorded in evaluation mode: without dropout, with BatchNorm's running statistics"
 
 
-def row_shares(
+def row_contributions(
     module: nn.Module,
     loss: Loss,
     batch: Any,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
-from ine_callback.capture.layers import ROW_MIXING, LayerFunction, RowMismatch, layer_function, records_of
+from ine_callback.capture.layers import ROW_MIXING, LayerFunction, RowMismatch, grad_samples_of, layer_function
 from ine_callback.capture.passes import unused
-from ine_callback.capture.per_sample_gradients import Record, widened
+from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts
 
@@ -27,7 +27,7 @@ _COMPILED = "it runs inside torch.compile, which calls no hooks"
 # of the machine, not of a layer; torch 2.8 has the last
 FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
-Receiver = Callable[[nn.Module, dict[str, Record]], None]
+Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
 
 
 class _Call:
@@ -92,7 +92,7 @@ class Capture:
         self._led = False  # whether some layer's input in this batch is led by its rows: then their number is right
         self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self.functions: dict[nn.Module, LayerFunction] = {}
-        self.observe_call: Callable[[str, Tensor], None] | None = None
+        self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -140,9 +140,9 @@ class Capture:
     def _see(self, module: nn.Module, a: Any, held: Callable[[], Tensor | None] | None, output: Any) -> None:
         if module not in self.names:
             return
-        if self.observe_call is not None:
+        if self.on_call is not None:
             if isinstance(a, Tensor):
-                self.observe_call(self.names[module], a if a.layout == torch.strided else a.to_dense())
+                self.on_call(self.names[module], a if a.layout == torch.strided else a.to_dense())
             return
         if not (self.active and torch.is_grad_enabled()):
             return
@@ -206,8 +206,10 @@ class Capture:
                     delta = widened(delta) * self.unscale
                     # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
                     delta = torch.where(delta.isfinite().all(), delta, 0.0)
-                records = records_of(module, a, delta, self.rows, self.functions.get(module))
-                self._receive(module, {name: record for name, record in records.items() if name not in passed_by})
+                grad_samples = grad_samples_of(module, a, delta, self.rows, self.functions.get(module))
+                self._receive(
+                    module, {name: grad_sample for name, grad_sample in grad_samples.items() if name not in passed_by}
+                )
                 self._proved.add(module)
         except RowMismatch as error:
             if module in self._proved and not self._led:

@@ -17,7 +17,7 @@ from ine_callback.capture.row_losses import loss_node
 from ine_callback.errors import InfluenceError
 
 Cotangent = Callable[[Tensor], Tensor]
-MOST_CLASSES = 64
+MAX_CLASSES = 64
 
 
 def classes_of(loss: Tensor) -> int:
@@ -29,9 +29,9 @@ def classes_of(loss: Tensor) -> int:
     node = _known(loss)
     if node.name() == "NllLossBackward0":
         count = int(node._saved_self.shape[1])
-        if count > MOST_CLASSES:
+        if count > MAX_CLASSES:
             raise InfluenceError(
-                f"labels='expected': {count} classes need as many backward passes a batch, at most {MOST_CLASSES} are "
+                f"labels='expected': {count} classes need as many backward passes a batch, at most {MAX_CLASSES} are "
                 "taken; use labels='sampled'."
             )
         return count

@@ -8,7 +8,7 @@ Add a layer type with one decorated function::
 
 It gets the module, its first input ``a``, the gradient ``delta`` of the loss with respect to its output (both detached,
 in one dtype) and the number of rows, and returns for each trainable parameter either a
-:class:`~ine_callback.capture.per_sample_gradients.Record` or the per-row gradients [b, *parameter.shape].
+:class:`~ine_callback.capture.per_sample_gradients.GradSample` or the per-row gradients [b, *parameter.shape].
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import LayerError, buffer, own_parameters, plain_parameters, setting
-from ine_callback.capture.per_sample_gradients import Lookup, Outer, Record, Vector, widened
+from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector, widened
 from ine_callback.capture.windows import Kernel, Windows
 
-LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, Record | Tensor]]
+LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, GradSample | Tensor]]
 
 _REGISTRY: dict[type[nn.Module], LayerFunction] = {}
 
@@ -112,13 +112,13 @@ def by_row(x: Tensor, rows: int) -> Tensor:
 
 
 @register_layer(nn.Linear)
-def linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Any leading dimensions: positions are whatever lies between the row and the features."""
     a, delta = by_row(a, rows), by_row(delta, rows)
     return _weight_and_bias(a.reshape(rows, 1, -1, a.shape[-1]), delta.reshape(rows, 1, -1, delta.shape[-1]))
 
 
-def _weight_and_bias(a: Tensor, delta: Tensor) -> dict[str, Record]:
+def _weight_and_bias(a: Tensor, delta: Tensor) -> dict[str, GradSample]:
     return {"weight": Outer(a, delta), "bias": _bias(delta)}
 
 
@@ -127,7 +127,7 @@ def _bias(delta: Tensor) -> Outer:
     return Outer(delta[..., :0], delta, ones=True)
 
 
-def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """A linear layer whose weight is [inputs, outputs]."""
     a, delta = by_row(a, rows), by_row(delta, rows)
     a, delta = a.reshape(rows, 1, -1, a.shape[-1]), delta.reshape(rows, 1, -1, delta.shape[-1])
@@ -135,19 +135,19 @@ def transposed_linear(module: nn.Module, a: Tensor, delta: Tensor, rows: int) ->
 
 
 @register_layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """A linear layer on patches, one for each group."""
     a, delta = by_row(a, rows), by_row(delta, rows)
     mode = setting(module, "padding_mode")
     mode = "constant" if mode == "zeros" else mode
     padded = F.pad(a, setting(module, "_reversed_padding_repeated_twice"), mode=mode)
     kernel = _kernel(module)
-    record = Windows(padded, _channels_last(delta, kernel.groups), kernel=kernel)
-    return {"weight": record, "bias": _bias(record.delta)}
+    grad_sample = Windows(padded, _channels_last(delta, kernel.groups), kernel=kernel)
+    return {"weight": grad_sample, "bias": _bias(grad_sample.delta)}
 
 
 @register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def transposed_convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def transposed_convolution(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """The roles swap: patches are cut from the output gradient, and the weight's leading dimension is the input's."""
     a, delta = by_row(a, rows), by_row(delta, rows)
     kernel = _kernel(module)
@@ -169,7 +169,7 @@ def _channels_last(x: Tensor, groups: int) -> Tensor:
 
 
 @register_layer(nn.Embedding)
-def embedding(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def embedding(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """A row's gradient touches the entries that it looked up; the padding entry has none."""
     entries, width = setting(module, "num_embeddings"), setting(module, "embedding_dim")
     if a.dim() == 0 or a.shape[0] != rows:  # positions shared by all rows: their gradient is already summed over rows
@@ -184,7 +184,7 @@ def embedding(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[st
 
 
 @register_layer(nn.LayerNorm)
-def layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift over the normalized dimensions; ConvNeXt's subclass has the channels behind the row instead."""
     shape = list(setting(module, "normalized_shape"))
     if list(a.shape[a.dim() - len(shape) :]) != shape and list(a.shape[1:2]) == shape:
@@ -192,13 +192,13 @@ def layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[s
     return _affine(F.layer_norm(a, shape, eps=setting(module, "eps")), delta, rows, len(shape))
 
 
-def channel_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def channel_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """The same over the channels (dimension 1) of each position."""
     normed = F.layer_norm(a.movedim(1, -1), [a.shape[1]], eps=_epsilon(module) or 0.0)
     return _channel_affine(normed.movedim(-1, 1), delta, rows)
 
 
-def named_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def named_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """LayerNorm of another library over the last dimension, or the channels where only these fit."""
     width = own_parameters(module)["weight"].numel()
     if a.shape[-1] != width and a.shape[1:2] == (width,):
@@ -207,13 +207,13 @@ def named_layer_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> 
 
 
 @register_layer(nn.RMSNorm)
-def rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale over the normalized dimensions."""
     shape = list(setting(module, "normalized_shape"))
     return _affine(F.rms_norm(a, shape, eps=setting(module, "eps")), delta, rows, len(shape))
 
 
-def named_rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def named_rms_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """RMSNorm over the last dimension; whether the scale is the weight or 1 + weight, its gradient is the same."""
     epsilon = _epsilon(module)
     return _affine(F.rms_norm(a, [a.shape[-1]], eps=epsilon), delta, rows, 1)
@@ -225,7 +225,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
-def _affine(normed: Tensor, delta: Tensor, rows: int, trailing: int) -> dict[str, Record]:
+def _affine(normed: Tensor, delta: Tensor, rows: int, trailing: int) -> dict[str, GradSample]:
     """Scale and shift over the last ``trailing`` dimensions."""
     size = math.prod(delta.shape[delta.dim() - trailing :])
     scale, shift = (normed * delta).reshape(-1, size), delta.reshape(-1, size)
@@ -235,14 +235,14 @@ def _affine(normed: Tensor, delta: Tensor, rows: int, trailing: int) -> dict[str
 
 
 @register_layer(nn.GroupNorm)
-def group_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def group_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift per channel."""
     normed = F.group_norm(a, setting(module, "num_groups"), eps=setting(module, "eps"))
     return _channel_affine(normed, delta, rows)
 
 
 @register_layer(nn.modules.batchnorm._BatchNorm)
-def batch_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def batch_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Affine part only; the statistics couple the rows of a batch, which no per-row gradient can undo."""
     mean, variance, eps = buffer(module, "running_mean"), buffer(module, "running_var"), setting(module, "eps")
     if setting(module, "training") or mean is None:
@@ -253,7 +253,7 @@ def batch_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[s
 
 
 @register_layer(nn.modules.instancenorm._InstanceNorm)
-def instance_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def instance_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift per channel; every row has its own statistics."""
     own = setting(module, "training") or not setting(module, "track_running_stats")
     mean, variance = (None if own else buffer(module, name) for name in ("running_mean", "running_var"))
@@ -261,7 +261,7 @@ def instance_norm(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dic
     return _channel_affine(normed, delta, rows)
 
 
-def _channel_affine(normed: Tensor, delta: Tensor, rows: int) -> dict[str, Record]:
+def _channel_affine(normed: Tensor, delta: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift per channel (dimension 1)."""
     if delta.dim() == 2:
         return _affine(normed, delta, rows, 1)
@@ -279,9 +279,9 @@ ALTERNATIVES: dict[LayerFunction, LayerFunction] = {
 }
 
 
-def records_of(
+def grad_samples_of(
     module: nn.Module, a: Tensor, delta: Tensor, rows: int, function: LayerFunction | None = None
-) -> dict[str, Record]:
+) -> dict[str, GradSample]:
     """Calls the module's capture function (or another) and wraps bare per-row gradients.
 
     Raises:
@@ -302,7 +302,7 @@ def records_of(
     return out
 
 
-def _checked(value: Record | Tensor, name: str, parameter: nn.Parameter, rows: int, kind: str) -> Record:
+def _checked(value: GradSample | Tensor, name: str, parameter: nn.Parameter, rows: int, kind: str) -> GradSample:
     """A record of the parameter's shape and the batch's rows, whatever the function returned."""
     if isinstance(value, Tensor):
         if value.shape != (rows, *parameter.shape):
@@ -311,7 +311,7 @@ def _checked(value: Record | Tensor, name: str, parameter: nn.Parameter, rows: i
                 f"'{name}', which must be (rows, *parameter.shape) = {(rows, *parameter.shape)}"
             )
         value = Vector(value.reshape(rows, parameter.numel()))
-    if not isinstance(value, Record):
+    if not isinstance(value, GradSample):
         raise LayerError(f"the function registered for {kind} returned a {type(value).__name__} for '{name}'")
     if value.rows != rows or math.prod(value.layout) != parameter.numel():
         raise RowMismatch(

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ine_callback.capture.compressed import Compressed
+from ine_callback.capture.compressed_gradients import CompressedGradients
 
 # Largest number of elements formed at once where per-row gradients have to be materialised (64 MB in float32).
 CHUNK_ELEMENTS = 1 << 24
 
 # Positions of a batch (rows x positions) that one look at the second moments takes; it takes every so manieth.
-MOST_POSITIONS = 1 << 10
+MAX_POSITIONS = 1 << 10
 
 
 def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
@@ -37,10 +37,10 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
-class Record(ABC):
+class GradSample(ABC):
     """The per-row gradients ``g`` of one use of one parameter (or of a weight joined with its bias)."""
 
-    def wide(self) -> Record:
+    def wide(self) -> GradSample:
         """The same in float32 or better, which all questions need but those that say otherwise."""
         return self
 
@@ -94,7 +94,7 @@ class Record(ABC):
         """The sum of all rows' gradients [*layout]: what autograd adds to the parameter's ``grad``."""
 
     @abstractmethod
-    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
+    def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         """Second moments whose Kronecker product approximates ``sum_i g_i g_i^T``, see :mod:`.kfac`.
 
         Args:
@@ -107,7 +107,7 @@ class Record(ABC):
         """
 
     @abstractmethod
-    def rotated(self, left: Tensor | None, right: Tensor | None) -> Record:
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> GradSample:
         """The same gradients in the bases with columns ``left`` [G, O, O] and ``right`` [G, I, I] (None: as is)."""
 
     @abstractmethod
@@ -120,12 +120,12 @@ class Record(ABC):
 
 
 @dataclass(frozen=True)
-class Outer(Record):
+class Outer(GradSample):
     """``g_i = sum_p delta_ip a_ip^T`` within each of G groups: linear layers, convolutions, everything like them.
 
     Factors may be as the pass left them, in bfloat16: a copy in float32 of all that a large network holds would cost
-    more than all else. :meth:`wide` makes it; :meth:`parts`, :meth:`projected`, :meth:`compressed`, :meth:`moments` and
-    the inputs do without.
+    more than all else. :meth:`wide` makes it; :meth:`parts`, :meth:`projected`, :meth:`compressed`, :meth:`covariances`
+    and the inputs do without.
 
     Attributes:
         a: Inputs [b, G, P, I], P positions (1 without a sequence or space).
@@ -218,13 +218,13 @@ class Outer(Record):
     def total(self) -> Tensor:
         return torch.einsum("bgpo,bgpi->goi", self.delta, self.formed())
 
-    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
+    def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         positions = self.delta.shape[2]
-        every = min(positions, -(-self.rows * positions // MOST_POSITIONS))
+        every = min(positions, -(-self.rows * positions // MAX_POSITIONS))
         looked = slice(int(phase * every), None, every)
         delta, a = self.delta[:, :, looked], self.some_inputs(looked)
-        left = _moment(widened(delta), full[0]) * (positions / delta.shape[2])
-        return left, _moment(widened(a), full[1]) / (a.shape[0] * a.shape[2])
+        left = _covariance(widened(delta), full[0]) * (positions / delta.shape[2])
+        return left, _covariance(widened(a), full[1]) / (a.shape[0] * a.shape[2])
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Outer:
         delta = self.delta if left is None else self.delta @ left
@@ -243,13 +243,13 @@ class Outer(Record):
         chunks = row_chunks(self.rows, math.prod(self.layout))
         return torch.cat([self.gradient(s).square_().sum((1, 2, 3)) for s in chunks])
 
-    def compressed(self, columns: Tensor) -> Compressed:
+    def compressed(self, columns: Tensor) -> CompressedGradients:
         """The gradients times columns [G, I, k], in float32 or better; each is summed up in that precision too."""
         return self._compressed(self.projected(columns))
 
-    def _compressed(self, inputs: Tensor, rows: slice = slice(None)) -> Compressed:
+    def _compressed(self, inputs: Tensor, rows: slice = slice(None)) -> CompressedGradients:
         delta = self.delta[rows]
-        return Compressed(widened(inputs.to(delta.dtype).transpose(-1, -2) @ delta))
+        return CompressedGradients(widened(inputs.to(delta.dtype).transpose(-1, -2) @ delta))
 
     def transposed(self) -> Outer:
         """The transposed gradients: units are inputs."""
@@ -284,7 +284,7 @@ class Entries(Outer):
 
 
 @dataclass(frozen=True)
-class Lookup(Record):
+class Lookup(GradSample):
     """``g_i = sum_p e(id_ip) delta_ip^T``: an embedding table [V, E], layout ``(1, V, E)``.
 
     Attributes:
@@ -333,13 +333,13 @@ class Lookup(Record):
         out = self.delta.new_zeros(self.entries, self.delta.shape[-1])
         return out.index_add_(0, self.ids.flatten(), self.delta.flatten(0, 1))[None]
 
-    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
+    def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         # one-hot inputs: their second moment is exactly diagonal, the frequency of each entry
         counts = self.delta.new_zeros(self.entries).index_add_(
             0, self.ids.flatten(), self.delta.new_ones(self.ids.numel())
         )
         frequency = counts / self.ids.numel()
-        return frequency[None], _moment(self.delta[:, None], full[1])
+        return frequency[None], _covariance(self.delta[:, None], full[1])
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Lookup:
         if left is not None:
@@ -359,7 +359,7 @@ class Lookup(Record):
 
 
 @dataclass(frozen=True)
-class Vector(Record):
+class Vector(GradSample):
     """Materialised per-row gradients ``g`` [b, D]: norm weights, biases on their own, fallback layers."""
 
     g: Tensor
@@ -392,7 +392,7 @@ class Vector(Record):
     def total(self) -> Tensor:
         return self.g.sum(0)
 
-    def moments(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
+    def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         return self.g.square().sum(0), self.g.new_ones(())
 
     def rotated(self, left: Tensor | None, right: Tensor | None) -> Vector:
@@ -405,7 +405,7 @@ class Vector(Record):
         return self.g.square().sum(1)
 
 
-def _moment(x: Tensor, full: bool) -> Tensor:
+def _covariance(x: Tensor, full: bool) -> Tensor:
     """Second moment over rows and positions of x [b, G, P, K], as [G, K, K] or its diagonal [G, K]."""
     if full:
         flat = x.transpose(0, 1).flatten(1, 2)

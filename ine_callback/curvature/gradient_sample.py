@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, Lookup, Outer, Record, Vector
+from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 
@@ -85,18 +85,18 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
     return x.transpose(0, 1) @ y.permute(1, 2, 0)
 
 
-def _kept(record: Record, rows: Tensor | slice, scale: Tensor | float = 1.0) -> _Kept:
+def _kept(grad_sample: GradSample, rows: Tensor | slice, scale: Tensor | float = 1.0) -> _Kept:
     """Chosen rows of a record in the form that needs no positions, in float32."""
-    if isinstance(record, Outer):
-        a, delta = record.formed(rows).float(), record.delta[rows].float() * scale
+    if isinstance(grad_sample, Outer):
+        a, delta = grad_sample.formed(rows).float(), grad_sample.delta[rows].float() * scale
         if a.shape[2] == 1:
             return _Kept(delta[:, :, 0], a[:, :, 0])
         return _Kept(None, delta.transpose(-1, -2) @ a)
-    assert isinstance(record, Vector)
-    return _Kept(None, record.g[rows].float() * scale)
+    assert isinstance(grad_sample, Vector)
+    return _Kept(None, grad_sample.g[rows].float() * scale)
 
 
-class Reservoir:
+class GradientSample:
     """Captured gradients of a uniform sample of the rows seen so far.
 
     Args:
@@ -119,7 +119,7 @@ class Reservoir:
         self._filled, self._seen, self._owed = 0, 0, 0.0
         self._saved: list[dict[str, Any]] = []
 
-    def open(self, records: Sequence[tuple[Block, Record]], processes: Lockstep) -> None:
+    def open(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep) -> None:
         """Makes room for the blocks of a batch. What was kept is forgotten: its rows lack the blocks that joined.
 
         Embeddings and reused blocks keep their K-FAC discount. Each process keeps its part of the rows.
@@ -127,8 +127,12 @@ class Reservoir:
         if not self.rows:
             return
         self._filled, self._seen, self._owed = 0, 0, 0.0
-        usable = {block: record for block, record in records if not block.reused and not isinstance(record, Lookup)}
-        first = {block: _kept(record, slice(0, 1)) for block, record in usable.items()}
+        usable = {
+            block: grad_sample
+            for block, grad_sample in grad_samples
+            if not block.reused and not isinstance(grad_sample, Lookup)
+        }
+        first = {block: _kept(grad_sample, slice(0, 1)) for block, grad_sample in usable.items()}
         per_row = sum(rows.elements for rows in first.values())
         rows = min(-(-self._asked // processes.count), MAX_BYTES // (4 * max(1, per_row)))
         if not usable or rows * processes.count < FEWEST:
@@ -156,10 +160,10 @@ class Reservoir:
         """Keeps what :meth:`state_dict` returned until :meth:`reopen` knows the blocks."""
         self._saved = state["processes"]
 
-    def reopen(self, records: Sequence[tuple[Block, Record]], processes: Lockstep) -> None:
+    def reopen(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep) -> None:
         """Makes room for the blocks of a resumed run's first batch, and puts the saved rows there."""
         saved, self._saved = self._saved, []
-        self.open(records, processes)
+        self.open(grad_samples, processes)
         if len(saved) != processes.count:
             self.note = f"the reservoir was begun anew: {len(saved)} processes saved it, {processes.count} resumed"
             return
@@ -206,14 +210,14 @@ class Reservoir:
         # mean over rows of g g^T is the Hessian of the loss as it was differentiated
         self._draw = _Draw(picked[:free], places, torch.as_tensor(terms * window).sqrt())
 
-    def observe(self, block: Block, record: Record) -> None:
+    def observe(self, block: Block, grad_sample: GradSample) -> None:
         """Takes the drawn rows of one record."""
         if self._draw is None or block not in self._kept:
             return
         if block.reused or block in self._new:  # its rows' gradients are sums over uses: left to K-FAC
             self.forget(block)
             return
-        new = _kept(record, self._draw.picked, self._draw.scale)
+        new = _kept(grad_sample, self._draw.picked, self._draw.scale)
         if (new.left is None) != (self._kept[block].left is None):  # one position now, several before: left to K-FAC
             self.forget(block)
             return
@@ -239,7 +243,7 @@ class Reservoir:
     def _joined(self, processes: Lockstep) -> dict[Block, _Kept]:
         """The rows of all processes, in blocks that all of them keep; of each as many as the one with the fewest."""
         names = processes.common(block.key for block in self._kept)
-        rows = min(filled for filled, _ in processes.meet(self._filled))
+        rows = min(filled for filled, _ in processes.exchange(self._filled))
         kept = sorted((block for block in self._kept if block.key in names), key=lambda block: block.key)
         sizes = [rows] * processes.count
         return {block: self._kept[block].map(lambda x: processes.join(x[:rows], sizes)) for block in kept}

@@ -11,7 +11,7 @@ REFRESH, STALEST = 20, 8  # at first every 20 steps; later after an eighth of th
 CURVATURE, RAREST = 4, 64
 
 
-def refresh_gap(steps: int, every: int | None) -> int:
+def refresh_interval(steps: int, every: int | None) -> int:
     """Steps from a refresh of the directions, made before step ``steps``, to the next.
 
     Example:
@@ -21,7 +21,7 @@ def refresh_gap(steps: int, every: int | None) -> int:
     return every or max(REFRESH, steps // STALEST)
 
 
-def curvature_gap(steps: int, every: int | None) -> int:
+def curvature_interval(steps: int, every: int | None) -> int:
     """Steps that one observation of the curvature, in step ``steps``, stands for.
 
     Example:

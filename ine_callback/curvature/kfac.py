@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients import Lookup, Record, Vector
+from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Vector
 from ine_callback.curvature.low_rank import Side
 from ine_callback.curvature.spectral import SpectralOperator, Spectrum
 from ine_callback.distributed.processes import Lockstep
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class _Factors:
     """Running sums of a block's second moments; their Kronecker product divided by ``steps`` is the Fisher.
 
-    Of a shared block ``diagonal`` is the Fisher's, and the moments are its partial traces.
+    Of a tied block ``diagonal`` is the Fisher's, and the moments are its partial traces.
     """
 
     full: tuple[bool, bool]
@@ -70,7 +70,7 @@ class KFAC:
         self._factors: dict[str, _Factors] = {}
         self._seen: dict[str, int] = {}
 
-    def observe(self, block: Block, record: Record, terms: Tensor | float, steps: int = 1) -> None:
+    def observe(self, block: Block, grad_sample: GradSample, terms: Tensor | float, steps: int = 1) -> None:
         """Adds one use of a block.
 
         Args:
@@ -82,11 +82,11 @@ class KFAC:
         """
         factors = self._factors.get(block.name)
         if factors is None:
-            factors = self._factors[block.name] = _Factors(self._full(record))
+            factors = self._factors[block.name] = _Factors(self._full(grad_sample))
         golden = factors.uses * 0.618034 % 1.0  # spreads the positions looked at evenly over the looks
-        left, right = record.moments(factors.full, golden)
+        left, right = grad_sample.covariances(factors.full, golden)
         left = left * terms
-        if block.shared and not isinstance(record, Vector):
+        if block.tied and not isinstance(grad_sample, Vector):
             rows, columns = _diagonal(left, block.layout[1]), _diagonal(right, block.layout[2])
             if factors.diagonal is None:
                 factors.diagonal = rows.new_zeros(block.layout)
@@ -101,7 +101,7 @@ class KFAC:
             factors.left.add_(left, alpha=steps)
             factors.right.add_(right, alpha=steps)
         factors.uses += steps
-        factors.seen += record.rows
+        factors.seen += grad_sample.rows
         self._seen[block.name] = steps
 
     def forget(self, block: Block) -> None:
@@ -162,11 +162,11 @@ class KFAC:
             moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
             self._factors[name] = _Factors(**moved | {"full": tuple(saved["full"])})
 
-    def _full(self, record: Record) -> tuple[bool, bool]:
-        if isinstance(record, Vector):
+    def _full(self, grad_sample: GradSample) -> tuple[bool, bool]:
+        if isinstance(grad_sample, Vector):
             return False, False
-        _, out, inputs = record.layout
-        return out <= self.max_dim and not isinstance(record, Lookup), inputs <= self.max_dim
+        _, out, inputs = grad_sample.layout
+        return out <= self.max_dim and not isinstance(grad_sample, Lookup), inputs <= self.max_dim
 
 
 def _times(moment: Tensor, factor: Tensor) -> Tensor:

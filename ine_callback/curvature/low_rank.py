@@ -15,8 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KEPT = 0.99  # share of the signals' variance that a basis must keep
-TOP, MIXED, MOST_MIXED = 8, 16, 256  # columns of a sketch: steepest eigenvectors, and least and most mixtures of others
+KEPT_VARIANCE = 0.99  # share of the signals' variance that a basis must keep
+TOP, MIXED, MAX_MIXTURES = (
+    8,
+    16,
+    256,
+)  # columns of a sketch: steepest eigenvectors, and least and most mixtures of others
 NOISE = 0.1  # relative error of a row's self-influence in one visit that one block's mixtures may leave
 RANK, MOST = 32, 256  # most dimensions of a basis: for each query, and in all
 SMALLEST, WORTH = 32, 0.5  # sides of a layer with fewer dimensions, and bases of more than half of them, save nothing
@@ -82,7 +86,7 @@ def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Ten
     values, vectors = _leading(stacked, most)
     total = stacked.square().sum((-1, -2))
     shares = values.clamp_min(0).cumsum(-1) / total.clamp_min(1e-30)[:, None]
-    enough = (shares >= KEPT).all(0)
+    enough = (shares >= KEPT_VARIANCE).all(0)
     if not bool(enough.any()):
         return None
     r = int(enough.int().argmax()) + 1
@@ -181,7 +185,7 @@ def mixtures(share: float) -> int:
     if not math.isfinite(share):  # the training diverges
         return MIXED
     needed = math.ceil(4 * share**2 / NOISE**2 / 8) * 8
-    return min(max(needed, MIXED), MOST_MIXED)
+    return min(max(needed, MIXED), MAX_MIXTURES)
 
 
 def sketched(weight: Tensor, left: Side, right: Side, mixed: int) -> tuple[Sketch | None, Sketch | None, Tensor]:

@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients import Record, row_chunks
+from ine_callback.capture.per_sample_gradients import GradSample, row_chunks
 from ine_callback.curvature.low_rank import MIXED, Side, Sketch, energies, sketched
 
 # f of eigenvalues that come as factors to be multiplied: large products are then formed once, by f itself.
@@ -113,15 +113,15 @@ class SpectralOperator:
             v = v @ self.right.transpose(-1, -2)
         return v if self.left is None else self.left @ v
 
-    def quadratic(self, record: Record) -> Tensor:
+    def quadratic(self, grad_sample: GradSample) -> Tensor:
         """<f(F) g_i, g_i> [b] for every row of a record."""
-        return self.norms(record)[:, 0]
+        return self.norms(grad_sample)[:, 0]
 
-    def norms(self, record: Record) -> Tensor:
+    def norms(self, grad_sample: GradSample) -> Tensor:
         """<f(F) g_i, g_i> and |f(F) g_i|^2, [b, 2], for every row of a record."""
         if self.weight is None:
-            return record.squared_norms()[:, None].expand(-1, 2)
-        return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
+            return grad_sample.squared_norms()[:, None].expand(-1, 2)
+        return grad_sample.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
 
     def energies(self) -> Tensor | None:
         """See :func:`.low_rank.energies`; None without sides, for such an operator is met as it is."""
@@ -143,14 +143,14 @@ class SpectralOperator:
             weight = left.square().transpose(-1, -2) @ weight
         return weight @ right.square() if self.entrywise and right is not None else weight
 
-    def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
+    def norms_of_sum(self, grad_samples: Sequence[GradSample]) -> Tensor:
         """<f(F) g_i, g_i> and |f(F) g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
         out = []
-        elements = int(torch.Size(records[0].layout).numel())
-        for rows in row_chunks(records[0].rows, elements):
-            g = records[0].gradient(rows)
-            for record in records[1:]:
-                g = g + record.gradient(rows)
+        elements = int(torch.Size(grad_samples[0].layout).numel())
+        for rows in row_chunks(grad_samples[0].rows, elements):
+            g = grad_samples[0].gradient(rows)
+            for grad_sample in grad_samples[1:]:
+                g = g + grad_sample.gradient(rows)
             changed = self.apply(g)
             out.append(torch.stack([(changed * g).flatten(1).sum(1), changed.flatten(1).square().sum(1)], 1))
         return torch.cat(out)
@@ -188,6 +188,6 @@ class Sketched:
         self.left = self.left if self.rows is None else self.rows.draw(generator)
         self.right = self.right if self.columns is None else self.columns.draw(generator)
 
-    def norms(self, record: Record) -> Tensor:
+    def norms(self, grad_sample: GradSample) -> Tensor:
         """See :meth:`SpectralOperator.norms`."""
-        return record.rotated(self.left, self.right).norms(self.weights)
+        return grad_sample.rotated(self.left, self.right).norms(self.weights)

@@ -97,7 +97,7 @@ class Lockstep(Processes):
         if self.count > 1:
             self._host = dist.new_group(backend="gloo")
 
-    def meet(self, one: int = 0, other: int = 0) -> list[list[int]]:
+    def exchange(self, one: int = 0, other: int = 0) -> list[list[int]]:
         """Every process's two numbers, in their order. What may fail comes before, the exchange of data right after.
 
         Raises:
@@ -136,6 +136,6 @@ class Lockstep(Processes):
         """The names that all of them have. A meeting."""
         mine = sorted(names)
         digest = int.from_bytes(hashlib.sha256("\0".join(mine).encode()).digest()[:7], "big")
-        if len({one for one, _ in self.meet(digest)}) == 1:
+        if len({one for one, _ in self.exchange(digest)}) == 1:
             return set(mine)
         return set.intersection(*map(set, self.gather(mine)))

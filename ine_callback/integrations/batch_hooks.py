@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ine_callback.capture.mixture import exchanged_after, exchanges, replaced, seed_everywhere
+from ine_callback.capture.row_mixing import exchanged_after, exchanges, replaced, seed_everywhere
 from ine_callback.data.batches import cut, led_by, size_of
 from ine_callback.data.columns import same
 from ine_callback.integrations.trainer import overrides

@@ -390,7 +390,7 @@ class InfluenceCallback(Callback):
         if self._recorder is not None:
             self._run_fit_end(trainer, pl_module, trainer.current_epoch + 1, None)
         if self._recorder is not None and self._recorder.recording and self._log is not None:
-            self._log.epoch(self._recorder.ledger.scores)
+            self._log.epoch(self._recorder.accumulators.scores)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture import Block, BlockTable, Capture, Record
+from ine_callback.capture import Block, BlockTable, Capture, GradSample
 from ine_callback.capture.label_gradients import classes_of, expect, sample
 from ine_callback.capture.row_losses import read_loss
-from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import CaptureError
@@ -40,15 +40,15 @@ class RowGradients:
         scale: What turns a record into gradients of the rows' own losses.
     """
 
-    def __init__(self, records: dict[Block, list[Record]], scale: Tensor | float) -> None:
-        self._records, self._scale = records, scale
+    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor | float) -> None:
+        self._grad_samples, self._scale = grad_samples, scale
 
     def __iter__(self) -> Iterator[Block]:
-        return iter(self._records)
+        return iter(self._grad_samples)
 
-    def records(self, block: Block) -> list[Record]:
+    def grad_samples(self, block: Block) -> list[GradSample]:
         """A block's records: their sum times :attr:`scale` are the rows' gradients."""
-        return self._records[block]
+        return self._grad_samples[block]
 
     @property
     def scale(self) -> Tensor | float:
@@ -57,26 +57,26 @@ class RowGradients:
 
     def formed(self, block: Block) -> Tensor:
         """The gradients [b, *layout] of a block."""
-        first, *rest = (record.wide().gradient(slice(None)) for record in self._records[block])
+        first, *rest = (grad_sample.wide().gradient(slice(None)) for grad_sample in self._grad_samples[block])
         return sum(rest, first) * self._scale
 
     def products(self, directions: dict[Block, Tensor]) -> Tensor:
         """Inner products [b, Q] with directions, each [Q, *layout]."""
         parts = [
-            record.wide().signals(directions[block])
-            for block, records in self._records.items()
+            grad_sample.wide().signals(directions[block])
+            for block, grad_samples in self._grad_samples.items()
             if block in directions
-            for record in records
+            for grad_sample in grad_samples
         ]
         return torch.stack(parts).sum(0) * self._scale
 
     def squared_norms(self) -> Tensor:
         """Squared norms [b] of the gradients over all blocks."""
         parts = [
-            records[0].wide().squared_norms() * self._scale**2
-            if len(records) == 1
+            grad_samples[0].wide().squared_norms() * self._scale**2
+            if len(grad_samples) == 1
             else self.formed(block).flatten(1).square().sum(1)
-            for block, records in self._records.items()
+            for block, grad_samples in self._grad_samples.items()
         ]
         return torch.stack(parts).sum(0)
 
@@ -115,7 +115,7 @@ class FitContext:
     progress: Track = untracked
     scores: Scores | None = None
     factors: KFAC | None = None
-    gradient_sample: Reservoir | None = None
+    gradient_sample: GradientSample | None = None
     layers: Sequence[str] | None = None
     at: Stage = "end"
     seed: int = 0
@@ -166,12 +166,12 @@ class FitContext:
     def _gradients(
         self, what: PerSamplePass, batch: Batch, size: int, draw: int, generator: torch.Generator
     ) -> RowGradients:
-        records: dict[Block, list[Record]] = {}
+        grad_samples: dict[Block, list[GradSample]] = {}
         failures: list[Exception] = []
 
-        def receive(module: nn.Module, found: dict[str, Record]) -> None:
-            for block, record in self.table.sort(module, found):
-                records.setdefault(block, []).append(record)
+        def receive(module: nn.Module, found: dict[str, GradSample]) -> None:
+            for block, grad_sample in self.table.sort(module, found):
+                grad_samples.setdefault(block, []).append(grad_sample)
 
         capture = Capture(self.module, receive, failures.append, self.layers, every_pass=True)
         capture.attach()
@@ -190,10 +190,10 @@ class FitContext:
             capture.detach()
         if failures:
             raise failures[0]
-        if not records:
+        if not grad_samples:
             reasons = "; ".join(sorted(set(capture.dropped.values()))) or "no layer of a known type was called"
             raise CaptureError(f"{self.owner}: no layer's gradients can be told apart by rows: {reasons}.")
-        return RowGradients(records, float(size) if reading is None else reading.scale)
+        return RowGradients(grad_samples, float(size) if reading is None else reading.scale)
 
     def query_gradients(self) -> dict[Block, Tensor]:
         """Gradients [Q, *layout] of the queries at the present weights, by block; after a per-sample pass.

@@ -13,11 +13,11 @@ from ine_callback.capture.row_losses import RowLosses
 from ine_callback.data.row_ids import RowCheck
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
-from ine_callback.recording.observations import Visits
+from ine_callback.recording.observations import Observations
 from ine_callback.scores import QueryInfo, Scores
 
 
-class Ledger:
+class RowAccumulators:
     """Folds the visits of every step into the rows' accumulators; grows where nobody knows how many rows there are.
 
     Args:
@@ -49,14 +49,14 @@ class Ledger:
         for method in methods:
             method.start(self._size, queries, device, random_weights, contrasts)
 
-    def update(self, visits: Visits, rate: float, units: Tensor, known: int) -> None:
+    def update(self, observations: Observations, rate: float, units: Tensor, known: int) -> None:
         """Takes a step's visits, at its rate and in units [b, Q]; ``known`` rows exist."""
         self.check.count = known
         if known > self._size:
             self._grow(max(known, 2 * self._size))
-        self._losses.add(visits.rows, visits.losses)
+        self._losses.add(observations.rows, observations.losses)
         for method in self._methods:
-            method.update(visits.rows, visits.signals[..., 0], rate, units, visits.signals[..., 1:])
+            method.update(observations.rows, observations.signals[..., 0], rate, units, observations.signals[..., 1:])
 
     def _grow(self, rows: int) -> None:
         self._size = rows

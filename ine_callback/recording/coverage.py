@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ine_callback.capture import Block, Capture, Record, Vector
-from ine_callback.capture.fallback import COMPARED, Sums, row_shares, separable
-from ine_callback.capture.mixture import MIXED
-from ine_callback.capture.odd import wrong_functions
-from ine_callback.capture.probe import VIEWS, row_order_faults
-from ine_callback.capture.verify import Proof, share_of, uncaptured
+from ine_callback.capture import Block, Capture, GradSample, Vector
+from ine_callback.capture.fallback import COMPARED, Sums, row_contributions, separable
+from ine_callback.capture.layer_functions_check import wrong_functions
+from ine_callback.capture.row_mixing import MIXED
+from ine_callback.capture.row_order import VIEWS, row_order_faults
+from ine_callback.capture.verification import Proof, fraction_of, uncaptured
 from ine_callback.data.batches import led_by
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
@@ -70,7 +70,7 @@ class Coverage:
         if self._probed:
             return
         self._probed = True
-        fewest = min(there for there, _ in processes.meet(rows))  # all probe, or none
+        fewest = min(there for there, _ in processes.exchange(rows))  # all probe, or none
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return
@@ -154,7 +154,7 @@ class Coverage:
         slow = set(self._slow.values())
         blocks = [block for block in signals.table if not slow.intersection(block.parameters)]
         wrong, met, finite = proof.judge(blocks, self._capture.half, self._capture.twice)
-        if not all(there for there, _ in processes.meet(int(finite))):
+        if not all(there for there, _ in processes.exchange(int(finite))):
             self.wanted |= 1
             return False
         # a block that not all processes used is not looked at; one that is wrong in one of them is dropped in all
@@ -204,10 +204,10 @@ class Coverage:
                 self.uncaptured.pop(name, None)
         new = {name: why for name, why in missing.items() if name not in self._missing}
         self._missing.update(new)
-        self.share = 1.0 - share_of(self._module, self._missing)
+        self.share = 1.0 - fraction_of(self._module, self._missing)
         rest = {n: why for n, why in new.items() if n.rpartition(".")[0] not in self._capture.deselected}
         if len(rest) < len(new):
-            left = share_of(self._module, set(new) - set(rest))
+            left = fraction_of(self._module, set(new) - set(rest))
             self.notes.append(f"layers= leaves out {left:.1%} of the trainable parameters: scores speak for the others")
         if rest:
             self._settle(rest)
@@ -226,15 +226,15 @@ class Coverage:
             for name in missing:
                 self._slow[name] = parameters[name]
                 self._missing.pop(name)
-            self.share = 1.0 - share_of(self._module, self._missing)
+            self.share = 1.0 - fraction_of(self._module, self._missing)
             self.notes.append(f"per-row autograd (one backward pass a row) for: {', '.join(missing)}")
             return
         self._leave_out(missing, _SLOWLY if self._advisable else "")
 
     def _told(self, missing: dict[str, str]) -> str:
-        share = share_of(self._module, missing)
+        share = fraction_of(self._module, missing)
         listing = "; ".join(
-            f"{name} ({share_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8]
+            f"{name} ({fraction_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8]
         )
         since = f" {self._since}" if self._since else ""
         return f"{self._owner}: {share:.1%} of the trainable parameters are not captured{since}: {listing}."
@@ -242,7 +242,7 @@ class Coverage:
     def _leave_out(self, missing: dict[str, str], remedy: str) -> None:
         since = f", {self._since}" if self._since else ""
         self.uncaptured |= {
-            n: f"{why} ({share_of(self._module, [n]):.1%} of the parameters{since})" for n, why in missing.items()
+            n: f"{why} ({fraction_of(self._module, [n]):.1%} of the parameters{since})" for n, why in missing.items()
         }
         if since:  # the scores speak for fewer parameters than they did
             self.notes.append(self._told(missing).removeprefix(f"{self._owner}: ").rstrip("."))
@@ -252,7 +252,7 @@ class Coverage:
         """Why no row can get a signal, and what can be done about it."""
         shares: dict[str, float] = {}
         for name, why in self._missing.items():
-            shares[why] = shares.get(why, 0.0) + share_of(self._module, [name])
+            shares[why] = shares.get(why, 0.0) + fraction_of(self._module, [name])
         reason = max(shares, key=lambda why: shares[why], default=self.first_reason())
         told = f"no layer's gradients could be told apart by the batch's {rows} rows: {reason}."
         if not self._advisable or COMPARED in reason:
@@ -278,7 +278,7 @@ class Coverage:
         rows: int,
         signals: Signals,
         proof: Proof | None,
-    ) -> list[tuple[Block, Record]]:
+    ) -> list[tuple[Block, GradSample]]:
         """Records of the uncaptured parameters by one backward pass a row; with a proof only of those that add up.
 
         Raises:
@@ -297,7 +297,7 @@ class Coverage:
             self._factor = sums.factor(shares, self._factor) if sums is not None else self._factor
             return self._factor
 
-        found = row_shares(self._module, loss, batch, rows, parameters, signals.scale, factor)
+        found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor)
         shares = dict(zip(self._slow, found, strict=True))
         if sums is not None:
             wrong, approximate = sums.judge(shares)
@@ -314,5 +314,5 @@ class Coverage:
             for block in [block for block in signals.table if parameter in set(block.parameters)]:
                 signals.drop_block(block)
         self._missing |= wrong
-        self.share = 1.0 - share_of(self._module, self._missing)
+        self.share = 1.0 - fraction_of(self._module, self._missing)
         self._leave_out(wrong, "")

@@ -15,7 +15,7 @@ from ine_callback.optimizers.clipping import Change
 
 
 @dataclass(frozen=True)
-class Visits:
+class Observations:
     """Rows and what their visit left.
 
     Attributes:
@@ -30,22 +30,22 @@ class Visits:
     own: Tensor
     losses: Tensor
 
-    def again(self, later: Visits) -> Visits:
+    def again(self, later: Observations) -> Observations:
         """The same rows with a further backward pass."""
-        return Visits(self.rows, self.signals + later.signals, self.own + later.own, self.losses + later.losses)
+        return Observations(self.rows, self.signals + later.signals, self.own + later.own, self.losses + later.losses)
 
-    def times(self, factor: Tensor | float) -> Visits:
+    def times(self, factor: Tensor | float) -> Observations:
         """With the shares of the step times a factor."""
-        return Visits(self.rows, self.signals * factor, self.own, self.losses)
+        return Observations(self.rows, self.signals * factor, self.own, self.losses)
 
-    def joined(self, processes: Processes, sizes: Sequence[int]) -> Visits:
+    def joined(self, processes: Processes, sizes: Sequence[int]) -> Observations:
         """Those of all processes, this one's being ``sizes[rank]``; right after a meeting."""
         if processes.count == 1:
             return self
         own, losses = (x.to(self.signals.dtype)[:, None] for x in (self.own, self.losses))
         rows = processes.join(self.rows, sizes)
         packed = processes.join(torch.cat([self.signals.flatten(1), own, losses], 1), sizes)
-        return Visits(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
+        return Observations(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Pass:
         rows: Dataset indices [b].
         blocks: The K blocks whose signals are apart; none: one sum.
         signals: Signals and contrasts [K, b, Q, 1 + J].
-        own: As of :class:`Visits`.
-        losses: As of :class:`Visits`.
+        own: As of :class:`Observations`.
+        losses: As of :class:`Observations`.
         changes: What was done to the gradients since.
     """
 
@@ -68,13 +68,13 @@ class Pass:
     losses: Tensor
     changes: list[Change] = field(default_factory=list)
 
-    def visits(self) -> Visits:
+    def observations(self) -> Observations:
         """With each block's signals times what was done to its gradients."""
         signals = self.signals
         for change in self.changes:
             factors = change.factors(self.blocks) if self.blocks else change.total()[None]
             signals = signals * factors.to(signals.dtype)[:, None, None, None]
-        return Visits(self.rows, signals.sum(0), self.own, self.losses)
+        return Observations(self.rows, signals.sum(0), self.own, self.losses)
 
 
 class Pending:
@@ -114,12 +114,12 @@ class Pending:
                 batches.append([one])
         return batches
 
-    def take(self, columns: int, contrasts: int, device: torch.device) -> Visits:
+    def take(self, columns: int, contrasts: int, device: torch.device) -> Observations:
         """All of them, as one; they are no longer pending. None at all have signals [0, columns, 1 + contrasts]."""
-        parts = [reduce(Visits.again, (one.visits() for one in batch)) for batch in self._batches()]
+        parts = [reduce(Observations.again, (one.observations() for one in batch)) for batch in self._batches()]
         self._passes = []
         if not parts:
             none = torch.zeros(0, device=device)
-            return Visits(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)
+            return Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)
         names = ("rows", "signals", "own", "losses")
-        return Visits(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

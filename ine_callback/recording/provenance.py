@@ -62,7 +62,7 @@ def run_info(recorder: Recorder) -> RunInfo:
         started=recorder.started.isoformat(timespec="seconds"),
         seconds=recorder.seconds,
         steps=recorder.steps,
-        rows=recorder.ledger.check.count,
+        rows=recorder.accumulators.check.count,
         captured_share=coverage.share,
         approximate=coverage.approximate,
         uncaptured=coverage.uncaptured,

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ine_callback.capture import Capture, Record
+from ine_callback.capture import Capture, GradSample
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
-from ine_callback.capture.verify import Proof
-from ine_callback.curvature.gradient_sample import Reservoir
-from ine_callback.curvature.intervals import curvature_gap, refresh_gap
+from ine_callback.capture.verification import Proof
+from ine_callback.curvature.gradient_sample import GradientSample
+from ine_callback.curvature.intervals import curvature_interval, refresh_interval
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.distributed.processes import Lockstep
@@ -36,7 +36,7 @@ from ine_callback.optimizers.clipping import Clipping
 from ine_callback.optimizers.rates import known, plan, step_rate
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.queries.sources import DataSource
-from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pass, Pending
@@ -143,7 +143,7 @@ class Recorder(Guard):
         self.source = source or DataSource(owner, loss)
         self._horizon = (total_steps, schedulers)
         self._max_dim, self._rank = max_dim if discount else None, rank
-        self._reservoir = Reservoir(reservoir if discount else 0)
+        self._reservoir = GradientSample(reservoir if discount else 0)
         self._initial_weights: InitialWeights = initial_weights
         self._to_device, self._context = to_device or (lambda batch: batch), context
         self.capture = Capture(module, self._receive, self.fail, checked_layers(layers, module, owner), self._lose)
@@ -172,7 +172,7 @@ class Recorder(Guard):
         self._passes, self._lost = Passes(self._pass_over), 0
         self._passing = False  # whether a backward pass has begun and is not yet known to be over
         self._made = self._saved = 0  # steps before the directions were made, and a state was last saved
-        self._look_at = 0  # the step that looks at the curvature next
+        self._next_curvature_update = 0  # the step that looks at the curvature next
         self.clipping = Clipping(optimizer)
         self._seconds = 0.0
         self.widest = 0  # most rows in a step
@@ -211,7 +211,7 @@ class Recorder(Guard):
             self.capture.drop,
         )
         self.signals.check()
-        self.ledger = Ledger(
+        self.accumulators = RowAccumulators(
             self.owner,
             self._rows,
             self.infos,
@@ -308,7 +308,7 @@ class Recorder(Guard):
 
     def _start_batch(self, rows: Tensor | Sequence[int] | Callable[[Any], Any], data: Any) -> None:
         try:
-            rows = self.ledger.check.rows(rows(data) if callable(rows) else rows, data)
+            rows = self.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
             if self._gap and self.signals.held is not None:  # its gradients are not this step's alone
                 raise UntoldRows("the first step's rows must all be known")
         except UntoldRows as error:
@@ -322,7 +322,9 @@ class Recorder(Guard):
             if self.coverage.wanted > 1 and self.signals.held is None:
                 self.signals.hold()
             self.coverage.wanted = 0
-        self.signals.observing = curvature_gap(self.steps, self.curvature_every) if self.steps >= self._look_at else 0
+        self.signals.observing = (
+            curvature_interval(self.steps, self.curvature_every) if self.steps >= self._next_curvature_update else 0
+        )
         self.capture.start_batch(len(rows))
         self._lost = self._passes.lost
         self._passes.start_batch()
@@ -346,15 +348,15 @@ class Recorder(Guard):
         """Before a step's first batch: refreshes or draws anew, or holds records back where parameters are new."""
         if self.coverage.thawed() and self.signals.held is None:
             self.signals.hold()
-            self._look_at = self.steps  # what joined has no curvature yet
+            self._next_curvature_update = self.steps  # what joined has no curvature yet
         if self.signals.held is not None:
             self.coverage.probe(self._loss, data, len(rows), self._processes)
-        elif self._saved > self._made or self.steps - self._made >= refresh_gap(self._made, self.refresh_every):
+        elif self._saved > self._made or self.steps - self._made >= refresh_interval(self._made, self.refresh_every):
             self.coverage.agree(self._processes)
             self.signals.refresh()
             self._made = self.steps
             self.coverage.refreshed()
-        elif self.steps >= self._look_at:
+        elif self.steps >= self._next_curvature_update:
             self.signals.draw()
 
     def see(self, loss: Tensor) -> None:
@@ -422,7 +424,7 @@ class Recorder(Guard):
 
     def _release(self, rows: Tensor, data: Any) -> None:
         """The first backward pass: proves the capture and makes the first directions."""
-        self._processes.meet()
+        self._processes.exchange()
         if not self._prove(rows, data):  # an overflow, whose step is skipped: the next pass is it
             self.signals.held = []
             return
@@ -445,14 +447,14 @@ class Recorder(Guard):
                 raise RowsError(f"{self.owner}: {self.coverage.nothing_left(len(rows))}")
         return finite
 
-    def _receive(self, module: nn.Module, records: dict[str, Record]) -> None:
+    def _receive(self, module: nn.Module, grad_samples: dict[str, GradSample]) -> None:
         own = self.signals.table.own(module)
         self._passes.touch((known for _, known in own), self._begin_pass)
         self._received = True
         if self.signals.proof is not None and self._sharded:
             for p, known in own:
                 self.signals.proof.watch(p, known)
-        self.signals.receive(module, records, self.capture.calls.get(module, 1))
+        self.signals.receive(module, grad_samples, self.capture.calls.get(module, 1))
 
     def _lose(self, module: nn.Module) -> None:
         """A layer was dropped: the others go on, if there are any."""
@@ -491,8 +493,8 @@ class Recorder(Guard):
 
     def _fall_back(self, rows: Tensor, data: Any, proof: Proof | None = None) -> None:
         slow = self.coverage.fallback(self._loss, data, len(rows), self.signals, proof)
-        for block, record in slow:
-            self.signals.take(block, record)
+        for block, grad_sample in slow:
+            self.signals.take(block, grad_sample)
 
     def end_batch(self) -> None:
         """Ends the batch; its signals wait for the optimizer's step."""
@@ -579,18 +581,20 @@ class Recorder(Guard):
         self.clipping.forget()
         with torch.no_grad():
             self._join_changes()
-            visits = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
-            told = 4 * self.ledger.check.count + self.coverage.asks  # two numbers in one
-            sizes, said = zip(*self._processes.meet(len(visits.rows), told), strict=True)
+            observations = self._pending.take(self.signals.columns, self.signals.contrasts.count, self._device)
+            told = 4 * self.accumulators.check.count + self.coverage.asks  # two numbers in one
+            sizes, said = zip(*self._processes.exchange(len(observations.rows), told), strict=True)
             known = [one // 4 for one in said]
             self.coverage.asks, self.coverage.wanted = 0, self.coverage.wanted | max(one % 4 for one in said)
             if not any(sizes):
                 return
-            visits = visits.joined(self._processes, sizes).times(1 / self._processes.count)
-            self.ledger.update(visits, step_rate(self.optimizer), self.signals.units(visits.own), max(known))
+            observations = observations.joined(self._processes, sizes).times(1 / self._processes.count)
+            self.accumulators.update(
+                observations, step_rate(self.optimizer), self.signals.units(observations.own), max(known)
+            )
         self._alone(sum(sizes))
-        if self.steps >= self._look_at:
-            self._look_at = self.steps + curvature_gap(self.steps, self.curvature_every)
+        if self.steps >= self._next_curvature_update:
+            self._next_curvature_update = self.steps + curvature_interval(self.steps, self.curvature_every)
         self.steps += 1
         if self.signals.curvature is not None:
             self.signals.curvature.end_step()
@@ -600,7 +604,7 @@ class Recorder(Guard):
         changes = self._pending.changes
         if not self._sharded:
             return
-        if len({count for count, _ in self._processes.meet(len(changes))}) > 1:
+        if len({count for count, _ in self._processes.exchange(len(changes))}) > 1:
             raise InfluenceError("the processes' gradients were changed at different times")
         self._processes.average([change.moments for change in changes])
 
@@ -623,7 +627,7 @@ class Recorder(Guard):
             raise InfluenceError(f"{self.owner}: nothing was recorded; put `with recorder:` around the training loop.")
         for reason, count in self._left_out.items():
             self.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
-        return InfluenceReport(self.ledger.scores(), run_info(self))
+        return InfluenceReport(self.accumulators.scores(), run_info(self))
 
     @property
     def seconds(self) -> float:
@@ -638,11 +642,11 @@ class Recorder(Guard):
         """
         together = self.recording or self._processes.count == 1  # after the end others may be gone
         if together:
-            self._processes.meet()
+            self._processes.exchange()
         self._saved = self.steps
         return {
             "steps": self.steps,
-            "look": self._look_at,
+            "look": self._next_curvature_update,
             "failed": self.failed,
             "reason": self.reason,
             "taken": self.taken,
@@ -651,7 +655,7 @@ class Recorder(Guard):
             "left_out": dict(self._left_out),
             "started": self.started.isoformat(),
             "seconds": self.seconds,
-            "ledger": self.ledger.state_dict(),
+            "ledger": self.accumulators.state_dict(),
             "signals": self.signals.state_dict(together) if self.steps and not self.failed else None,
         }
 
@@ -661,8 +665,8 @@ class Recorder(Guard):
         Raises:
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
-        self.ledger.load_state_dict(state["ledger"])
-        self.steps, self._look_at = state["steps"], state["look"]
+        self.accumulators.load_state_dict(state["ledger"])
+        self.steps, self._next_curvature_update = state["steps"], state["look"]
         # checkpoints of 0.1 have no more than the steps
         self.reason, self.taken = state.get("reason", ""), state.get("taken", state["steps"])
         self.widest = state.get("widest", 0)

@@ -14,8 +14,9 @@ from ine_callback.applications.label_errors import by_loss, recommended, suspect
 from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable
+from ine_callback.report.validate import checked, checked_attributions
 from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
-from ine_callback.utilities.validate import checked, checked_attributions, row_ids
+from ine_callback.utilities.validate import row_ids
 
 Rows = NDArray[np.int64]
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ine_callback.report.files import find
 from ine_callback.report.reading import FAULTS, QUERY, ReportError, is_count, is_number, read_json, read_table
 from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.validate import MATRICES
 from ine_callback.scores import QueryInfo, QueryKind, Scores
-from ine_callback.utilities.validate import MATRICES
 
 FORMAT, VERSION = "ine_callback.report", 1
 FILES = SCORES, NULL, META = "scores.parquet", "null.parquet", "meta.json"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, Lookup, Outer, Record, Vector
-from ine_callback.capture.compressed import FEW_QUERIES, Compressed, turned
+from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.capture.compressed_gradients import FEW_QUERIES, CompressedGradients, turned
 from ine_callback.capture.per_sample_gradients import widened
 from ine_callback.curvature.low_rank import SMALLEST, low_rank
 from ine_callback.curvature.spectral import Sketched, SpectralOperator
@@ -22,16 +22,16 @@ from ine_callback.scoring.sign_contrasts import Contrasts, summed
 
 WHOLE = 1 << 16  # entries up to which the gradient of a shared block is formed for each row
 
-Use = Record | Compressed  # what self-influence needs of one use of a block
+Use = GradSample | CompressedGradients  # what self-influence needs of one use of a block
 
 
 @dataclass
-class Own:
+class SelfTerms:
     """A row's own gradient in a block.
 
     Attributes:
         norms: ``<D g_i, g_i>`` and ``|D g_i|^2`` [b, 2].
-        energies: Of its units [b, 1 + J], see :func:`.turned_by`.
+        energies: Of its units [b, 1 + J], see :func:`.signed_by`.
     """
 
     norms: Tensor
@@ -62,11 +62,11 @@ class Direction(ABC):
     queries: Tensor | None
 
     @abstractmethod
-    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
-        """Signals with their contrasts [b, Q, 1 + J], None without queries, and what :meth:`own_of` needs."""
+    def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
+        """Signals with their contrasts [b, Q, 1 + J], None without queries, and what :meth:`self_terms_of` needs."""
 
     @abstractmethod
-    def own_of(self, uses: Sequence[Use]) -> Own:
+    def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         """The row's own gradient, summed over all uses of the block in a batch."""
 
     def draw(self, turn: int) -> None:  # noqa: B027 - most have nothing to draw
@@ -83,16 +83,18 @@ class Exact(Direction):
 
     discount: SpectralOperator
 
-    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
-        record = record.wide()
+    def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
+        grad_sample = grad_sample.wide()
         if self.queries is None:
-            return None, record
-        return self.contrasts.of_queries(self.block, record, self.queries), record
+            return None, grad_sample
+        return self.contrasts.of_queries(self.block, grad_sample, self.queries), grad_sample
 
-    def own_of(self, uses: Sequence[Use]) -> Own:
-        records = [use for use in uses if isinstance(use, Record)]
-        norms = self.discount.norms(records[0]) if len(records) == 1 else self.discount.norms_of_sum(records)
-        return Own(norms, self.contrasts.of_self(self.block, records))
+    def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
+        grad_samples = [use for use in uses if isinstance(use, GradSample)]
+        norms = (
+            self.discount.norms(grad_samples[0]) if len(grad_samples) == 1 else self.discount.norms_of_sum(grad_samples)
+        )
+        return SelfTerms(norms, self.contrasts.of_self(self.block, grad_samples))
 
 
 @dataclass
@@ -113,15 +115,15 @@ class Flat(Direction):
             self._turned = (self.queries[:, None] * signs).flatten(0, 1).T
         self._squares = torch.cat([torch.stack([weight, weight.square()]), signs]).T
 
-    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
-        assert isinstance(record, Vector)
+    def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
+        assert isinstance(grad_sample, Vector)
         if self._turned is None:
-            return None, record
-        return (record.g @ self._turned).view(record.rows, -1, 1 + self.contrasts.count), record
+            return None, grad_sample
+        return (grad_sample.g @ self._turned).view(grad_sample.rows, -1, 1 + self.contrasts.count), grad_sample
 
-    def own_of(self, uses: Sequence[Use]) -> Own:
+    def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         squares = summed([use.g for use in uses if isinstance(use, Vector)]).square() @ self._squares
-        return Own(squares[:, :2], squares[:, 2:])
+        return SelfTerms(squares[:, :2], squares[:, 2:])
 
 
 @dataclass
@@ -166,46 +168,46 @@ class Joint(Direction):
         columns = [x for x in (self.basis, right) if x is not None]
         self._columns = torch.cat(columns, -1) if columns else None
 
-    def contract(self, record: Record) -> tuple[Tensor | None, Use]:
+    def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
         if self.block.outputs:
-            assert isinstance(record, Outer | Lookup)
-            record = record.transposed()
-        assert isinstance(record, Outer)
+            assert isinstance(grad_sample, Outer | Lookup)
+            grad_sample = grad_sample.transposed()
+        assert isinstance(grad_sample, Outer)
         signals = None
         if self.queries is not None and not self._inside:
-            signals = record.parts(self.queries, self._signs)
+            signals = grad_sample.parts(self.queries, self._signs)
         if self._columns is None:
-            return signals, record
-        if record.delta.shape[2] == 1:
-            return self._one_by_one(record, signals)
-        small = record.compressed(self._columns)
+            return signals, grad_sample
+        if grad_sample.delta.shape[2] == 1:
+            return self._one_by_one(grad_sample, signals)
+        small = grad_sample.compressed(self._columns)
         if self.queries is not None and self._inside:
             asked = small.part(self._asked)
             if self._turned is None:
                 signals = asked.parts(self.queries, self._signs)
             else:
-                signals = asked.met(self._turned).view(record.rows, len(self.queries), -1)
+                signals = asked.met(self._turned).view(grad_sample.rows, len(self.queries), -1)
         return signals, small.part(self._rest)
 
-    def _one_by_one(self, record: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
+    def _one_by_one(self, grad_sample: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
         """Without positions a gradient is one product: its two sides are met one by one."""
         assert self._columns is not None
-        projected, delta = widened(record.projected(self._columns)), widened(record.delta)
+        projected, delta = widened(grad_sample.projected(self._columns)), widened(grad_sample.delta)
         if self.queries is not None and self._inside:
             signals = Outer(projected[..., self._asked], delta).parts(self.queries, self._signs)
         return signals, Outer(projected[..., self._rest], delta)
 
-    def own_of(self, uses: Sequence[Use]) -> Own:
+    def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         assert self.own is not None
         if len(uses) == 1 and isinstance(use := uses[0], Outer):
-            return Own(use.rotated(self.own.left, None).norms(self.own.weights), use.energies(self._signs))
-        small = Compressed(summed([_formed(use) for use in uses]))
-        return Own(small.norms_in(self.own.left, self._weights), small.energies(self._signs))
+            return SelfTerms(use.rotated(self.own.left, None).norms(self.own.weights), use.energies(self._signs))
+        small = CompressedGradients(summed([_formed(use) for use in uses]))
+        return SelfTerms(small.norms_in(self.own.left, self._weights), small.energies(self._signs))
 
 
 def _formed(use: Use) -> Tensor:
     """The transposed gradients [b, G, k, O] of one use."""
-    return use.g if isinstance(use, Compressed) else use.gradient(slice(None)).transpose(-1, -2)
+    return use.g if isinstance(use, CompressedGradients) else use.gradient(slice(None)).transpose(-1, -2)
 
 
 def direction_of(
@@ -232,7 +234,7 @@ def direction_of(
     exact = Exact(block, contrasts, u, discount)
     # a shared block's gradient is formed where that is little; if it is not the last layer its units are of two kinds
     large = block.outputs and block.layout[1] * block.layout[2] > WHOLE
-    if rank is None or discount.sides is None or not (large if block.shared else block.matrix):
+    if rank is None or discount.sides is None or not (large if block.tied else block.matrix):
         return exact, None
     own = None if mixed is None else discount.sketched(mixed)
     assert not isinstance(own, SpectralOperator)  # it has sides

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, Outer, Record
+from ine_callback.capture import Block, GradSample, Outer
 
 CONTRASTS = 4  # four degrees of freedom a row and query, shrunk to those of all rows
 
@@ -59,7 +59,7 @@ class Contrasts:
             self._signs[block, units] = torch.cat([torch.ones(1, count), signs]).to(parameter.device, dtype)
         return self._signs[block, units]
 
-    def of_queries(self, block: Block, record: Record, direction: Tensor) -> Tensor:
+    def of_queries(self, block: Block, grad_sample: GradSample, direction: Tensor) -> Tensor:
         """A layer's part of the signals and their contrasts [b, Q, 1 + J].
 
         Args:
@@ -67,14 +67,16 @@ class Contrasts:
             record: Its record.
             direction: Directions U [Q, *layout].
         """
-        turned = _by_draws(block, record)
-        direction = direction if turned is record else direction.transpose(-1, -2)
+        turned = _by_draws(block, grad_sample)
+        direction = direction if turned is grad_sample else direction.transpose(-1, -2)
         return turned.parts(direction, self.signs(block, turned.units).to(direction.dtype))
 
-    def of_self(self, block: Block, records: Sequence[Record]) -> Tensor:
-        """Energies [b, 1 + J] of a layer's units, see :func:`turned_by`, added up over the uses of its parameters."""
-        turned = [_by_draws(block, record) for record in records]
-        parts = [record.energies(self.signs(block, record.units).to(record.dtype)) for record in turned]
+    def of_self(self, block: Block, grad_samples: Sequence[GradSample]) -> Tensor:
+        """Energies [b, 1 + J] of a layer's units, see :func:`signed_by`, added up over the uses of its parameters."""
+        turned = [_by_draws(block, grad_sample) for grad_sample in grad_samples]
+        parts = [
+            grad_sample.energies(self.signs(block, grad_sample.units).to(grad_sample.dtype)) for grad_sample in turned
+        ]
         return summed(parts)
 
 
@@ -83,7 +85,7 @@ def summed(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
-def turned_by(energies: Tensor) -> Tensor:
+def signed_by(energies: Tensor) -> Tensor:
     """Factors [..., 1 + J] that turn a layer's self-influence into itself and its contrasts.
 
     Args:
@@ -92,6 +94,6 @@ def turned_by(energies: Tensor) -> Tensor:
     return energies / energies[..., :1].clamp_min(torch.finfo(energies.dtype).tiny)  # no gradient at all: 0 of 0
 
 
-def _by_draws(block: Block, record: Record) -> Record:
+def _by_draws(block: Block, grad_sample: GradSample) -> GradSample:
     """The record whose units are draws of the initial weights."""
-    return record.transposed() if block.outputs and isinstance(record, Outer) else record
+    return grad_sample.transposed() if block.outputs and isinstance(grad_sample, Outer) else grad_sample

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ine_callback.capture import Block, BlockTable, Record
+from ine_callback.capture import Block, BlockTable, GradSample
 from ine_callback.capture.hooks import FATAL, in_words
 from ine_callback.capture.row_losses import Scale
-from ine_callback.capture.verify import Proof
-from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.capture.verification import Proof
+from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import MIXED, RANK, mixtures
 from ine_callback.curvature.spectral import SpectralOperator, exponential
@@ -23,9 +23,9 @@ from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import QueryError
 from ine_callback.optimizers.rates import Schedule, rate_of, same_rate, step_rate
 from ine_callback.queries import BoundQuery, gradients, scalar
-from ine_callback.scoring.directions import Direction, Own, Plan, direction_of
+from ine_callback.scoring.directions import Direction, Plan, SelfTerms, direction_of
 from ine_callback.scoring.initial_noise import InitialNoise
-from ine_callback.scoring.sign_contrasts import Contrasts, summed, turned_by
+from ine_callback.scoring.sign_contrasts import Contrasts, signed_by, summed
 from ine_callback.utilities.isolation import isolated
 
 
@@ -56,7 +56,7 @@ class Signals:
     optimizer: Optimizer
     schedule: Schedule
     curvature: KFAC | None
-    reservoir: Reservoir
+    reservoir: GradientSample
     noise: InitialNoise
     contrasts: Contrasts
     processes: Lockstep
@@ -64,7 +64,7 @@ class Signals:
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     drop: Callable[[nn.Module, str], None] = lambda module, why: None
-    held: list[tuple[Block, Record, Scale]] | None = field(default_factory=list)
+    held: list[tuple[Block, GradSample, Scale]] | None = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
@@ -72,7 +72,7 @@ class Signals:
         self._directions: dict[Block, Direction] = {}
         self._factors: dict[Block, Tensor] = {}
         self._signals: list[tuple[Block, Tensor]] = []
-        self._own: list[tuple[Block, Own, Scale]] = []
+        self._own: list[tuple[Block, SelfTerms, Scale]] = []
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
@@ -108,48 +108,48 @@ class Signals:
         self._drawn = False
         self._first = True  # the backward pass meets the network's last layer first
 
-    def receive(self, module: nn.Module, records: dict[str, Record], calls: int) -> None:
+    def receive(self, module: nn.Module, grad_samples: dict[str, GradSample], calls: int) -> None:
         """Takes the records of one module call, in the backward pass."""
-        for block, record in self.table.sort(module, records):
-            block.reused |= calls > 1 or block.shared
+        for block, grad_sample in self.table.sort(module, grad_samples):
+            block.reused |= calls > 1 or block.tied
             if self.held is not None:  # which layer is the last stays as directions were made for it
                 block.outputs |= self._first
-            self.take(block, record)
+            self.take(block, grad_sample)
         self._first = False
 
-    def take(self, block: Block, record: Record) -> None:
+    def take(self, block: Block, grad_sample: GradSample) -> None:
         """Takes one record; before the first refresh it is held back until the backward pass is over."""
         if self.proof is not None:
-            self.proof.take(block, record)
+            self.proof.take(block, grad_sample)
         if self.held is not None:
-            self.held.append((block, record, self.scale))
+            self.held.append((block, grad_sample, self.scale))
             return
         if self.aside:  # the like of it was thrown away in the batch before
-            return self._contract(block, record, self.scale)
+            return self._contract(block, grad_sample, self.scale)
         if self.curvature is not None and self.observing:
-            self.curvature.observe(block, record, self.scale.terms, self.observing)
-        self._keep(block, record, self.scale)
-        self._contract(block, record, self.scale)
+            self.curvature.observe(block, grad_sample, self.scale.terms, self.observing)
+        self._keep(block, grad_sample, self.scale)
+        self._contract(block, grad_sample, self.scale)
 
-    def _keep(self, block: Block, record: Record, scale: Scale) -> None:
+    def _keep(self, block: Block, grad_sample: GradSample, scale: Scale) -> None:
         if self.reservoir.full and not self.observing:
             return
         if not self._drawn:
-            self.reservoir.draw(record.rows, scale.terms, self.window, self.observing)
+            self.reservoir.draw(grad_sample.rows, scale.terms, self.window, self.observing)
             self._drawn = True
-        self.reservoir.observe(block, record)
+        self.reservoir.observe(block, grad_sample)
 
-    def _contract(self, block: Block, record: Record, scale: Scale) -> None:
+    def _contract(self, block: Block, grad_sample: GradSample, scale: Scale) -> None:
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
-        signals, use = direction.contract(record)
+        signals, use = direction.contract(grad_sample)
         if signals is not None:
             self._signals.append((block, signals))
         if self.self_query and block.reused:
             block.waiting.append(use)
         elif self.self_query:
-            self._own.append((block, direction.own_of([use]), scale))
+            self._own.append((block, direction.self_terms_of([use]), scale))
 
     def _clear(self) -> None:
         self._signals, self._own = [], []
@@ -209,24 +209,24 @@ class Signals:
         held, self.held = self.held or [], None
         if self.resumed:
             self.resumed = False
-            self.reservoir.reopen([(block, record) for block, record, _ in held], self.processes)
+            self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
             self.refresh(unscale)
-            for block, record, self.scale in held:
-                self.take(block, record)
+            for block, grad_sample, self.scale in held:
+                self.take(block, grad_sample)
             return
         if self.curvature is not None:
-            for block, record, scale in held:
+            for block, grad_sample, scale in held:
                 with self._only(block):
-                    self.curvature.observe(block, record, scale.terms, self.observing)
+                    self.curvature.observe(block, grad_sample, scale.terms, self.observing)
             held = [one for one in held if one[0] in set(self.table)]
-        self.reservoir.open([(block, record) for block, record, _ in held], self.processes)
-        for block, record, scale in held:
-            self._keep(block, record, scale)
+        self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
+        for block, grad_sample, scale in held:
+            self._keep(block, grad_sample, scale)
         self.reservoir.commit()
         self.refresh(unscale)
-        for block, record, scale in held:
+        for block, grad_sample, scale in held:
             with self._only(block):
-                self._contract(block, record, scale)
+                self._contract(block, grad_sample, scale)
 
     def settle(self, apart: bool) -> tuple[tuple[Block, ...], Tensor, Tensor]:
         """What a backward pass left: signals and contrasts [K, b, Q, 1 + J], each row's own squared unit [b].
@@ -238,7 +238,7 @@ class Signals:
         """
         for block in [block for block in self.table if block.waiting]:
             with self._only(block):
-                self._own.append((block, self._directions[block].own_of(block.waiting), self.scale))
+                self._own.append((block, self._directions[block].self_terms_of(block.waiting), self.scale))
             block.waiting.clear()
         self.reservoir.commit()
         self._drawn = False
@@ -249,11 +249,11 @@ class Signals:
         else:
             (rows, device), shape = self._batch, (len(self.queries), 1 + self.contrasts.count)
             signals = torch.zeros(max(1, len(blocks)), rows, *shape, device=device, dtype=self._dtype)
-        own, variance = self._own_sums(signals, blocks)
+        own, variance = self._self_sums(signals, blocks)
         self._clear()
         return blocks, (torch.cat([signals, own[:, :, None]], 2) if self.self_query else signals), variance
 
-    def _own_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+    def _self_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
         """<P D g_i, s_i> with its contrasts [K, b, 1 + J] and |sigma D g_i|^2 [b].
 
         A row's own gradient is rows x its share. All blocks' parts are added up at once, by as many operations as one
@@ -263,7 +263,7 @@ class Signals:
         for scale in {id(its): its for *_, its in self._own}.values():  # a second backward pass may have its own
             found = [(block, one) for block, one, its in self._own if its is scale]
             norms = torch.stack([one.norms for _, one in found])  # [K, b, 2]
-            shares = turned_by(torch.stack([one.energies for _, one in found]))
+            shares = signed_by(torch.stack([one.energies for _, one in found]))
             factors = torch.stack([self._factors[block] for block, _ in found])
             weighted = norms * factors[:, None]
             parts = shares * weighted[..., :1]
@@ -340,7 +340,7 @@ class Signals:
     def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
         """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
         parameters = [p for block in blocks for p in block.parameters]
-        self.processes.meet()  # the passes of a model split by FSDP2 are collectives
+        self.processes.exchange()  # the passes of a model split by FSDP2 are collectives
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         with torch.no_grad():

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.scores import QueryKind
-
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe-Ito blue and vermillion: safe for colour-blind readers
 MISSING = "–"
 NULL_ALARM = 0.01  # a null check with a smaller p-value makes the tests of that query untrustworthy
@@ -46,7 +44,7 @@ _SELF = Tails(
 )
 
 
-def tails(kind: QueryKind | str) -> Tails:
+def tails(kind: str) -> Tails:
     """The wording of a query kind; for ``"self"`` the upper end is the suspect one.
 
     Example:

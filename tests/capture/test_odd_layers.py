@@ -341,12 +341,12 @@ def test_parameters_of_a_layer_go_together(monkeypatch: pytest.MonkeyPatch) -> N
     """The scale of a norm had been contracted before its shift fails."""
     contract, asked = Flat.contract, []
 
-    def breaks(self: Flat, record: Vector) -> object:
+    def breaks(self: Flat, grad_sample: Vector) -> object:
         if self.block.name == "1.bias":
             asked.append(self)
             if len(asked) > 1:
                 raise RuntimeError("no")
-        return contract(self, record)
+        return contract(self, grad_sample)
 
     monkeypatch.setattr(Flat, "contract", breaks)
     model = Setting("norm", lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
@@ -540,7 +540,7 @@ def test_inference_tensors_and_transforms_never_reach_the_users_pass() -> None:
     with torch.inference_mode():
         x = torch.randn(4, 4)
     found: list[object] = []
-    capture = Capture(layer, lambda module, records: found.append(records), pytest.fail)
+    capture = Capture(layer, lambda module, grad_samples: found.append(grad_samples), pytest.fail)
     capture.attach()
     capture.start_batch(4)
     layer(x).sum().backward()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ine_callback.capture import Block, BlockTable, Lookup, Outer, Record, Vector
+from ine_callback.capture import Block, BlockTable, GradSample, Lookup, Outer, Vector
 from ine_callback.capture import per_sample_gradients as module
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -29,30 +29,30 @@ def lookup(rows: int, positions: int, entries: int, width: int, seed: int = 0) -
     return Lookup(ids, torch.randn(rows, positions, width, dtype=torch.float64, generator=draw), entries)
 
 
-def one_hot(record: Lookup) -> Outer:
+def one_hot(grad_sample: Lookup) -> Outer:
     """The same gradients as products of a one-hot vector and the output gradient."""
-    hot = torch.nn.functional.one_hot(record.ids, record.entries).double()
-    return Outer(record.delta[:, None], hot[:, None])
+    hot = torch.nn.functional.one_hot(grad_sample.ids, grad_sample.entries).double()
+    return Outer(grad_sample.delta[:, None], hot[:, None])
 
 
 @given(rows=sizes, groups=sizes, positions=sizes, out=sizes, inputs=sizes, seed=st.integers(0, 99))
 def test_outer_is_the_sum_over_positions(
     rows: int, groups: int, positions: int, out: int, inputs: int, seed: int
 ) -> None:
-    record = outer(rows, groups, positions, out, inputs, seed)
-    g = torch.zeros(rows, *record.layout, dtype=torch.float64)
+    grad_sample = outer(rows, groups, positions, out, inputs, seed)
+    g = torch.zeros(rows, *grad_sample.layout, dtype=torch.float64)
     left = torch.zeros(groups, out, out, dtype=torch.float64)
     right = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
     for i in range(rows):
         for k in range(groups):
             for p in range(positions):
-                a, delta = record.a[i, k, p], record.delta[i, k, p]
+                a, delta = grad_sample.a[i, k, p], grad_sample.delta[i, k, p]
                 g[i, k] += torch.outer(delta, a)
                 left[k] += torch.outer(delta, delta)
                 right[k] += torch.outer(a, a) / (rows * positions)
-    torch.testing.assert_close(record.gradient(slice(0, rows)), g, **EXACT)
+    torch.testing.assert_close(grad_sample.gradient(slice(0, rows)), g, **EXACT)
     for full in [(True, True), (True, False), (False, True), (False, False)]:
-        found = record.moments(full)
+        found = grad_sample.covariances(full)
         for moment, truth, is_full in zip(found, (left, right), full, strict=True):
             torch.testing.assert_close(moment, truth if is_full else truth.diagonal(dim1=1, dim2=2), **EXACT)
 
@@ -61,18 +61,18 @@ def test_outer_is_the_sum_over_positions(
 def test_lookup_is_the_outer_product_with_one_hot_vectors(
     rows: int, positions: int, entries: int, width: int, seed: int
 ) -> None:
-    record = lookup(rows, positions, entries, width, seed)
-    twin = one_hot(record)
+    grad_sample = lookup(rows, positions, entries, width, seed)
+    twin = one_hot(grad_sample)
     everything = slice(0, rows)
-    torch.testing.assert_close(record.gradient(everything), twin.gradient(everything), **EXACT)
-    torch.testing.assert_close(record.total(), twin.total(), **EXACT)
-    u = torch.randn(3, *record.layout, dtype=torch.float64)
-    torch.testing.assert_close(record.signals(u), twin.signals(u), **EXACT)
-    weights = torch.rand(2, *record.layout, dtype=torch.float64)
-    torch.testing.assert_close(record.norms(weights), twin.norms(weights), **EXACT)
-    torch.testing.assert_close(record.squared_norms(), twin.squared_norms(), **EXACT)
+    torch.testing.assert_close(grad_sample.gradient(everything), twin.gradient(everything), **EXACT)
+    torch.testing.assert_close(grad_sample.total(), twin.total(), **EXACT)
+    u = torch.randn(3, *grad_sample.layout, dtype=torch.float64)
+    torch.testing.assert_close(grad_sample.signals(u), twin.signals(u), **EXACT)
+    weights = torch.rand(2, *grad_sample.layout, dtype=torch.float64)
+    torch.testing.assert_close(grad_sample.norms(weights), twin.norms(weights), **EXACT)
+    torch.testing.assert_close(grad_sample.squared_norms(), twin.squared_norms(), **EXACT)
     for full in (True, False):
-        found, truth = record.moments((False, full)), twin.moments((False, full))
+        found, truth = grad_sample.covariances((False, full)), twin.covariances((False, full))
         # one of them averages the left side, the other the right side: only the product is defined
         torch.testing.assert_close(
             torch.kron(found[0].flatten(), found[1].flatten()),
@@ -83,20 +83,22 @@ def test_lookup_is_the_outer_product_with_one_hot_vectors(
 
 def test_vector_moments_and_norms() -> None:
     g = torch.randn(5, 3, dtype=torch.float64)
-    left, right = Vector(g).moments((True, True))
+    left, right = Vector(g).covariances((True, True))
     torch.testing.assert_close(left, sum(row.square() for row in g), **EXACT)
     assert right == 1
 
 
 @pytest.mark.parametrize(
-    "record", [outer(5, 2, 3, 2, 4), outer(5, 1, 1, 3, 4), lookup(5, 3, 4, 2), Vector(torch.randn(5, 3).double())]
+    "grad_sample", [outer(5, 2, 3, 2, 4), outer(5, 1, 1, 3, 4), lookup(5, 3, 4, 2), Vector(torch.randn(5, 3).double())]
 )
-def test_chunks_change_nothing(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    u, weights = torch.randn(3, *record.layout).double(), torch.rand(2, *record.layout).double()
-    whole = record.signals(u), record.norms(weights), record.squared_norms()
+def test_chunks_change_nothing(grad_sample: GradSample, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, weights = torch.randn(3, *grad_sample.layout).double(), torch.rand(2, *grad_sample.layout).double()
+    whole = grad_sample.signals(u), grad_sample.norms(weights), grad_sample.squared_norms()
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", weights.numel() + 1)
     assert len(list(module.row_chunks(5, weights[0].numel()))) == 3
-    for a, b in zip(whole, (record.signals(u), record.norms(weights), record.squared_norms()), strict=True):
+    for a, b in zip(
+        whole, (grad_sample.signals(u), grad_sample.norms(weights), grad_sample.squared_norms()), strict=True
+    ):
         torch.testing.assert_close(a, b, **EXACT)
 
 
@@ -140,21 +142,21 @@ def test_tied_parameters_get_blocks_of_their_own() -> None:
     pairs = table.sort(model.head, {"weight": outer(2, 1, 1, 5, 3), "bias": outer(2, 1, 1, 5, 1)})
     pairs += table.sort(model.embedding, {"weight": lookup(2, 3, 5, 3)})
     assert [block.name for block, _ in pairs] == ["embedding.weight", "head.bias", "embedding.weight"]
-    assert pairs[0][0] is pairs[2][0] and pairs[0][0].shared and not pairs[1][0].shared
+    assert pairs[0][0] is pairs[2][0] and pairs[0][0].tied and not pairs[1][0].tied
 
 
 def test_a_dropped_block_stays_away_until_the_fallback_takes_it() -> None:
     layer = nn.Linear(3, 2)
     table = BlockTable(layer)
-    records = {"weight": outer(2, 1, 1, 2, 3), "bias": outer(2, 1, 1, 2, 1)}
-    ((block, _),) = table.sort(layer, records)
+    grad_samples = {"weight": outer(2, 1, 1, 2, 3), "bias": outer(2, 1, 1, 2, 1)}
+    ((block, _),) = table.sort(layer, grad_samples)
     table.drop(block)
-    assert table.sort(layer, records) == [] and table.captured() == set()
+    assert table.sort(layer, grad_samples) == [] and table.captured() == set()
     slow: Block = table.vector(layer.weight)
     assert slow.layout == (6,) and list(table) == [slow] and table.captured() == set()  # by no layer's function
 
 
 def test_gradient_of_a_slice_is_a_slice_of_the_gradient() -> None:
-    for record in (outer(5, 2, 3, 2, 4), lookup(5, 3, 4, 2), Vector(torch.randn(5, 3))):
-        g: Tensor = record.gradient(slice(0, 5))
-        assert torch.equal(record.gradient(slice(2, 4)), g[2:4])
+    for grad_sample in (outer(5, 2, 3, 2, 4), lookup(5, 3, 4, 2), Vector(torch.randn(5, 3))):
+        g: Tensor = grad_sample.gradient(slice(0, 5))
+        assert torch.equal(grad_sample.gradient(slice(2, 4)), g[2:4])

@@ -30,8 +30,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[Windows, Outer]:
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(5, *shape, generator=draw, dtype=torch.float64)
     delta = torch.randn(5, *layer.double()(a).shape[1:], generator=draw, dtype=torch.float64)
-    records = convolution(layer, a, delta, 5)
-    lazy = records["weight"].with_bias()
+    grad_samples = convolution(layer, a, delta, 5)
+    lazy = grad_samples["weight"].with_bias()
     assert isinstance(lazy, Windows)
     return lazy, Outer(lazy.formed(), lazy.delta)
 
@@ -68,11 +68,11 @@ def test_the_windows_are_those_of_unfold() -> None:
     layer, shape = LAYERS["strided, dilated, padded"]
     assert isinstance(layer, nn.Conv2d)
     a = torch.randn(5, *shape, dtype=torch.float64)
-    record = convolution(layer, a, layer.double()(a), 5)["weight"]
-    assert isinstance(record, Windows)
+    grad_sample = convolution(layer, a, layer.double()(a), 5)["weight"]
+    assert isinstance(grad_sample, Windows)
     options = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
     unfolded = F.unfold(a, layer.kernel_size, **options)
-    torch.testing.assert_close(record.formed()[:, 0], unfolded.transpose(1, 2), **EXACT)
+    torch.testing.assert_close(grad_sample.formed()[:, 0], unfolded.transpose(1, 2), **EXACT)
 
 
 @pytest.mark.parametrize("full", [(True, True), (False, False)])
@@ -82,12 +82,12 @@ def test_looks_at_some_positions_cover_all_of_them(
     """Every position is looked at once in as many phases as there are strides."""
     formed = pair[1]
     positions = formed.delta.shape[2]
-    truth = formed.moments(full)
+    truth = formed.covariances(full)
     monkeypatch.setattr(module, "MOST_POSITIONS", formed.rows * positions // 3)
-    every = -(-positions * formed.rows // module.MOST_POSITIONS)
-    for record in pair:
+    every = -(-positions * formed.rows // module.MAX_POSITIONS)
+    for grad_sample in pair:
         phases = [(k + 0.5) / every for k in range(every)]
-        looks = [record.moments(full, phase) for phase in phases]
+        looks = [grad_sample.covariances(full, phase) for phase in phases]
         sizes = [len(range(k, positions, every)) for k in range(every)]
         for side in range(2):
             mean = sum(look[side] * size for look, size in zip(looks, sizes, strict=True)) / positions

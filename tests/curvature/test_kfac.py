@@ -9,26 +9,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture import Block, Lookup, Outer, Record, Vector
+from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import SpectralOperator, exponential
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
 
 
-def block(record: Record, shared: bool = False) -> Block:
-    return Block("w", (nn.Parameter(torch.zeros(record.layout)),), record.layout, shared=shared)
+def block(grad_sample: GradSample, tied: bool = False) -> Block:
+    return Block("w", (nn.Parameter(torch.zeros(grad_sample.layout)),), grad_sample.layout, tied=tied)
 
 
 def observed(
-    *steps: Record | Sequence[Record], terms: float = 1.0, max_dim: int = 1024, shared: bool = False
+    *steps: GradSample | Sequence[GradSample], terms: float = 1.0, max_dim: int = 1024, tied: bool = False
 ) -> tuple[Block, KFAC]:
     """Factors after one observation (or several uses) a step."""
-    uses = [[step] if isinstance(step, Record) else step for step in steps]
-    own, kfac = block(uses[0][0], shared), KFAC(max_dim)
-    for records in uses:
-        for record in records:
-            kfac.observe(own, record, terms)
+    uses = [[step] if isinstance(step, GradSample) else step for step in steps]
+    own, kfac = block(uses[0][0], tied), KFAC(max_dim)
+    for grad_samples in uses:
+        for grad_sample in grad_samples:
+            kfac.observe(own, grad_sample, terms)
         kfac.end_step()
     return own, kfac
 
@@ -57,9 +57,9 @@ def moment(x: Tensor) -> Tensor:
     return total
 
 
-def kron_of(record: Outer) -> Tensor:
+def kron_of(grad_sample: Outer) -> Tensor:
     """The factors' Kronecker product per group [G, O I, O I]: summed output side, averaged input side."""
-    left, right = moment(record.delta), moment(record.a) / (record.a.shape[0] * record.a.shape[2])
+    left, right = moment(grad_sample.delta), moment(grad_sample.a) / (grad_sample.a.shape[0] * grad_sample.a.shape[2])
     return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
 
 
@@ -85,10 +85,10 @@ def test_discount_equals_the_matrix_exponential_where_the_fisher_is_kronecker() 
 
 
 def test_grouped_layers_have_one_exponential_a_group() -> None:
-    record = outer(rows=5, groups=3, positions=4)
-    own, kfac = observed(record, terms=2.0)
+    grad_sample = outer(rows=5, groups=3, positions=4)
+    own, kfac = observed(grad_sample, terms=2.0)
     found = dense(kfac.operator(own, exponential(0.5)), own.layout)
-    truth = torch.block_diag(*[torch.linalg.matrix_exp(-0.5 * 2.0 * f) for f in kron_of(record)])
+    truth = torch.block_diag(*[torch.linalg.matrix_exp(-0.5 * 2.0 * f) for f in kron_of(grad_sample)])
     torch.testing.assert_close(found, truth, **EXACT)
 
 
@@ -101,30 +101,30 @@ def test_one_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    "record",
+    "grad_sample",
     [outer(positions=3), outer(groups=2, positions=2), outer(), Vector(draw(5, 3)), "lookup"],
     ids=["positions", "groups", "plain", "vector", "lookup"],
 )
-def test_self_influence_equals_the_dense_form(record: Record | str) -> None:
+def test_self_influence_equals_the_dense_form(grad_sample: GradSample | str) -> None:
     """<D g_i, g_i> with D built densely from the factors' definitions."""
-    if isinstance(record, str):
-        record = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
-    if isinstance(record, Lookup):
-        counts = record.ids.flatten().bincount(minlength=4).double() / record.ids.numel()
-        fisher = torch.kron(torch.diag(counts), moment(record.delta[:, None])[0])
-    elif isinstance(record, Vector):
-        fisher = torch.diag(sum(g.square() for g in record.g))
+    if isinstance(grad_sample, str):
+        grad_sample = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
+    if isinstance(grad_sample, Lookup):
+        counts = grad_sample.ids.flatten().bincount(minlength=4).double() / grad_sample.ids.numel()
+        fisher = torch.kron(torch.diag(counts), moment(grad_sample.delta[:, None])[0])
+    elif isinstance(grad_sample, Vector):
+        fisher = torch.diag(sum(g.square() for g in grad_sample.g))
     else:
-        assert isinstance(record, Outer)
-        fisher = torch.block_diag(*kron_of(record))
-    own, kfac = observed(record, terms=3.0)
+        assert isinstance(grad_sample, Outer)
+        fisher = torch.block_diag(*kron_of(grad_sample))
+    own, kfac = observed(grad_sample, terms=3.0)
     d = torch.linalg.matrix_exp(-(0.2 * 3.0 * fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64)))
     found = kfac.operator(own, exponential(0.2, 0.05))
-    g = record.gradient(slice(0, 5)).flatten(1)
+    g = grad_sample.gradient(slice(0, 5)).flatten(1)
     expected = torch.stack([torch.stack([x @ d @ x, (d @ x).square().sum()]) for x in g])
-    torch.testing.assert_close(found.norms(record), expected, **EXACT)
+    torch.testing.assert_close(found.norms(grad_sample), expected, **EXACT)
     torch.testing.assert_close(dense(found, own.layout), d, **EXACT)
-    torch.testing.assert_close(found.norms_of_sum([record]), expected, **EXACT)
+    torch.testing.assert_close(found.norms_of_sum([grad_sample]), expected, **EXACT)
 
 
 def test_self_influence_of_a_reused_block_sums_first() -> None:
@@ -143,7 +143,7 @@ def test_self_influence_of_a_reused_block_sums_first() -> None:
 def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
     table = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
     head = Outer(draw(5, 1, 6, 2), draw(5, 1, 6, 4))
-    own, kfac = observed([head, table], terms=2.0, shared=True)
+    own, kfac = observed([head, table], terms=2.0, tied=True)
     counts = table.ids.flatten().bincount(minlength=4).double() / 30
     diagonal = torch.outer(counts, moment(table.delta[:, None])[0].diagonal())
     diagonal = diagonal + torch.outer(moment(head.delta)[0].diagonal(), moment(head.a)[0].diagonal() / 30)
@@ -156,9 +156,9 @@ def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
 
 @pytest.mark.parametrize(("out", "inputs"), [(2, 6), (6, 2), (6, 6)])
 def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
-    record = outer(positions=3, out=out, inputs=inputs)
-    own, kfac = observed(record, max_dim=4)
-    left, right = moment(record.delta)[0], moment(record.a)[0] / 15
+    grad_sample = outer(positions=3, out=out, inputs=inputs)
+    own, kfac = observed(grad_sample, max_dim=4)
+    left, right = moment(grad_sample.delta)[0], moment(grad_sample.a)[0] / 15
     left = left if out <= 4 else torch.diag(left.diagonal())
     right = right if inputs <= 4 else torch.diag(right.diagonal())
     found = kfac.operator(own, exponential(0.1))
@@ -169,10 +169,10 @@ def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
 
 
 def test_factors_are_the_plain_mean_since_the_first_step() -> None:
-    records = [outer(positions=2) for _ in range(5)]
-    own, kfac = observed(*records)
-    left = sum(moment(r.delta)[0] for r in records) / 5
-    right = sum(moment(r.a)[0] / 10 for r in records) / 5
+    grad_samples = [outer(positions=2) for _ in range(5)]
+    own, kfac = observed(*grad_samples)
+    left = sum(moment(r.delta)[0] for r in grad_samples) / 5
+    right = sum(moment(r.a)[0] / 10 for r in grad_samples) / 5
     torch.testing.assert_close(
         dense(kfac.operator(own, exponential(0.1)), own.layout),
         torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)),
@@ -194,16 +194,16 @@ def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
 
 
 def test_nothing_observed_is_the_identity() -> None:
-    record = outer()
-    discount = KFAC().operator(block(record), exponential(3.0, 0.0))
-    v = draw(2, *record.layout)
+    grad_sample = outer()
+    discount = KFAC().operator(block(grad_sample), exponential(3.0, 0.0))
+    v = draw(2, *grad_sample.layout)
     assert discount.apply(v) is v
-    torch.testing.assert_close(discount.norms(record), record.squared_norms()[:, None].expand(-1, 2))
+    torch.testing.assert_close(discount.norms(grad_sample), grad_sample.squared_norms()[:, None].expand(-1, 2))
 
 
 def test_discounts_only_shrink() -> None:
-    record = outer(rows=2, positions=1, out=4, inputs=5)  # rank-deficient factors: eigenvalues at and below zero
-    own, kfac = observed(record)
+    grad_sample = outer(rows=2, positions=1, out=4, inputs=5)  # rank-deficient factors: eigenvalues at and below zero
+    own, kfac = observed(grad_sample)
     weight = kfac.operator(own, exponential(1e3)).weight
     assert weight is not None and float(weight.max()) <= 1.0 and float(weight.min()) >= 0.0
 
@@ -243,8 +243,8 @@ def test_discounted_signals_are_the_true_change_on_a_quadratic_loss() -> None:
     scores, truths = torch.zeros(rows, dtype=torch.float64), []
     for t, batch in enumerate(batches):
         u = kfac.operator(own, exponential(lr * (steps - t - 1))).apply(c.reshape(1, *own.layout))
-        record = Outer(kept[t][:, None, None], torch.ones(2, 1, 1, 1).double())
-        scores[batch] += lr * record.signals(u)[:, 0]
+        grad_sample = Outer(kept[t][:, None, None], torch.ones(2, 1, 1, 1).double())
+        scores[batch] += lr * grad_sample.signals(u)[:, 0]
     for row in range(rows):
         own_shares = {t: kept[t][batch == row][0] for t, batch in enumerate(batches) if row in batch}
         without, _ = train(own_shares)
@@ -269,8 +269,8 @@ def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(
             raise torch.linalg.LinAlgError("did not converge")
         return real(x)
 
-    record = Outer(torch.randn(5, 1, 1, 3), torch.randn(5, 1, 1, 2))
-    own, kfac = observed(record)
+    grad_sample = Outer(torch.randn(5, 1, 1, 3), torch.randn(5, 1, 1, 2))
+    own, kfac = observed(grad_sample)
     expected = kfac.operator(own, exponential(0.3)).apply(torch.ones(1, *own.layout))
     monkeypatch.setattr(torch.linalg, "eigh", fails_in_single)
     torch.testing.assert_close(kfac.operator(own, exponential(0.3)).apply(torch.ones(1, *own.layout)), expected)

@@ -17,12 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ine_callback import Recorder
 from ine_callback.capture import Block, Lookup, Outer
 from ine_callback.capture.windows import Kernel, Windows
-from ine_callback.curvature.intervals import curvature_gap, refresh_gap
+from ine_callback.curvature.intervals import curvature_interval, refresh_interval
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.low_rank import KEPT, MIXED, MOST_MIXED, NOISE, TOP, Side, energies, low_rank, mixtures
+from ine_callback.curvature.low_rank import (
+    KEPT_VARIANCE,
+    MAX_MIXTURES,
+    MIXED,
+    NOISE,
+    TOP,
+    Side,
+    energies,
+    low_rank,
+    mixtures,
+)
 from ine_callback.curvature.spectral import Sketched, SpectralOperator, exponential
 from ine_callback.scoring.directions import Joint, Plan, direction_of
-from ine_callback.scoring.sign_contrasts import Contrasts, turned_by
+from ine_callback.scoring.sign_contrasts import Contrasts, signed_by
 
 OUT, IN = 60, 80
 
@@ -60,22 +70,22 @@ LEFT, RIGHT = side(OUT, 1.5, 1), side(IN, 1.5, 2)
 def test_a_direction_of_low_rank_is_kept_whole() -> None:
     u = draw(2, 1, OUT, 3) @ draw(1, 1, 3, IN)
     basis, inside, share = low_rank(u, LEFT, RIGHT, 16)
-    assert basis.shape[-1] <= 3 and float(share) >= KEPT
+    assert basis.shape[-1] <= 3 and float(share) >= KEPT_VARIANCE
     torch.testing.assert_close(
         low_rank(draw(1, 1, OUT, 1) @ draw(1, 1, 1, IN), LEFT, RIGHT, 16)[2], torch.ones(()).double()
     )
-    record = rows_of(LEFT, RIGHT, 50)
-    exact = record.signals(u)
-    found = record.rotated(None, basis).signals(inside)
+    grad_sample = rows_of(LEFT, RIGHT, 50)
+    exact = grad_sample.signals(u)
+    found = grad_sample.rotated(None, basis).signals(inside)
     assert float((found - exact).square().mean() / exact.square().mean()) < 2 * (1 - float(share)) + 1e-12
 
 
 def test_the_share_kept_is_that_of_the_signals_variance() -> None:
     steep = side(IN, 3.0, 2)
-    u, record = draw(3, 1, OUT, IN, seed=9), rows_of(LEFT, steep, 20_000)
+    u, grad_sample = draw(3, 1, OUT, IN, seed=9), rows_of(LEFT, steep, 20_000)
     basis, inside, share = low_rank(u, LEFT, steep, 32)
     assert basis.shape[-1] < 20  # of 80: the inputs' moment falls fast
-    exact, found = record.signals(u), record.rotated(None, basis).signals(inside)
+    exact, found = grad_sample.signals(u), grad_sample.rotated(None, basis).signals(inside)
     lost = float((found - exact).square().mean() / exact.square().mean())
     assert lost == pytest.approx(1 - float(share), rel=0.1)  # 20,000 rows: some per cent
 
@@ -104,16 +114,16 @@ def sketch(exponent: float, seed: int = 0) -> Sketched:
 @pytest.mark.parametrize("positions", [1, 7])
 def test_a_sketch_is_unbiased_where_nothing_is_discounted(positions: int) -> None:
     """D = 1: the mean over draws of the mixtures is every row's squared gradient, twice."""
-    record = rows_of(LEFT, RIGHT, 6, positions)
-    found = torch.stack([sketch(0.0, seed).norms(record) for seed in range(1500)])
+    grad_sample = rows_of(LEFT, RIGHT, 6, positions)
+    found = torch.stack([sketch(0.0, seed).norms(grad_sample) for seed in range(1500)])
     error = found.std(0) / len(found) ** 0.5
-    assert ((found.mean(0) - record.squared_norms()[:, None]).abs() < 4.5 * error).all()
+    assert ((found.mean(0) - grad_sample.squared_norms()[:, None]).abs() < 4.5 * error).all()
 
 
 @pytest.mark.parametrize("exponent", [0.3, 30.0])
 def test_a_sketch_is_right_on_average_over_rows(exponent: float) -> None:
-    record, exact = rows_of(LEFT, RIGHT, 4000), discount(LEFT, RIGHT, exponent)
-    found, truth = sketch(exponent).norms(record), exact.norms(record)
+    grad_sample, exact = rows_of(LEFT, RIGHT, 4000), discount(LEFT, RIGHT, exponent)
+    found, truth = sketch(exponent).norms(grad_sample), exact.norms(grad_sample)
     assert found.mean(0).tolist() == pytest.approx(truth.mean(0).tolist(), rel=0.1)
     assert spearmanr(found[:, 0], truth[:, 0])[0] > 0.85  # one draw; visits see others
 
@@ -123,9 +133,9 @@ def test_the_steepest_eigenvectors_keep_their_weights() -> None:
     assert LEFT.vectors is not None and RIGHT.vectors is not None
     delta = draw(5, 1, 1, TOP) @ LEFT.vectors[..., -TOP:].transpose(-1, -2)
     a = draw(5, 1, 1, TOP, seed=3) @ RIGHT.vectors[..., -TOP:].transpose(-1, -2)
-    record = Outer(a, delta)
+    grad_sample = Outer(a, delta)
     torch.testing.assert_close(
-        sketch(3.0).norms(record), discount(LEFT, RIGHT, 3.0).norms(record), rtol=1e-9, atol=1e-12
+        sketch(3.0).norms(grad_sample), discount(LEFT, RIGHT, 3.0).norms(grad_sample), rtol=1e-9, atol=1e-12
     )
 
 
@@ -133,8 +143,10 @@ def test_a_small_side_stays_as_it_is() -> None:
     small = side(2 * (TOP + MIXED) - 1, 1.5, 4)
     found = discount(small, small, 2.0).sketched()
     assert isinstance(found, Sketched) and found.rows is None and found.columns is None
-    record = rows_of(small, small, 5)
-    torch.testing.assert_close(found.norms(record), discount(small, small, 2.0).norms(record), rtol=1e-10, atol=0)
+    grad_sample = rows_of(small, small, 5)
+    torch.testing.assert_close(
+        found.norms(grad_sample), discount(small, small, 2.0).norms(grad_sample), rtol=1e-10, atol=0
+    )
 
 
 @pytest.mark.parametrize("positions", [1, 7])
@@ -150,20 +162,20 @@ def test_one_pass_finds_what_two_find(positions: int, inputs: int, queries: int,
     joint, _ = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
     assert isinstance(joint, Joint)
     joint.draw(1)
-    record = rows_of(LEFT, right, 9, positions)
-    seen = record.transposed() if outputs else record
-    signals, use = joint.contract(record)
-    own = joint.own_of([use])
+    grad_sample = rows_of(LEFT, right, 9, positions)
+    seen = grad_sample.transposed() if outputs else grad_sample
+    signals, use = joint.contract(grad_sample)
+    own = joint.self_terms_of([use])
     if u is not None:
         basis = joint.own.right if joint.whole else joint.basis
         given = seen if basis is None else seen.rotated(None, basis)
         expected = given.parts(joint.queries, joint.contrasts.signs(block, seen.units))
         torch.testing.assert_close(signals, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(own.norms, joint.own.norms(seen), rtol=1e-9, atol=1e-12)
-    shares = turned_by(own.energies)
+    shares = signed_by(own.energies)
     assert shares[:, 0].eq(1).all() and shares.shape == (9, 5)
     # a block that is used twice: its gradient is the sum
-    both = joint.own_of([use, joint.contract(replace(record, delta=-3 * record.delta))[1]])
+    both = joint.self_terms_of([use, joint.contract(replace(grad_sample, delta=-3 * grad_sample.delta))[1]])
     torch.testing.assert_close(both.norms, 4 * own.norms, rtol=1e-9, atol=1e-12)
 
 
@@ -171,13 +183,13 @@ def test_a_tied_last_layer_is_met_by_few_columns_of_its_outputs() -> None:
     """Its two uses are a product and a lookup; self-influence is that of their sum."""
     entries, width = 1400, 60
     block = Block(
-        "w", (nn.Parameter(torch.zeros(entries, width).double()),), (1, entries, width), shared=True, outputs=True
+        "w", (nn.Parameter(torch.zeros(entries, width).double()),), (1, entries, width), tied=True, outputs=True
     )
     head = Outer(draw(5, 1, 7, width), draw(5, 1, 7, entries, seed=1))
     table = Lookup(torch.randint(entries, (5, 7)), draw(5, 7, width, seed=2), entries)
     kfac = KFAC()
-    for record in (head, table):
-        kfac.observe(block, record, terms=5.0)
+    for grad_sample in (head, table):
+        kfac.observe(block, grad_sample, terms=5.0)
     kfac.end_step()
     u = draw(1, 1, entries, 2, seed=3) @ draw(1, 1, 2, width, seed=4)
     plan = Plan(kfac.operator(block, exponential(0.2)), 1.0, (1.0, 1.0))
@@ -191,7 +203,7 @@ def test_a_tied_last_layer_is_met_by_few_columns_of_its_outputs() -> None:
     by_unit = (g[:, None] * (joint.queries @ joint.basis.transpose(-1, -2))).sum(-1).flatten(2)
     signs = joint.contrasts.signs(block, (1, width))
     torch.testing.assert_close(signals + more, by_unit @ signs.T, rtol=1e-9, atol=1e-9)
-    own = joint.own_of([first, second])
+    own = joint.self_terms_of([first, second])
     assert isinstance(joint.own, Sketched) and joint.own.left is not None and joint.own.right is not None
     seen = (joint.own.left.transpose(-1, -2) @ g @ joint.own.right).square()
     expected = (seen[:, None] * joint.own.weights).flatten(2).sum(2)
@@ -222,7 +234,7 @@ def test_a_lookup_seen_from_its_other_side_answers_as_one_hot_inputs_do() -> Non
     torch.testing.assert_close(lazy.compressed(columns).g, formed.compressed(columns).g)
     torch.testing.assert_close(lazy.norms(weights), formed.norms(weights))
     torch.testing.assert_close(lazy.total(), formed.total())
-    torch.testing.assert_close(lazy.moments((True, True)), formed.moments((True, True)))
+    torch.testing.assert_close(lazy.covariances((True, True)), formed.covariances((True, True)))
 
 
 def test_mixtures_follow_what_they_meet() -> None:
@@ -233,7 +245,7 @@ def test_mixtures_follow_what_they_meet() -> None:
     steepest = left.values[0].topk(TOP).indices
     assert every == pytest.approx(float(wanted.sum()))
     assert mixed == pytest.approx(every - float(wanted[0, steepest].sum()))
-    assert mixtures(0.0) == MIXED == mixtures(math.nan) and mixtures(1.0) == MOST_MIXED
+    assert mixtures(0.0) == MIXED == mixtures(math.nan) and mixtures(1.0) == MAX_MIXTURES
     assert 4 * 0.6**2 / mixtures(0.6) <= NOISE**2 < 4 * 0.6**2 / (mixtures(0.6) - 8)
     found = discount(side(600, 1.0, 1), side(600, 1.0, 2), 0.0).sketched(104)
     assert isinstance(found, Sketched)
@@ -265,31 +277,31 @@ def in_half(convolution: bool) -> Outer:
 @pytest.mark.parametrize("convolution", [False, True])
 def test_bfloat16_is_met_without_a_copy_in_float32(convolution: bool) -> None:
     """To some tenths of a per cent of the rows' deviation, of what the same factors give in float32."""
-    record = in_half(convolution)
-    _, out, inputs = record.layout
+    grad_sample = in_half(convolution)
+    _, out, inputs = grad_sample.layout
     sides = [
         Side(one.values[:, -size:].float(), torch.linalg.qr(draw(1, size, size)).Q.float())
         for one, size in ((LEFT, out), (RIGHT, inputs))
     ]
     values = sides[0].values[..., :, None] * sides[1].values[..., None, :]
     plan = Plan(SpectralOperator(torch.exp(-values), (sides[0], sides[1])), 1.0, (1.0, 1.0))
-    block = Block("w", (nn.Parameter(torch.zeros(out, inputs)),), record.layout, matrix=True)
+    block = Block("w", (nn.Parameter(torch.zeros(out, inputs)),), grad_sample.layout, matrix=True)
     u = (draw(1, 1, out, 3, seed=7) @ draw(1, 1, 3, inputs, seed=8)).float()
     joint, _ = direction_of(block, Contrasts(4), u, plan, 32, MIXED)
     assert isinstance(joint, Joint)
     joint.draw(1)
     with Copies() as seen:
-        signals, use = joint.contract(record)
-        own = joint.own_of([use])
-    assert seen.largest < record.delta.numel()
-    expected, expected_use = joint.contract(record.wide())
-    expected_own = joint.own_of([expected_use])
+        signals, use = joint.contract(grad_sample)
+        own = joint.self_terms_of([use])
+    assert seen.largest < grad_sample.delta.numel()
+    expected, expected_use = joint.contract(grad_sample.wide())
+    expected_own = joint.self_terms_of([expected_use])
     assert signals is not None and expected is not None
     assert signals.dtype == own.norms.dtype == torch.float32
     assert float((signals - expected).abs().max()) < 0.01 * float(expected[..., 0].std())
     torch.testing.assert_close(own.norms, expected_own.norms, rtol=5e-3, atol=0)
-    left, right = record.moments((True, True))
-    wide_left, wide_right = record.wide().moments((True, True))
+    left, right = grad_sample.covariances((True, True))
+    wide_left, wide_right = grad_sample.wide().covariances((True, True))
     assert torch.equal(left, wide_left) and torch.equal(right, wide_right)
 
 
@@ -301,13 +313,13 @@ def test_a_small_diagonal_side_has_no_columns_to_pass_through(queries: int) -> N
     u = draw(queries, 1, OUT, 40, seed=8) if queries else None
     found, _ = direction_of(block, Contrasts(4), u, Plan(discount(LEFT, right, 2.0), 1.0, (1.0, 1.0)), 1, MIXED)
     found.draw(1)
-    record = Outer(draw(9, 1, 7, 40), draw(9, 1, 7, OUT, seed=1))
-    signals, use = found.contract(record)
-    own = found.own_of([use])
+    grad_sample = Outer(draw(9, 1, 7, 40), draw(9, 1, 7, OUT, seed=1))
+    signals, use = found.contract(grad_sample)
+    own = found.self_terms_of([use])
     assert own.norms.shape == (9, 2) and bool(own.norms.isfinite().all())
     if u is not None:
         assert signals is not None
-        torch.testing.assert_close(signals[..., 0], record.signals(u), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(signals[..., 0], grad_sample.signals(u), rtol=1e-9, atol=1e-12)
 
 
 # ---- in a training ----
@@ -342,7 +354,9 @@ def recorded(rank: int | None, epochs: int = 8) -> Recorder:
 def test_scores_of_the_default_are_those_of_the_exact_mode() -> None:
     """The issue's floor: Spearman of .98."""
     default, exact = recorded(32), recorded(None)
-    assert default.signals.kept is not None and float(default.signals.kept) >= KEPT and exact.signals.kept is None
+    assert (
+        default.signals.kept is not None and float(default.signals.kept) >= KEPT_VARIANCE and exact.signals.kept is None
+    )
     a, b = default.report().scores, exact.report().scores
     for k in range(2):
         assert spearmanr(a.mu[:, k], b.mu[:, k])[0] > 0.98
@@ -365,6 +379,6 @@ def test_planned_refreshes_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gaps_grow_in_proportion_to_the_steps() -> None:
-    for gap, smallest, share in ((refresh_gap, 20, 8), (curvature_gap, 4, 64)):
+    for gap, smallest, share in ((refresh_interval, 20, 8), (curvature_interval, 4, 64)):
         assert [gap(steps, None) for steps in (0, 159, 16_000)] == [smallest, smallest, 16_000 // share]
         assert gap(16_000, 7) == 7

@@ -32,15 +32,15 @@ DENSE: dict[str, tuple[Spectrum, Callable[[Tensor], Tensor]]] = {
 @pytest.mark.parametrize("name", DENSE)
 def test_a_spectrum_is_the_same_function_of_the_dense_fisher(name: str) -> None:
     spectrum, function = DENSE[name]
-    record = outer(rows=6, positions=2, out=3, inputs=4)
-    own, kfac = observed(record, terms=6.0)
+    grad_sample = outer(rows=6, positions=2, out=3, inputs=4)
+    own, kfac = observed(grad_sample, terms=6.0)
     operator = kfac.operator(own, spectrum)
-    left, right = record.moments((True, True))
+    left, right = grad_sample.covariances((True, True))
     expected = function(torch.kron(6.0 * left[0], right[0]))
     torch.testing.assert_close(dense(operator, own.layout), expected, **EXACT)
-    gradients = record.gradient(slice(None)).flatten(1)
+    gradients = grad_sample.gradient(slice(None)).flatten(1)
     quadratic = torch.einsum("bi,ij,bj->b", gradients, expected, gradients)
-    torch.testing.assert_close(operator.quadratic(record), quadratic, **EXACT)
+    torch.testing.assert_close(operator.quadratic(grad_sample), quadratic, **EXACT)
 
 
 def test_no_curvature_leaves_a_rate_for_each_unrolled_step() -> None:
@@ -48,6 +48,6 @@ def test_no_curvature_leaves_a_rate_for_each_unrolled_step() -> None:
 
 
 def test_a_block_that_was_never_observed_is_left_as_it_is() -> None:
-    record = outer()
-    v = torch.randn(1, *record.layout, dtype=torch.float64)
-    torch.testing.assert_close(KFAC().operator(block(record), resolvent(0.1)).apply(v), v)
+    grad_sample = outer()
+    v = torch.randn(1, *grad_sample.layout, dtype=torch.float64)
+    torch.testing.assert_close(KFAC().operator(block(grad_sample), resolvent(0.1)).apply(v), v)

@@ -19,32 +19,32 @@ from torch.nn.parallel import DistributedDataParallel
 from ine_callback import InfluenceReport, Recorder
 from ine_callback.capture import Block, Capture, register_layer
 from ine_callback.capture.per_sample_gradients import Vector
-from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
-from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
 
 ROWS, BATCH, STEPS = 48, 8, 24
-KEPT = 40  # rows of a process in the reservoir's own test
+KEPT_VARIANCE = 40  # rows of a process in the reservoir's own test
 PLACES = [
     (Recorder, "_start_batch"),
     (Recorder, "_see"),
     (Recorder, "_receive"),
     (Recorder, "_settle"),
     (Recorder, "_after_step"),
-    (Ledger, "update"),
+    (RowAccumulators, "update"),
     (Capture, "start_batch"),
     (Coverage, "prove"),
     (Signals, "refresh"),
     (Signals, "_gradients"),
     (KFAC, "observe"),
-    (Reservoir, "commit"),
+    (GradientSample, "commit"),
     (Pending, "take"),
     (FINE, "update"),
 ]
@@ -140,15 +140,15 @@ def matrix() -> Block:
 
 def joined(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """A process's rows in a reservoir, and what all of them together make of v."""
-    record = Vector(torch.randn(KEPT, 6, generator=torch.Generator().manual_seed(rank)))
-    reservoir, own, processes = Reservoir(200), matrix(), Lockstep(torch.device("cpu"), alone=False)
-    reservoir.open([(own, record)], processes)
-    reservoir.draw(KEPT, 1.0, 1)
-    reservoir.observe(own, record)
+    grad_sample = Vector(torch.randn(KEPT_VARIANCE, 6, generator=torch.Generator().manual_seed(rank)))
+    reservoir, own, processes = GradientSample(200), matrix(), Lockstep(torch.device("cpu"), alone=False)
+    reservoir.open([(own, grad_sample)], processes)
+    reservoir.draw(KEPT_VARIANCE, 1.0, 1)
+    reservoir.observe(own, grad_sample)
     reservoir.commit()
     v = torch.arange(12.0).reshape(2, 6)
     applied = reservoir.apply({own: v}, {own: (0.3, 0.1)}, processes)[own]
-    return reservoir._kept[own].right[:KEPT], applied, v
+    return reservoir._kept[own].right[:KEPT_VARIANCE], applied, v
 
 
 def process(rank: int, folder: str) -> None:
@@ -207,10 +207,10 @@ def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[d
 def test_the_reservoir_is_that_of_all_rows(together: list[dict[Any, Any]]) -> None:
     (one, applied, v), (other, again, _) = (found["joined"] for found in together)
     assert torch.equal(applied, again) and not torch.equal(one, other)
-    reservoir, own = Reservoir(200), matrix()
+    reservoir, own = GradientSample(200), matrix()
     reservoir.open([(own, Vector(torch.cat([one, other])))], Lockstep(one.device, alone=True))
-    reservoir._kept[own].right[: 2 * KEPT] = torch.cat([one, other])
-    reservoir._filled = 2 * KEPT
+    reservoir._kept[own].right[: 2 * KEPT_VARIANCE] = torch.cat([one, other])
+    reservoir._filled = 2 * KEPT_VARIANCE
     expected = reservoir.apply({own: v}, {own: (0.3, 0.1)}, Lockstep(one.device, alone=True))[own]
     torch.testing.assert_close(applied, expected)
     assert (applied - v).abs().max() > 0.05
@@ -257,9 +257,9 @@ def test_a_layer_that_fails_in_one_process_is_left_out_in_all(together: list[dic
 
 def test_one_alone_meets_nobody() -> None:
     alone = Lockstep(torch.device("cpu"), alone=True)
-    assert alone.meet(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
+    assert alone.exchange(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
     alone.leave()
-    assert alone.meet() == [[0, 0]] and not alone.dissolved
+    assert alone.exchange() == [[0, 0]] and not alone.dissolved
 
 
 class Routed(nn.Module):

@@ -53,7 +53,9 @@ def equal(one: Scores, other: Scores) -> None:
 
 N, B, ETA, T = 200, 10, 0.02, 300
 X = np.sort(np.random.default_rng(0).gamma(2.0, size=N))
-KEPT = (1 - ETA) ** np.arange(T - 1, -1, -1.0)  # what the rest of training leaves of a step: the exact discount
+KEPT_VARIANCE = (1 - ETA) ** np.arange(
+    T - 1, -1, -1.0
+)  # what the rest of training leaves of a step: the exact discount
 
 
 def sgd(runs: int, seed: int, pool: np.ndarray) -> np.ndarray:
@@ -70,7 +72,7 @@ def recorded(seed: int) -> Scores:
 
     def run() -> Iterator[Step]:
         nonlocal theta
-        for kept in KEPT:
+        for kept in KEPT_VARIANCE:
             drawn = g.integers(N, size=B)
             gradients = theta - X[drawn]
             yield torch.tensor(drawn), torch.tensor(kept * gradients / B)[:, None], ETA
@@ -87,7 +89,7 @@ def recorded_mu() -> np.ndarray:
 def test_mu_equals_the_closed_form_of_gaussian_mean_estimation(recorded_mu: np.ndarray) -> None:
     # Removing row i moves theta by (x_i - mean of the others)/N (1 - (1 - eta)^T); theta up is harmful.
     shift = -(X - X.mean()) / (N - 1) * (1 - (1 - ETA) ** T)
-    noise = math.sqrt((ETA**2 * KEPT**2).sum() * X.var() / B)
+    noise = math.sqrt((ETA**2 * KEPT_VARIANCE**2).sum() * X.var() / B)
     closed = shift / noise
     slope = recorded_mu @ closed / (closed @ closed)
     # Twelve runs: slope 1.01, standard error .0075 (measured on 10 sets of twelve); 1/b = .1 would be seen.
@@ -110,7 +112,7 @@ def test_noise_equals_the_spread_of_real_runs() -> None:
     fine = FINE(null_draws=1)
     fine.start(N, infos(1), CPU)
     g = np.random.default_rng(3)
-    for kept in KEPT:
+    for kept in KEPT_VARIANCE:
         drawn = g.integers(N, size=B)
         fine.update(torch.tensor(drawn), torch.tensor(-kept * X[drawn] / B)[:, None], ETA)
     noise = math.sqrt(float(fine.state_dict()["noise"][0]))
@@ -156,10 +158,10 @@ def test_dealt_shifts_have_the_exact_variance_and_sum_to_zero() -> None:
     fine.start(4, infos(1), CPU)
     fine.update(torch.arange(4), torch.tensor([[1.0], [2.0], [4.0], [10.0]]), 0.5)
     state = fine.state_dict()
-    dealt = state["null"][:4, :, 0]
-    np.testing.assert_allclose(dealt.sum(0), 0, atol=1e-5)
-    np.testing.assert_allclose(dealt.var(1, unbiased=False), state["variance"][:, 0], rtol=0.1)
-    np.testing.assert_allclose(dealt.unique(), np.array([-1.625, -1.125, -0.125, 2.875]) * 4 / 3, rtol=1e-6)
+    permuted = state["null"][:4, :, 0]
+    np.testing.assert_allclose(permuted.sum(0), 0, atol=1e-5)
+    np.testing.assert_allclose(permuted.var(1, unbiased=False), state["variance"][:, 0], rtol=0.1)
+    np.testing.assert_allclose(permuted.unique(), np.array([-1.625, -1.125, -0.125, 2.875]) * 4 / 3, rtol=1e-6)
 
 
 def test_k_equal_steps_give_mu_root_k() -> None:

@@ -512,7 +512,7 @@ def sharp_by_rows(summed: bool = False) -> list[Tensor]:
 def test_of_two_closure_calls_the_last_counts(kind: type[Net]) -> None:
     keep, influence = recorded(kind)
     same(keep, sharp_by_rows())
-    losses = influence._recorder.ledger._losses.mean()  # type: ignore[union-attr]
+    losses = influence._recorder.accumulators._losses.mean()  # type: ignore[union-attr]
     assert np.isfinite(losses).all() and losses.max() < 4  # of one pass, not of two
 
 

@@ -15,17 +15,17 @@ from torchmetrics import Metric
 
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.checks import Facts
 from ine_callback.methods.bif.dense import Dense
 from ine_callback.methods.bif.flat import Flat
 from ine_callback.methods.bif.posterior import LocalPosterior, initial_state
 from ine_callback.methods.bif.readout import Reader, Readout, chosen_rows
 from ine_callback.methods.bif.rowloss import RowLoss, row_losses
 from ine_callback.methods.bif.rows import SAMPLE, RowLosses, Rows
-from ine_callback.methods.bif.screens import Facts
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.bif.sgld import SGLD, Curved, State
-from ine_callback.methods.bif.shared import share
-from ine_callback.methods.bif.tally import Tally
+from ine_callback.methods.bif.split_chains import share
+from ine_callback.methods.bif.statistics import ChainStatistics
 from ine_callback.scores import Attribution, Stage
 from ine_callback.utilities.isolation import isolated
 
@@ -108,7 +108,7 @@ def chains(
         sampler = replace(sampler, step_size=processes.first(sampler.step_size))
         if processes.rank:
             sampler.generator.manual_seed(bif.seed + 2**32 * processes.rank)
-        tally = Tally(readout, sampler, posterior.settings)
+        tally = ChainStatistics(readout, sampler, posterior.settings)
         notes = [each for each in (note, losses.note, weights_note(rows)) if each]
         state, interrupted = _run(posterior, sampler, tally, progress, notes, processes)
         if tally.draws < 4:
@@ -186,7 +186,7 @@ def weights_note(rows: Rows) -> str | None:
 def _run(
     posterior: LocalPosterior,
     sampler: SGLD,
-    tally: Tally,
+    tally: ChainStatistics,
     progress: bool | Track,
     notes: list[str],
     processes: Processes,

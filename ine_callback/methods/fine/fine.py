@@ -181,7 +181,7 @@ class FINE(Method):
         d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
         sigma2 = d.square().sum(0) / rows.shape[0]
         self._update_shifts(rows, d, sigma2)
-        self._deal(rows, d)
+        self._permute(rows, d)
         if contrasts is not None:
             turned = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
             count = finite.clamp(min=1)[:, None]
@@ -207,14 +207,14 @@ class FINE(Method):
         self._state["scatter"].index_add_(0, rows, z.square())
         self._state["variance"].index_add_(0, rows, sigma2.expand_as(d))
 
-    def _deal(self, rows: Tensor, d: Tensor) -> None:
+    def _permute(self, rows: Tensor, d: Tensor) -> None:
         """Deals the batch's shifts to its rows in random order, once per draw."""
         null = self._state["null"]
         size, draws = rows.shape[0], null.shape[1]
         keys = torch.rand(draws, size, generator=self._generator, device=d.device, dtype=torch.float32)
-        dealt = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
+        permuted = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
         place = torch.where(rows % self._stride == 0, rows // self._stride, null.shape[0] - 1)
-        null.index_add_(0, place, dealt)
+        null.index_add_(0, place, permuted)
 
     def compute(self) -> Scores:
         """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""
@@ -295,10 +295,10 @@ class FINE(Method):
 
     def _null(self, query: int, seen: NDArray[np.bool_], variance: Floats) -> tuple[Floats, Floats]:
         """Returns the standardised dealt shifts [M, R] of the observed rows with a null, and the held-out draw [M]."""
-        dealt = host(self._state["null"][:-1, :, query])
+        permuted = host(self._state["null"][:-1, :, query])
         keep, v = seen[:: self._stride], variance[:: self._stride]
         with np.errstate(divide="ignore", invalid="ignore"):
-            z = dealt[keep] / np.where(v > 0, np.sqrt(v), np.nan)[keep, None]
+            z = permuted[keep] / np.where(v > 0, np.sqrt(v), np.nan)[keep, None]
         return z[:, 1:], z[:, 0]
 
     def grow(self, rows: int) -> None:

@@ -15,10 +15,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.checks import noise_fraction
 from ine_callback.methods.bif.readout import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
-from ine_callback.methods.bif.screens import noise_share
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.queries import CallableQuery, MarginQuery
 
@@ -268,7 +268,7 @@ def test_draws_that_have_forgotten_what_was_learned_are_caught() -> None:
 def test_noise_is_that_of_rows_against_each_other() -> None:
     """What all rows have in common ranks none of them, however noisy it is."""
     scores = np.array([[5.0], [6.0], [7.0]])
-    assert noise_share(scores, np.full((3, 1), 0.5)) == pytest.approx(0.25 / scores.var())
+    assert noise_fraction(scores, np.full((3, 1), 0.5)) == pytest.approx(0.25 / scores.var())
     model, rows, query = network()
 
     def together(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.hooks import Capture
-from ine_callback.capture.mixture import mixture_faults
+from ine_callback.capture.row_mixing import mixture_faults
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
 
@@ -70,14 +70,14 @@ def _inputs(
 ) -> tuple[dict[str, list[Tensor]], bool]:
     """The inputs of every layer, and whether the model drew random numbers."""
     seen: dict[str, list[Tensor]] = {}
-    capture.observe_call = lambda name, a: seen.setdefault(name, []).append(a.detach().clone())
+    capture.on_call = lambda name, a: seen.setdefault(name, []).append(a.detach().clone())
     try:
         with isolated(module):  # with gradients: adversarial examples take some
             before = _random_states(module)
             run(module, batch)
             drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(module), strict=True))
     finally:
-        capture.observe_call = None
+        capture.on_call = None
     return seen, drew
 
 

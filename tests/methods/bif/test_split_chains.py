@@ -12,7 +12,7 @@ from regimes.once import spawned
 
 from ine_callback import BIF, BIFScores, EachRow, bif_scores
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.tally import Scatter
+from ine_callback.methods.bif.statistics import Scatter
 from tests.methods.bif.test_run import PLAIN, WHOLE, exact, forms, quadratic_problem
 
 COMMON: dict[str, Any] = {"n_beta": 10.0, "localization": 4.0, "batch_size": WHOLE, "draws": 120, "thinning": 6}

@@ -197,7 +197,7 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
 
     training = [each for each in module.modules() if each.training and not _is_plain(each)]
     back = Again(_own_functions(module)).remember()  # what the step counts or gathers outside of the module
-    capture.observe_call = observe
+    capture.on_call = observe
     try:
         with isolated(module):
             for each in training:
@@ -209,7 +209,7 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
             if reading is not None:
                 shown.calls[_LOSS] = [reading.rows.detach()]
     finally:
-        capture.observe_call = None
+        capture.on_call = None
         back()
     return shown
 

@@ -16,7 +16,7 @@ from ine_callback.capture.attributes import own_parameters, plain_parameters
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.passes import counts
-from ine_callback.capture.per_sample_gradients import Record, widened
+from ine_callback.capture.per_sample_gradients import GradSample, widened
 
 _CANCELLED = 1e-2
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -53,9 +53,9 @@ class Proof:
         if parameter.requires_grad and parameter not in self._handles and not parameter.is_complex():
             self._handles[parameter] = parameter.register_hook(lambda grad: self._meet(known_as, parameter, grad))
 
-    def take(self, block: Block, record: Record) -> None:
+    def take(self, block: Block, grad_sample: GradSample) -> None:
         """Takes one record of the running pass."""
-        wide = record.wide()
+        wide = grad_sample.wide()
         for parameter, part in zip(block.parameters, block.from_layout(wide.total()), strict=True):
             self._sums[parameter] = self._sums[parameter] + part if parameter in self._sums else part
             self._blocks[parameter] = block
@@ -188,7 +188,7 @@ def _why(name: str, users: Sequence[nn.Module]) -> str:
     return f"no capture for {kind} (register one with @register_layer, or its forward is never called)"
 
 
-def share_of(module: nn.Module, names: Iterable[str]) -> float:
+def fraction_of(module: nn.Module, names: Iterable[str]) -> float:
     """The share of the trainable parameters that the named ones hold."""
     sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
     return sum(sizes[name] for name in names if name in sizes) / max(1, sum(sizes.values()))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ine_callback.capture.attributes import plain_parameters
 from ine_callback.capture.hooks import Capture, first_input, in_words
-from ine_callback.capture.layers import ALTERNATIVES, LayerFunction, by_row, layer_function, records_of
+from ine_callback.capture.layers import ALTERNATIVES, LayerFunction, by_row, grad_samples_of, layer_function
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.utilities.isolation import isolated
 
@@ -104,15 +104,15 @@ def _error(
         output = child.forward(*args, **kwargs)
     delta = torch.randn_like(output)
     with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-        records = records_of(child, kept, delta.clone(), rows, function)
-    names = [name for name in parameters if name in records]
+        grad_samples = grad_samples_of(child, kept, delta.clone(), rows, function)
+    names = [name for name in parameters if name in grad_samples]
     worst, size = 0.0, 0.0
     for k in {0, rows - 1}:
         alone = torch.zeros_like(delta)
         by_row(alone, rows)[k] = by_row(delta, rows)[k]
         truth = torch.autograd.grad(output, [parameters[n] for n in names], alone, retain_graph=True, allow_unused=True)
         for name, expected in zip(names, truth, strict=True):
-            got = records[name].wide().gradient(slice(k, k + 1))
+            got = grad_samples[name].wide().gradient(slice(k, k + 1))
             expected = torch.zeros_like(got) if expected is None else _dense(expected).to(got.dtype).view_as(got)
             worst = max(worst, float((got - expected).norm()))
             size = max(size, float(expected.norm()))

@@ -28,7 +28,7 @@ class Facts(NamedTuple):
     strength: float
 
 
-def noise_share(scores: Floats, noise: Floats) -> float:
+def noise_fraction(scores: Floats, noise: Floats) -> float:
     """Share of the scores' variance over rows that is Monte-Carlo noise, median over queries; NaN if not known.
 
     Args:
@@ -41,7 +41,7 @@ def noise_share(scores: Floats, noise: Floats) -> float:
     return float(np.median((noise**2).mean(0)[variance > 0] / variance[variance > 0]))
 
 
-def screens(
+def checks(
     draws: int, scores: Floats, noise: Floats, survives: float, lost: float, loss: Floats, facts: Facts
 ) -> list[Check]:
     """All checks.
@@ -49,7 +49,7 @@ def screens(
     Args:
         draws: Draws asked for.
         scores: [R, Q].
-        noise: See :func:`noise_share`.
+        noise: See :func:`noise_fraction`.
         survives: Share of the covariance that is no trend.
         lost: Share of what was learned that the draws have lost.
         loss: The chains' trace [C, T].
@@ -59,7 +59,7 @@ def screens(
     rhat, size, slope = split_rhat(loss), effective_size(loss), drift(loss)
     positive = float((scores > 0).mean())
     balance = max(positive, 1 - positive)
-    random = noise_share(scores, noise)
+    random = noise_fraction(scores, noise)
     bias, bent, strength = facts
     stronger = "raise n_beta or lower localization: else the score is hardly more than a product of gradients"
     slower = "raise burn_in, or step_size where the chains are stable"

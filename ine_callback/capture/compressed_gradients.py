@@ -18,7 +18,7 @@ def turned(direction: Tensor, weights: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedGradients:
     """Gradients times k columns, transposed: ``(g_i S)^T``, so that a part of the columns lies in one piece.
 
     Attributes:
@@ -27,12 +27,12 @@ class Compressed:
 
     g: Tensor
 
-    def part(self, columns: slice) -> Compressed:
+    def part(self, columns: slice) -> CompressedGradients:
         """Some of the columns."""
-        return Compressed(self.g[:, :, columns])
+        return CompressedGradients(self.g[:, :, columns])
 
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
-        """Inner products with directions [Q, G, O, k], see :meth:`.Record.parts`: [b, Q, C]."""
+        """Inner products with directions [Q, G, O, k], see :meth:`.GradSample.parts`: [b, Q, C]."""
         queries = direction.shape[0]
         if queries > FEW_QUERIES:
             units: Tensor = torch.einsum("bgio,qgoi->bqgo", self.g, direction)

@@ -13,13 +13,13 @@ from scipy import special
 from torch import Tensor
 
 from ine_callback.distributed.processes import Processes
+from ine_callback.methods.bif.checks import Facts, checks
 from ine_callback.methods.bif.locality import forgotten
 from ine_callback.methods.bif.readout import Readout
 from ine_callback.methods.bif.scores import attribution
-from ine_callback.methods.bif.screens import Facts, screens
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.bif.sgld import SGLD, Curved
-from ine_callback.methods.bif.shared import join_chains
+from ine_callback.methods.bif.split_chains import join_chains
 from ine_callback.scores import Attribution, Check, Floats, TokenScores
 from ine_callback.stats.chains import fisher_z, paired_size
 from ine_callback.stats.comoments import Comoments, Traces
@@ -65,7 +65,7 @@ class Scatter:
         return (self._squares / (self.count - 1) / self.count).sqrt()
 
 
-class Tally:
+class ChainStatistics:
     """Everything that is kept of the draws.
 
     Args:
@@ -179,7 +179,7 @@ class Tally:
         """
         found, tokens = self._estimates()
         loss = torch.stack(self._loss, 1).double().numpy()
-        checks = self._screens(found, loss, facts)
+        checks = self._checks(found, loss, facts)
         return attribution(
             rows=rows,
             queries=self.readout.infos,
@@ -263,11 +263,11 @@ class Tally:
         of_rows = covariance[:, :: self.readout.width]
         return of_rows - of_rows.mean(1, keepdim=True)
 
-    def _screens(self, found: dict[str, Floats], loss: Floats, facts: Facts) -> list[Check]:
+    def _checks(self, found: dict[str, Floats], loss: Floats, facts: Facts) -> list[Check]:
         covariance = self._plain.covariance() - (self._twin.covariance() if self.twins else 0)
         noise = _array(self._error(self._rows_scatter, self._apart(covariance)))
         lost = forgotten(float(loss.mean()), *self.readout.trained_and_blank())
-        return screens(self.settings.draws, found["scores"], noise, self._survives(), lost, loss, facts)
+        return checks(self.settings.draws, found["scores"], noise, self._survives(), lost, loss, facts)
 
 
 def _array(tensor: Tensor) -> Floats:
