@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, Record
+from ine_callback.capture.coverage import Coverage
 from ine_callback.capture.label_gradients import classes_of, expect, sample
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.curvature.gradient_sample import Reservoir
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.distributed.processes import Processes
+from ine_callback.distributed.processes import Lockstep, Processes
 from ine_callback.errors import CaptureError
 from ine_callback.methods.fit_end import PerSamplePass
 from ine_callback.queries import Batch, BoundQuery, gradients
@@ -35,30 +37,34 @@ def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
 class RowGradients:
     """Gradients of b rows' own losses, block by block, as the factors that the passes left; formed on demand.
 
+    A row's own loss is the mean over its terms, as in the report's ``mean_loss``: without constants that scale the loss,
+    and whatever the other rows of its batch weigh.
+
     Args:
         records: Each block's records; several where a batch used it several times.
-        scale: What turns a record into gradients of the rows' own losses.
+        scale: What turns a record's rows into gradients of the rows' own losses [b].
     """
 
-    def __init__(self, records: dict[Block, list[Record]], scale: Tensor | float) -> None:
+    def __init__(self, records: dict[Block, list[Record]], scale: Tensor) -> None:
         self._records, self._scale = records, scale
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._records)
 
     def records(self, block: Block) -> list[Record]:
-        """A block's records: their sum times :attr:`scale` are the rows' gradients."""
+        """A block's records: their sum times :attr:`scale`, row by row, are the rows' gradients."""
         return self._records[block]
 
     @property
-    def scale(self) -> Tensor | float:
-        """What records are multiplied with."""
+    def scale(self) -> Tensor:
+        """What the records' rows are multiplied with [b]."""
         return self._scale
 
     def formed(self, block: Block) -> Tensor:
         """The gradients [b, *layout] of a block."""
         first, *rest = (record.wide().gradient(slice(None)) for record in self._records[block])
-        return sum(rest, first) * self._scale
+        total = sum(rest, first)
+        return total * self._scale.to(total.dtype).view(-1, *[1] * (total.dim() - 1))
 
     def products(self, directions: dict[Block, Tensor]) -> Tensor:
         """Inner products [b, Q] with directions, each [Q, *layout]."""
@@ -68,7 +74,7 @@ class RowGradients:
             if block in directions
             for record in records
         ]
-        return torch.stack(parts).sum(0) * self._scale
+        return torch.stack(parts).sum(0) * self._scale[:, None]
 
     def squared_norms(self) -> Tensor:
         """Squared norms [b] of the gradients over all blocks."""
@@ -103,6 +109,7 @@ class FitContext:
         at: Finished epochs, or ``"end"``.
         seed: For a method's own random numbers.
         owner: Class named in messages.
+        notes: Sentences for the report, such as which parameters per-sample gradients leave out.
     """
 
     module: nn.Module
@@ -124,6 +131,10 @@ class FitContext:
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module)
+        self._held: list[tuple[Block, Record]] = []
+        self._failures: list[Exception] = []
+        self._capture = Capture(self.module, self._receive, self._failures.append, self.layers)
+        self._coverage: Coverage | None = None
 
     @property
     def rows(self) -> int:
@@ -154,28 +165,25 @@ class FitContext:
         what = what or PerSamplePass()
         generator = torch.Generator(next(self.module.parameters()).device).manual_seed(self.seed)
         for rows, batch in self.batches(what.rows, "per-sample gradients"):
-            for draw in range(self._repeats(what, batch)):
+            for draw in range(self._repeats(what, batch, len(rows))):
                 yield rows, self._gradients(what, batch, len(rows), draw, generator)
 
-    def _repeats(self, what: PerSamplePass, batch: Batch) -> int:
+    def _repeats(self, what: PerSamplePass, batch: Batch, size: int) -> int:
         if what.labels != "expected":
             return 1
         with isolated(self.module), self.precision():
-            return classes_of(self.loss(self.module, batch))
+            return classes_of(self.loss(self.module, batch), size)
 
     def _gradients(
         self, what: PerSamplePass, batch: Batch, size: int, draw: int, generator: torch.Generator
     ) -> RowGradients:
-        records: dict[Block, list[Record]] = {}
-        failures: list[Exception] = []
-
-        def receive(module: nn.Module, found: dict[str, Record]) -> None:
-            for block, record in self.table.sort(module, found):
-                records.setdefault(block, []).append(record)
-
-        capture = Capture(self.module, receive, failures.append, self.layers)
+        capture, parameters = self._capture, [p for p in self.module.parameters() if p.requires_grad]
+        self._held.clear()
         capture.attach()
         try:
+            first = self._coverage is None
+            if first:
+                self._probe(batch, size)
             with isolated(self.module), self.precision():
                 capture.start_batch(size)
                 loss = self.loss(self.module, batch)
@@ -184,16 +192,61 @@ class FitContext:
                     sample(loss, generator)
                 elif what.labels == "expected":
                     expect(loss, draw)
-                parameters = [p for p in self.module.parameters() if p.requires_grad]
-                torch.autograd.grad(loss, parameters, allow_unused=True)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             capture.detach()
-        if failures:
-            raise failures[0]
+        if self._failures:
+            raise self._failures.pop()
+        if first:
+            self._prove(parameters, found)
+        elif self._coverage is not None and (late := self._coverage.late_notes()):
+            raise CaptureError(f"{self.owner}: per-sample gradients ended early: {late[0]}.")
+        records: dict[Block, list[Record]] = {}
+        for block, record in self._held:
+            records.setdefault(block, []).append(record)
         if not records:
             reasons = "; ".join(sorted(set(capture.dropped.values()))) or "no layer of a known type was called"
             raise CaptureError(f"{self.owner}: no layer's gradients can be told apart by rows: {reasons}.")
-        return RowGradients(records, float(size) if reading is None else reading.scale)
+        if reading is None:
+            self._note("per-sample gradients: the loss is of an unknown form, and taken as a mean over a batch's rows")
+        return RowGradients(records, loss.new_full((size,), size) if reading is None else reading.own)
+
+    def _receive(self, module: nn.Module, found: dict[str, Record]) -> None:
+        self._held += self.table.sort(module, found)
+
+    def _probe(self, batch: Batch, size: int) -> None:
+        """Drops layers whose inputs are not led by the batch's rows."""
+        self._coverage = Coverage(self.module, self._capture, "warn", self.owner)
+
+        def loss(module: nn.Module, batch: Batch) -> Tensor:
+            with self.precision():
+                return self.loss(module, batch)
+
+        self._coverage.probe(loss, batch, size, Lockstep(next(self.module.parameters()).device, alone=True))
+
+    def _prove(self, parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> None:
+        """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
+        assert self._coverage is not None
+        before = [p.grad for p in parameters]
+        try:
+            for p, grad in zip(parameters, found, strict=True):
+                p.grad = grad
+            held = [(*pair, None) for pair in self._held]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it becomes a note
+                held = self._coverage.prove(held, self.table, Lockstep(parameters[0].device, alone=True))
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+        self._held = [(block, record) for block, record, _ in held]
+        for note in self._coverage.notes:
+            self._note(f"per-sample gradients: {note}")
+        for name, why in self._coverage.uncaptured.items():
+            self._note(f"per-sample gradients leave out {name}: {why}")
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def query_gradients(self) -> dict[Block, Tensor]:
         """Gradients [Q, *layout] of the queries at the present weights, by block; after a per-sample pass.
@@ -217,16 +270,20 @@ class FitContext:
         """
         child = self.module.get_submodule(layer)
         for part, batch in self.batches(rows, "features"):
-            found: list[Tensor] = []
-            handle = child.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0].detach()))
+            found: list[Any] = []
+
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any] = found) -> None:
+                found.append(args[0] if args else next(iter(kwargs.values()), None))
+
+            handle = child.register_forward_pre_hook(keep, with_kwargs=True)
             try:
                 with isolated(self.module), self.precision(), torch.no_grad():
                     self.loss(self.module, batch)
             finally:
                 handle.remove()
-            if not found or len(found[0]) != len(part):
+            if len(found) != 1 or not isinstance(found[0], Tensor) or len(found[0]) != len(part):
                 raise CaptureError(
-                    f"{self.owner}: layer {layer!r} was not called with one input for each of {len(part)} rows; name "
-                    "another one."
+                    f"{self.owner}: layer {layer!r} was called {len(found)} times for a batch, not once with one input "
+                    f"for each of {len(part)} rows; name another one."
                 )
-            yield part, found[0].flatten(1)
+            yield part, found[0].detach().flatten(1)
