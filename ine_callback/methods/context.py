@@ -37,8 +37,8 @@ def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
 class RowGradients:
     """Gradients of b rows' own losses, block by block, as the factors that the passes left; formed on demand.
 
-    A row's own loss is the mean over its terms, as in the report's ``mean_loss``: without constants that scale the loss,
-    and whatever the other rows of its batch weigh.
+    A row's own loss is the mean over its terms, as in the report's ``mean_loss``: without constants that scale the
+    loss, and whatever the other rows of its batch weigh.
 
     Args:
         records: Each block's records; several where a batch used it several times.
