@@ -12,6 +12,8 @@ import numpy as np
 def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """All that a value holds, with the names on the way; arrays as bytes with their shape and type."""
     if isinstance(value, np.ndarray):
+        if value.dtype == np.float64:
+            value = np.where(np.isnan(value), np.nan, value)  # there are many, in bits
         yield name, (value.shape, value.dtype, value.tobytes())
     elif is_dataclass(value):
         for each in fields(value):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 _NONE, _MEAN, _SUM = 0, 1, 2
 _SEARCH_DEPTH = 8
+_SAME = ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class LossReading:
         rows: Loss of every row [b], the mean over the row's terms.
         terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar.
         scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
+        own: The same for each row [b], whose terms may be more or heavier than others'; 0 for a row without terms.
     """
 
     rows: Tensor
     terms: Tensor
     scale: Tensor
+    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
         (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
     """
     node: Any = loss.grad_fn
-    coefficient: Tensor = _wide(torch.ones_like(loss, requires_grad=False))
+    coefficient: Tensor = wide(torch.ones_like(loss, requires_grad=False))
     mask: Tensor | None = None
     for _ in range(_SEARCH_DEPTH):
         if node is None:
@@ -81,7 +84,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
             mask = factor  # a weight for each term: (losses * mask).sum() / mask.sum()
         elif name == "MeanBackward0":
             coefficient = coefficient / node._saved_self_sym_numel
-        elif name not in ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0"):
+        elif name not in _SAME:
             return None
         node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
@@ -108,8 +111,10 @@ def _finish(
         weights = weights * mask.reshape(rows, -1)
     if reduction == _MEAN:
         coefficient = coefficient / weights.sum()
-    row_losses = (losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)
-    return LossReading(row_losses, 1 / coefficient, rows / (coefficient * weights.sum()))
+    total = weights.sum(1)
+    row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
+    own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
+    return LossReading(row_losses, 1 / coefficient, rows / (coefficient * weights.sum()), own)
 
 
 def _nll(node: Any) -> tuple[Tensor, Tensor]:
@@ -117,12 +122,12 @@ def _nll(node: Any) -> tuple[Tensor, Tensor]:
     log_p = node._saved_self.detach()
     ignored = target == _signed(node._saved_ignore_index)
     safe = target.masked_fill(ignored, 0)
-    losses = -_wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
+    losses = -wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
     weights = torch.ones_like(losses) if node._saved_weight is None else node._saved_weight[safe].to(losses.dtype)
     return losses, weights.masked_fill(ignored, 0.0)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """float32 or better."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -133,14 +138,14 @@ def _signed(index: int) -> int:
 
 
 def _mse(node: Any) -> tuple[Tensor, Tensor]:
-    losses = (_wide(node._saved_self.detach()) - _wide(node._saved_target.detach())).square()
+    losses = (wide(node._saved_self.detach()) - wide(node._saved_target.detach())).square()
     return losses, torch.ones_like(losses)
 
 
 def _bce(node: Any) -> tuple[Tensor, Tensor]:
     losses = F.binary_cross_entropy_with_logits(
-        _wide(node._saved_self.detach()),
-        _wide(node._saved_target.detach()),
+        wide(node._saved_self.detach()),
+        wide(node._saved_target.detach()),
         pos_weight=node._saved_pos_weight,
         reduction="none",
     )
@@ -158,11 +163,16 @@ _LOSSES = {
 
 
 def loss_node(loss: Tensor) -> Any:
-    """The node of the graph where a loss of a known form takes prediction and target; None for another form."""
+    """The node of the graph where a loss of a known form, scaled by constants or masked, takes prediction and target.
+
+    None for another form, such as a sum of several losses.
+    """
     node: Any = loss.grad_fn
     for _ in range(_SEARCH_DEPTH):
         if node is None or node.name() in _LOSSES:
             return node
+        if node.name() not in (*_SAME, "MeanBackward0") and _constant_factor(node, node.name()) is None:
+            return None
         node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
 

@@ -64,23 +64,26 @@ class Proof:
     def _meet(self, known_as: nn.Parameter, parameter: nn.Parameter, grad: Tensor) -> None:
         """All uses of the parameter in this pass are over: its records against its gradient."""
         try:
-            if not counts(parameter):  # asked for by torch.autograd.grad
-                return
-            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                found = widened(grad.detach().to_dense() if grad.is_sparse else grad.detach())
-                if self._unscale is not None:
-                    found = found * self._unscale
-                if self._keep:
-                    before = self.kept.get(known_as)
-                    self.kept[known_as] = found.clone() if before is None else before + found
-                rest = found - self._sums.pop(known_as).to(found) if known_as in self._sums else found
-                value = widened(parameter.detach())
-                squares = [x.square().sum() for x in (found, rest, value)]
-                penalties = [(rest * value).sum(), (rest * value.sign()).sum()]
-                numbers = torch.stack([*squares, *penalties]).double()
-                self._found[known_as] = self._found[known_as] + numbers if known_as in self._found else numbers
+            if counts(parameter):  # otherwise asked for by torch.autograd.grad
+                self.compare(known_as, parameter, grad)
         except Exception as error:  # the training run is sacred
             self._fail(error)
+
+    def compare(self, known_as: nn.Parameter, parameter: nn.Parameter, grad: Tensor) -> None:
+        """Compares a parameter's whole gradient of one pass with the sum of its records."""
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            found = widened(grad.detach().to_dense() if grad.is_sparse else grad.detach())
+            if self._unscale is not None:
+                found = found * self._unscale
+            if self._keep:
+                before = self.kept.get(known_as)
+                self.kept[known_as] = found.clone() if before is None else before + found
+            rest = found - self._sums.pop(known_as).to(found) if known_as in self._sums else found
+            value = widened(parameter.detach())
+            squares = [x.square().sum() for x in (found, rest, value)]
+            penalties = [(rest * value).sum(), (rest * value.sign()).sum()]
+            numbers = torch.stack([*squares, *penalties]).double()
+            self._found[known_as] = self._found[known_as] + numbers if known_as in self._found else numbers
 
     def forget(self) -> None:
         """What was met so far was thrown away."""
@@ -154,21 +157,29 @@ def _parallel(block: Block, parts: Sequence[Tensor], squares: Callable[[float, f
     return min(cosines) > _PARALLEL
 
 
-def uncaptured(module: nn.Module, captured: set[nn.Parameter], reasons: Mapping[str, str]) -> dict[str, str]:
+def uncaptured(
+    module: nn.Module,
+    captured: set[nn.Parameter],
+    reasons: Mapping[str, str],
+    used: set[nn.Parameter] | None = None,
+) -> dict[str, str]:
     """Trainable parameters with a gradient but without records -> why.
 
     Args:
         module: The model after a backward pass.
         captured: Parameters of the blocks that passed.
         reasons: Module name -> why it was dropped.
+        used: Parameters with a gradient, where it is not in ``.grad``.
     """
+    if used is None:
+        used = {p for p in module.parameters() if p.grad is not None}
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for name, child in module.named_modules():
         for p in own_parameters(child).values():
             owners.setdefault(p, []).append((name, child))
     out = {}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad or parameter in captured or parameter.grad is None or not parameter.numel():
+        if not parameter.requires_grad or parameter in captured or parameter not in used or not parameter.numel():
             continue
         users = owners.get(parameter, [])
         told = [reasons[owner] for owner, _ in users if owner in reasons]

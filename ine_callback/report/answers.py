@@ -78,7 +78,8 @@ def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
     lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."]
     for found in last:
         passed = sum(check.passed for check in found.checks)
-        lines.append(f"{heading(found)}: {verdict(found)} ({passed} of {len(found.checks)} checks).")
+        count = f" ({passed} of {len(found.checks)} checks)" if found.checks else ""
+        lines.append(f"{heading(found)}: {verdict(found)}{count}.")
     if facts["incomplete"]:
         return Answer("Can I believe it?", "Not of the whole run", "alarm", [plain(facts["incomplete"]), *lines])
     if failed or not all(found.reliable for found in last):

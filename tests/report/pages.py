@@ -10,7 +10,7 @@ from scipy.stats import false_discovery_control
 
 from ine_callback.methods.bif.scores import BIFScores, attribution
 from ine_callback.report import InfluenceReport, example_report
-from ine_callback.scores import Check, QueryInfo, QueryKind, Scores, TokenScores
+from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo, QueryKind, Scores, TokenScores
 
 CLASSES, TERMS = ("cat", "dog", "owl"), 12
 
@@ -42,6 +42,21 @@ def report_of(rows: int = 240, named: str = "", chains: bool = True) -> Influenc
     asked = queries[:2]
     stages = [_chains(scores, asked, at, weight, named) for at, weight in ((2, 0.2), (5, 0.7), ("end", 1.0))]
     return InfluenceReport(scores, run, stages if chains else ())
+
+
+def other(rows: int = 240, named: str = "") -> Attribution:
+    """Scores of another method, at one stage and on the margin alone, with a text in each place that has one."""
+    random = np.random.default_rng(3)
+    scored = np.arange(0, rows - 1, 2)
+    scores = random.standard_normal((len(scored), 1))
+    return Attribution(
+        f"other{named}", scored, (QueryInfo(f"{named}margin", "margin", f"What? {named}"),), scores,
+        columns={f"halves{named}": scores / 2, f"halves{named}_se": np.abs(scores)}, ranked_by=f"halves{named}",
+        layers=LayerScores((f"one{named}", f"two{named}"), np.stack([scores, 0 * scores], 1)),
+        checks=(Check(f"size{named}", np.inf, f"below 1{named}", False, f"turn it{named}"),),
+        settings={f"size{named}": [named]}, arrays={f"trace{named}": scores}, notes=(f"A note.{named}",),
+        title=f"Another method{named}", headline=f"120 rows{named}", legend=f"How to read it.{named}",
+    )  # fmt: skip
 
 
 def classes_of(rows: int) -> np.ndarray:

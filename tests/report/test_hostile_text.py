@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report
-from ine_callback.scores import Check, QueryInfo
+from ine_callback.scores import Check, LayerScores, QueryInfo
 
 OWNED = "document.documentElement.setAttribute('data-owned','1')"
 PAYLOADS = {
@@ -39,7 +39,7 @@ ESCAPES = "\x1b[31mred\x1b[2J\x1b]0;owned\x07\x9b31m\x1b]8;;http://evil\x1b\\lin
 
 
 def report_of(text: str) -> InfluenceReport:
-    """A report with ``text`` wherever a report, its run and its chains have text."""
+    """A report with ``text`` wherever a report, its run and other methods have text."""
     example, found = example_report(), example_bif_scores()
     queries = tuple(QueryInfo(f"{k}{text}", kind, text) for k, kind in enumerate(("self", "loss", "margin")))  # type: ignore[arg-type]
     named = {text: text}
@@ -54,7 +54,13 @@ def report_of(text: str) -> InfluenceReport:
         settings={text: text},
         notes=(text,),
     )
-    stages = [replace(end, at=3), end]
+    words = dict.fromkeys(("title", "headline", "legend"), text)
+    column = np.arange(5.0)[:, None]
+    other = replace(
+        end, method=f"other{text}", columns={text: column, f"{text}_se": column}, ranked_by=text, arrays={text: column},
+        layers=LayerScores((text, f"2{text}"), np.zeros((5, 2, 1))), **words,
+    )  # fmt: skip
+    stages = [replace(end, at=3), end, replace(other, at=1), other]
     return InfluenceReport(replace(example.scores, queries=queries, null_ks_p=np.zeros(3)), run, stages)
 
 
