@@ -126,9 +126,8 @@ def _combined(runs: list[Attribution]) -> Attribution | None:
         columns[name], spread, _ = _over_runs(picked([run.columns[name] for run in runs]), picked(errors))
         if all(error is not None for error in errors):
             columns[f"{name}_se"] = spread
-    doubtful = None
-    if all(run.doubtful is not None for run in runs):
-        doubtful = picked([run.doubtful for run in runs]).all(0)
+    everywhere = all(run.doubtful is not None for run in runs)
+    doubtful = np.asarray(picked([run.doubtful for run in runs]).all(0)) if everywhere else None
     first = runs[0]
     return Attribution(
         first.method,
