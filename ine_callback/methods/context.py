@@ -15,7 +15,7 @@ from ine_callback.capture.label_gradients import classes_of, expect, sample
 from ine_callback.capture.layer_functions_check import wrong_functions
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.capture.row_order import row_order_faults
-from ine_callback.capture.verification import Proof, uncaptured
+from ine_callback.capture.verification import Proof, fraction_of, uncaptured
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
@@ -246,8 +246,11 @@ class FitContext:
         self._held = [(block, grad_sample) for block, grad_sample in self._held if block not in wrong]
         used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         missing = uncaptured(self.module, self.table.captured(), self._capture.dropped, used) | missing
+        unasked = {name for name in missing if name.rpartition(".")[0] in self._capture.deselected}
+        if unasked:
+            self._note(f"layers= leaves out {fraction_of(self.module, unasked):.1%} of the trainable parameters")
         for name, why in missing.items():
-            if name.rpartition(".")[0] not in self._capture.deselected:
+            if name not in unasked:
                 self._note(f"per-sample gradients leave out {name}: {why}")
         self._dropped = set(self._capture.dropped)
 
