@@ -26,6 +26,7 @@ from ine_callback.scores import Attribution, LayerScores, QueryInfo
 from tests.attributions import assert_same
 from tests.methods.bif.test_stage import FEW, QUIET, ROWS, Model
 from tests.methods.bif.test_stages import loaders
+from tests.methods.test_context import context_of
 
 INFO = QueryInfo("val", "loss", "Does it help?")
 
@@ -472,6 +473,17 @@ def test_an_iterable_training_set_has_no_rows_by_index() -> None:
 def test_methods_that_cannot_be_told_apart_or_run_are_refused(methods: list[Any], told: str) -> None:
     with pytest.raises(InfluenceError, match=told):
         InfluenceCallback("val", [FINE(), *methods])
+
+
+def test_a_stage_that_is_reached_again_replaces_what_was_found() -> None:
+    """As when training is resumed from before a stage that it had reached."""
+    methods = FitEndMethods([Plain()], "Test", "raise")
+    for title in ("old", "new"):
+        context = context_of("squares")
+        context.queries = context.queries[:1]
+        methods.run(context)
+        methods.found = [replace(each, title=each.title or title) for each in methods.found]
+    assert [each.title for each in methods.found] == ["new"]
 
 
 def test_the_state_is_plain() -> None:
