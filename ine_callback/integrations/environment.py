@@ -14,9 +14,8 @@ class EnvironmentCallback(InfluenceCallback):
     owner = "InfluenceCallback (INE_CALLBACK=1; 0 switches it off)"
 
     def __init__(self) -> None:
-        super().__init__(
-            ["val", "self"], log_scores=False
-        )  # a program that knows nothing of us finds its logs as they were
+        # a program that does not know of this package finds its logs unchanged
+        super().__init__(["val", "self"], log_scores=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         others = [c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and c is not self]  # type: ignore[attr-defined]
