@@ -310,7 +310,7 @@ class InfluenceCallback(Callback):
                     progress=progress_of(trainer),
                     scores=scores if scores is not None and scores.queries else None,
                     factors=recorder.signals.curvature,
-                    gradient_sample=recorder.signals.reservoir,
+                    gradient_sample=recorder.signals.reservoir if recorder.signals.curvature is not None else None,
                     layers=self.layers,
                     at=at,
                     owner=self.owner,

@@ -140,8 +140,9 @@ def _show(logger: Any, report: InfluenceReport, step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     figures = {_name(q): report.figure(q) for q in report.queries[:FIGURES]} if find_spec("matplotlib") else {}
     if hasattr(logger, "log_table") and hasattr(logger, "log_image"):  # Weights & Biases
-        first = report.top(100, report.recommended_query)
-        logger.log_table(f"{PREFIX}/first_rows", columns=list(first[0]._fields), data=[list(row) for row in first])
+        if report.queries:
+            first = report.top(100, report.recommended_query)
+            logger.log_table(f"{PREFIX}/first_rows", columns=list(first[0]._fields), data=[list(row) for row in first])
         for name, figure in figures.items():
             logger.log_image(f"{PREFIX}/{name}/figure", [_image(figure)])
         with _files(report) as files:
