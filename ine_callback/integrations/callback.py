@@ -59,19 +59,20 @@ class InfluenceCallback(Callback):
             row's own loss: finds mislabelled rows), a :class:`~ine_callback.Query`, a callable
             ``(module, batch) -> scalar``, a list of these, or a mapping of names to these, to DataLoaders, batches or
             lists of dataset indices.
-        methods: Methods to run; :class:`~ine_callback.FINE` by default.
+        methods: Methods to run; :class:`~ine_callback.FINE` by default. Without it, as in ``[BIF()]``, no pass of the
+            training is read, and the report has no f-INE score.
         enabled: Switches everything off without removing the callback.
         refresh_every: Optimizer steps between refreshes of the queries' gradients; None: 20 at first, later an eighth
             of the steps so far (docs/methods/fine.md has the measured price of each choice).
-        curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run; None: 4
-            at first, later a 64th of the steps so far.
+        curvature_every: Optimizer steps between curvature updates, which are averaged over the run; None: 4 at first,
+            later a 64th of the steps so far.
         rank: Most dimensions of a layer's inputs, for each query, in which directions are held, where those keep 99 %
             of the signals' variance (else all). None: all, always, and self-influence without sketches (slow).
         discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
             the scores agree with retraining). Off: the paper's first-order signal.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
-        reservoir: Rows whose captured gradients are kept (at most 256 MB) for the part of the discount that sees across
-            layers; 0: none.
+        reservoir: Rows whose per-sample gradients are stored (at most 256 MB) for the part of the discount that sees
+            across layers; 0: none.
         initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
             randomness, the scale of mu; ``fixed`` (fine-tuning) only the order of the rows.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
@@ -336,7 +337,7 @@ class InfluenceCallback(Callback):
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
                 loader = self._rows.tracker.loader if self._rows is not None and self.show_rows else None
-                rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
+                rows = None if loader is None else loader.dataset  # unknown with row_fn
                 with unmoved(rows):
                     save_with_page(self.report, folder, rows)
             if self._log is not None:

@@ -8,7 +8,7 @@ from ine_callback.integrations.callback import InfluenceCallback
 
 
 class EnvironmentCallback(InfluenceCallback):
-    """Records what it can without a word from the user; steps back where a Trainer has a callback of its own."""
+    """Records with default options; disables itself where the Trainer has another InfluenceCallback."""
 
     steps_back = True
     owner = "InfluenceCallback (INE_CALLBACK=1; 0 switches it off)"

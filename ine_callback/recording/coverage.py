@@ -1,4 +1,4 @@
-"""Coverage: which parameters the signals speak for. Verified in the first step and again later, told in the report."""
+"""Coverage: which parameters the signals speak for. Verified in the first step and again later, named in the report."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ def refuse(training: Training, config: RecordingConfig, capture: Capture, covera
         )
     if any(is_lazy(p) for p in module.parameters()):
         raise InfluenceError(
-            f"{owner}: a lazy module has no weights yet, and a pass of ours would draw others than the "
-            "training does; run one batch through the model first (in configure_model or before the fit)."
+            f"{owner}: a lazy module has no weights yet, and a pass of the recording would draw others "
+            "than the training does; run one batch through the model first (in configure_model or before the fit)."
         )
     if config.uncaptured == "fallback" and is_sharded(module):
         raise InfluenceError(

@@ -99,10 +99,10 @@ class OptimizerSteps:
         with torch.no_grad():
             self._average_changes()
             observations = self.pending.take(signals.columns, signals.contrasts.count, parts.device)
-            told = 4 * parts.accumulators.check.count + coverage.requests  # two numbers in one
-            sizes, said = zip(*processes.exchange(len(observations.rows), told), strict=True)
-            known = [one // 4 for one in said]
-            coverage.agree_on(one % 4 for one in said)
+            packed = 4 * parts.accumulators.check.count + coverage.requests  # two numbers in one exchange
+            sizes, received = zip(*processes.exchange(len(observations.rows), packed), strict=True)
+            known = [one // 4 for one in received]
+            coverage.agree_on(one % 4 for one in received)
             if not any(sizes):
                 return
             observations = observations.joined(processes, sizes).times(1 / processes.count)
