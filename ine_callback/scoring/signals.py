@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,7 +64,6 @@ class Signals:
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     drop: Callable[[nn.Module, str], None] = lambda module, why: None
-    held: list[tuple[Block, GradSample, Scale]] | None = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
@@ -75,7 +74,9 @@ class Signals:
         self._own: list[tuple[Block, SelfTerms, Scale]] = []
         self.scale = Scale(1.0, 1.0)
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
-        self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
+        self.held: list[tuple[Block, GradSample, Scale]] = []  # while there are no directions
+        self.curvature_steps = 1  # how many steps a curvature update stands for; 0: none now
+        self._restored = False  # whether a checkpoint's curvature waits for its first directions
         self.kept: Tensor | None = None
         self.proof: Proof | None = None
         self.aside = False
@@ -108,34 +109,34 @@ class Signals:
         self._drawn = False
         self._first = True  # the backward pass meets the network's last layer first
 
-    def receive(self, module: nn.Module, grad_samples: dict[str, GradSample], calls: int) -> None:
-        """Takes the records of one module call, in the backward pass."""
+    def receive(self, module: nn.Module, grad_samples: dict[str, GradSample], calls: int, hold: bool) -> None:
+        """Takes the records of one module call, in the backward pass; ``hold`` as for :meth:`take`."""
         for block, grad_sample in self.table.sort(module, grad_samples):
             block.reused |= calls > 1 or block.tied
-            if self.held is not None:  # which layer is the last stays as directions were made for it
+            if hold:  # which layer is the last stays as directions were made for it
                 block.outputs |= self._first
-            self.take(block, grad_sample)
+            self.take(block, grad_sample, hold)
         self._first = False
 
-    def take(self, block: Block, grad_sample: GradSample) -> None:
-        """Takes one record; before the first refresh it is held back until the backward pass is over."""
+    def take(self, block: Block, grad_sample: GradSample, hold: bool) -> None:
+        """Takes one record, or holds it back until :meth:`release` makes directions."""
         if self.proof is not None:
             self.proof.take(block, grad_sample)
-        if self.held is not None:
+        if hold:
             self.held.append((block, grad_sample, self.scale))
             return
         if self.aside:  # the like of it was thrown away in the batch before
             return self._contract(block, grad_sample, self.scale)
-        if self.curvature is not None and self.observing:
-            self.curvature.observe(block, grad_sample, self.scale.terms, self.observing)
+        if self.curvature is not None and self.curvature_steps:
+            self.curvature.observe(block, grad_sample, self.scale.terms, self.curvature_steps)
         self._keep(block, grad_sample, self.scale)
         self._contract(block, grad_sample, self.scale)
 
     def _keep(self, block: Block, grad_sample: GradSample, scale: Scale) -> None:
-        if self.reservoir.full and not self.observing:
+        if self.reservoir.full and not self.curvature_steps:
             return
         if not self._drawn:
-            self.reservoir.draw(grad_sample.rows, scale.terms, self.window, self.observing)
+            self.reservoir.draw(grad_sample.rows, scale.terms, self.window, self.curvature_steps)
             self._drawn = True
         self.reservoir.observe(block, grad_sample)
 
@@ -172,8 +173,7 @@ class Signals:
                 self.curvature.forget(block)
         self._signals = [one for one in self._signals if one[0] not in gone]
         self._own = [one for one in self._own if one[0] not in gone]
-        if self.held is not None:
-            self.held = [one for one in self.held if one[0] not in gone]
+        self.held = [one for one in self.held if one[0] not in gone]
 
     @contextlib.contextmanager
     def _only(self, block: Block) -> Iterator[None]:
@@ -192,32 +192,27 @@ class Signals:
         self._clear()
         for block in self.table:
             block.waiting.clear()
-        if self.held is not None:
-            self.held = []
+        self.held.clear()
         if self.proof is not None:
             self.proof.forget()
 
-    def hold(self) -> None:
-        """Holds the coming records back, as in the first step: parameters have joined that have no direction yet."""
-        self.held = []
-
     def release(self, unscale: Tensor | float) -> None:
-        """Ends holding back: makes the first directions from all records held, then contracts those.
+        """Makes the first directions from all records held back, then contracts those.
 
         The gradients in place are those of the records, times 1 / ``unscale``.
         """
-        held, self.held = self.held or [], None
-        if self.resumed:
-            self.resumed = False
+        held, self.held = self.held, []
+        if self._restored:
+            self._restored = False
             self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
             self.refresh(unscale)
             for block, grad_sample, self.scale in held:
-                self.take(block, grad_sample)
+                self.take(block, grad_sample, hold=False)
             return
         if self.curvature is not None:
             for block, grad_sample, scale in held:
                 with self._only(block):
-                    self.curvature.observe(block, grad_sample, scale.terms, self.observing)
+                    self.curvature.observe(block, grad_sample, scale.terms, self.curvature_steps)
             held = [one for one in held if one[0] in set(self.table)]
         self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
         for block, grad_sample, scale in held:
@@ -373,7 +368,7 @@ class Signals:
         self.noise.load_state_dict(state["noise"])
         self.schedule.load_state_dict(state["schedule"])
         self._draws = state["draws"]
-        self.resumed = True
+        self._restored = True
 
     def forget(self) -> None:
         """Frees the directions: no more records will come."""

@@ -317,7 +317,7 @@ def test_a_gradient_penalty_that_begins_later_is_named_with_the_step() -> None:
         torch.testing.assert_close(keep.steps[step][1][:, 0], truth(module, step), **EXACT)
     assert recorder.failed and recorder.coverage.share < 0.05
     told = " ".join(recorder.coverage.uncaptured.values())
-    assert "create_graph=True" in told and "from step 2 on (proved until step 1)" in told
+    assert "create_graph=True" in told and "from step 2 on (verified until step 1)" in told
 
 
 # -- what joins later --------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_a_weight_borrowed_later_is_found_and_named() -> None:
     module, recorder, keep = recorded(lambda: Curriculum(Joining("borrowed")), trainer={"max_epochs": 1})
     told = recorder.coverage.uncaptured
     assert set(told) == {"net.more.weight", "net.more.bias"}
-    assert all("from step 2 on (proved until step 1)" in why for why in told.values())
+    assert all("from step 2 on (verified until step 1)" in why for why in told.values())
     names = {n for n, _ in module.net.named_parameters() if not n.startswith("more")}
     for step in range(4):
         torch.testing.assert_close(keep.steps[step][1][:, 0], truth(module, step, None if step < 2 else names), **EXACT)

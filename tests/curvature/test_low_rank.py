@@ -31,6 +31,7 @@ from ine_callback.curvature.low_rank import (
     mixtures,
 )
 from ine_callback.curvature.spectral import Sketched, SpectralOperator, exponential
+from ine_callback.recording.phases import Phase
 from ine_callback.scoring.directions import Joint, Plan, direction_of
 from ine_callback.scoring.sign_contrasts import Contrasts, signed_by
 
@@ -368,12 +369,12 @@ def test_planned_refreshes_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = recorded(None, epochs=0)
     recorder.start()
     monkeypatch.setattr(recorder.signals, "refresh", lambda *_: refreshed.append(recorder.steps))
-    recorder.signals.held = None
-    recorder.coverage._proved.update(recorder.module.parameters())
-    for recorder.steps in range(400):
-        recorder._prepare(torch.arange(2), None)
+    recorder.guard.phase = Phase.RECORDING
+    recorder.coverage._verified.update(recorder.module.parameters())
+    for recorder.guard.steps in range(400):
+        recorder._passes.prepare_step(torch.arange(2), None)
         if refreshed and refreshed[-1] == recorder.steps:
-            assert recorder._made == recorder.steps
+            assert recorder._updates.refreshed_at == recorder.steps
     recorder.stop()
     assert refreshed == [20, 40, 60, 80, 100, 120, 140, 160, 180, 202, 227, 255, 286, 321, 361]
 

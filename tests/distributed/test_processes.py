@@ -26,21 +26,23 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
 from ine_callback.recording.accumulators import RowAccumulators
+from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
+from ine_callback.recording.steps import OptimizerSteps
 from ine_callback.scoring.signals import Signals
 
 ROWS, BATCH, STEPS = 48, 8, 24
 KEPT_VARIANCE = 40  # rows of a process in the reservoir's own test
 PLACES = [
-    (Recorder, "_start_batch"),
-    (Recorder, "_see"),
-    (Recorder, "_receive"),
-    (Recorder, "_settle"),
-    (Recorder, "_after_step"),
+    (BackwardPasses, "start_batch"),
+    (BackwardPasses, "see"),
+    (BackwardPasses, "receive"),
+    (BackwardPasses, "settle"),
+    (OptimizerSteps, "end"),
     (RowAccumulators, "update"),
     (Capture, "start_batch"),
-    (Coverage, "prove"),
+    (Coverage, "verify"),
     (Signals, "refresh"),
     (Signals, "_gradients"),
     (KFAC, "observe"),
@@ -169,7 +171,7 @@ def process(rank: int, folder: str) -> None:
         "more, plain": train(2, rank, more=True, recorded=False),
     }
     for owner, name in PLACES:
-        for after in (0,) if name == "prove" else (0, 5):
+        for after in (0,) if name == "verify" else (0, 5):
             with accident(owner, name, after, lambda: rank == 1):
                 found[owner.__name__, name, after] = train(2, rank, saved=True)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -231,7 +233,7 @@ def test_a_breakdown_in_one_process_ends_the_recording_in_all(
 ) -> None:
     """Nobody waits for it: the training went on, which the test before shows."""
     key = (owner.__name__, name, after)
-    if key not in together[0] or (name == "prove" and after):
+    if key not in together[0] or (name == "verify" and after):
         pytest.skip("called once a run")
     first, second = (found[key][1] for found in together)
     assert any("the roof fell in" in note for note in second.run.notes), second.run.notes

@@ -614,7 +614,7 @@ def test_passes_that_no_step_takes_do_not_pile_up() -> None:
         optimizer.zero_grad()  # as where a scaler skips the step
 
     _, recorder, _ = bare(step)
-    assert len(recorder._pending._passes) <= 1
+    assert len(recorder._steps.pending._passes) <= 1
 
 
 # -- steps of one row, and the report's first line ---------------------------------------------------------------------
@@ -672,7 +672,7 @@ class Stops(Net):
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         if index == 2:
-            self.trainer.callbacks[0]._recorder.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
+            self.trainer.callbacks[0]._recorder.guard.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -686,7 +686,7 @@ def test_a_recording_that_stopped_says_so_first() -> None:
 class Refused(Net):
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         if index == 0:
-            self.trainer.callbacks[0]._recorder.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
+            self.trainer.callbacks[0]._recorder.guard.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore")

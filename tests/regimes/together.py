@@ -21,9 +21,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ine_callback import InfluenceCallback, Recorder
+from ine_callback import InfluenceCallback
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.sharding import whole
+from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
 
@@ -37,7 +38,7 @@ from .regime import BATCH, Classifier, Data, Regime, adam, vectors
 
 ROOT = Path(__file__).parents[2]
 # before a pass of the model's own, after one, before the joining of visits, and in the first pass of a batch
-BROKEN = [(Recorder, "_start_batch"), (Signals, "settle"), (Pending, "take"), (KFAC, "observe")]
+BROKEN = [(BackwardPasses, "start_batch"), (Signals, "settle"), (Pending, "take"), (KFAC, "observe")]
 
 
 class Shares(Sampler[list[int]]):
