@@ -33,7 +33,8 @@ from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError, RowsError, UntoldRows
 from ine_callback.methods import FINE, Method, training_methods
 from ine_callback.optimizers.clipping import Clipping
-from ine_callback.optimizers.rates import known, plan, step_rate
+from ine_callback.optimizers.registry import known, step_rate
+from ine_callback.optimizers.schedule import planned_schedule
 from ine_callback.queries import SELF, BoundQuery, QuerySource, SelfQuery, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import RowAccumulators
@@ -192,7 +193,7 @@ class Recorder(Guard):
         bound = self.bound = self._bind()
         has_self = any(isinstance(query, SelfQuery) for query in self.queries.values())
         self.infos = (*(query.info for query in bound), *((SELF,) if has_self else ()))
-        self.schedule = plan(self.optimizer, *self._horizon, keep=[self.module])
+        self.schedule = planned_schedule(self.optimizer, *self._horizon, keep=[self.module])
         noise = InitialNoise(self.module, self._initial_weights)
         self.signals = Signals(
             self.module,

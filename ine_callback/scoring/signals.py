@@ -21,7 +21,8 @@ from ine_callback.curvature.low_rank import MIXED, RANK, mixtures
 from ine_callback.curvature.spectral import SpectralOperator, exponential
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import QueryError
-from ine_callback.optimizers.rates import Schedule, rate_of, same_rate, step_rate
+from ine_callback.optimizers.registry import rate_of, same_rate, step_rate
+from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, gradients, scalar
 from ine_callback.scoring.directions import Direction, Plan, SelfTerms, direction_of
 from ine_callback.scoring.initial_noise import InitialNoise
