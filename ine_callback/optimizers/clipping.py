@@ -193,7 +193,7 @@ class Clipping:
         ]
         return torch.stack(_cast(norms, wide)).square(), torch.cat(entries).to(wide)
 
-    # -- what the report is told --------------------------------------------------------------------------------------
+    # -- for the report ------------------------------------------------------------------------------------------------
 
     def _count(self, change: Change) -> None:
         """Counts changes that were not one factor for all, and those that were not one factor for each parameter."""

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ine_callback import Recorder
 from ine_callback.capture import Block, Lookup, Outer
 from ine_callback.capture.windows import Kernel, Windows
-from ine_callback.curvature.intervals import curvature_interval, refresh_interval
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import MIN_RETAINED_VARIANCE, Side, low_rank
 from ine_callback.curvature.sketch import (
@@ -40,14 +39,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def side(size: int, power: float, seed: int) -> Side:
-    """A moment with eigenvalues 1, 2^-power, 3^-power, …"""
+    """A covariance with eigenvalues 1, 2^-power, 3^-power, …"""
     vectors = torch.linalg.qr(draw(size, size, seed=seed)).Q[None]
     values = torch.arange(1, size + 1).double() ** -power
     return Side(values.flip(0)[None], vectors)
 
 
 def rows_of(left: Side, right: Side, count: int, positions: int = 1, seed: int = 5) -> Outer:
-    """Rows whose inputs and output gradients have the two moments, independent of each other."""
+    """Rows whose inputs and output gradients have the two covariances, independent of each other."""
 
     def sample(side: Side, seed: int) -> Tensor:
         assert side.vectors is not None
@@ -67,25 +66,25 @@ LEFT, RIGHT = side(OUT, 1.5, 1), side(IN, 1.5, 2)
 
 def test_a_direction_of_low_rank_is_retained_exactly() -> None:
     u = draw(2, 1, OUT, 3) @ draw(1, 1, 3, IN)
-    basis, inside, share = low_rank(u, LEFT, RIGHT, 16)
-    assert basis.shape[-1] <= 3 and float(share) >= MIN_RETAINED_VARIANCE
+    basis, inside, retained = low_rank(u, LEFT, RIGHT, 16)
+    assert basis.shape[-1] <= 3 and float(retained) >= MIN_RETAINED_VARIANCE
     torch.testing.assert_close(
         low_rank(draw(1, 1, OUT, 1) @ draw(1, 1, 1, IN), LEFT, RIGHT, 16)[2], torch.ones(()).double()
     )
     grad_sample = rows_of(LEFT, RIGHT, 50)
     exact = grad_sample.signals(u)
     found = grad_sample.rotated(None, basis).signals(inside)
-    assert float((found - exact).square().mean() / exact.square().mean()) < 2 * (1 - float(share)) + 1e-12
+    assert float((found - exact).square().mean() / exact.square().mean()) < 2 * (1 - float(retained)) + 1e-12
 
 
 def test_the_retained_variance_is_that_of_the_signals() -> None:
     steep = side(IN, 3.0, 2)
     u, grad_sample = draw(3, 1, OUT, IN, seed=9), rows_of(LEFT, steep, 20_000)
-    basis, inside, share = low_rank(u, LEFT, steep, 32)
-    assert basis.shape[-1] < 20  # of 80: the inputs' moment falls fast
+    basis, inside, retained = low_rank(u, LEFT, steep, 32)
+    assert basis.shape[-1] < 20  # of 80: the inputs' covariance falls fast
     exact, found = grad_sample.signals(u), grad_sample.rotated(None, basis).signals(inside)
     lost = float((found - exact).square().mean() / exact.square().mean())
-    assert lost == pytest.approx(1 - float(share), rel=0.1)  # 20,000 rows: some per cent
+    assert lost == pytest.approx(1 - float(retained), rel=0.1)  # 20,000 rows: some per cent
 
 
 def test_there_is_no_basis_where_few_dimensions_retain_too_little() -> None:
@@ -123,7 +122,7 @@ def test_a_sketch_is_right_on_average_over_rows(exponent: float) -> None:
     grad_sample, exact = rows_of(LEFT, RIGHT, 4000), discount(LEFT, RIGHT, exponent)
     found, truth = sketch(exponent).norms(grad_sample), exact.norms(grad_sample)
     assert found.mean(0).tolist() == pytest.approx(truth.mean(0).tolist(), rel=0.1)
-    assert spearmanr(found[:, 0], truth[:, 0])[0] > 0.85  # one draw; visits see others
+    assert spearmanr(found[:, 0], truth[:, 0])[0] > 0.85  # one draw of the mixtures; steps average over many
 
 
 def test_the_steepest_eigenvectors_keep_their_weights() -> None:
@@ -170,8 +169,8 @@ def test_one_pass_gives_what_two_passes_give(positions: int, inputs: int, querie
         expected = given.parts(compressed.queries, compressed.contrasts.signs(block, seen.units))
         torch.testing.assert_close(signals, expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(own.norms, compressed.sketch.norms(seen), rtol=1e-9, atol=1e-12)
-    shares = signed_by(own.unit_energies)
-    assert shares[:, 0].eq(1).all() and shares.shape == (9, 5)
+    signed = signed_by(own.unit_energies)
+    assert signed[:, 0].eq(1).all() and signed.shape == (9, 5)
     # a block that is used twice: its gradient is the sum
     both = compressed.self_terms_of([use, compressed.contract(replace(grad_sample, delta=-3 * grad_sample.delta))[1]])
     torch.testing.assert_close(both.norms, 4 * own.norms, rtol=1e-9, atol=1e-12)
@@ -191,8 +190,8 @@ def test_a_tied_last_layer_is_contracted_in_few_columns_of_its_outputs() -> None
     kfac.end_step()
     u = draw(1, 1, entries, 2, seed=3) @ draw(1, 1, 2, width, seed=4)
     spec = DirectionSpec(kfac.operator(block, exponential(0.2)), 1.0, (1.0, 1.0))
-    compressed, share = direction_of(block, Contrasts(4), u, spec, 32, MIN_MIXTURES)
-    assert isinstance(compressed, CompressedDirection) and compressed.basis is not None and share is not None
+    compressed, retained = direction_of(block, Contrasts(4), u, spec, 32, MIN_MIXTURES)
+    assert isinstance(compressed, CompressedDirection) and compressed.basis is not None and retained is not None
     compressed.draw(1)
     (signals, first), (more, second) = compressed.contract(head), compressed.contract(table)
     assert signals is not None and more is not None and compressed.queries is not None
@@ -382,9 +381,3 @@ def test_refreshes_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
             assert recorder._made == recorder.steps
     recorder.stop()
     assert refreshed == [20, 40, 60, 80, 100, 120, 140, 160, 180, 202, 227, 255, 286, 321, 361]
-
-
-def test_intervals_grow_in_proportion_to_the_steps() -> None:
-    for gap, smallest, share in ((refresh_interval, 20, 8), (curvature_interval, 4, 64)):
-        assert [gap(steps, None) for steps in (0, 159, 16_000)] == [smallest, smallest, 16_000 // share]
-        assert gap(16_000, 7) == 7

@@ -31,7 +31,7 @@ from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
 
 ROWS, BATCH, STEPS = 48, 8, 24
-ROWS_STORED = 40  # rows of a process in the reservoir's own test
+ROWS_STORED = 40  # rows of a process in the test of the sample alone
 PLACES = [
     (Recorder, "_start_batch"),
     (Recorder, "_see"),

@@ -180,7 +180,7 @@ def one_run(seed: int, weights: InitialWeights) -> Scores:
 
 
 def test_an_interval_holds_the_mean_of_other_trainings() -> None:
-    """Few visits, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
+    """Few observations, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
     runs = [one_run(seed, "random") for seed in range(8)]
     mu = np.stack([run.mu for run in runs])
     held = np.mean([np.abs(mu[k] - np.delete(mu, k, 0).mean(0)) <= 1.96 * run.se for k, run in enumerate(runs)], (0, 1))

@@ -113,7 +113,7 @@ def test_parameter_groups_count_by_their_learning_rates() -> None:
 
 
 def test_weight_and_bias_count_by_their_learning_rates() -> None:
-    """A layer's weight and bias share one record, but not always one learning rate."""
+    """A layer's weight and bias have one per-sample gradient, but not always one learning rate."""
 
     def groups(model: nn.Module) -> Any:
         weights = [p for p in model.parameters() if p.dim() > 1]
@@ -151,7 +151,7 @@ def test_two_backward_passes_of_one_batch_add_up(told: bool) -> None:
     options: dict[str, Any] = {"refresh_every": 1, "on_error": "raise", "discount": False}
     recorder = Recorder(model, optimizer, 4, queries, cross_entropy, [keep], **options)
     with recorder:
-        for step in range(2):  # the records of the first step are held back
+        for step in range(2):  # the first step is held back
             expected = by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 0.25)
             with recorder.batch(torch.arange(4), (x, y)):
                 value = cross_entropy(model, (x, y))
