@@ -18,7 +18,8 @@ from ine_callback.capture import Capture
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, Method, training_methods
 from ine_callback.optimizers.clipping import Clipping
-from ine_callback.optimizers.rates import Schedule, known
+from ine_callback.optimizers.registry import known
+from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, QuerySource, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import RowAccumulators

@@ -20,7 +20,7 @@ from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
 from ine_callback.optimizers.clipping import Clipping
-from ine_callback.optimizers.rates import Schedule, plan
+from ine_callback.optimizers.schedule import Schedule, planned_schedule
 from ine_callback.queries import SELF, BoundQuery, Query, QuerySource, SelfQuery
 from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.config import RecordingConfig
@@ -149,7 +149,7 @@ def build(
     processes = Lockstep(device, alone=not training.distributed)
     bound, scored = bind(queries, training.source, owner), records_signals(methods)
     has_self = scored and any(isinstance(query, SelfQuery) for query in queries.values())
-    schedule = plan(training.optimizer, training.total_steps, training.schedulers, keep=[module])
+    schedule = planned_schedule(training.optimizer, training.total_steps, training.schedulers, keep=[module])
     discount = config.discount and scored
     noise = InitialNoise(module, config.initial_weights if scored else "fixed")
     signals = Signals(

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from ine_callback.errors import InfluenceError, UntoldRows
-from ine_callback.optimizers.rates import step_rate
+from ine_callback.optimizers.registry import step_rate
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pass, Pending
 from ine_callback.recording.provenance import SINGLE_ROW

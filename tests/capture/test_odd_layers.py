@@ -16,7 +16,7 @@ from ine_callback.capture import BlockTable, Capture, Lookup, Outer, Vector, reg
 from ine_callback.capture.attributes import LayerError
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.methods import FINE
-from ine_callback.scoring.directions import Flat
+from ine_callback.scoring.directions import VectorDirection
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -339,16 +339,16 @@ def test_a_batch_holds_no_half_of_a_layer(after: int) -> None:
 
 def test_parameters_of_a_layer_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale of a norm had been contracted before its shift fails."""
-    contract, asked = Flat.contract, []
+    contract, asked = VectorDirection.contract, []
 
-    def breaks(self: Flat, grad_sample: Vector) -> object:
+    def breaks(self: VectorDirection, grad_sample: Vector) -> object:
         if self.block.name == "1.bias":
             asked.append(self)
             if len(asked) > 1:
                 raise RuntimeError("no")
         return contract(self, grad_sample)
 
-    monkeypatch.setattr(Flat, "contract", breaks)
+    monkeypatch.setattr(VectorDirection, "contract", breaks)
     model = Setting("norm", lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
     result = run(model, speed=lambda module: dict.fromkeys(module[1].parameters(), 0.0))
     for (_, signals, _), expected in list(zip(result.found, result.expected, strict=True))[1:]:

@@ -92,7 +92,7 @@ def test_grouped_layers_have_one_exponential_a_group() -> None:
     torch.testing.assert_close(found, truth, **EXACT)
 
 
-def test_one_parameter() -> None:
+def test_the_discount_of_one_parameter_is_a_plain_exponential() -> None:
     """A single weight: the Fisher is a number, the discount its exponential."""
     deltas = draw(6, 1, 1, 1) / 6
     own, kfac = observed(Outer(torch.full((6, 1, 1, 1), 3.0).double(), deltas), terms=6.0)
@@ -127,7 +127,7 @@ def test_self_influence_equals_the_dense_form(grad_sample: GradSample | str) -> 
     torch.testing.assert_close(found.norms_of_sum([grad_sample]), expected, **EXACT)
 
 
-def test_self_influence_of_a_reused_block_sums_first() -> None:
+def test_self_influence_of_a_reused_block_is_that_of_the_summed_gradient() -> None:
     one, two = outer(positions=2), outer(positions=2)
     own, kfac = observed([one, two])
     left = moment(one.delta)[0] + moment(two.delta)[0]
@@ -140,7 +140,7 @@ def test_self_influence_of_a_reused_block_sums_first() -> None:
     torch.testing.assert_close(dense(found, own.layout), d, **EXACT)
 
 
-def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
+def test_a_tied_block_has_the_diagonal_of_the_summed_fisher() -> None:
     table = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
     head = Outer(draw(5, 1, 6, 2), draw(5, 1, 6, 4))
     own, kfac = observed([head, table], terms=2.0, tied=True)
@@ -155,7 +155,7 @@ def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(2, 6), (6, 2), (6, 6)])
-def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
+def test_sides_larger_than_max_dim_are_diagonal(out: int, inputs: int) -> None:
     grad_sample = outer(positions=3, out=out, inputs=inputs)
     own, kfac = observed(grad_sample, max_dim=4)
     left, right = moment(grad_sample.delta)[0], moment(grad_sample.a)[0] / 15
@@ -193,7 +193,7 @@ def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
     )
 
 
-def test_nothing_observed_is_the_identity() -> None:
+def test_a_block_that_was_never_observed_has_the_identity() -> None:
     grad_sample = outer()
     discount = KFAC().operator(block(grad_sample), exponential(3.0, 0.0))
     v = draw(2, *grad_sample.layout)
@@ -276,7 +276,7 @@ def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(
     torch.testing.assert_close(kfac.operator(own, exponential(0.3)).apply(torch.ones(1, *own.layout)), expected)
 
 
-def test_vanishing_gradients_have_a_discount_too() -> None:
+def test_vanishing_gradients_give_a_finite_discount() -> None:
     """Gradients a billion times smaller, and so much more learning to come: the discount is the same."""
     a, delta = torch.randn(50, 1, 1, 40), torch.randn(50, 1, 1, 60)
     own, kfac = observed(Outer(a, delta))

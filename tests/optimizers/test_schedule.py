@@ -1,4 +1,4 @@
-"""Optimizer rates against impulses through the real optimizers, planned learning rates against real runs."""
+"""Schedules read ahead against real runs, and the learning rate that remains."""
 
 from __future__ import annotations
 
@@ -10,120 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as lrs
 
-from ine_callback.optimizers.rates import Schedule, known, plan, rate_of, same_rate, step_rate
+from ine_callback.optimizers.schedule import Schedule, planned_schedule
 
 STEPS = 24
-
-
-def run_out(make: Callable[[list[nn.Parameter]], Optimizer], impulse: float, steps: int = 400) -> float:
-    """Where a parameter ends after a gradient of ``impulse`` at the fifth step and zeros otherwise."""
-    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = make([p])
-    for t in range(steps):
-        p.grad = torch.full_like(p, impulse if t == 4 else 0.0)
-        optimizer.step()
-    return p.item()
-
-
-SGDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.8, "dampening": 0.3},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "maximize": {"momentum": 0.5, "maximize": True},
-    "dampening-without-momentum": {"dampening": 0.5},
-}
-
-
-@pytest.mark.parametrize("options", SGDS.values(), ids=SGDS)
-def test_step_is_the_sum_of_a_gradients_effects(options: dict[str, Any]) -> None:
-    p = nn.Parameter(torch.zeros(1))
-    rate = rate_of(SGD([p], lr=0.3, **options), [p])
-    assert rate.step == pytest.approx(-run_out(lambda ps: SGD(ps, lr=0.3, **options), 1.0), rel=1e-9)
-    assert step_rate(SGD([p], lr=0.3, **options)) == rate.step
-    assert rate.lr == 0.3
-    assert rate.curvature == pytest.approx(abs(rate.step) / 0.3)
-
-
-@pytest.mark.parametrize("options", [SGDS[k] for k in ("plain", "momentum", "dampening", "nesterov")])
-def test_curvature_and_decay_are_the_rate_at_which_a_perturbation_fades(options: dict[str, Any]) -> None:
-    """A quadratic of curvature h with weight decay: w ~ exp(-lr (h * curvature + decay) t) in the small-lr limit."""
-    lr, h, weight_decay, steps = 1e-5, 2.0, 0.5, 4000
-    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = SGD([p], lr=lr, weight_decay=weight_decay, **options)
-    rate = rate_of(optimizer, [p])
-    for t in range(steps):
-        if t == steps // 2:  # past the momentum buffer's own start
-            half = p.item()
-        p.grad = h * p.detach()
-        optimizer.step()
-    found = -math.log(p.item() / half) / (lr * steps / 2)
-    assert found == pytest.approx(h * float(rate.curvature) + float(rate.decay), rel=5e-3)
-
-
-def test_parameter_groups_have_their_own_rates() -> None:
-    a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    optimizer = SGD([{"params": [a]}, {"params": [b], "lr": 0.5, "momentum": 0.5}], lr=0.1)
-    assert rate_of(optimizer, [a]).step == 0.1
-    assert rate_of(optimizer, [b]).step == pytest.approx(1.0)
-    assert rate_of(optimizer, [c]).step == 0.0
-    assert not same_rate(optimizer, a, b) and not same_rate(optimizer, a, c) and same_rate(optimizer, a, a)
-
-
-# Adam's coupled weight decay enters its average: see the next test
-@pytest.mark.parametrize(("kind", "steps"), [(AdamW, 0), (AdamW, 1), (AdamW, 7), (Adam, 0)])
-def test_adam_has_one_scalar_a_block(kind: type[Optimizer], steps: int) -> None:
-    """1 / (rms of the bias-corrected root of v + eps), from an average kept by hand."""
-    weight, bias = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))
-    optimizer = kind([weight, bias], lr=0.01, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
-    v = [torch.zeros(3, 2), torch.zeros(3)]
-    for _ in range(steps):
-        for k, p in enumerate((weight, bias)):
-            p.grad = torch.randn_like(p)
-            v[k] = 0.9 * v[k] + 0.1 * p.grad.square()
-        optimizer.step()
-    if steps:
-        flat = torch.cat([x.flatten() for x in v]) / (1 - 0.9**steps)
-    else:  # before the first step the present gradient stands in
-        weight.grad, bias.grad = torch.randn(3, 2), torch.randn(3)
-        flat = torch.cat([weight.grad.flatten(), bias.grad]).square()
-    scale = 1 / (flat.mean().sqrt() + 1e-3)
-    rate = rate_of(optimizer, [weight, bias])
-    torch.testing.assert_close(torch.as_tensor(rate.curvature), scale, rtol=1e-5, atol=0)
-    assert rate.step == rate.lr == 0.01
-    expected = 0.2 * scale if kind is Adam else torch.tensor(0.2)
-    torch.testing.assert_close(torch.as_tensor(rate.decay), expected, rtol=1e-5, atol=0)
-
-
-def test_adam_with_coupled_decay_reads_the_optimizers_own_average() -> None:
-    p = nn.Parameter(torch.randn(4))
-    optimizer = Adam([p], lr=0.01, betas=(0.8, 0.9), weight_decay=0.2)
-    v = torch.zeros(4)
-    for _ in range(5):
-        p.grad = torch.randn(4)
-        v = 0.9 * v + 0.1 * (p.grad + 0.2 * p.detach()).square()
-        optimizer.step()
-    scale = 1 / ((v / (1 - 0.9**5)).mean().sqrt() + 1e-8)
-    torch.testing.assert_close(rate_of(optimizer, [p]).curvature, scale, rtol=1e-5, atol=0)
-
-
-def test_adam_without_any_gradient_has_no_curvature() -> None:
-    p = nn.Parameter(torch.zeros(2))
-    assert rate_of(Adam([p]), [p]).curvature == 0.0
-
-
-def test_known_optimizers() -> None:
-    p = [nn.Parameter(torch.zeros(1))]
-    assert known(SGD(p)) and known(Adam(p)) and known(AdamW(p))
-    other = torch.optim.RMSprop(p, lr=0.2, momentum=0.9, weight_decay=0.1)
-    assert not known(other)
-    assert rate_of(other, p).step == 0.2 and rate_of(other, p).curvature == 1.0  # taken as plain SGD
-
-
-# -- plans -------------------------------------------------------------------------------------------------------------
 
 Make = Callable[[Optimizer], list[tuple[Any, int]]]
 
@@ -171,13 +63,13 @@ def real_rates(optimizer: Optimizer, schedulers: list[tuple[Any, int]], steps: i
 @pytest.mark.parametrize("kind", [SGD, AdamW])
 @pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.filterwarnings("ignore:The epoch parameter", "ignore:Detected call")
-def test_plan_equals_the_real_run(make: Make, kind: type[Optimizer]) -> None:
+def test_the_planned_schedule_equals_the_real_run(make: Make, kind: type[Optimizer]) -> None:
     optimizer = make_optimizer(kind)
     schedulers = make(optimizer)
     before = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     states = [copy.deepcopy(s.state_dict()) for s, _ in schedulers]
     step = optimizer.step
-    schedule = plan(optimizer, STEPS, schedulers)
+    schedule = planned_schedule(optimizer, STEPS, schedulers)
     assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == before
     assert [_comparable(s.state_dict()) for s, _ in schedulers] == [_comparable(s) for s in states]
     assert optimizer.step == step and not optimizer.state
@@ -195,18 +87,18 @@ def _comparable(state: Any) -> Any:
     return state if isinstance(state, int | float | str | bool) else None
 
 
-def test_plan_in_the_middle_of_a_run() -> None:
+def test_a_schedule_planned_in_the_middle_of_a_run_equals_the_rest() -> None:
     optimizer = make_optimizer()
     schedulers = SCHEDULES["cosine"](optimizer)
     real_rates(optimizer, schedulers, 10)
-    schedule = plan(optimizer, STEPS - 10, schedulers)
+    schedule = planned_schedule(optimizer, STEPS - 10, schedulers)
     assert schedule.planned == pytest.approx(real_rates(optimizer, schedulers, STEPS - 10), rel=1e-12)
 
 
-def test_a_plateau_scheduler_is_taken_as_constant_and_said() -> None:
+def test_a_plateau_scheduler_is_taken_as_constant_with_a_note() -> None:
     optimizer = make_optimizer()
     scheduler = lrs.ReduceLROnPlateau(optimizer, patience=0)
-    schedule = plan(optimizer, 5, [(scheduler, 1)])
+    schedule = planned_schedule(optimizer, 5, [(scheduler, 1)])
     assert schedule.planned == (0.1,) * 5
     assert scheduler.num_bad_epochs == 0
     for steps in (3, 2):  # also where early stopping has something to say
@@ -218,14 +110,14 @@ def test_a_plateau_scheduler_is_taken_as_constant_and_said() -> None:
 def test_a_scheduler_past_its_end_keeps_its_last_rate() -> None:
     optimizer = make_optimizer()
     schedulers = [(lrs.OneCycleLR(optimizer, 0.5, total_steps=6), 1)]
-    schedule = plan(optimizer, 10, schedulers)
+    schedule = planned_schedule(optimizer, 10, schedulers)
     real = real_rates(optimizer, schedulers, 6)
     assert schedule.planned == pytest.approx([*real, *[optimizer.param_groups[0]["lr"]] * 4])
     with pytest.raises(ValueError, match="total"):
         schedulers[0][0].step()
 
 
-def test_a_scheduler_that_cannot_be_copied_is_said() -> None:
+def test_a_scheduler_that_cannot_be_copied_is_taken_as_constant_with_a_note() -> None:
     class Odd(lrs.LRScheduler):
         def get_lr(self) -> list[float]:
             return [0.1, 0.1]
@@ -234,12 +126,12 @@ def test_a_scheduler_that_cannot_be_copied_is_said() -> None:
             raise TypeError("not this one")
 
     optimizer = make_optimizer()
-    schedule = plan(optimizer, 4, [(Odd(optimizer), 1)])
+    schedule = planned_schedule(optimizer, 4, [(Odd(optimizer), 1)])
     assert schedule.planned == (0.1,) * 4
     assert "TypeError: not this one" in schedule.note
 
 
-def test_a_scheduler_that_knows_the_module_does_not_copy_it() -> None:
+def test_the_module_that_a_scheduler_refers_to_is_not_copied() -> None:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -253,7 +145,7 @@ def test_a_scheduler_that_knows_the_module_does_not_copy_it() -> None:
 
     module = Module()
     optimizer = SGD(module.parameters(), lr=1.0)
-    schedule = plan(optimizer, 4, [(lrs.LambdaLR(optimizer, module.factor), 1)], keep=[module])
+    schedule = planned_schedule(optimizer, 4, [(lrs.LambdaLR(optimizer, module.factor), 1)], keep=[module])
     assert schedule.planned == (1.0, 0.5, 0.25, 0.125)
 
 
@@ -276,7 +168,7 @@ def test_remaining_is_the_sum_of_what_comes_after_the_coming_step() -> None:
     }
 
 
-def test_a_rate_that_left_the_plan_rescales_the_rest() -> None:
+def test_a_rate_that_differs_from_the_planned_one_rescales_the_rest() -> None:
     schedule = Schedule([0.1] * 10)
     schedule.advance(0.1)
     assert schedule.remaining(0.05) == pytest.approx(8 * 0.05)
@@ -287,16 +179,16 @@ def test_a_planned_rate_of_zero_is_not_divided_by() -> None:
     assert schedule.remaining(0.0) == pytest.approx(0.2)
 
 
-def test_training_longer_than_planned_leaves_nothing() -> None:
+def test_nothing_remains_after_the_planned_steps() -> None:
     schedule = Schedule([0.1] * 2)
     for _ in range(5):
         schedule.advance(0.1)
     assert schedule.remaining(0.1) == 0.0
 
 
-def test_unknown_horizon_is_as_long_as_the_past() -> None:
+def test_with_an_unknown_horizon_as_much_remains_as_has_passed() -> None:
     for steps in (0, -1, math.inf):
-        schedule = plan(make_optimizer(), steps)
+        schedule = planned_schedule(make_optimizer(), steps)
         assert schedule.planned == ()
     assert schedule.remaining(0.1) == 0.0
     for lr in (0.1, 0.2):
@@ -305,7 +197,7 @@ def test_unknown_horizon_is_as_long_as_the_past() -> None:
     assert "unknown horizon" in schedule.summary()["note"]
 
 
-def test_early_stop_is_told() -> None:
+def test_early_stopping_is_noted_in_the_summary() -> None:
     schedule = Schedule([0.1] * 10)
     for _ in range(4):
         schedule.advance(0.1)

@@ -1,69 +1,25 @@
-"""Queries: scalars of the model, better when lower, whose gradient is the direction that rows are measured against."""
+"""Kinds of queries: scalars of the model, better when lower, whose gradients rows are measured against."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ine_callback.data.batches import cut, size_of
-from ine_callback.distributed import sharding
 from ine_callback.errors import QueryError
-from ine_callback.scores import QueryInfo, QueryKind
+from ine_callback.queries.bound import Batch, BoundQuery, QuerySource, Value
+from ine_callback.scores import QueryInfo
 
-Batch = Any
-Value = Callable[[nn.Module, Batch], Tensor]
 Forward = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class BoundQuery:
-    """A query with its data: phi = sum over batches of weight * value(module, batch).
-
-    Attributes:
-        info: Name, kind and question.
-        value: Scalar tensor of a batch, lower is better.
-        batches: Pairs of a weight (they sum to one) and a batch.
-    """
-
-    info: QueryInfo
-    value: Value
-    batches: tuple[tuple[float, Batch], ...]
-
-
-class QuerySource(ABC):
-    """Where queries get their data and the module's own loss from; the callback and the recorder implement it.
-
-    Attributes:
-        notes: What the report should say about the data.
-    """
-
-    notes: list[str]
-
-    @abstractmethod
-    def batches(self, data: Any) -> list[Batch]:
-        """The batches that ``data`` names: ``"val"``, a loader, a batch, or a list of dataset indices.
-
-        Raises:
-            QueryError: If there is no such data or it is empty.
-        """
-
-    @abstractmethod
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The module's own mean loss of a batch."""
-
-    def size(self, batch: Batch) -> int:
-        """Number of rows of one of the batches."""
-        return size_of(batch)
-
-
 class Query(ABC):
-    """A question about the trained model. Subclasses say which scalar; the factories below make the common ones.
+    """A question about the trained model. Subclasses define its scalar; the factories below make the common ones.
 
     Every query is better when lower, so a positive score means that training on the row *lowers* it (helpful).
     """
@@ -120,11 +76,11 @@ class PerClassQuery(Query):
         self.data, self.name, self.label = data, name, label
 
     def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
-        pieces: dict[int, list[Batch]] = {}
+        of_class: dict[int, list[Batch]] = {}
         for batch in source.batches(self.data):
             labels = _labels(batch, self.label, name)
             for label in labels.unique().tolist():
-                pieces.setdefault(int(label), []).append(cut(batch, torch.where(labels == label)[0], len(labels)))
+                of_class.setdefault(int(label), []).append(cut(batch, torch.where(labels == label)[0], len(labels)))
         where = _describe(self.data)
         return [
             BoundQuery(
@@ -132,17 +88,17 @@ class PerClassQuery(Query):
                     f"{name}/{label}", "loss", f"Does training on this row lower the loss on class {label} of {where}?"
                 ),
                 source.loss,
-                _weighted(pieces[label]),
+                _weighted(of_class[label]),
             )
-            for label in sorted(pieces)
+            for label in sorted(of_class)
         ]
 
 
 class MarginQuery(Query):
-    """Negated margin ``-log(p / (1 - p))`` of the true class: the better-posed question on rows the model has learnt.
+    """Negated margin ``-log(p / (1 - p))`` of the true class: the better question on rows that the model has learnt.
 
-    A saturated loss has no gradient left; its log-odds still move. Lower is better, as for every query, so a positive
-    score means that training on the row raises the margin.
+    A saturated loss has no gradient left, but its log-odds still change. Lower is better, as for every query, so a
+    positive score means that training on the row raises the margin.
 
     Args:
         data: As for :class:`LossQuery`.
@@ -199,7 +155,7 @@ class CallableQuery(Query):
 
 
 class SelfQuery(Query):
-    """A row's own loss: self-influence, the score that finds mislabelled rows (docs/methods/fine.md)."""
+    """The loss on the row itself: self-influence, the score that finds mislabelled rows (docs/methods/fine.md)."""
 
     name = "self"
 
@@ -225,62 +181,6 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     target = labels.unsqueeze(1)
     others = logits.scatter(1, target, float("-inf"))
     return logits.gather(1, target).squeeze(1) - others.logsumexp(1)
-
-
-def parse(queries: Any, owner: str) -> dict[str, Query]:
-    """Turns what a user may write into named queries.
-
-    Args:
-        queries: ``"val"``, ``"self"``, a Query, a callable, a list of these, or a mapping of names to these, to
-            DataLoaders, batches or lists of dataset indices.
-        owner: Class named in messages.
-
-    Raises:
-        QueryError: If it is none of these, is empty, or gives two queries one name.
-    """
-    if isinstance(queries, Mapping):
-        named = {str(name): _query(value, owner, named=True) for name, value in queries.items()}
-    else:
-        many = queries if isinstance(queries, Sequence) and not isinstance(queries, str) else [queries]
-        named = {}
-        for value in many:
-            query = _query(value, owner, named=False)
-            name = query.name or _default_name(query)
-            if name in named:
-                raise QueryError(f"{owner}: two queries are called '{name}'; pass a mapping with different names.")
-            named[name] = query
-    if not named:
-        raise QueryError(f"{owner}: queries={queries!r} is empty; pass 'val', 'self', or a mapping of name to data.")
-    return named
-
-
-def _query(value: Any, owner: str, named: bool) -> Query:
-    if isinstance(value, Query):
-        return value
-    if value == "self" if isinstance(value, str) else False:
-        return SelfQuery()
-    if isinstance(value, str):
-        if value != "val":
-            raise QueryError(f"{owner}: '{value}' is not a query; the words known are 'val' and 'self'.")
-        return LossQuery("val")
-    if callable(value) and not isinstance(value, nn.Module | Tensor | DataLoader):
-        return CallableQuery(value)
-    if named and value is not None and not isinstance(value, bool | int | float | nn.Module):
-        return LossQuery(value)
-    raise QueryError(
-        f"{owner}: {value!r} ({type(value).__name__}) is not a query; pass 'val', 'self', a Query, a callable "
-        "(module, batch) -> scalar, or a mapping of name to a DataLoader, a batch or a list of dataset indices."
-    )
-
-
-def _default_name(query: Query) -> str:
-    if isinstance(query, PerClassQuery):
-        return "class"
-    if isinstance(query, MarginQuery):
-        return "margin"
-    if isinstance(query, LossQuery):
-        return query.data if isinstance(query.data, str) else "loss"
-    return type(query).__name__
 
 
 def _describe(data: Any) -> str:
@@ -322,69 +222,3 @@ def _logits_and_labels(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
             "forward=lambda module, batch: (logits, labels)."
         ) from error
     return module(x), y
-
-
-def gradients(
-    queries: Iterable[BoundQuery],
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    device: Callable[[Batch], Batch],
-) -> list[Tensor]:
-    """Gradients of all queries at the present weights.
-
-    Args:
-        queries: Q bound queries.
-        module: The model, already isolated and in evaluation mode.
-        parameters: Parameters p.
-        device: Moves a batch to the module's device.
-
-    Returns:
-        For every parameter the gradients [Q, *p.shape], in float32 or better.
-
-    Raises:
-        QueryError: If a query's value is no scalar or has no gradient.
-    """
-    queries = list(queries)
-    out = [
-        torch.zeros(len(queries), *p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-        for p in parameters
-    ]
-    for k, query in enumerate(queries):
-        for weight, batch in query.batches:
-            value = scalar(query.value(module, device(batch)), query)
-            grads = sharding.gradients(value * weight, module, parameters)
-            for total, grad in zip(out, grads, strict=True):
-                if grad is not None:
-                    total[k] += grad.to_dense() if grad.is_sparse else grad
-    return out
-
-
-def scalar(value: Any, query: BoundQuery) -> Tensor:
-    """The value as a scalar with a gradient, or a QueryError that says what is wrong."""
-    name = query.info.name
-    if not (isinstance(value, Tensor) and value.numel() == 1):
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise QueryError(f"Query '{name}': its value is {got}, not a scalar tensor; return a mean over the batch.")
-    if not value.requires_grad:
-        raise QueryError(
-            f"Query '{name}': its value has no gradient; remove no_grad/detach/.item() from the step that computes it, "
-            "or return a loss from training_step."
-        )
-    return value.reshape(())
-
-
-__all__ = [
-    "BoundQuery",
-    "CallableQuery",
-    "LossQuery",
-    "MarginQuery",
-    "PerClassQuery",
-    "Query",
-    "QueryKind",
-    "QuerySource",
-    "SelfQuery",
-    "gradients",
-    "margins",
-    "parse",
-    "scalar",
-]
