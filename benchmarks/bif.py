@@ -25,7 +25,7 @@ from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.fidelity import machine, network
 from benchmarks.metrics import Floats, auroc, per_query_spearman
-from ine_callback.methods.bif.readout import EachRow
+from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.methods.bif.settings import BIF

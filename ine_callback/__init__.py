@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ine_callback.integrations.rerun import run_bif
     from ine_callback.methods import BIF, FINE
     from ine_callback.methods.bif.calibration import Calibration, calibrate
-    from ine_callback.methods.bif.readout import EachRow
+    from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.optimizers import register_optimizer
@@ -47,7 +47,7 @@ __all__ = [
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
 _MODULES = {
     "methods.bif.calibration": ["Calibration", "calibrate"],
-    "methods.bif.readout": ["EachRow"],
+    "methods.bif.evaluation": ["EachRow"],
     "integrations.rerun": ["run_bif"],
     "methods.bif.run": ["bif_scores"],
     "methods.bif.scores": ["BIFScores"],

@@ -1,10 +1,10 @@
-"""Which label a suspected row may really have, and how sure one can be.
+"""Which label a suspected row may really have, and how certain that is.
 
 With out-of-fold class probabilities P [N, C] the given labels y are taken as drawn from ``P^(1/T)`` (normalized) and
 then replaced, with probability e, by one of the other C - 1 classes. Noise rate e and temperature T are those under
 which the given labels are likeliest, and the confidence in a class is its posterior probability:
 ``P(true = c | x, y) ∝ P(c | x)^(1/T) · (1 - e if c = y else e / (C - 1))``. The temperature is needed: a network
-trained on wrong labels is less sure than its hits allow.
+trained on wrong labels is less certain than its accuracy justifies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LabelSuggestions:
         given: Their labels in the training set [R].
         proposed: The likeliest other label [R].
         confidence: Probability that the proposed label is the true one [R]; NaN where influence proposed it.
-        noise: Share of wrong labels in the training set that the probabilities speak for; NaN without them.
+        noise: Estimated fraction of wrong labels in the training set; NaN without probabilities.
     """
 
     rows: Labels
@@ -50,7 +50,7 @@ class LabelSuggestions:
         return len(self.rows)
 
     def corrected(self, labels: ArrayLike, confidence: float = 0.5) -> Labels:
-        """A copy of the training set's labels [N] with every proposal that is at least so sure.
+        """A copy of the training set's labels [N] with all proposals of at least this confidence.
 
         Example:
             >>> from ine_callback.applications.relabel import LabelSuggestions
@@ -92,7 +92,7 @@ def suggest_labels(
     given = _labels(labels, len(scores.observations))
     chosen = rows
     if probabilities is None:
-        chosen = chosen[np.isfinite(scores.mu[chosen]).any(1)]  # of other rows the queries say nothing
+        chosen = chosen[np.isfinite(scores.mu[chosen]).any(1)]  # other rows have no score
         proposed, confidence, noise = _harmed(scores, given, chosen), np.full(len(chosen), np.nan), float("nan")
     else:
         likely = _log_probabilities(probabilities, given)
@@ -118,7 +118,7 @@ def _joint(likely: Floats, given: Labels, noise: float, temperature: float) -> F
 
 
 def _fit(likely: Floats, given: Labels) -> tuple[float, float]:
-    """Noise rate and temperature of the greatest likelihood of the given labels."""
+    """Noise rate and temperature of greatest likelihood."""
     from scipy.optimize import minimize
     from scipy.special import expit, logsumexp
 
@@ -162,7 +162,7 @@ def _log_probabilities(probabilities: ArrayLike, given: Labels) -> Floats:
     if found.ndim != 2 or len(found) != len(given) or found.shape[1] < max(classes, 2):
         raise ValueError(
             f"{WHO}: probabilities of shape {found.shape} do not fit {len(given)} rows with labels to {classes - 1}; "
-            "pass those of all rows [N, C], for the noise rate is found from all"
+            "pass those of all rows [N, C], because the noise rate is estimated from all"
         )
     if not (np.isfinite(found).all() and (found >= 0).all() and np.allclose(found.sum(1), 1.0, atol=1e-2)):
         raise ValueError(f"{WHO}: each row of probabilities must be >= 0 and add up to 1; pass a softmax, not logits")

@@ -1,4 +1,4 @@
-"""How often to train on each row next time, by what the report says of it."""
+"""How often to train on each row next time, by its scores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def weights(scores: Scores, drop: NDArray[np.int64], column: int, strength: floa
     """See :meth:`InfluenceReport.weights`.
 
     Args:
-        scores: Of all rows.
+        scores: Scores of all rows.
         drop: Rows that weigh 0 where ``strength`` is 0.
-        column: Of the query.
-        strength: How much a score of usual size changes a weight.
+        column: Column of the query.
+        strength: How much a score of root-mean-square size changes a weight.
     """
     if not 0.0 <= strength < np.inf:
         raise ValueError(f"InfluenceReport.weights: strength is {strength}; give a number >= 0, such as 0.5")

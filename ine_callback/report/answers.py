@@ -15,7 +15,7 @@ from ine_callback.utilities.words import plain, tails
 if TYPE_CHECKING:
     from ine_callback.report.contents import Contents
 
-LARGEST = 20  # classes, and queries, of a matrix
+MAX_MATRIX = 20  # classes, and queries
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Answer:
     """A question of the reader's, answered in a number or a word.
 
     Attributes:
-        question: What is asked.
+        question: The question.
         short: The answer at a glance.
         tone: Its colour's name.
         lines: Sentences below.
@@ -92,19 +92,19 @@ def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
 def class_matrix(report: Contents, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
     """Mean score of the rows of each class on the query of each class, where there are queries named ``…/class``."""
     keys = {name.partition(" ")[0]: name for name in names}
-    asked = [(column, query) for column, query in enumerate(report.queries) if query.rpartition("/")[2] in keys]
-    asked = [one for one in asked if "/" in one[1]][:LARGEST]
-    shown = [k for k in range(len(names)) if (which == k).any()][:LARGEST]
-    if len(asked) < 2 or not shown:
+    of_classes = [(column, query) for column, query in enumerate(report.queries) if query.rpartition("/")[2] in keys]
+    of_classes = [one for one in of_classes if "/" in one[1]][:MAX_MATRIX]
+    shown = [k for k in range(len(names)) if (which == k).any()][:MAX_MATRIX]
+    if len(of_classes) < 2 or not shown:
         return None
-    mu = np.clip(report.scores.mu[:, [column for column, _ in asked]], -1e30, 1e30)
+    mu = np.clip(report.scores.mu[:, [column for column, _ in of_classes]], -1e30, 1e30)
     scored = np.isfinite(mu)
-    mean = np.full((len(shown), len(asked)), np.nan)
+    mean = np.full((len(shown), len(of_classes)), np.nan)
     for line, k in enumerate(shown):
         rows = (which == k)[:, None] & scored
         with np.errstate(invalid="ignore"):
             mean[line] = np.where(rows, mu, 0.0).sum(0) / rows.sum(0)
     largest = float(np.nanmax(np.abs(mean), initial=0.0)) or 1.0
     cells = [[{"mu": value, "width": round(abs(value) / largest, 3)} for value in line] for line in mean.tolist()]
-    heads = [keys[query.rpartition("/")[2]] for _, query in asked]
+    heads = [keys[query.rpartition("/")[2]] for _, query in of_classes]
     return {"head": heads, "lines": list(zip([names[k] for k in shown], cells, strict=True)), "largest": largest}

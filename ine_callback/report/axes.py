@@ -1,4 +1,4 @@
-"""``report.plot``: the plots of a report on a reader's own axes, or on new ones."""
+"""``report.plot``: the plots of a report, on given axes or new ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Plots:
-    """The plots of one query each; every method draws on ``ax`` (by default on a figure of its own) and returns it.
+    """The plots of one query each; every method draws on ``ax`` (by default on a new figure) and returns it.
 
     Save with matplotlib: ``report.plot.volcano().figure.savefig("volcano.svg")``. Needs the extra ``report``.
 

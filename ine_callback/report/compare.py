@@ -3,8 +3,8 @@
 Of the rows that both runs scored, per query:
 
     rank correlation   Spearman's, of mu
-    sign agreement     share of rows whose mu has the same sign; 1/2 for unrelated scores
-    Jaccard of A, B    |A ∩ B| / |A ∪ B|; for the top share s of unrelated scores s / (2 - s) on average
+    sign agreement     fraction of rows whose mu has the same sign; 1/2 for unrelated scores
+    Jaccard of A, B    |A ∩ B| / |A ∪ B|; for the top fraction s of unrelated scores s / (2 - s) on average
 
 Flagged sets are over all rows: a row that one run flagged and the other never observed is not repeated.
 """
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from ine_callback.report.contents import Contents
 
 WHO = "InfluenceReport.compare"
-SHARES = (0.01, 0.05, 0.10)
+FRACTIONS = (0.01, 0.05, 0.10)
 LEGEND = """\
 Repeated: flagged by both with the same sign. Jaccard: shared rows / rows in
-either set. Ranks: Spearman's correlation. Signs: share of rows whose signs agree.
+either set. Ranks: Spearman's correlation. Signs: fraction of rows whose signs agree.
 Unrelated scores: Jaccard .01, .03, .05 at ends of 1, 5, 10 %; ranks 0; signs .5."""
 
 
@@ -79,7 +79,7 @@ class Agreement:
 
     @property
     def nothing_repeats(self) -> bool:
-        """Whether there are findings, and the reports share none."""
+        """Whether there are findings, and no finding is in both reports."""
         return self.either > 0 and not self.repeated
 
 
@@ -133,7 +133,7 @@ def compare(one: Contents, other: Contents, q: float) -> Comparison:
     names = [query.name for query in one.scores.queries if theirs.get(query.name) == query.kind]
     if not names:
         raise ValueError(
-            f"{WHO}: the reports share no query: {_listed(one.queries)} and {_listed(other.queries)}; "
+            f"{WHO}: the reports have no query in common: {_listed(one.queries)} and {_listed(other.queries)}; "
             "give both runs a query of the same name and kind"
         )
     pairs = [_columns(one, other, name) for name in names]
@@ -166,17 +166,17 @@ def _agreement(one: Contents, other: Contents, query: str, q: float) -> Agreemen
         repeated=tuple(np.flatnonzero(both > 0).tolist()),
         opposed=tuple(np.flatnonzero(both < 0).tolist()),
         jaccard=_jaccard(flagged[0], flagged[1]),
-        top=tuple(_jaccard(_first(-here, share), _first(-there, share)) for share in SHARES),
-        bottom=tuple(_jaccard(_first(here, share), _first(there, share)) for share in SHARES),
+        top=tuple(_jaccard(_first(-here, fraction), _first(-there, fraction)) for fraction in FRACTIONS),
+        bottom=tuple(_jaccard(_first(here, fraction), _first(there, fraction)) for fraction in FRACTIONS),
         rank_correlation=spearman(here, there),
         sign_agreement=float(np.mean(np.sign(here) == np.sign(there))) if len(here) else math.nan,
     )
 
 
-def _first(values: Floats, share: float) -> NDArray[np.bool_]:
-    """Mask of the smallest values, a share of all and at least one; ties in order of row id."""
+def _first(values: Floats, fraction: float) -> NDArray[np.bool_]:
+    """Mask of the smallest values, a fraction of all and at least one; ties in order of row id."""
     mask = np.zeros(len(values), dtype=bool)
-    mask[np.argsort(values, kind="stable")[: max(round(share * len(values)), 1)]] = True
+    mask[np.argsort(values, kind="stable")[: max(round(fraction * len(values)), 1)]] = True
     return mask
 
 

@@ -43,7 +43,7 @@ class Contents:
             >>> from ine_callback.report import example_report
             >>> from ine_callback.scores import example_attribution
             >>> report = example_report().with_attributions(example_attribution())
-            >>> report.attribution("example").scores.shape, report.attribution("BIF")
+            >>> report.attribution("example").scores.shape, report.attribution("other")
             ((5, 1), None)
         """
         return next((each for each in reversed(self.attributions) if each.method == method), None)
@@ -127,7 +127,7 @@ class Contents:
     def flagged(self, q: float = 0.05, query: str | None = None) -> ScoreTable:
         """All rows whose q-value is at most ``q``, largest ``|mu|`` first, both signs.
 
-        Of the rows listed, a share of about ``q`` is expected to be there by chance (Benjamini-Hochberg).
+        Of the rows listed, a fraction of about ``q`` is expected to be there by chance (Benjamini-Hochberg).
 
         Example:
             >>> from ine_callback.report import example_report
@@ -169,12 +169,12 @@ class Contents:
     def suspect_labels(self, k: int | None = None) -> NDArray[np.int64]:
         """Rows whose label to check, most suspicious first: by their mean loss, the score recommended for that.
 
-        The training loss averaged over a row's visits found more wrong labels than any influence score on every data
+        The training loss averaged over a row's steps found more wrong labels than any influence score on every data
         set tried (``python -m benchmarks.mislabel``), and costs nothing. It has no test: where to stop reading, say
         self-influence's q-values (:meth:`drop_list`).
 
         Args:
-            k: At most so many rows; by default all that were observed.
+            k: Greatest number of rows; by default all observed ones.
 
         Raises:
             ValueError: If the losses of single rows were not known in the run.
@@ -217,7 +217,7 @@ class Contents:
             >>> labels = np.repeat([0, 1, 0, 1], [30, 10, 12, 8])
             >>> one = np.where(labels == 1, 0.99, 0.01)  # probability of class 1
             >>> one[[3, 17, 29]] = 0.99  # in contradiction to the labels
-            >>> one[40:] = 0.4  # nobody is sure of these rows
+            >>> one[40:] = 0.4  # no class is likely for these rows
             >>> found = example_report().suggest_labels(labels, np.stack([1 - one, one], axis=1))
             >>> found.rows, found.proposed, found.confidence.round(2), round(found.noise, 2)
             (array([ 3, 17, 29]), array([1, 1, 1]), array([0.94, 0.94, 0.94]), 0.07)

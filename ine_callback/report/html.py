@@ -24,7 +24,7 @@ from ine_callback.report.charts import charts, script
 from ine_callback.report.pagedata import Classes, encoded, payload
 from ine_callback.report.samples import Render, Samples, classes, classes_of
 from ine_callback.report.shown import Shown, Text
-from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, summary, warnings
+from ine_callback.report.view import FLAG_AT, ROWS_PER_END, advice, headline, summary, warnings
 from ine_callback.utilities.optional import need
 from ine_callback.utilities.words import ORANGE, decimals, null_check, plain, signed, tails
 
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from ine_callback.report.table import ScoreTable
     from ine_callback.scores import Attribution
 
-TABS = 24  # queries with a tab unless the caller names them
-DETAILED = 4  # queries with tables for a page without script
-LISTED, CARDS, MOST = 10, 8, 240  # lines of a table; rows shown at each end of a query, and in all
+MAX_TABS = 24  # queries with a tab, unless the caller names queries
+MAX_DETAILED = 4  # queries with tables on a page without script
+TABLE_ROWS = 10
+CARDS_PER_END, MAX_CARDS = 8, 240  # rows shown as samples, at each end of a query and in total
 
 
 def page(
@@ -48,7 +49,7 @@ def page(
     """The HTML document as text."""
     template = _template()
     policy, scripts = _scripts()
-    names = list(report.queries[:TABS] if queries is None else queries)
+    names = list(report.queries[:MAX_TABS] if queries is None else queries)
     facts = summary(report)
     known = _classes(report, samples, labels)
     data = payload(report, facts, names, known)
@@ -70,7 +71,7 @@ def page(
         warnings=[line for line in warnings(report, facts) if not line.startswith("NULL")],
         overview=[query | {"ends": tails(query["kind"])} for query in facts["queries"]],
         names=names,
-        sections=[_section(report, facts["queries"][report.column(name)]) for name in names[:DETAILED]],
+        sections=[_section(report, facts["queries"][report.column(name)]) for name in names[:MAX_DETAILED]],
         more=len(report.queries) - len(names),
         runs=f"{combined} runs" if combined else "one run",
         scatter=_scatter(report),
@@ -118,7 +119,7 @@ def _resource(name: str) -> str:
 
 
 def _classes(report: Contents, samples: Any, labels: Any) -> Classes | None:
-    """Names of the classes and each row's class, as given or as the data set tells them."""
+    """Names of the classes and each row's class, as given, or from the data set."""
     if labels is None:
         return None if samples is None else classes_of(samples, report.rows)
     if len(labels) != report.rows:
@@ -134,10 +135,10 @@ def _samples(
     """The rows that cards show, the suspects first; and in words which of them could not be read."""
     if samples is None or not report.queries:
         return {}, []
-    wanted = report.drop_list()[: MOST // 3].tolist()
+    wanted = report.drop_list()[: MAX_CARDS // 3].tolist()
     for name in sorted(names, key=lambda name: name != report.recommended_query):
-        wanted += [*report.top(CARDS, name).rows.tolist(), *report.bottom(CARDS, name).rows.tolist()]
-    found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MOST])
+        wanted += [*report.top(CARDS_PER_END, name).rows.tolist(), *report.bottom(CARDS_PER_END, name).rows.tolist()]
+    found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MAX_CARDS])
     lines = [f"Row {row} could not be shown: {why}" for row, why in list(faults.items())[:3]]
     lines += [f"… and {len(faults) - 3} more rows."] if len(faults) > 3 else []
     return found, lines
@@ -200,7 +201,7 @@ def notebook(report: Contents) -> str:
         parts.append(f'<p style="color:{color}">{escape(line)}</p>')
     for query in facts["queries"][:4]:
         parts.append(f"<p><b>{escape(plain(query['name']))}</b>: {escape(plain(query['question']))}</p>")
-        for rows in (report.top(EXTREMES, query["name"]), report.bottom(EXTREMES, query["name"])):
+        for rows in (report.top(ROWS_PER_END, query["name"]), report.bottom(ROWS_PER_END, query["name"])):
             parts.append(rows.html())
     parts += [f"<p>{escape(plain(note))}</p>" for note in facts["notes"]]
     return f"<div>{''.join(parts)}</div>"
@@ -209,7 +210,7 @@ def notebook(report: Contents) -> str:
 def _section(report: Contents, query: dict[str, Any]) -> dict[str, Any]:
     """Tables for a page without script."""
     name, ends = query["name"], tails(query["kind"])
-    upper, lower = report.top(LISTED, name), report.bottom(LISTED, name)
+    upper, lower = report.top(TABLE_ROWS, name), report.bottom(TABLE_ROWS, name)
     longest = max((abs(one.mu) for one in [*upper[:1], *lower[:1]]), default=0.0) or 1.0  # bars of a query compare
     return query | {"tables": [_table(upper, ends.upper, longest), _table(lower, ends.lower, longest)]}
 
@@ -237,17 +238,17 @@ def _method(report: Contents, stages: Sequence[Attribution]) -> dict[str, Any]:
             {
                 "name": query.name,
                 "agreement": words_of.agreement(found, report.scores, query.name),
-                "tables": words_of.ends(found, column, LISTED),
+                "tables": words_of.ends(found, column, TABLE_ROWS),
             }
-            for column, query in enumerate(found.queries[:DETAILED])
+            for column, query in enumerate(found.queries[:MAX_DETAILED])
         ],
     }
 
 
 def _table(table: ScoreTable, title: str, longest: float) -> dict[str, Any]:
     """A table for the template; ``mark`` of a line is its score's tone, ``width`` its bar in per cent."""
-    cells = table.cells(LISTED)
-    part = table[:LISTED]
+    cells = table.cells(TABLE_ROWS)
+    part = table[:TABLE_ROWS]
     marks = [
         {"tone": "suspect" if color == ORANGE else "good", "width": round(min(100.0, 100 * abs(one.mu) / longest))}
         for one, color in zip(part, cells.colors, strict=True)

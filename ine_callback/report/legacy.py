@@ -93,7 +93,7 @@ def _fault(stages: Any) -> str:
     for stage in stages:
         fault = fields_fault(stage, FIELDS, "a stage") or queries_fault(stage["queries"])
         for screen in [] if fault else stage["screens"]:
-            fault = fault or fields_fault(screen, OF_CHECKS, "a screen")
+            fault = fault or fields_fault(screen, OF_CHECKS, "a check")
         if fault:
             return fault
         if stage["at"] != "end" and not is_count(stage["at"]):
@@ -108,7 +108,7 @@ def _fault(stages: Any) -> str:
 
 
 def _parts(folder: Path, name: str, schema: pa.Schema, metas: list[Any], each: list[int]) -> dict[int | str, pa.Table]:
-    """The lines of each stage, which has so many for ``each`` query, one query after the other."""
+    """The lines of each stage, one query after the other; ``each`` is the number of lines per query."""
     lines = [count * len(meta["queries"]) for meta, count in zip(metas, each, strict=True)]
     table, start, found = read_table(folder, name, schema, sum(lines)), 0, {}
     for meta, count, length in zip(metas, each, lines, strict=True):

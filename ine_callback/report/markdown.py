@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report.view import DETAILED, EXTREMES, FLAG_AT, LEGEND, advice, headline, summary, warnings
+from ine_callback.report.view import FLAG_AT, LEGEND, MAX_DETAILED, ROWS_PER_END, advice, headline, summary, warnings
 from ine_callback.utilities.words import null_check, plain, tails
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)", re.IGNORECASE)  # nor is http
 def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
     """See :meth:`InfluenceReport.to_markdown`."""
     facts = summary(report)
-    names = list(report.queries[:DETAILED] if queries is None else queries)
+    names = list(report.queries[:MAX_DETAILED] if queries is None else queries)
     shown = [facts["queries"][report.column(name)] for name in names]
     parts = [
         "## Influence report",
@@ -76,8 +76,8 @@ def _overview(facts: dict[str, Any]) -> str:
 def _extremes(report: Contents, query: dict[str, Any]) -> list[str]:
     ends, name = tails(query["kind"]), query["name"]
     parts = [f"### {escaped(name)}"]
-    for rows, title in ((report.top(EXTREMES, name), ends.upper), (report.bottom(EXTREMES, name), ends.lower)):
-        cells = rows.cells(EXTREMES, compact=True)
+    for rows, title in ((report.top(ROWS_PER_END, name), ends.upper), (report.bottom(ROWS_PER_END, name), ends.lower)):
+        cells = rows.cells(ROWS_PER_END, compact=True)
         parts += [f"{title}:", table(cells.head, cells.body)]
     return parts
 

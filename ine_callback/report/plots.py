@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 INK, FAINT, NULL = "#30343A", "#D9DCE1", "#B9BEC6"
 FLAG_AT = 0.05
-LONGEST = 80  # letters of a title
-CAP = 1e100  # what is larger comes from a damaged file, and its axis would overflow
-LABELLED = 6  # rows named at each end of the volcano, of three times as many that are tried
+MAX_TITLE = 80  # characters
+MAX_VALUE = 1e100  # only damaged files have larger values, and an axis would overflow
+MAX_LABELS = 6  # rows named at each end of the volcano plot; three times as many are tried
 
 
 def distribution(report: Contents, ax: Axes, query: str | None = None) -> None:
@@ -66,7 +66,7 @@ def volcano(report: Contents, ax: Axes, query: str | None = None, q: float = FLA
     """Score against ``-log10`` of its q-value; rows with q-value at most ``q`` in colour, the extremes named by id."""
     column = report.column(query)
     ends = tails(report.info(query).kind)
-    mu, value = np.clip(report.scores.mu[:, column], -CAP, CAP), report.scores.q[:, column]
+    mu, value = np.clip(report.scores.mu[:, column], -MAX_VALUE, MAX_VALUE), report.scores.q[:, column]
     rows = np.flatnonzero(np.isfinite(mu) & np.isfinite(value))
     height = heights(value)
     line = -float(np.log10(max(q, 1e-12)))
@@ -91,7 +91,7 @@ def volcano(report: Contents, ax: Axes, query: str | None = None, q: float = FLA
     ax.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     order = rows[np.argsort(-ends.suspect * mu[rows], kind="stable")]  # the suspect end is named first
     for side in (order, order[::-1]):
-        _name(ax, [int(row) for row in side[: 3 * LABELLED] if flagged[row]], mu, height)
+        _name(ax, [int(row) for row in side[: 3 * MAX_LABELS] if flagged[row]], mu, height)
     dress(ax, "Which rows stand out", _axis(ends), "−log₁₀ q   (higher: less likely chance)")
     _legend(ax)
 
@@ -107,10 +107,10 @@ def extremes(report: Contents, ax: Axes, query: str | None = None, k: int = 8) -
     places = [index + (0.8 if gap and index >= len(low) else 0.0) for index in range(len(entries))]
     for place, one in zip(places, entries, strict=True):
         color, flagged = ends.color(one.mu), one.q <= FLAG_AT
-        width = min(1.96 * one.se, CAP) if np.isfinite(one.se) else None
+        width = min(1.96 * one.se, MAX_VALUE) if np.isfinite(one.se) else None
         ax.errorbar(
-            np.clip(one.mu, -CAP, CAP), place, xerr=width, fmt="o", color=color, markersize=5, elinewidth=1.6,
-            markeredgewidth=1.3, markerfacecolor=color if flagged else "white",
+            np.clip(one.mu, -MAX_VALUE, MAX_VALUE), place, xerr=width, fmt="o", color=color, markersize=5,
+            elinewidth=1.6, markeredgewidth=1.3, markerfacecolor=color if flagged else "white",
         )  # fmt: skip
         if np.isfinite(one.mean_loss):
             beside, text = ax.get_yaxis_transform(), number(one.mean_loss, 2)
@@ -119,7 +119,7 @@ def extremes(report: Contents, ax: Axes, query: str | None = None, k: int = 8) -
     if entries:
         ax.set_ylim(places[0] - 0.8, places[-1] + 0.8)
         reach = 1.08 * max(np.nanmax(np.abs([one.mu, one.low, one.high])) for one in entries)
-        reach = min(max(reach, 1e-12), 4 * CAP)
+        reach = min(max(reach, 1e-12), 4 * MAX_VALUE)
         ax.set_xlim(-reach, reach)
     if any(np.isfinite(one.mean_loss) for one in entries):
         ax.text(1.015, 1.0, "loss", transform=ax.transAxes, fontsize=7.5, color=INK, va="bottom", style="italic")
@@ -139,12 +139,12 @@ def figure(report: Contents, query: str | None = None) -> Figure:
     axes: NDArray[Any] = drawn.subplots(1, 3)
     for plot, ax in zip(PLOTS.values(), axes, strict=True):
         plot(report, ax, query)
-    drawn.suptitle(plain(report.info(query).name)[:LONGEST], fontsize=12, color=INK, parse_math=False)
+    drawn.suptitle(plain(report.info(query).name)[:MAX_TITLE], fontsize=12, color=INK, parse_math=False)
     return drawn
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure of a size in inches."""
     drawn: Figure = need("matplotlib.figure", "InfluenceReport plots").Figure((width, height), layout="constrained")
     return drawn
 
@@ -155,7 +155,7 @@ class Densities:
 
     Attributes:
         edges: Bins' edges [B + 1], symmetric, 0 among them, so that no bar mixes signs.
-        null: Density of the null in each bin [B]; the standard normal's where no draws were kept.
+        null: Density of the null in each bin [B]; the standard normal's where the report has no draws.
         rows: Density of the rows in each bin [B].
         draws: Number of draws of the null.
         floor: Where a logarithmic axis begins: a bar of one row is visible.
@@ -171,7 +171,7 @@ class Densities:
 def densities(report: Contents, column: int) -> Densities:
     """What :func:`distribution` draws."""
     z, null = _z(report, column), report.scores.null_mu[column]
-    null = null[np.abs(null) < CAP]
+    null = null[np.abs(null) < MAX_VALUE]
     reach = max(4.0, float(np.abs(np.concatenate([z, null])).max(initial=0.0)) * 1.04)
     edges = np.linspace(-reach, reach, 2 * int(np.clip(np.sqrt(z.size), 15, 45)) + 1)
     expected = _density(null, edges) if null.size else _normal((edges[1:] + edges[:-1]) / 2)
@@ -193,7 +193,7 @@ def _z(report: Contents, column: int) -> NDArray[np.float64]:
     mu, sd = report.scores.mu[:, column], report.scores.null_sd[:, column]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         z = mu / sd
-    return np.asarray(z[np.abs(z) < CAP], dtype=np.float64)
+    return np.asarray(z[np.abs(z) < MAX_VALUE], dtype=np.float64)
 
 
 def _density(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -206,8 +206,8 @@ def _axis(ends: Any, what: str = "") -> str:
 
 
 def dress(ax: Axes, title: str, x: str, y: str) -> None:
-    """Title, axis names and the house's look; a title may hold foreign text."""
-    title = title if len(title) <= LONGEST else title[:LONGEST] + "…"
+    """Title, axis names and style; a title may hold foreign text."""
+    title = title if len(title) <= MAX_TITLE else title[:MAX_TITLE] + "…"
     ax.set_title(title, fontsize=10.5, color=INK, loc="left", fontweight="bold", pad=10, parse_math=False)
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
@@ -234,7 +234,7 @@ def _name(ax: Axes, rows: list[int], mu: NDArray[np.float64], height: NDArray[np
     placed: list[float] = []
     for row in rows:
         level = (height[row] - bottom) / (top - bottom)
-        if len(placed) == LABELLED or any(abs(level - other) < 0.045 for other in placed):
+        if len(placed) == MAX_LABELS or any(abs(level - other) < 0.045 for other in placed):
             continue
         placed.append(level)
         inward = -float(np.sign(mu[row]))

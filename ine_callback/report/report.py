@@ -66,10 +66,10 @@ class InfluenceReport(Contents, legacy.FormerNames):
     """
 
     def with_attributions(self, *found: Attribution) -> InfluenceReport:
-        """The same report with scores by methods that ran later, in place of its own by the same methods."""
+        """The same report with scores by methods that ran later, in place of the present ones by the same methods."""
         methods = {each.method for each in found}
-        kept = [each for each in self.attributions if each.method not in methods]
-        return InfluenceReport(self.scores, self.run, [*kept, *found])
+        others = [each for each in self.attributions if each.method not in methods]
+        return InfluenceReport(self.scores, self.run, [*others, *found])
 
     @classmethod
     def combine(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
@@ -105,7 +105,7 @@ class InfluenceReport(Contents, legacy.FormerNames):
     def to_pandas(self) -> Any:
         """All rows and queries as a long DataFrame; rows never observed are there, with NaN. Needs extra ``report``.
 
-        Methods that ran on the trained model add columns, such as ``bif``, ``bif_se`` and ``bif_q``.
+        A method that ran on the trained model adds a column with its name, and with ``_se`` and ``_q`` appended.
 
         Example:
             >>> from ine_callback.report import example_report
@@ -249,13 +249,13 @@ class InfluenceReport(Contents, legacy.FormerNames):
     ) -> Path:
         """Writes one self-contained HTML file that opens without network; needs the extra ``report``.
 
-        The page runs our script and Bokeh's, and nothing from data. A row that cannot be shown is told in the page.
+        The page runs our script and Bokeh's, and nothing from data. Where a row cannot be shown, the page says why.
 
         Args:
             path: File to write.
             queries: Names of the queries with a tab; by default the first 24. All are in the overview.
             samples: The training set: ``samples[row]`` of at most 240 rows are read and put into the file.
-            labels: Class of each row [N], numbers or texts; by default what ``samples`` tells of it.
+            labels: Class of each row [N], numbers or texts; by default from ``samples``.
             render: Makes a sample an ``Image``, a ``Text`` or ``Values`` (see :func:`~ine_callback.report.rendered`).
 
         Raises:
@@ -265,7 +265,7 @@ class InfluenceReport(Contents, legacy.FormerNames):
 
     @property
     def plot(self) -> Plots:
-        """Single plots, on your own axes if you like: ``report.plot.volcano("val", ax=ax)``."""
+        """Single plots, on your axes if you pass them: ``report.plot.volcano("val", ax=ax)``."""
         return Plots(self)
 
     def figure(self, query: str | None = None) -> Any:

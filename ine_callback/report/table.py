@@ -34,7 +34,7 @@ class RowScore(NamedTuple):
         t: Moderated t statistic.
         p_t: Two-sided p-value of ``t``.
         observations: Optimizer steps that contained the row; 0 means never observed, which is not a score of 0.
-        mean_loss: Training loss averaged over the row's visits, the free baseline for label errors.
+        mean_loss: Training loss averaged over the row's steps, the free baseline for label errors.
     """
 
     row: int
@@ -124,12 +124,12 @@ class ScoreTable(Sequence[RowScore]):
         }
         left_out = {"95 % interval", "p"} if compact else {"± se"}
         left_out |= {"query"} if one_query else set()
-        kept = {name: maker for name, maker in makers.items() if name not in left_out}
+        shown = {name: maker for name, maker in makers.items() if name not in left_out}
         colors = [
             tails(str(kind)).color(mu) if np.isfinite(mu) else ""
             for kind, mu in zip(part._kinds, part._columns["mu"], strict=True)
         ]
-        return Cells(list(kept), [[maker(one) for maker in kept.values()] for one in part], colors)
+        return Cells(list(shown), [[maker(one) for maker in shown.values()] for one in part], colors)
 
     def _more(self) -> str:
         hidden = len(self) - SHOWN

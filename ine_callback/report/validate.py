@@ -23,7 +23,7 @@ def checked(scores: Scores) -> Scores:
     """
     names = [query.name for query in scores.queries]
     if len(set(names)) < len(names):
-        raise ValueError(f"InfluenceReport: queries are {names}; give each a name of its own")
+        raise ValueError(f"InfluenceReport: queries are {names}; give each its own name")
     seen = readonly(np.asarray(scores.observations).astype(np.int64))
     n, q = seen.size, len(names)
     arrays: dict[str, Any] = {"observations": seen}

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ine_callback.report.contents import Contents
 
 FLAG_AT = 0.05
-DETAILED = 4  # queries shown with their rows; the others are in the overview
-EXTREMES = 5
+MAX_DETAILED = 4  # queries shown with their rows; the others are in the overview
+ROWS_PER_END = 5
 LEGEND = """\
 μ > 0: training on the row lowers the query. μ is in standard deviations of training noise;
 q is the false discovery rate; the mean loss is the free baseline for label errors."""
@@ -142,10 +142,10 @@ def terminal(report: Contents) -> Group:
     parts += [_alarm(line) for line in alarms]
     if facts["queries"]:
         parts += [_overview(facts), Text(LEGEND, "dim")]
-    for query in facts["queries"][:DETAILED]:
+    for query in facts["queries"][:MAX_DETAILED]:
         parts += _extremes(report, query)
-    if len(facts["queries"]) > DETAILED:
-        parts.append(Text(f"… and {len(facts['queries']) - DETAILED} more queries: report.top(query=…)", "dim"))
+    if len(facts["queries"]) > MAX_DETAILED:
+        parts.append(Text(f"… and {len(facts['queries']) - MAX_DETAILED} more queries: report.top(query=…)", "dim"))
     for stages in by_method(report.attributions).values():
         parts += section(stages, report.scores)
     parts += [Text(f"Note: {plain(note)}", "dim") for note in facts["notes"]]
@@ -189,12 +189,12 @@ def _extremes(report: Contents, query: dict[str, Any]) -> list[Any]:
 
     ends = tails(query["kind"])
     sides = [
-        (report.top(EXTREMES, query["name"]), ends.upper, 1.0),
-        (report.bottom(EXTREMES, query["name"]), ends.lower, -1.0),
+        (report.top(ROWS_PER_END, query["name"]), ends.upper, 1.0),
+        (report.bottom(ROWS_PER_END, query["name"]), ends.lower, -1.0),
     ]
     tables = []
     for rows, title, sign in sides:
-        table = rows.render(EXTREMES, compact=True)
+        table = rows.render(ROWS_PER_END, compact=True)
         table.title, table.title_style = Text(title), f"bold {ends.color(sign)}"
         tables.append(table)
     return [Rule(Text(plain(query["name"]), "bold"), align="left", style="dim"), Columns(tables, padding=(0, 3))]

@@ -229,7 +229,7 @@ STAGE_FAULTS: dict[str, tuple[Any, str]] = {
     "settings": ({"step_size": "x"}, "is no number"),
     "huge setting": ({"settings": {"n_beta": 10**400}}, "is no number"),
     "queries": ([], "not a list of queries"),
-    "screens": ([{"name": "x"}], "a screen is not made of"),
+    "screens": ([{"name": "x"}], "a check is not made of"),
     "interrupted": ("no", "interrupted of a stage is 'no'"),
 }
 

@@ -1,4 +1,4 @@
-"""Several processes share the chains: each runs its part around the same weights, and all end with the same scores."""
+"""Distributes chains to processes: each runs some around the same weights, and all end with the same scores."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.settings import BIF
 
 
-def share(bif: BIF, processes: Processes, owner: str) -> BIF:
-    """A process's settings: its part of the chains.
+def split_chains(bif: BIF, processes: Processes, owner: str) -> BIF:
+    """The settings of one process: its part of the chains.
 
     Raises:
-        InfluenceError: If the chains (or mirrored pairs of them) cannot be dealt out evenly.
+        InfluenceError: If the chains (or mirrored pairs of them) cannot be divided evenly.
     """
     unit = 2 if bif.reduced else 1
     if bif.chains % (processes.count * unit):
         raise InfluenceError(
-            f"{owner}: chains={bif.chains} cannot be dealt out to {processes.count} processes; take a multiple of "
+            f"{owner}: chains={bif.chains} cannot be divided among {processes.count} processes; take a multiple of "
             f"{processes.count * unit}."
         )
     return replace(bif, chains=bif.chains // processes.count)
 
 
 def join_chains(parts: Sequence[Tensor], mirrored: bool, device: torch.device) -> Tensor:
-    """Chains [C, …] of all processes; mirrored ones keep to C and C + C/2.
+    """Joins the chains [C, …] of all processes; chain c and its mirror image stay at c and c + C/2.
 
     Example:
         >>> one, other = torch.tensor([1, -1]), torch.tensor([2, -2])

@@ -15,8 +15,8 @@ from torch.func import jvp, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import BIF, FINE, InfluenceCallback, bif_scores
-from ine_callback.methods.bif import readout
-from ine_callback.methods.bif.dense import Dense
+from ine_callback.methods.bif import evaluation
+from ine_callback.methods.bif.dense_embeddings import DenseEmbeddings
 
 IDS, Y = torch.randint(9, (24, 5), generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
 
@@ -77,7 +77,7 @@ KINDS: dict[str, Any] = {
 @pytest.mark.parametrize("large", [False, True])
 def test_sparse_tables_give_the_scores_of_dense_ones(kind: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:  # too large to hold the rows' gradients: forward derivatives instead
-        monkeypatch.setattr(readout, "LIMIT", 1)
+        monkeypatch.setattr(evaluation, "MAX_GRADIENT_ENTRIES", 1)
 
     def scores(sparse: bool) -> Any:
         torch.manual_seed(1)
@@ -136,7 +136,7 @@ def test_bags_are_torchs(mode: Any, padding: int | None, flat: bool, ends: bool,
         return F.embedding_bag(ids, weight, offsets, **options)
 
     expected = bag(table.clone().requires_grad_(not short))
-    with Dense():
+    with DenseEmbeddings():
         leaf = table.clone().requires_grad_()
         found = bag(leaf)
         assert torch.allclose(vmap(bag)(torch.stack([table, 2 * table]))[0], expected)

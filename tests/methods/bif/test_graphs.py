@@ -1,4 +1,4 @@
-"""Batches that cannot be cut into rows: graphs, bags with offsets, lists. One pass of the batch as it is."""
+"""Batches that cannot be cut into rows: graphs, bags with offsets, lists. One pass of the whole batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from ine_callback import BIF, CallableQuery, EachRow, bif_scores, run_bif
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.flat import Flat
+from ine_callback.methods.bif.flat_module import FlatModule
 from ine_callback.methods.bif.posterior import LocalPosterior
-from ine_callback.methods.bif.rowloss import row_losses
+from ine_callback.methods.bif.row_losses import row_losses
 from ine_callback.utilities.isolation import isolated
 
 GRAPHS = 12
@@ -88,7 +88,7 @@ def test_graphs_are_read_from_one_pass(kind: Any) -> None:
         rows = losses.rows(model, batch)
         assert len(rows) == GRAPHS and torch.allclose(losses(model, rows), alone, rtol=1e-12)
         assert torch.allclose(losses(model, rows.take(torch.tensor([7, 2]))), alone[[7, 2]], rtol=1e-12)
-        posterior = LocalPosterior(Flat(model), losses, rows, BIF(batch_size=4, n_beta=30.0))
+        posterior = LocalPosterior(FlatModule(model), losses, rows, BIF(batch_size=4, n_beta=30.0))
         here = posterior.gradient(torch.zeros(1, len(posterior.weights), dtype=torch.float64))[0]
         assert torch.allclose(here, torch.cat([g.flatten() for g in gradient]), rtol=0, atol=1e-12)
         far = torch.ones(1, len(posterior.weights), dtype=torch.float64)  # all rows a step: no noise of minibatches

@@ -29,7 +29,7 @@ def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {"reduced": scores(REDUCED), "plain": scores(SIMPLE)}
-    with pytest.raises(InfluenceError, match="chains=6 cannot be dealt out to 2 processes; take a multiple of 4"):
+    with pytest.raises(InfluenceError, match="chains=6 cannot be divided among 2 processes; take a multiple of 4"):
         scores(BIF(6, step_size=0.8, **COMMON))
     with pytest.raises(InfluenceError, match="the chains diverged at draw 1 of"):  # in both, though one alone fails
         scores(BIF(4, step_size=0.8 if rank else 1e30, **COMMON))

@@ -118,8 +118,8 @@ def test_what_cannot_run_leaves_the_rest_of_the_report() -> None:
 @pytest.mark.parametrize("val_extra", [0.0, 0.1])
 def test_the_validation_query_is_validation_steps_own_loss(val_extra: float) -> None:
     """Not training_step's, though that can be read row by row where validation_step adds something."""
-    own = CallableQuery(lambda module, batch: module.validation_step(batch, 0), "val")
-    queries = {"val": "val", "own": own}
+    step = CallableQuery(lambda module, batch: module.validation_step(batch, 0), "val")
+    queries = {"val": "val", "step": step}
     _, report, _ = fit([FINE(), BIF(**FEW)], Model(0.0, val_extra), queries, **QUIET)  # type: ignore[arg-type]
     assert np.allclose(report.bif.scores[:, 0], report.bif.scores[:, 1], atol=1e-6)
 

@@ -16,9 +16,9 @@ from torchmetrics import MeanMetric
 
 from ine_callback import BIF, FINE, InfluenceCallback, bif_scores
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.flat import Flat
+from ine_callback.methods.bif.flat_module import FlatModule
 from ine_callback.methods.bif.posterior import LocalPosterior
-from ine_callback.methods.bif.rowloss import row_losses
+from ine_callback.methods.bif.row_losses import row_losses
 from ine_callback.utilities.isolation import isolated
 
 ROWS, TIME, WORDS, EMPTY = 10, 6, 5, 3
@@ -106,20 +106,20 @@ def cut(batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
 def test_rows_count_what_they_count_in_the_trainings_loss(name: str) -> None:
     model, batch = Words(LOSSES[name]), ragged()
     parameters = list(model.parameters())
-    own = model.training_step(batch, 0)
-    own_gradient = torch.cat([g.flatten() for g in torch.autograd.grad(own, parameters)])
+    step_loss = model.training_step(batch, 0)
+    step_gradient = torch.cat([g.flatten() for g in torch.autograd.grad(step_loss, parameters)])
     with isolated(model):
         losses = row_losses(model, batch)
-        flat = Flat(model)
-        for rows in (losses.rows(model, batch), losses.rows(model, batch, largest=4)):
-            assert torch.allclose(losses.shares(model, rows).mean(), own, rtol=1e-12)
+        flat = FlatModule(model)
+        for rows in (losses.rows(model, batch), losses.rows(model, batch, max_rows=4)):
+            assert torch.allclose(losses.contributions(model, rows).mean(), step_loss, rtol=1e-12)
             posterior = LocalPosterior(flat, losses, rows, BIF(n_beta=30.0, localization=2.0))
             here = posterior.gradient(torch.zeros(1, len(flat.weights), dtype=torch.float64))[0]
-            assert torch.allclose(30.0 * here, 30.0 * own_gradient, rtol=0, atol=1e-10)
-            assert torch.allclose(posterior.mean_gradient, own_gradient, rtol=0, atol=1e-12)
+            assert torch.allclose(30.0 * here, 30.0 * step_gradient, rtol=0, atol=1e-10)
+            assert torch.allclose(posterior.mean_gradient, step_gradient, rtol=0, atol=1e-12)
         found = losses(model, rows).detach()
         away = flat.weights + 0.3 * torch.randn(2, len(flat.weights), dtype=torch.float64)
-        far = flat.values(away, losses.shares, rows).mean(1)  # the weights of rows hold elsewhere too
+        far = flat.values(away, losses.contributions, rows).mean(1)  # rows' weights are the same at other model weights
     assert not flat.notes
     torch.nn.utils.vector_to_parameters(away[1], parameters)
     assert torch.allclose(far[1], model.training_step(batch, 0), rtol=1e-12)
@@ -138,7 +138,7 @@ def test_a_rows_loss_is_the_mean_of_its_own_terms(name: str) -> None:
         if k == EMPTY or (name in ("shifted labels", "logits cut") and counted < 2):
             assert found[k] == 0
             continue
-        alone = model.training_step(row, 0)  # the step's own loss of a batch of one row is the mean over its terms
+        alone = model.training_step(row, 0)  # the step's loss of a batch of one row is the mean over its terms
         alone = alone / counted if name == "a sum of each row" else alone
         assert torch.allclose(found[k], alone, rtol=1e-12), k
 
@@ -193,7 +193,7 @@ def test_covariances_are_those_of_the_weighed_posterior() -> None:
     step.step(closure)  # type: ignore[no-untyped-call]
     bif = BIF(draws=60, n_beta=4000.0, localization=40.0, batch_size=60, curvature_rows=60)
     found = bif_scores(model, (x, y), {"q": (x[:7], y[:7])}, bif, progress=False)
-    # to first order: gᵢᵀ (n_beta H + γ)⁻¹ ∇φ with the Hessian of the training's own loss
+    # to first order: gᵢᵀ (n_beta H + γ)⁻¹ ∇φ with the Hessian of the training's loss
     parameters = list(model.parameters())
 
     def gradient(value: Tensor, create: bool = False) -> Tensor:
@@ -285,8 +285,9 @@ def test_rows_that_count_are_found_late() -> None:
     with isolated(model):
         losses = row_losses(model, many)
         rows = losses.rows(model, many)
-        own = model.training_step(many, 0)
-        assert torch.allclose(losses.shares(model, rows).mean(), own, rtol=1e-12) and not rows.weights[:300].any()
+        step_loss = model.training_step(many, 0)
+        assert torch.allclose(losses.contributions(model, rows).mean(), step_loss, rtol=1e-12)
+        assert not rows.weights[:300].any()
 
 
 def test_a_users_losses_must_be_finite() -> None:

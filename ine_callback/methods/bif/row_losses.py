@@ -1,7 +1,7 @@
-"""Finds each row's loss of a module on a batch, differentiable and under ``torch.func``: given, offered, or derived.
+"""Finds each row's loss as a differentiable function of the weights: from the user, or from the module's step.
 
 :mod:`ine_callback.capture.row_losses` reads losses off the autograd graph of a training step. Chains need more: the
-losses as a function of the weights, many weights at once, and what each row's loss counts in the training's own.
+losses as a function of many weights at once, and the weight of each row in the training's loss.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.derived import derive
-from ine_callback.methods.bif.given import Given, RowLoss
 from ine_callback.methods.bif.rows import REMEDY, Batch, RowLosses
+from ine_callback.methods.bif.step_loss import derive
+from ine_callback.methods.bif.user_loss import RowLoss, UserRowLosses
 
 __all__ = ["RowLoss", "row_losses"]
 
@@ -27,19 +27,19 @@ def row_losses(
     steps: Sequence[str] = ("training_step", "validation_step"),
     count: int | None = None,
 ) -> RowLosses:
-    """Finds out how to get each row's loss, and proves it on some rows of a batch.
+    """Finds out how to get each row's loss, and verifies it on some rows of a batch.
 
-    First choice is ``loss_fn``, then the module's ``influence_loss(batch)``; else the standard loss inside the module's
-    ``training_step`` (or ``validation_step``) is asked for its terms. A row's loss is the mean of its own terms; what
-    it counts (its tokens, its class's weight, its part of a mask) is what the step's own loss makes of it.
+    First choice is ``loss_fn``, then the module's ``influence_loss(batch)``; else the terms of the standard
+    loss inside the module's ``training_step`` (or ``validation_step``). A row's loss is the mean of its own terms; its
+    weight (by its tokens, its class, a mask) is that in the step's loss.
 
     Args:
         module: The model, isolated and in evaluation mode (:func:`ine_callback.utilities.isolation.isolated`).
         batch: At least one row, on the module's device.
         loss_fn: ``(module, batch) -> losses [b]``, or [b, T] for rows of T terms, whose mean is the row's loss.
         owner: Class named in messages.
-        steps: Steps to look for a loss in, best first.
-        count: Rows of the batch, where they are known.
+        steps: Steps to search for a loss, best first.
+        count: Rows of the batch, where known.
 
     Raises:
         InfluenceError: If none of the three works; the message says what to pass.
@@ -55,9 +55,10 @@ def row_losses(
         torch.Size([4])
     """
     if loss_fn is not None or hasattr(module, "influence_loss"):
-        given = Given(loss_fn, "loss_fn", owner) if loss_fn is not None else Given(_offered, "influence_loss", owner)
-        given.prove(module, batch, count)
-        return given
+        function, name = (_influence_loss, "influence_loss") if loss_fn is None else (loss_fn, "loss_fn")
+        losses = UserRowLosses(function, name, owner)
+        losses.verify(module, batch, count)
+        return losses
     reasons = []
     for name in steps:
         if name == "training_step" and not getattr(module, "automatic_optimization", True):
@@ -73,6 +74,6 @@ def row_losses(
     raise InfluenceError(f"{owner}: the losses of single rows are unknown ({why}); {REMEDY}.")
 
 
-def _offered(module: Any, batch: Batch) -> Tensor:
+def _influence_loss(module: Any, batch: Batch) -> Tensor:
     losses: Tensor = module.influence_loss(batch)
     return losses

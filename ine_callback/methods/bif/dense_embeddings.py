@@ -1,4 +1,4 @@
-"""Embeddings as plain functions of their weights: no sparse gradient, nothing rewritten in place."""
+"""Embeddings as plain functions of their weights: dense gradients, and no weight rewritten in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 _TINY = 1e-7  # as torch's own renormalization
 
 
-class Dense(TorchFunctionMode):
+class DenseEmbeddings(TorchFunctionMode):
     """Inside, ``F.embedding`` and ``F.embedding_bag`` are dense, and batched and forward derivatives work.
 
     A sparse gradient cannot flow into one flat vector of weights. ``max_norm`` would rewrite that vector, a bag has no
@@ -25,15 +25,15 @@ class Dense(TorchFunctionMode):
             return func(*args, **kwargs or {})
         bound = inspect.signature(func).bind(*args, **kwargs or {})
         bound.apply_defaults()
-        asked = bound.arguments
+        arguments = bound.arguments
         if func is F.embedding_bag:
-            return _bag(asked)
-        weight = _short(asked["weight"], asked["max_norm"], asked["norm_type"])
-        return F.embedding(asked["input"], weight, asked["padding_idx"])
+            return _bag(arguments)
+        weight = _shortened(arguments["weight"], arguments["max_norm"], arguments["norm_type"])
+        return F.embedding(arguments["input"], weight, arguments["padding_idx"])
 
 
-def _short(weight: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
-    """Rows no longer than ``max_norm``; with the gradient of the rewritten rows, as in training."""
+def _shortened(weight: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
+    """Embeddings no longer than ``max_norm``, with the gradient of the shortened ones, as in training."""
     if max_norm is None:
         return weight
     norm = weight.detach().norm(norm_type, 1, keepdim=True)
@@ -41,30 +41,30 @@ def _short(weight: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
     return weight + (shorter - weight.detach())
 
 
-def _bag(asked: dict[str, Any]) -> Tensor:
-    """Bags of embeddings, looked up and put together."""
-    ids, offsets = asked["input"], asked["offsets"]
-    weight = _short(asked["weight"], asked["max_norm"], asked["norm_type"])
+def _bag(arguments: dict[str, Any]) -> Tensor:
+    """``F.embedding_bag`` out of ``F.embedding`` and sums."""
+    ids, offsets = arguments["input"], arguments["offsets"]
+    weight = _shortened(arguments["weight"], arguments["max_norm"], arguments["norm_type"])
     if ids.dim() == 2:
         bags, bag = len(ids), torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
     else:
-        starts = offsets[:-1] if asked["include_last_offset"] else offsets
+        starts = offsets[:-1] if arguments["include_last_offset"] else offsets
         bags = len(starts)
         bag = torch.searchsorted(starts.contiguous(), torch.arange(len(ids), device=ids.device), right=True) - 1
-    ids, scale = ids.flatten(), asked["per_sample_weights"]
-    padding = asked["padding_idx"]
-    kept = torch.ones_like(ids, dtype=torch.bool)
+    ids, scale = ids.flatten(), arguments["per_sample_weights"]
+    padding = arguments["padding_idx"]
+    counted = torch.ones_like(ids, dtype=torch.bool)
     if padding is not None:
-        kept = ids != (padding if padding >= 0 else padding + asked["weight"].shape[0])
+        counted = ids != (padding if padding >= 0 else padding + arguments["weight"].shape[0])
     found = F.embedding(ids, weight)
-    if asked["mode"] == "max":
-        return _largest(found.masked_fill(~kept[:, None], -torch.inf), bag, bags)
+    if arguments["mode"] == "max":
+        return _largest(found.masked_fill(~counted[:, None], -torch.inf), bag, bags)
     if scale is not None:
         found = found * scale.flatten()[:, None]
-    total = found.new_zeros(bags, found.shape[1]).index_add(0, bag, found * kept[:, None])
-    if asked["mode"] == "sum":
+    total = found.new_zeros(bags, found.shape[1]).index_add(0, bag, found * counted[:, None])
+    if arguments["mode"] == "sum":
         return total
-    size = torch.zeros(bags, dtype=total.dtype, device=ids.device).index_add(0, bag, kept.to(total.dtype))
+    size = torch.zeros(bags, dtype=total.dtype, device=ids.device).index_add(0, bag, counted.to(total.dtype))
     return total / size.clamp_min(1)[:, None]
 
 

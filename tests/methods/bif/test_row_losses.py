@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.flat import Flat
-from ine_callback.methods.bif.rowloss import row_losses
+from ine_callback.methods.bif.flat_module import FlatModule
+from ine_callback.methods.bif.row_losses import row_losses
 from ine_callback.utilities.isolation import isolated
 
 BATCH = (torch.randn(7, 4), torch.arange(7) % 3)
@@ -74,7 +74,7 @@ def test_derived_losses_are_the_explicit_ones(loss: Any, explicit: Callable[[Ten
         losses = row_losses(model, BATCH)
         rows = losses.rows(model, BATCH)
         assert torch.allclose(losses(model, rows), explicit(model.net(BATCH[0]), BATCH[1]), atol=1e-6)
-        flat = Flat(model)  # metrics in the step do not get in the way of running chains together
+        flat = FlatModule(model)  # metrics in the step do not get in the way of running chains together
         many = flat.values(flat.weights + torch.randn(3, len(flat.weights)), losses, rows)
         assert many.shape == (3, 7) and not flat.notes
 

@@ -1,4 +1,4 @@
-"""A Gaussian posterior around the trained weights that is known exactly: functions of A = γI + GᵀG, none of them dense.
+"""A Gaussian posterior around the trained weights: functions of its precision A = γI + GᵀG, without a dense matrix.
 
 A has an eigenvalue γ + λ on each direction that the m rows of G span and γ on all others, so every function of it costs
 one product with those directions: f(A) x = f(γ) x + Σ_k (f(γ + λ_k) − f(γ)) ⟨e_k, x⟩ e_k. The eigenvectors come from
@@ -13,35 +13,35 @@ import torch
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
-_NOTHING = 1e-7  # eigenvalues below this share of the largest are rounding errors of the Gram matrix
+_MIN_EIGENVALUE = 1e-7  # fraction of the largest, below which it is a rounding error of the Gram matrix
 
 
-class Quadratic:
+class QuadraticPosterior:
     """A = n_beta F + localization I with F = mean of g gᵀ, the empirical Fisher of some rows.
 
     Args:
         gradients: Gradient of each row's loss at the trained weights [m, P].
         n_beta: Weight of the mean loss in the posterior.
-        localization: Strength γ > 0 of the pull towards the trained weights.
+        localization: γ > 0, which holds draws near the trained weights.
 
     Attributes:
-        directions: Where the loss is curved [k, P], orthonormal.
-        curvature: How much in each [k].
-        values: A's eigenvalues on them [k].
+        directions: Orthonormal directions [k, P] in which the loss is curved.
+        curvature: Curvature of the mean loss along each [k].
+        values: Eigenvalues of A along them [k].
 
     Example:
         >>> import torch
-        >>> a = Quadratic(torch.tensor([[2.0, 0.0, 0.0]]), n_beta=1.0, localization=0.5)
+        >>> a = QuadraticPosterior(torch.tensor([[2.0, 0.0, 0.0]]), n_beta=1.0, localization=0.5)
         >>> a.apply(torch.ones(3), lambda eigenvalue: 1 / eigenvalue)
         tensor([0.2222, 2.0000, 2.0000])
     """
 
     def __init__(self, gradients: Tensor, n_beta: float, localization: float) -> None:
-        shared = gradients / max(1, len(gradients)) ** 0.5
-        values, vectors = torch.linalg.eigh((shared @ shared.T).double())
-        keep = values > _NOTHING * values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
-        values, vectors = values[keep], vectors[:, keep]
-        directions = (vectors / values.sqrt()).T.to(gradients.dtype) @ shared  # [k, P], orthonormal
+        scaled = gradients / max(1, len(gradients)) ** 0.5
+        values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
+        nonzero = values > _MIN_EIGENVALUE * values[-1:].clamp_min(torch.finfo(torch.float64).tiny)
+        values, vectors = values[nonzero], vectors[:, nonzero]
+        directions = (vectors / values.sqrt()).T.to(gradients.dtype) @ scaled  # [k, P], orthonormal
         self._set(directions, values, n_beta, localization)
 
     def _set(self, directions: Tensor, curvature: Tensor, n_beta: float, localization: float) -> None:
@@ -49,32 +49,32 @@ class Quadratic:
         self.localization = torch.tensor(localization, dtype=torch.float64, device=directions.device)
         self.values = n_beta * curvature + localization
 
-    def at(self, n_beta: float, localization: float, curvature: Tensor | None = None) -> Quadratic:
-        """The same directions under other settings, or with the loss's curvature along each [k]."""
-        found = Quadratic.__new__(Quadratic)
+    def at(self, n_beta: float, localization: float, curvature: Tensor | None = None) -> QuadraticPosterior:
+        """The same directions under other settings, or with another curvature along each [k]."""
+        found = QuadraticPosterior.__new__(QuadraticPosterior)
         found._set(self.directions, self.curvature if curvature is None else curvature, n_beta, localization)
         return found
 
-    def measured(self, curvature: Callable[[Tensor], Tensor]) -> Quadratic:
-        """The same directions with the loss's own curvature along each, in place of the Fisher's eigenvalues.
+    def measured(self, curvature: Callable[[Tensor], Tensor]) -> QuadraticPosterior:
+        """The same directions with the curvature of the loss along each, in place of the Fisher's eigenvalues.
 
-        The Fisher knows directions, but its scale is right only for a likelihood that fits: for a squared error it is
-        off by the residual variance.
+        The Fisher's directions are good, but its scale is right only for a likelihood that fits: for a squared error it
+        is wrong by the factor of the residual variance.
 
         Args:
-            curvature: Maps displacements d [k, P] to d · H d / ‖d‖² [k]; asked at a posterior standard deviation.
+            curvature: Maps displacements d [k, P] to d · H d / ‖d‖² [k]; called with posterior standard deviations.
         """
         displacement = self.directions / self.values.sqrt().to(self.directions.dtype)[:, None]
         return self.at(self.n_beta, float(self.localization), curvature(displacement).double().clamp_min(0))
 
     @property
     def steepest(self) -> float:
-        """The largest curvature of the mean loss itself, 0 where there is none."""
+        """The largest curvature of the mean loss; 0 where there is none."""
         return float(self.curvature.max()) if len(self.curvature) else 0.0
 
     @property
     def largest(self) -> float:
-        """The largest eigenvalue."""
+        """The largest eigenvalue of A."""
         return float(self.values.max()) if len(self.values) else float(self.localization)
 
     @property

@@ -1,4 +1,4 @@
-"""Losses of single rows that the user's own function returns."""
+"""Row losses from the user's function."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ine_callback.data.batches import cut, is_all_led_by
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.rows import (
-    AS_IT_IS,
-    LARGEST,
-    MISCUT,
-    SAMPLE,
+    CUT_ERRORS,
+    MAX_PASS_ROWS,
+    SAMPLE_ROWS,
+    WHOLE_BATCH_NOTE,
     Batch,
     RowLosses,
     Rows,
@@ -25,48 +25,48 @@ from ine_callback.methods.bif.rows import (
 RowLoss = Callable[[nn.Module, Batch], Tensor]
 
 
-class Given(RowLosses):
-    """Losses of a user's function, the mean of which is taken for the training's loss.
+class UserRowLosses(RowLosses):
+    """Row losses from the user's function; their mean is taken for the training's loss.
 
     Args:
         function: ``(module, batch) -> losses [b]``, or [b, T] for rows of T terms, whose mean is the row's loss.
-        name: What the user calls it.
+        name: Its name in messages.
         owner: Class named in messages.
     """
 
     def __init__(self, function: RowLoss, name: str, owner: str) -> None:
         self._function, self._name, self._owner = function, name, owner
 
-    def prove(self, module: nn.Module, batch: Batch, count: int | None) -> None:
-        """Tries the function on some rows, and on one of them again beside another.
+    def verify(self, module: nn.Module, batch: Batch, count: int | None) -> None:
+        """Calls the function on some rows, and on two of these alone.
 
         Args:
             module: The module.
             batch: A batch.
-            count: Its rows, where they are known.
+            count: Its rows, where known.
 
         Raises:
-            InfluenceError: If it returns no loss for every row, or a row's loss is not its own.
+            InfluenceError: If it does not return a loss for each row, or a row's loss depends on other rows.
         """
         size = rows_in(batch, count)
         if size is not None:
             try:
-                return self._prove_rows(module, cut(batch, spread(size, SAMPLE), size), min(SAMPLE, size))
-            except (*MISCUT, InfluenceError):
+                return self._verify_rows(module, cut(batch, spread(size, SAMPLE_ROWS), size), min(SAMPLE_ROWS, size))
+            except (*CUT_ERRORS, InfluenceError):
                 if is_all_led_by(batch, size):
                     raise
         self._losses(module, batch, count)
-        self.whole, self.note = True, AS_IT_IS
+        self.whole, self.note = True, WHOLE_BATCH_NOTE
 
-    def _prove_rows(self, module: nn.Module, batch: Batch, size: int) -> None:
+    def _verify_rows(self, module: nn.Module, batch: Batch, size: int) -> None:
         losses = self._losses(module, batch, size)
         if not alike(self._losses(module, batch, size), losses):
-            return  # losses with noise of their own: nothing can be compared
+            return  # the losses are random, so nothing can be compared
         ends = torch.tensor([0, size - 1]).unique()
         if not alike(self._losses(module, cut(batch, ends, size), len(ends)), losses[ends.to(losses.device)]):
             raise InfluenceError(
                 f"{self._owner}: {self._name} returns other losses for rows when other rows are beside them; a row's "
-                "loss must be its own."
+                "loss must not depend on other rows."
             )
 
     def _losses(self, module: nn.Module, batch: Batch, rows: int | None) -> Tensor:
@@ -82,14 +82,14 @@ class Given(RowLosses):
             )
         return losses if losses.dim() == 1 else losses.mean(1)
 
-    def rows(self, module: nn.Module, batch: Batch, largest: int = LARGEST, count: int | None = None) -> Rows:
+    def rows(self, module: nn.Module, batch: Batch, max_rows: int = MAX_PASS_ROWS, count: int | None = None) -> Rows:
         size = None if self.whole else rows_in(batch, count)
         if size is None:
             losses = self._losses(module, batch, count)
             picked = torch.arange(len(losses), device=losses.device)
             rows = Rows(batch, len(losses), torch.ones_like(losses), picked=picked)
         else:
-            pieces = Rows(batch, size, torch.ones(size)).split(largest)
+            pieces = Rows(batch, size, torch.ones(size)).split(max_rows)
             losses = torch.cat([self._losses(module, piece.batch, len(piece)) for piece in pieces])
             rows = Rows(batch, size, torch.ones_like(losses))
         if not bool(torch.isfinite(losses).all()):

@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.dense import Dense
+from ine_callback.methods.bif.dense_embeddings import DenseEmbeddings
 
 Batch = Any
 Function = Callable[[nn.Module, Batch], Tensor]
@@ -21,7 +21,7 @@ Named = dict[str, Tensor]
 Over = Callable[[Callable[[Named], Tensor]], Callable[[Named], Tensor]]  # vmap, or what does the same for one vector
 
 
-class Flat:
+class FlatModule:
     """Weights [P] in float32 or better, whatever the module's dtypes; the module's own parameters are never written.
 
     Args:
@@ -30,11 +30,11 @@ class Flat:
     Attributes:
         module: The module.
         weights: The trained weights w* [P].
-        notes: What the report should say about how the module was run.
+        notes: What the report says about how the module was run.
 
     Example:
         >>> import torch
-        >>> flat = Flat(torch.nn.Linear(1, 1, bias=False))
+        >>> flat = FlatModule(torch.nn.Linear(1, 1, bias=False))
         >>> vectors = torch.tensor([[2.0], [3.0]])
         >>> flat.values(vectors, lambda module, x: module(x)[:, 0], torch.ones(1, 1))
         tensor([[2.],
@@ -46,11 +46,10 @@ class Flat:
         self._parameters = {name: p for name, p in self._call.named_parameters() if p.requires_grad}
         first = {id(p): name for name, p in self._parameters.items()}
         names = self._call.named_parameters(remove_duplicate=False)
-        self._tied = {
-            name: first[id(p)] for name, p in names if id(p) in first
-        }  # torch would look them up anew per call
+        # found once here, because torch would find tied parameters anew in each call
+        self._tied = {name: first[id(p)] for name, p in names if id(p) in first}
         if not self._parameters:
-            raise InfluenceError(f"BIF: no parameter of {type(module).__name__} requires a gradient; thaw some.")
+            raise InfluenceError(f"BIF: no parameter of {type(module).__name__} requires a gradient; unfreeze some.")
         parts = [p.detach().flatten() for p in self._parameters.values()]
         widest = torch.float32
         for part in parts:
@@ -60,14 +59,14 @@ class Flat:
         self._batched = True
 
     def _named(self, vectors: Tensor) -> Named:
-        """Vectors [..., P] as the parameters they stand for, each [..., *shape]."""
+        """Vectors [..., P] as named parameters, each [..., *shape]."""
         parts = vectors.split([p.numel() for p in self._parameters.values()], -1)
         named = zip(self._parameters.items(), parts, strict=True)
         return {name: part.view((*vectors.shape[:-1], *p.shape)).to(p.dtype) for (name, p), part in named}
 
     def _at(self, named: Named, function: Function, batch: Batch) -> Tensor:
         tied = {name: named[first] for name, first in self._tied.items()}
-        with Dense():
+        with DenseEmbeddings():
             value: Tensor = functional_call(self._call, tied, (function, batch), tie_weights=False)
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
@@ -84,7 +83,7 @@ class Flat:
         """Gradient [C, P] of the mean of ``function(module, batch)`` at each of the vectors [C, P]."""
 
         def compute(vectors: Tensor, over: Over) -> Tensor:
-            # autograd around vmap: a quarter less work than ``vmap(grad(...))``, which wraps every tensor twice
+            # autograd around vmap takes a quarter less time than ``vmap(grad(...))``, which wraps every tensor twice
             leaf = vectors.detach().requires_grad_()
             means = over(lambda named: self._at(named, function, batch).mean())(self._named(leaf))
             return torch.autograd.grad(means.sum(), leaf)[0]
@@ -112,11 +111,11 @@ class Flat:
             return over(along)(self._named(directions))
 
         here = self._named(self.weights)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no forward derivative
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
             return self._map(compute, directions)
 
     def _attention(self) -> contextlib.AbstractContextManager[None]:
-        """The CPU's fused attention cannot be batched: vmap would run it chain by chain."""
+        """No fused attention on a CPU, because vmap would run it chain by chain."""
         return sdpa_kernel(SDPBackend.MATH) if self.weights.device.type == "cpu" else contextlib.nullcontext()
 
     def _map(self, compute: Callable[[Tensor, Over], Tensor], vectors: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class Flat:
             with self._attention():
                 return compute(vectors, partial(vmap, randomness="different")).detach()
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            # only what fails batched and works alone is vmap's fault; anything else is raised by the next line
+            # an error that is not vmap's is raised again by the next line
             single = _singly(compute, vectors)
             self._batched = False
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -145,7 +144,7 @@ def _singly(compute: Callable[[Tensor, Over], Tensor], vectors: Tensor) -> Tenso
 
 
 class Caller(nn.Module):
-    """Lets ``functional_call`` run any function of a module, not only its forward."""
+    """Lets ``functional_call`` run any function of a module, not only its forward method."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How far is too far: as far as the loss is one basin."""
+"""The localization: draws stay in one basin of the loss and lose little of what was learned."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ine_callback.methods.bif.locality import RADIUS, forgotten, pull
-from ine_callback.methods.bif.quadratic import Quadratic
+from ine_callback.methods.bif.localization import START_DISTANCE, choose_localization, learning_lost
+from ine_callback.methods.bif.quadratic_posterior import QuadraticPosterior
 
 P = 40
 WEIGHTS = torch.full((P,), 0.5)
 NORMAL = torch.randn(4, P, generator=torch.Generator().manual_seed(0))
-FLAT = Quadratic(torch.zeros(1, P), 1.0, 1.0)
+FLAT = QuadraticPosterior(torch.zeros(1, P), 1.0, 1.0)
 
 
 def radius(loss: object, n_beta: float | None = None) -> float:
     """In norms of the weights."""
-    found = pull(FLAT, WEIGHTS, n_beta, loss, NORMAL)  # type: ignore[arg-type]
+    found = choose_localization(FLAT, WEIGHTS, n_beta, loss, NORMAL)  # type: ignore[arg-type]
     return float((P / found) ** 0.5 / WEIGHTS.norm())
 
 
@@ -36,8 +36,8 @@ def bowl(height: float, rim: float = 30.0) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("n_beta", [None, 10.0])
 def test_a_basin_gets_half_the_weights_norm(n_beta: float | None) -> None:
-    assert radius(bowl(1.0), n_beta) == pytest.approx(RADIUS)
-    assert radius(lambda d: bowl(1.0)(d) + 2 * d[:, 0]) == pytest.approx(RADIUS)  # a slope is no matter
+    assert radius(bowl(1.0), n_beta) == pytest.approx(START_DISTANCE)
+    assert radius(lambda d: bowl(1.0)(d) + 2 * d[:, 0]) == pytest.approx(START_DISTANCE)  # a slope is no matter
 
 
 def test_a_narrow_basin_gets_less() -> None:
@@ -46,10 +46,11 @@ def test_a_narrow_basin_gets_less() -> None:
     assert found[1] * float(WEIGHTS.norm()) < 1.0
 
 
-def test_losses_that_explode_or_do_not_care() -> None:
-    assert radius(lambda d: d.square().sum(1) ** 3) < RADIUS / 8  # never four times as much: as near as is tried
-    assert radius(lambda d: torch.ones(len(d))) == pytest.approx(RADIUS)
-    assert pull(FLAT, torch.zeros(P), None, lambda d: d.sum(1), NORMAL) == 1.0
+def test_exploding_losses_get_the_smallest_distance_and_constant_ones_the_largest() -> None:
+    # the loss never rises about four times as much, so the smallest distance is chosen
+    assert radius(lambda d: d.square().sum(1) ** 3) < START_DISTANCE / 8
+    assert radius(lambda d: torch.ones(len(d))) == pytest.approx(START_DISTANCE)
+    assert choose_localization(FLAT, torch.zeros(P), None, lambda d: d.sum(1), NORMAL) == 1.0
 
 
 def test_where_the_data_are_steep_draws_stay_near() -> None:
@@ -60,21 +61,23 @@ def test_where_the_data_are_steep_draws_stay_near() -> None:
     def loss(d: Tensor) -> Tensor:
         return 1.0 + d[:, 1:].square().sum(1) + torch.where(d[:, 0].abs() < 0.1, d[:, 0] ** 2, 50.0)
 
-    near = pull(Quadratic(steep, 1.0, 1.0), WEIGHTS, 1000.0, loss, NORMAL)
-    assert near < pull(FLAT, WEIGHTS, None, loss, NORMAL)
+    near = choose_localization(QuadraticPosterior(steep, 1.0, 1.0), WEIGHTS, 1000.0, loss, NORMAL)
+    assert near < choose_localization(FLAT, WEIGHTS, None, loss, NORMAL)
 
 
-def test_draws_stay_where_the_model_knows() -> None:
-    assert radius(bowl(1.0)) == pytest.approx(RADIUS)
+def test_draws_stay_where_little_learning_is_lost() -> None:
+    assert radius(bowl(1.0)) == pytest.approx(START_DISTANCE)
     found = [radius(bowl(height)) for height in (2.0, 6.0, 100.0)]
-    assert RADIUS > found[0] > found[1] > found[2]
-    assert [forgotten(loss, 2.0, 12.0) for loss in (2.0, 12.0)] == [0.0, 1.0] and math.isnan(forgotten(3.0, 2.0, 2.0))
+    assert START_DISTANCE > found[0] > found[1] > found[2]
+    assert [learning_lost(loss, 2.0, 12.0) for loss in (2.0, 12.0)] == [0.0, 1.0] and math.isnan(
+        learning_lost(3.0, 2.0, 2.0)
+    )
 
 
 def test_draws_lose_no_more_than_a_tenth_of_what_was_learned() -> None:
     for height in (0.5, 1.0, 4.0, 20.0):
         found = radius(bowl(height))
         draws = found * float(WEIGHTS.norm()) * NORMAL / P**0.5
-        lost = forgotten(float(bowl(height)(draws).mean()), 2.0, 32.0)
+        lost = learning_lost(float(bowl(height)(draws).mean()), 2.0, 32.0)
         # of these few draws; half the distance more would have been allowed, were it not for the next doubling
-        assert lost < 0.11 and (found == pytest.approx(RADIUS) or 4 * lost > 0.09)
+        assert lost < 0.11 and (found == pytest.approx(START_DISTANCE) or 4 * lost > 0.09)

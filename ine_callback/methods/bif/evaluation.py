@@ -1,4 +1,4 @@
-"""What chains read at every draw: the losses of the rows, the queries, and both to first order for the twins."""
+"""Evaluates row losses and queries at every draw, and their first-order changes for the control-variate chains."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ine_callback.errors import InfluenceError, QueryError
-from ine_callback.methods.bif.dense import Dense
-from ine_callback.methods.bif.flat import Batch, Flat, Function
-from ine_callback.methods.bif.posterior import LIMIT, jacobian
-from ine_callback.methods.bif.rows import LARGEST, RowLosses, Rows
+from ine_callback.methods.bif.dense_embeddings import DenseEmbeddings
+from ine_callback.methods.bif.flat_module import Batch, FlatModule, Function
+from ine_callback.methods.bif.posterior import MAX_GRADIENT_ENTRIES, jacobian
+from ine_callback.methods.bif.rows import MAX_PASS_ROWS, RowLosses, Rows
 from ine_callback.methods.bif.sgld import Curved, Law
 from ine_callback.queries import BoundQuery, LossQuery, Query, parse
 from ine_callback.queries.sources import DataSource
@@ -24,7 +24,7 @@ from ine_callback.scores import QueryInfo
 
 @dataclass(frozen=True)
 class EachRow:
-    """One query for every row of a batch: that row's own loss, named ``name/k``. One pass reads them all.
+    """One query for each row of a batch: the loss of that row, named ``name/k``. One pass evaluates them all.
 
     Attributes:
         batch: The rows.
@@ -35,14 +35,14 @@ class EachRow:
 
 @dataclass(frozen=True)
 class Group:
-    """Queries that are read together: k of them, sum over the batches of weight * function(module, batch) [k]."""
+    """k queries that one function evaluates: sum over the batches of weight * function(module, batch) [k]."""
 
     infos: tuple[QueryInfo, ...]
     function: Function
     batches: tuple[tuple[float, Batch], ...]
 
 
-class Reader:
+class QueryReader:
     """Makes groups of queries, with their data on the module's device.
 
     Args:
@@ -51,7 +51,7 @@ class Reader:
         owner: Class named in messages.
     """
 
-    def __init__(self, flat: Flat, losses: RowLosses, owner: str) -> None:
+    def __init__(self, flat: FlatModule, losses: RowLosses, owner: str) -> None:
         self._flat, self._losses, self._owner = flat, losses, owner
         self._source = DataSource(owner, self._mean)
 
@@ -66,7 +66,9 @@ class Reader:
             return [self._single(bound) for name, query in named for bound in query.bind(name, self._source)]
         found = [group for name, value in queries.items() for group in self._groups(str(name), value)]
         if not found:
-            raise QueryError(f"{self._owner}: queries={list(queries)} hold nothing to ask; 'self' is no query of BIF.")
+            raise QueryError(
+                f"{self._owner}: queries={list(queries)} contain no query that BIF can evaluate ('self' is none)."
+            )
         return found
 
     def _groups(self, name: str, value: Any) -> list[Group]:
@@ -84,7 +86,8 @@ class Reader:
             and not isinstance(value, str | list | DataLoader | Query)
         ):
             info = QueryInfo(name, "loss", "Does training on this row lower the mean loss on the query's data?")
-            return [Group((info,), self._mean, ((1.0, self._rows(value)),))]  # nobody else can count its rows
+            # only the row losses know how many rows such data have
+            return [Group((info,), self._mean, ((1.0, self._rows(value)),))]
         bound = query.bind(name, self._source)
         return [self._single(each) for each in bound]
 
@@ -94,7 +97,7 @@ class Reader:
                 (weight * len(part) / len(rows), part)
                 for weight, batch in bound.batches
                 for rows in [self._rows(batch)]
-                for part in rows.split(LARGEST)
+                for part in rows.split(MAX_PASS_ROWS)
             ]
             return Group((bound.info,), self._mean, tuple(parts))
 
@@ -104,21 +107,22 @@ class Reader:
         return Group((bound.info,), value, tuple((weight, self._moved(batch)) for weight, batch in bound.batches))
 
     def _mean(self, module: nn.Module, rows: Rows) -> Tensor:
-        """The training's own loss of some rows [1]."""
-        return self._losses.shares(module, rows).mean()[None]
+        """The training's loss of some rows [1]."""
+        return self._losses.contributions(module, rows).mean()[None]
 
     def _rows(self, batch: Batch) -> Rows:
-        with Dense():
+        with DenseEmbeddings():
             return self._losses.rows(self._flat.module, self._moved(batch))
 
     def _moved(self, batch: Batch) -> Batch:
         return batch if isinstance(batch, Rows) else move_data_to_device(batch, self._flat.weights.device)
 
 
-class Readout:
+class DrawEvaluator:
     """Values and first-order changes of R rows and Q queries.
 
-    Each row makes a line of ``width`` values: its loss, and with ``per_token`` what each of its T terms adds to it.
+    Each row gives ``width`` values, here called its line: its loss, and with ``per_token`` the part of each of its T
+    terms.
 
     Args:
         flat: The module.
@@ -126,7 +130,7 @@ class Readout:
         rows: The rows to score.
         queries: The queries.
         eval_rows: Rows evaluated at a time.
-        terms: T to read each row's terms too, else 0.
+        terms: T to evaluate each row's terms too, else 0.
 
     Attributes:
         width: 1 + T.
@@ -134,7 +138,7 @@ class Readout:
     """
 
     def __init__(
-        self, flat: Flat, losses: RowLosses, rows: Rows, queries: list[Group], eval_rows: int, terms: int = 0
+        self, flat: FlatModule, losses: RowLosses, rows: Rows, queries: list[Group], eval_rows: int, terms: int = 0
     ) -> None:
         self.flat, self.width = flat, 1 + terms
         self.losses: Function = _Lines(losses, terms) if terms else losses
@@ -152,7 +156,9 @@ class Readout:
 
     def trained_and_blank(self) -> tuple[float, float]:
         """Mean loss of the rows at the trained weights, and where all are 0."""
-        trained, blank = (self.rows(share * self.flat.weights[None])[:, :: self.width].mean() for share in (1.0, 0.0))
+        trained, blank = (
+            self.rows(fraction * self.flat.weights[None])[:, :: self.width].mean() for fraction in (1.0, 0.0)
+        )
         return float(trained), float(blank)
 
     def queries(self, weights: Tensor) -> Tensor:
@@ -164,18 +170,18 @@ class Readout:
         return torch.stack(parts).sum(0)
 
     def linearise(self) -> None:
-        """Takes the gradients at the trained weights: all where they fit, else the queries' alone."""
+        """Computes the gradients at the trained weights: the queries', and the rows' where they fit into memory."""
         parameters = len(self.flat.weights)
         found = []
         for group in self._queries:
-            if len(group.infos) > 1:  # a row each
+            if len(group.infos) > 1:  # one query for each row of the batch
                 ((_, batch),) = group.batches
                 found.append(jacobian(self.flat, group.function, batch))
                 continue
             parts = [weight * self.flat.jacobian(self.flat.weights, group.function, b) for weight, b in group.batches]
             found.append(torch.stack(parts).sum(0))
         self._query_gradients = torch.cat(found)
-        if self.count * parameters <= LIMIT:
+        if self.count * parameters <= MAX_GRADIENT_ENTRIES:
             self._row_gradients = jacobian(self.flat, self.losses, self._rows)
 
     def row_changes(self, deviations: Tensor) -> Tensor:
@@ -189,7 +195,7 @@ class Readout:
         return deviations @ self._query_gradients.T
 
     def covariance(self, coordinates: Curved, law: Law) -> Tensor:
-        """Covariance [R (1 + T), Q] of first-order changes under the twin's law: gᵢᵀ V v, the Laplace term."""
+        """Laplace term [R (1 + T), Q]: covariance gᵢᵀ V v of first-order changes under the control variates' law."""
         spread = coordinates.covariance(self._query_gradients, law)
         return torch.cat([self.row_changes(part) for part in spread.split(8)]).T
 
@@ -215,8 +221,8 @@ def chosen_rows(rows: Any, count: int, most: int, owner: str) -> tuple[Tensor, s
 
     Args:
         rows: Indices, a number of rows, or None for all.
-        count: Rows there are.
-        most: At most so many where nothing is said.
+        count: Number of training rows.
+        most: Greatest number of rows where ``rows`` is None.
         owner: Class named in messages.
 
     Raises:

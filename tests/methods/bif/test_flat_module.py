@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.flat import Flat
+from ine_callback.methods.bif.flat_module import FlatModule
 
 
 def loss(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -36,7 +36,7 @@ class Tied(nn.Module):
 def test_gradients_and_jacobian_are_autograds() -> None:
     model = Tied().double()
     batch = (BATCH[0].double(), BATCH[1])
-    flat = Flat(model)
+    flat = FlatModule(model)
     parameters = [p for p in model.parameters() if p.requires_grad]  # the tied weight once
     assert len(flat.weights) == sum(p.numel() for p in parameters)
     rows = [torch.autograd.grad(each, parameters, retain_graph=True) for each in loss(model, batch)]
@@ -59,18 +59,18 @@ def test_parameters_without_a_dimension() -> None:
             return super().forward(input) * self.scale.exp()
 
     model = Scaled()
-    flat = Flat(model)
+    flat = FlatModule(model)
     grads = torch.autograd.grad(loss(model, BATCH).mean(), list(model.parameters()))
     explicit = torch.cat([g.flatten() for g in grads])
     assert torch.allclose(flat.gradients(flat.weights[None], loss, BATCH)[0], explicit, atol=1e-6)
     assert torch.allclose(flat.jacobian(flat.weights, loss, BATCH).mean(0), explicit, atol=1e-6)
     with pytest.raises(InfluenceError, match="no parameter of Linear requires a gradient"):
-        Flat(nn.Linear(2, 2).requires_grad_(False))
+        FlatModule(nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_values_at_other_weights_are_those_of_a_module_with_them() -> None:
     model = Tied()
-    flat = Flat(model)
+    flat = FlatModule(model)
     point = flat.weights + 0.1 * torch.randn(len(flat.weights))
     found = flat.values(point[None], loss, BATCH)[0]
     torch.testing.assert_close(flat.values(flat.weights[None], loss, BATCH)[0], loss(model, BATCH).detach())
@@ -80,7 +80,7 @@ def test_values_at_other_weights_are_those_of_a_module_with_them() -> None:
 
 def test_half_precision_modules_have_float32_weights_and_losses() -> None:
     model = nn.Linear(4, 3).bfloat16()
-    flat = Flat(model)
+    flat = FlatModule(model)
     assert flat.weights.dtype == torch.float32 and model.weight.dtype == torch.bfloat16
     batch = (BATCH[0].bfloat16(), BATCH[1])
     assert flat.values(flat.weights[None], loss, batch).dtype == torch.float32
@@ -88,7 +88,7 @@ def test_half_precision_modules_have_float32_weights_and_losses() -> None:
 
 
 def test_an_error_of_the_users_is_not_taken_for_vmaps() -> None:
-    flat = Flat(nn.Linear(4, 3))
+    flat = FlatModule(nn.Linear(4, 3))
     with pytest.raises(RuntimeError, match="99"):
         flat.values(flat.weights[None], lambda module, batch: module(torch.zeros(2, 99)), BATCH)
     assert not flat.notes
@@ -109,7 +109,7 @@ class Attends(nn.Module):
 def test_fused_attention_is_batched_and_has_forward_derivatives() -> None:
     torch.manual_seed(0)
     model, batch = Attends(), (torch.randn(5, 6, 8), torch.arange(5) % 3)
-    flat = Flat(model)
+    flat = FlatModule(model)
     rows = flat.jacobian(flat.weights, loss, batch)
     directions = torch.randn(3, len(flat.weights))
     assert torch.allclose(flat.products(directions, loss, batch), directions @ rows.T, atol=1e-5)
