@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from regimes.accidents import accident
-from regimes.identical import unequal
-from regimes.once import spawned
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +26,9 @@ from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import accident
+from tests.helpers.identical import unequal
+from tests.helpers.once import spawned
 
 ROWS, BATCH, STEPS = 48, 8, 24
 KEPT_VARIANCE = 40  # rows of a process in the reservoir's own test
