@@ -103,10 +103,10 @@ def imported_by_tests(path: Path) -> set[str]:
 
 
 def test_tests_share_code_through_the_helpers_alone() -> None:
-    """A test module imports helpers and, in a folder like tests/regimes, that folder's modules that hold no tests."""
+    """A test module imports helpers, fixtures, and modules of its own folder that hold no tests."""
     wrong = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        allowed = ("tests.helpers.", ".".join(path.parent.relative_to(ROOT).parts) + ".")
+        allowed = ("tests.helpers.", "tests.fixtures.", ".".join(path.parent.relative_to(ROOT).parts) + ".")
         for name in imported_by_tests(path):
             is_test = any(part.startswith("test_") for part in name.split("."))
             if is_test or (name.startswith("tests.") and not name.startswith(allowed)):
