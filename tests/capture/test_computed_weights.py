@@ -174,7 +174,7 @@ def test_weights_that_are_cached_stay_the_trainings_own(name: str) -> None:
     assert [key for key in plain if not torch.equal(plain[key], found[key])] == []
 
 
-def train(grad_sample: bool) -> list[Tensor]:
+def train(record: bool) -> list[Tensor]:
     """A bare loop that holds the cache open around all that the recorder does."""
     torch.manual_seed(0)
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
@@ -185,14 +185,14 @@ def train(grad_sample: bool) -> list[Tensor]:
         return F.cross_entropy(module(batch[0]), batch[1])
 
     recorder = Recorder(model, optimizer, 24, {"val": (x, y)}, loss, on_error="raise", refresh_every=1)
-    if grad_sample:
+    if record:
         recorder.start()
     for rows in torch.arange(24).repeat(3).split(8):
         with parametrize.cached():
-            if grad_sample:
+            if record:
                 recorder.start_batch(rows, (x[rows], y[rows]))
             loss(model, (x[rows], y[rows])).backward()
-            if grad_sample:
+            if record:
                 recorder.end_batch()
         optimizer.step()
         optimizer.zero_grad()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import BY_NAME, PositionTable, Setting, TimeFirst, check, cross_entropy, mlp, run
 from torch import nn
 
 from ine_callback import Recorder
 from ine_callback.errors import CaptureError, InfluenceError
+from tests.helpers.oracle import BY_NAME, PositionTable, Setting, TimeFirst, check, cross_entropy, mlp, run
 
 NAMED = [
     ("fallback-lstm", "lstm.weight_ih_l0"),

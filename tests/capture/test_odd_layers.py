@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Run, Setting, check, cross_entropy, run
 from torch import Tensor, nn
 
 from ine_callback import Recorder
@@ -17,6 +16,7 @@ from ine_callback.capture.attributes import LayerError
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.methods import FINE
 from ine_callback.scoring.directions import VectorDirection
+from tests.helpers.oracle import Run, Setting, check, cross_entropy, run
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -11,11 +11,11 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Keep
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback, Recorder
+from tests.helpers.oracle import Keep
 
 ROWS, BATCH = 24, 6
 EXACT = {"rtol": 1e-8, "atol": 1e-10}

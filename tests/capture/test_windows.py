@@ -83,7 +83,7 @@ def test_looks_at_some_positions_cover_all_of_them(
     formed = pair[1]
     positions = formed.delta.shape[2]
     truth = formed.covariances(full)
-    monkeypatch.setattr(module, "MOST_POSITIONS", formed.rows * positions // 3)
+    monkeypatch.setattr(module, "MAX_POSITIONS", formed.rows * positions // 3)
     every = -(-positions * formed.rows // module.MAX_POSITIONS)
     for grad_sample in pair:
         phases = [(k + 0.5) / every for k in range(every)]

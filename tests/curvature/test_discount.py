@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Batch, Keep, Transformer, cross_entropy, mlp
-from test_kfac import dense, draw
 from torch import Tensor, nn
 
 from ine_callback import Recorder
 from ine_callback.curvature.spectral import exponential
+from tests.helpers.factors import dense, draw
+from tests.helpers.oracle import Batch, Keep, Transformer, cross_entropy, mlp
 
 
 class TwoLayers(nn.Module):

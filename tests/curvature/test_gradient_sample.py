@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Keep, cross_entropy, mlp
-from test_kfac import block, draw, outer
 from torch import Tensor
 
 import ine_callback.curvature.gradient_sample as module
@@ -14,6 +12,8 @@ from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
+from tests.helpers.factors import block, draw, outer
+from tests.helpers.oracle import Keep, cross_entropy, mlp
 
 ALONE = Lockstep(torch.device("cpu"), alone=True)
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # gradients are kept in float32

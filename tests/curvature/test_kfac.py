@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.capture import GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import SpectralOperator, exponential
+from ine_callback.curvature.spectral import exponential
+from tests.helpers.factors import block, dense, draw, observed, outer
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
-
-
-def block(grad_sample: GradSample, tied: bool = False) -> Block:
-    return Block("w", (nn.Parameter(torch.zeros(grad_sample.layout)),), grad_sample.layout, tied=tied)
-
-
-def observed(
-    *steps: GradSample | Sequence[GradSample], terms: float = 1.0, max_dim: int = 1024, tied: bool = False
-) -> tuple[Block, KFAC]:
-    """Factors after one observation (or several uses) a step."""
-    uses = [[step] if isinstance(step, GradSample) else step for step in steps]
-    own, kfac = block(uses[0][0], tied), KFAC(max_dim)
-    for grad_samples in uses:
-        for grad_sample in grad_samples:
-            kfac.observe(own, grad_sample, terms)
-        kfac.end_step()
-    return own, kfac
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def outer(rows: int = 5, groups: int = 1, positions: int = 1, out: int = 2, inputs: int = 3) -> Outer:
-    return Outer(draw(rows, groups, positions, inputs), draw(rows, groups, positions, out))
-
-
-def dense(discount: SpectralOperator, layout: tuple[int, ...]) -> Tensor:
-    """D as a matrix over the flattened layout."""
-    size = int(torch.Size(layout).numel())
-    return discount.apply(torch.eye(size, dtype=torch.float64).reshape(size, *layout)).reshape(size, size).T
 
 
 def moment(x: Tensor) -> Tensor:

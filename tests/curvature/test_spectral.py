@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_kfac import block, dense, observed, outer
 from torch import Tensor
 
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import Spectrum, exponential, resolvent, unrolled
+from tests.helpers.factors import block, dense, observed, outer
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 

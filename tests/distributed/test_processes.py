@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from regimes.accidents import accident
-from regimes.identical import unequal
-from regimes.once import spawned
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +28,9 @@ from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
 from ine_callback.recording.steps import OptimizerSteps
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import accident
+from tests.helpers.identical import unequal
+from tests.helpers.once import spawned
 
 ROWS, BATCH, STEPS = 48, 8, 24
 ROWS_STORED = 40  # rows of a process in the test of the sample alone

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from regimes.accidents import Accident, accident
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -31,6 +30,7 @@ from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.steps import OptimizerSteps
 from ine_callback.report import example_report
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import Accident, accident
 
 ROWS, STEPS = 48, 12  # two epochs of six batches of eight
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import make
+
+from tests.fixtures import make
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
-from oracle import Keep
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +24,7 @@ from ine_callback import InfluenceCallback, InfluenceReport, Recorder
 from ine_callback.report.html import page
 from ine_callback.report.markdown import markdown
 from ine_callback.report.table import as_text
+from tests.helpers.oracle import Keep
 
 ROWS, SIZE = 24, 6
 QUIET: dict[str, Any] = {

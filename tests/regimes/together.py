@@ -27,11 +27,11 @@ from ine_callback.distributed.sharding import whole
 from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import accident
+from tests.helpers.identical import History, differing, fitted, unequal
+from tests.helpers.once import once
 
-from .accidents import accident
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
-from .identical import History, differing, fitted, unequal
-from .once import once
 from .options import with_adamw
 from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import BY_NAME, Keep, cross_entropy, mlp
 from torch import Tensor, nn
 
 from ine_callback import Recorder
 from ine_callback.queries import CallableQuery
 from ine_callback.utilities.options import InitialWeights
+from tests.helpers.oracle import BY_NAME, Keep, cross_entropy, mlp
 
 
 def unit_of(model: nn.Module, weights: InitialWeights, query: object, width: int = 4) -> tuple[Tensor, Recorder]:

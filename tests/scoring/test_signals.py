@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
+from torch import Tensor, nn
+
+from ine_callback import Recorder
+from ine_callback.errors import RowsError
+from tests.helpers.oracle import (
     BY_NAME,
     EXACT,
     SETTINGS,
@@ -27,10 +31,6 @@ from oracle import (
     squares,
     summed,
 )
-from torch import Tensor, nn
-
-from ine_callback import Recorder
-from ine_callback.errors import RowsError
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)

@@ -49,7 +49,7 @@ class Saver:
     def __init__(self, folder: Path) -> None:
         root = Path(next(iter(ine_callback.__path__))).parent
         env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.report.saver", str(folder)]
+        command = [sys.executable, "-m", "tests.helpers.report.saver", str(folder)]
         self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Saver:

@@ -1,6 +1,6 @@
 """Damages saved reports at random and judges what `InfluenceReport.load` makes of them.
 
-    python -m tests.report.fuzz --folders 10000 --seed 0
+    python -m tests.helpers.report.fuzz --folders 10000 --seed 0
 
 Of every folder there may come an InfluenceError that names folder, fault and remedy, or a report that prints, draws,
 and survives saving and loading. Everything else is a fault: another exception, code that ran, a file opened outside
@@ -28,8 +28,8 @@ from typing import Any
 
 from ine_callback.errors import InfluenceError
 from ine_callback.report import InfluenceReport
-from tests.attributions import parts
-from tests.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_former, save_plain
+from tests.helpers.attributions import parts
+from tests.helpers.report.damage import DAMAGE, RARE, SENTINEL, save_chains, save_former, save_plain
 
 SECONDS, MEMORY = 120.0, 3 * 2**30
 CLEAN = ("error", "loaded")
@@ -243,7 +243,7 @@ def main() -> int:
     """The command line; status 1 when there was a fault."""
     from rich.progress import track
 
-    parser = argparse.ArgumentParser(prog="python -m tests.report.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.helpers.report.fuzz", description=__doc__)
     parser.add_argument("--folders", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="repeat one folder and keep it in ./fuzzed")

@@ -21,7 +21,7 @@ from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, example_report
 from ine_callback.scores import LayerScores, TokenScores, example_attribution
 
-FORMER = Path(__file__).parents[1] / "fixtures" / "report"
+FORMER = Path(__file__).parents[2] / "fixtures" / "report"
 Damage = Callable[[Path, Random], None]
 SENTINEL = "executed"  # a file beside the folder that code in a damaged report would make
 HOSTILE_TEXTS = (
