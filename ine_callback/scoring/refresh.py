@@ -180,16 +180,17 @@ class Directions:
 
     def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
         """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
-        parameters = [p for block in blocks for p in block.parameters]
-        self.processes.exchange()  # under FSDP2 every pass through the model is a collective
+        # the passes of a model split by FSDP2 are collectives, one a parameter: all processes take the same ones
+        names = self.processes.common(block.key for block in blocks)
+        common = sorted((block for block in blocks if block.key in names), key=lambda block: block.key)
+        parameters = [p for block in common for p in block.parameters]
         with isolated(self.module), self.context():
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         with torch.no_grad():
-            v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in blocks}
-        names = self.processes.common(block.key for block in blocks)
-        common = {block: v[block] for block in sorted(blocks, key=lambda block: block.key) if block.key in names}
-        self.processes.average(common.values())
-        return common
+            v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in common}
+        self.processes.exchange()  # averaging is a collective, too: whoever failed has left by now
+        self.processes.average(v.values())
+        return v
 
     def draw(self) -> None:
         """Draws new columns for the sketches of self-influence, so that a row's errors average out over the steps."""
