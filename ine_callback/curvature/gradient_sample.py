@@ -88,7 +88,7 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 def _kept(grad_sample: GradSample, rows: Tensor | slice, scale: Tensor | float = 1.0) -> _Kept:
     """Chosen rows of a record in the form that needs no positions, in float32."""
     if isinstance(grad_sample, Outer):
-        a, delta = grad_sample.formed(rows).float(), grad_sample.delta[rows].float() * scale
+        a, delta = grad_sample.formed(rows).float(), grad_sample.output_grads[rows].float() * scale
         if a.shape[2] == 1:
             return _Kept(delta[:, :, 0], a[:, :, 0])
         return _Kept(None, delta.transpose(-1, -2) @ a)

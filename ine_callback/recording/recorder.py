@@ -23,7 +23,7 @@ from ine_callback.capture import Capture, GradSample
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
-from ine_callback.capture.verification import Proof
+from ine_callback.capture.verification import Verification
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.intervals import curvature_interval, refresh_interval
 from ine_callback.curvature.kfac import KFAC
@@ -326,7 +326,7 @@ class Recorder(Guard):
             curvature_interval(self.steps, self.curvature_every) if self.steps >= self._next_curvature_update else 0
         )
         self.capture.start_batch(len(rows))
-        self._lost = self._passes.lost
+        self._lost = self._passes.discarded
         self._passes.start_batch()
         if self.signals.held is not None or due:
             self._begin_proof()
@@ -448,7 +448,7 @@ class Recorder(Guard):
         return finite
 
     def _receive(self, module: nn.Module, grad_samples: dict[str, GradSample]) -> None:
-        own = self.signals.table.own(module)
+        own = self.signals.table.trainable(module)
         self._passes.touch((known for _, known in own), self._begin_pass)
         self._received = True
         if self.signals.proof is not None and self._sharded:
@@ -469,7 +469,7 @@ class Recorder(Guard):
             self.capture.forget()
             self._discard()
             self._received = False
-            self._passes.lost = self._passes.count
+            self._passes.discarded = self._passes.count
         elif self.clipping.marked and self.signals.held is None and self.signals.proof is None:
             self._settle(False)
             # of other layers' parameters some may have met this pass already
@@ -491,7 +491,7 @@ class Recorder(Guard):
         if self.coverage.joining:
             self.signals.hold()
 
-    def _fall_back(self, rows: Tensor, data: Any, proof: Proof | None = None) -> None:
+    def _fall_back(self, rows: Tensor, data: Any, proof: Verification | None = None) -> None:
         slow = self.coverage.fallback(self._loss, data, len(rows), self.signals, proof)
         for block, grad_sample in slow:
             self.signals.take(block, grad_sample)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
-from ine_callback.capture.compressed_gradients import FEW_QUERIES, CompressedGradients, turned
-from ine_callback.capture.per_sample_gradients import widened
+from ine_callback.capture.per_sample_gradients import CompressedGradients, widened
+from ine_callback.capture.per_sample_gradients.compressed import MAX_WEIGHTED_QUERIES, weighted_columns
 from ine_callback.curvature.low_rank import SMALLEST, low_rank
 from ine_callback.curvature.spectral import Sketched, SpectralOperator
 from ine_callback.scoring.sign_contrasts import Contrasts, summed
@@ -154,8 +154,8 @@ class Joint(Direction):
         self._asked, self._rest = slice(0, rank or None), slice(rank, None)
         self._inside = self.queries is not None and (self.whole or rank > 0)
         self._turned: Tensor | None = None
-        if self.queries is not None and self._inside and len(self.queries) <= FEW_QUERIES:
-            self._turned = turned(self.queries, self._signs)
+        if self.queries is not None and self._inside and len(self.queries) <= MAX_WEIGHTED_QUERIES:
+            self._turned = weighted_columns(self.queries, self._signs)
         if self.own is not None:
             self._weights = self.own.weights.transpose(-1, -2).flatten(1).T
 
@@ -178,7 +178,7 @@ class Joint(Direction):
             signals = grad_sample.parts(self.queries, self._signs)
         if self._columns is None:
             return signals, grad_sample
-        if grad_sample.delta.shape[2] == 1:
+        if grad_sample.output_grads.shape[2] == 1:
             return self._one_by_one(grad_sample, signals)
         small = grad_sample.compressed(self._columns)
         if self.queries is not None and self._inside:
@@ -186,13 +186,13 @@ class Joint(Direction):
             if self._turned is None:
                 signals = asked.parts(self.queries, self._signs)
             else:
-                signals = asked.met(self._turned).view(grad_sample.rows, len(self.queries), -1)
+                signals = asked.contract(self._turned).view(grad_sample.rows, len(self.queries), -1)
         return signals, small.part(self._rest)
 
     def _one_by_one(self, grad_sample: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
         """Without positions a gradient is one product: its two sides are met one by one."""
         assert self._columns is not None
-        projected, delta = widened(grad_sample.projected(self._columns)), widened(grad_sample.delta)
+        projected, delta = widened(grad_sample.projected(self._columns)), widened(grad_sample.output_grads)
         if self.queries is not None and self._inside:
             signals = Outer(projected[..., self._asked], delta).parts(self.queries, self._signs)
         return signals, Outer(projected[..., self._rest], delta)

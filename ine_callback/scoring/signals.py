@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ine_callback.capture import Block, BlockTable, GradSample
 from ine_callback.capture.hooks import FATAL, in_words
 from ine_callback.capture.row_losses import Scale
-from ine_callback.capture.verification import Proof
+from ine_callback.capture.verification import Verification
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import MIXED, RANK, mixtures
@@ -77,7 +77,7 @@ class Signals:
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self.observing, self.resumed = 1, False  # steps that a look at the curvature stands for; 0: none now
         self.kept: Tensor | None = None
-        self.proof: Proof | None = None
+        self.proof: Verification | None = None
         self.aside = False
         self._draws = 0
         self._variance = torch.ones(len(self.queries))
@@ -156,7 +156,7 @@ class Signals:
 
     def lose(self, module: nn.Module) -> None:
         """Forgets the blocks of a module that was dropped; what they left in this batch may be half of it."""
-        self._forget(set(self.table.lose(module)))
+        self._forget(set(self.table.drop_module(module)))
 
     def drop_block(self, block: Block) -> None:
         """Leaves a block out from now on, with what the present batch has of it."""
