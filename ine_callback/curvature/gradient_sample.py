@@ -86,7 +86,7 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 def _to_store(grad_sample: GradSample, rows: Tensor | slice, scale: Tensor | float = 1.0) -> _StoredGradients:
     """Gradients of chosen rows, summed over positions, in float32; as factors where there is one position."""
     if isinstance(grad_sample, Outer):
-        activations, output_grads = grad_sample.formed(rows).float(), grad_sample.delta[rows].float() * scale
+        activations, output_grads = grad_sample.formed(rows).float(), grad_sample.output_grads[rows].float() * scale
         if activations.shape[2] == 1:
             return _StoredGradients(output_grads[:, :, 0], activations[:, :, 0])
         return _StoredGradients(None, output_grads.transpose(-1, -2) @ activations)

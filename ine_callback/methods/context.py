@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, GradSample
 from ine_callback.capture.label_gradients import classes_of, expect, sample
-from ine_callback.capture.layer_functions_check import wrong_functions
+from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.capture.row_order import row_order_faults
-from ine_callback.capture.verification import Proof, fraction_of, uncaptured
+from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
@@ -224,13 +224,13 @@ class FitContext:
                 return self.loss(module, batch)
 
         found = row_order_faults(self.module, self._capture, loss, batch, size)
-        found = wrong_functions(self.module, self._capture, loss, batch, size) | found
+        found = layer_function_faults(self.module, self._capture, loss, batch, size) | found
         for module, reason in found.items():
             self._capture.drop(module, reason)
 
     def _verify(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
-        proof = Proof(self._failures.append, None, keep=False)
+        proof = Verification(self._failures.append, None, keep=False)
         for block, grad_sample in self._held:
             proof.take(block, grad_sample)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -238,7 +238,7 @@ class FitContext:
                 proof.compare(parameter, parameter, gradient)
         if self._failures:
             raise self._failures.pop()
-        wrong, _, _ = proof.judge(self.table, self._capture.half, self._capture.twice)
+        wrong, _, _ = proof.judge(self.table, self._capture.half, self._capture.double_backward)
         names = {p: name for name, p in self.module.named_parameters()}
         missing = {names[p]: reason for block, reason in wrong.items() for p in block.parameters}
         for block in wrong:

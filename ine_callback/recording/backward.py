@@ -12,7 +12,7 @@ from ine_callback.capture import GradSample
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
-from ine_callback.capture.verification import Proof
+from ine_callback.capture.verification import Verification
 from ine_callback.errors import RowsError, UntoldRows
 from ine_callback.recording.coverage import HOLD, VERIFY
 from ine_callback.recording.guard import Guard
@@ -72,7 +72,7 @@ class BackwardPasses:
             self._coverage.wanted = 0
         self._signals.curvature_steps = self._updates.curvature_steps(step)
         self._capture.start_batch(len(rows))
-        self._lost = self._passes.lost
+        self._lost = self._passes.discarded
         self._passes.start_batch()
         if self._holding or due:
             self._begin_verification()
@@ -118,7 +118,7 @@ class BackwardPasses:
 
     def receive(self, module: nn.Module, grad_samples: dict[str, GradSample]) -> None:
         """Takes the per-sample gradients of one call of a layer, in the backward pass."""
-        own = self._signals.table.own(module)
+        own = self._signals.table.trainable(module)
         self._passes.touch((known for _, known in own), self._begin_pass)
         self._phase = BatchPhase.RUNNING
         if self._signals.proof is not None and self._parts.sharded:
@@ -139,7 +139,7 @@ class BackwardPasses:
             self._signals.discard_received()
             self._capture.forget()
             self._steps.discard()
-            self._phase, passes.lost = BatchPhase.WAITING, passes.count
+            self._phase, passes.discarded = BatchPhase.WAITING, passes.count
         elif self._clipping.marked and not self._holding and self._signals.proof is None:
             self.settle(False)
             # other layers' parameters may have got this pass's gradients already
@@ -235,7 +235,7 @@ class BackwardPasses:
         self._signals.release(1.0 if self._capture.unscale is None else self._capture.unscale)
         self._updates.refreshed_at = self._guard.steps
 
-    def _fall_back(self, rows: Tensor, data: Any, proof: Proof | None = None) -> None:
+    def _fall_back(self, rows: Tensor, data: Any, proof: Verification | None = None) -> None:
         """Takes the gradients of parameters without a capture by one backward pass a row."""
         loss = self._parts.training.loss
         for block, grad_sample in self._coverage.fallback(loss, data, len(rows), self._signals, proof):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, GradSample, Vector
-from ine_callback.capture.fallback import COMPARED, Sums, row_contributions, separable
-from ine_callback.capture.layer_functions_check import wrong_functions
+from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
+from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_mixing import MIXED
 from ine_callback.capture.row_order import VIEWS, row_order_faults
-from ine_callback.capture.verification import Proof, fraction_of, uncaptured
+from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.data.batches import led_by
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
@@ -75,7 +75,7 @@ class Coverage:
             return
         try:
             faults = row_order_faults(self._module, self._capture, loss, batch, rows)
-            faults = wrong_functions(self._module, self._capture, loss, batch, rows) | faults
+            faults = layer_function_faults(self._module, self._capture, loss, batch, rows) | faults
         except Exception as error:
             self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
             return
@@ -133,17 +133,17 @@ class Coverage:
     def _uses(self, passes: int) -> set[tuple[nn.Module | str, int]]:
         """What the batch does: the calls of each layer, to a power of two, and its backward passes."""
         calls: set[tuple[nn.Module | str, int]] = {(m, n.bit_length()) for m, n in self._capture.calls.items() if n}
-        return calls | {("pass", k) for k in range(passes)} | {("twice", int(self._capture.twice))}
+        return calls | {("pass", k) for k in range(passes)} | {("double backward", int(self._capture.double_backward))}
 
-    def begin(self, fail: Callable[[Exception], None]) -> Proof:
+    def begin(self, fail: Callable[[Exception], None]) -> Verification:
         """Has each parameter's coming gradients compared with the sums of its per-sample gradients."""
-        proof = Proof(fail, self._capture.unscale, keep=self._policy == "fallback")
+        proof = Verification(fail, self._capture.unscale, keep=self._policy == "fallback")
         if not is_sharded(self._module):
             for parameter in self._module.parameters():
                 proof.watch(parameter, parameter)
         return proof
 
-    def verify(self, proof: Proof, signals: Signals, processes: Lockstep, step: int, passes: int) -> bool:
+    def verify(self, proof: Verification, signals: Signals, processes: Lockstep, step: int, passes: int) -> bool:
         """Drops parameters whose per-sample gradients do not add up; False where gradients overflowed.
 
         Raises:
@@ -152,7 +152,7 @@ class Coverage:
         self.agree(processes)
         slow = set(self._slow.values())
         blocks = [block for block in signals.table if not slow.intersection(block.parameters)]
-        wrong, judged, finite = proof.judge(blocks, self._capture.half, self._capture.twice)
+        wrong, judged, finite = proof.judge(blocks, self._capture.half, self._capture.double_backward)
         if not all(there for there, _ in processes.exchange(int(finite))):
             self.wanted |= VERIFY
             return False
@@ -280,7 +280,7 @@ class Coverage:
         batch: Any,
         rows: int,
         signals: Signals,
-        proof: Proof | None,
+        proof: Verification | None,
     ) -> list[tuple[Block, GradSample]]:
         """Gradients of uncaptured parameters by one backward pass a row; with a verification of those that add up.
 
@@ -294,7 +294,8 @@ class Coverage:
         parameters = list(self._slow.values())
         sums = None
         if proof is not None:
-            sums = Sums(self._module, loss, batch, rows, dict(self._slow), signals.scale, proof.kept)
+            slow = dict(self._slow)
+            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, proof.gradients)
 
         def factor(contributions: list[Tensor]) -> float:
             self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
-from ine_callback.capture.compressed_gradients import FEW_QUERIES, CompressedGradients, turned
-from ine_callback.capture.per_sample_gradients import widened
+from ine_callback.capture.per_sample_gradients import CompressedGradients, widened
+from ine_callback.capture.per_sample_gradients.compressed import MAX_WEIGHTED_QUERIES, weighted_columns
 from ine_callback.curvature.low_rank import MIN_INPUTS, low_rank
 from ine_callback.curvature.spectral import SketchedOperator, SpectralOperator
 from ine_callback.scoring.sign_contrasts import Contrasts, summed
@@ -159,8 +159,8 @@ class CompressedDirection(Direction):
         self._query_columns, self._sketch_columns = slice(0, rank or None), slice(rank, None)
         self._compressed = self.queries is not None and (self.in_sketch or rank > 0)  # whether U is given in columns
         self._signed: Tensor | None = None
-        if self.queries is not None and self._compressed and len(self.queries) <= FEW_QUERIES:
-            self._signed = turned(self.queries, self._signs)
+        if self.queries is not None and self._compressed and len(self.queries) <= MAX_WEIGHTED_QUERIES:
+            self._signed = weighted_columns(self.queries, self._signs)
         if self.sketch is not None:
             self._weights = self.sketch.weights.transpose(-1, -2).flatten(1).T
 
@@ -183,7 +183,7 @@ class CompressedDirection(Direction):
             signals = grad_sample.parts(self.queries, self._signs)
         if self._columns is None:
             return signals, grad_sample
-        if grad_sample.delta.shape[2] == 1:
+        if grad_sample.output_grads.shape[2] == 1:
             return self._contract_one_position(grad_sample, signals)
         compressed = grad_sample.compressed(self._columns)
         if self.queries is not None and self._compressed:
@@ -191,13 +191,13 @@ class CompressedDirection(Direction):
             if self._signed is None:
                 signals = for_queries.parts(self.queries, self._signs)
             else:
-                signals = for_queries.met(self._signed).view(grad_sample.rows, len(self.queries), -1)
+                signals = for_queries.contract(self._signed).view(grad_sample.rows, len(self.queries), -1)
         return signals, compressed.part(self._sketch_columns)
 
     def _contract_one_position(self, grad_sample: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
         """With one position a gradient is one outer product, and stays in factors."""
         assert self._columns is not None
-        projected, output_grads = widened(grad_sample.projected(self._columns)), widened(grad_sample.delta)
+        projected, output_grads = widened(grad_sample.projected(self._columns)), widened(grad_sample.output_grads)
         if self.queries is not None and self._compressed:
             signals = Outer(projected[..., self._query_columns], output_grads).parts(self.queries, self._signs)
         return signals, Outer(projected[..., self._sketch_columns], output_grads)

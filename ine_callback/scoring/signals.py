@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, GradSample
 from ine_callback.capture.row_losses import Scale
-from ine_callback.capture.verification import Proof
+from ine_callback.capture.verification import Verification
 from ine_callback.scoring.directions import SelfTerms
 from ine_callback.scoring.refresh import Directions
 from ine_callback.scoring.sign_contrasts import signed_by, summed
@@ -29,7 +29,7 @@ class Signals(Directions):
         self.held: list[tuple[Block, GradSample, Scale]] = []  # while there are no directions
         self.curvature_steps = 1  # how many steps a curvature update stands for; 0: none now
         self._restored = False  # whether a checkpoint's curvature waits for its first directions
-        self.proof: Proof | None = None
+        self.proof: Verification | None = None
         self.aside = False
 
     def start_batch(self, rows: int, device: torch.device, window: int) -> None:
@@ -87,7 +87,7 @@ class Signals(Directions):
 
     def lose(self, module: nn.Module) -> None:
         """Forgets the blocks of a dropped module, with their part of the present batch, which may be incomplete."""
-        self._forget(set(self.table.lose(module)))
+        self._forget(set(self.table.drop_module(module)))
 
     def drop_block(self, block: Block) -> None:
         """Leaves a block out from now on, and out of the present batch."""

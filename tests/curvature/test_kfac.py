@@ -28,7 +28,10 @@ def moment(x: Tensor) -> Tensor:
 
 def kron_of(grad_sample: Outer) -> Tensor:
     """The factors' Kronecker product per group [G, O I, O I]: summed output side, averaged input side."""
-    left, right = moment(grad_sample.delta), moment(grad_sample.a) / (grad_sample.a.shape[0] * grad_sample.a.shape[2])
+    left, right = (
+        moment(grad_sample.output_grads),
+        moment(grad_sample.activations) / (grad_sample.activations.shape[0] * grad_sample.activations.shape[2]),
+    )
     return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
 
 
@@ -80,7 +83,7 @@ def test_self_influence_equals_the_dense_form(grad_sample: GradSample | str) -> 
         grad_sample = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
     if isinstance(grad_sample, Lookup):
         counts = grad_sample.ids.flatten().bincount(minlength=4).double() / grad_sample.ids.numel()
-        fisher = torch.kron(torch.diag(counts), moment(grad_sample.delta[:, None])[0])
+        fisher = torch.kron(torch.diag(counts), moment(grad_sample.output_grads[:, None])[0])
     elif isinstance(grad_sample, Vector):
         fisher = torch.diag(sum(g.square() for g in grad_sample.g))
     else:
@@ -99,8 +102,8 @@ def test_self_influence_equals_the_dense_form(grad_sample: GradSample | str) -> 
 def test_self_influence_of_a_reused_block_is_that_of_the_summed_gradient() -> None:
     one, two = outer(positions=2), outer(positions=2)
     own, kfac = observed([one, two])
-    left = moment(one.delta)[0] + moment(two.delta)[0]
-    right = (moment(one.a)[0] + moment(two.a)[0]) / (2 * 5 * 2)
+    left = moment(one.output_grads)[0] + moment(two.output_grads)[0]
+    right = (moment(one.activations)[0] + moment(two.activations)[0]) / (2 * 5 * 2)
     d = torch.linalg.matrix_exp(-0.1 * torch.kron(left, right))
     g = (one.gradient(slice(0, 5)) + two.gradient(slice(0, 5))).flatten(1)
     found = kfac.operator(own, exponential(0.1))
@@ -114,8 +117,10 @@ def test_a_tied_block_has_the_diagonal_of_the_summed_fisher() -> None:
     head = Outer(draw(5, 1, 6, 2), draw(5, 1, 6, 4))
     own, kfac = observed([head, table], terms=2.0, tied=True)
     counts = table.ids.flatten().bincount(minlength=4).double() / 30
-    diagonal = torch.outer(counts, moment(table.delta[:, None])[0].diagonal())
-    diagonal = diagonal + torch.outer(moment(head.delta)[0].diagonal(), moment(head.a)[0].diagonal() / 30)
+    diagonal = torch.outer(counts, moment(table.output_grads[:, None])[0].diagonal())
+    diagonal = diagonal + torch.outer(
+        moment(head.output_grads)[0].diagonal(), moment(head.activations)[0].diagonal() / 30
+    )
     found = kfac.operator(own, exponential(0.1, 0.3))
     torch.testing.assert_close(found.weight[0], torch.exp(-(0.1 * 2.0 * diagonal + 0.3)), **EXACT)
     g = (head.gradient(slice(0, 5)) + table.gradient(slice(0, 5)))[:, 0]
@@ -127,7 +132,7 @@ def test_a_tied_block_has_the_diagonal_of_the_summed_fisher() -> None:
 def test_sides_larger_than_max_dim_are_diagonal(out: int, inputs: int) -> None:
     grad_sample = outer(positions=3, out=out, inputs=inputs)
     own, kfac = observed(grad_sample, max_dim=4)
-    left, right = moment(grad_sample.delta)[0], moment(grad_sample.a)[0] / 15
+    left, right = moment(grad_sample.output_grads)[0], moment(grad_sample.activations)[0] / 15
     left = left if out <= 4 else torch.diag(left.diagonal())
     right = right if inputs <= 4 else torch.diag(right.diagonal())
     found = kfac.operator(own, exponential(0.1))
@@ -140,8 +145,8 @@ def test_sides_larger_than_max_dim_are_diagonal(out: int, inputs: int) -> None:
 def test_factors_are_the_plain_mean_since_the_first_step() -> None:
     grad_samples = [outer(positions=2) for _ in range(5)]
     own, kfac = observed(*grad_samples)
-    left = sum(moment(r.delta)[0] for r in grad_samples) / 5
-    right = sum(moment(r.a)[0] / 10 for r in grad_samples) / 5
+    left = sum(moment(r.output_grads)[0] for r in grad_samples) / 5
+    right = sum(moment(r.activations)[0] / 10 for r in grad_samples) / 5
     torch.testing.assert_close(
         dense(kfac.operator(own, exponential(0.1)), own.layout),
         torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)),
@@ -152,7 +157,7 @@ def test_factors_are_the_plain_mean_since_the_first_step() -> None:
 def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
     """Half batches whose losses are halved too: the same shares, the same factors."""
     whole = outer(rows=6, positions=2)
-    halves = [Outer(whole.a[s], whole.delta[s]) for s in (slice(0, 3), slice(3, 6))]
+    halves = [Outer(whole.activations[s], whole.output_grads[s]) for s in (slice(0, 3), slice(3, 6))]
     own, kfac = observed(whole, terms=6.0)
     own_halves, kfac_halves = observed(halves, terms=6.0)
     torch.testing.assert_close(

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback import Recorder
 from ine_callback.capture import Block, Lookup, Outer
-from ine_callback.capture.windows import Kernel, Windows
+from ine_callback.capture.per_sample_gradients import Kernel, Windows
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import MIN_RETAINED_VARIANCE, Side, low_rank
 from ine_callback.curvature.sketch import (
@@ -173,7 +173,9 @@ def test_one_pass_gives_what_two_passes_give(positions: int, inputs: int, querie
     signed = signed_by(own.unit_energies)
     assert signed[:, 0].eq(1).all() and signed.shape == (9, 5)
     # a block that is used twice: its gradient is the sum
-    both = compressed.self_terms_of([use, compressed.contract(replace(grad_sample, delta=-3 * grad_sample.delta))[1]])
+    both = compressed.self_terms_of(
+        [use, compressed.contract(replace(grad_sample, output_grads=-3 * grad_sample.output_grads))[1]]
+    )
     torch.testing.assert_close(both.norms, 4 * own.norms, rtol=1e-9, atol=1e-12)
 
 
@@ -223,7 +225,7 @@ def test_a_tied_last_layer_is_contracted_in_few_columns_of_its_outputs() -> None
 def test_a_transposed_lookup_equals_one_hot_inputs() -> None:
     table = Lookup(torch.randint(9, (5, 7)), draw(5, 7, 4), 9)
     lazy = table.transposed()
-    formed = Outer(lazy.formed(), lazy.delta)
+    formed = Outer(lazy.formed(), lazy.output_grads)
     every = slice(0, 5)
     torch.testing.assert_close(lazy.gradient(every), table.gradient(every).transpose(-1, -2))
     assert lazy.layout == formed.layout == (1, 4, 9)
@@ -295,7 +297,7 @@ def test_bfloat16_is_contracted_without_a_copy_in_float32(convolution: bool) -> 
     with Copies() as seen:
         signals, use = compressed.contract(grad_sample)
         own = compressed.self_terms_of([use])
-    assert seen.largest < grad_sample.delta.numel()
+    assert seen.largest < grad_sample.output_grads.numel()
     expected, expected_use = compressed.contract(grad_sample.wide())
     expected_own = compressed.self_terms_of([expected_use])
     assert signals is not None and expected is not None

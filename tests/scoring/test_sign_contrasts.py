@@ -110,10 +110,10 @@ def test_unit_energies_are_the_squared_gradients_of_each_unit(
 
 def test_unit_energies_of_lazy_gradients_leave_out_products_of_positions() -> None:
     whole = outer(6, groups=2)
-    each = [each_unit(Outer(whole.a[:, :, [k]], whole.delta[:, :, [k]])) for k in range(6)]
+    each = [each_unit(Outer(whole.activations[:, :, [k]], whole.output_grads[:, :, [k]])) for k in range(6)]
     torch.testing.assert_close(each_unit(whole), torch.stack(each).sum(0), rtol=1e-10, atol=1e-10)
     table = Lookup(torch.randint(4, (5, 6)), torch.randn(5, 6, 3).double(), 4)
-    single = [Lookup(table.ids[:, [k]], table.delta[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
+    single = [Lookup(table.ids[:, [k]], table.output_grads[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
     expected = torch.stack(single).square().sum((0, 2, 3))
     torch.testing.assert_close(each_unit(table), expected, rtol=1e-10, atol=1e-10)
 
@@ -126,7 +126,7 @@ def test_self_influence_is_signed_by_unit_energies() -> None:
     found = signed_by(contrasts.of_self(three, [one, two]))
     torch.testing.assert_close(found, energies @ signs.T / energies.sum(1, keepdim=True), rtol=1e-10, atol=1e-10)
     assert found[:, 0].eq(1).all() and found[:, 1:].abs().max() <= 1
-    assert signed_by(contrasts.of_self(three, [Outer(one.a, torch.zeros_like(one.delta))])).eq(0).all()
+    assert signed_by(contrasts.of_self(three, [Outer(one.activations, torch.zeros_like(one.output_grads))])).eq(0).all()
 
 
 def test_a_single_unit_has_no_contrast() -> None:

@@ -1,4 +1,4 @@
-"""The proof: no vote, not once, and for the fallback too; what never stays in a gradient does not count."""
+"""Verification finds wrong gradients, also later and in the fallback; what does not stay in ``grad`` does not count."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def fit(module: L.LightningModule, callbacks: list[L.Callback], **trainer: Any) 
 
 
 def recorded(make: Callable[[], Net], trainer: dict[str, Any] | None = None, **options: Any) -> tuple[Net, Any, Keep]:
-    """The module, its callback and what was folded; the weights must be those of a plain run."""
+    """The module, its callback and its steps; the weights must be those of a plain run."""
     keep, plain, module = Keep(), make(), make()
     fit(plain, [], **trainer or {})
     settings = {"queries": "val", "methods": [keep], "discount": False, "refresh_every": 1, "rank": None}
@@ -89,7 +89,7 @@ def recorded(make: Callable[[], Net], trainer: dict[str, Any] | None = None, **o
 
 
 def truth(module: Net, step: int, names: set[str] | None = None, mean: bool = True) -> Tensor:
-    """<v, each row's share> of one step, of the named parameters, by a pass a row."""
+    """<v, each row's contribution> of one step, of the named parameters, by a pass a row."""
     x, y, net = module.seen[step]
     parameters = [p for n, p in net.named_parameters() if names is None or n in names]
     net.eval()
@@ -108,7 +108,7 @@ def check(module: Net, keep: Keep, names: set[str] | None = None, steps: int = 4
         torch.testing.assert_close(signals[:, 0], truth(module, step, names), **EXACT)
 
 
-# -- a factor is no matter of a vote -----------------------------------------------------------------------------------
+# -- wrong factors -----------------------------------------------------------------------------------------------------
 
 
 class Tripled(nn.Linear):
@@ -150,7 +150,7 @@ def _wrong(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["tripled", "equalized", "standardised", "shift"])
-def test_many_wrong_layers_do_not_outvote_the_right_ones(kind: str) -> None:
+def test_wrong_layers_are_found_even_if_they_are_the_majority(kind: str) -> None:
     module, recorder, keep = recorded(lambda: Net(_wrong(kind)))
     own = (Tripled, Equalized, ScaledStd, Shift)
     wrong = {n for n, m in module.net.named_modules() if isinstance(m, own)}
@@ -162,14 +162,14 @@ def test_many_wrong_layers_do_not_outvote_the_right_ones(kind: str) -> None:
     check(module, keep, names - left)
 
 
-def test_layers_all_wrong_by_one_factor_are_refused() -> None:
+def test_layers_that_are_all_wrong_by_one_factor_are_found() -> None:
     _, recorder, keep = recorded(lambda: Net(_wrong("all tripled")))
     assert not keep.steps and recorder.failed and recorder.coverage.share == 0
 
 
 @pytest.mark.parametrize("clip", ["after the batch", "inside of it"])
-def test_a_bare_loop_may_clip_before_the_proof(clip: str) -> None:
-    """A clipped gradient is no evidence against its rows; what is wrong stays wrong, though smaller than 1."""
+def test_clipping_in_a_bare_loop_does_not_change_what_verification_finds(clip: str) -> None:
+    """Verification reads gradients before they are clipped."""
     torch.manual_seed(0)
     net, (x, y) = nn.Sequential(Equalized(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), data()
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -188,7 +188,7 @@ def test_a_bare_loop_may_clip_before_the_proof(clip: str) -> None:
     assert set(recorder.coverage.uncaptured) == {"0.weight", "0.bias"}
 
 
-# -- a second use of the gradient --------------------------------------------------------------------------------------
+# -- several backward passes in one step -------------------------------------------------------------------------------
 
 
 class Adversarial(Net):
@@ -254,7 +254,7 @@ KINDS = ["thrown_away", "zeroed", "by_grad", "projected", "only_inputs", "differ
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_inner_passes_do_not_count(kind: str, first: int) -> None:
+def test_inner_passes_whose_gradients_do_not_stay_do_not_count(kind: str, first: int) -> None:
     def make() -> Net:
         net = Adversarial()
         net.kind, net.first = kind, first
@@ -286,7 +286,7 @@ class ByHand(Net):
 
 
 @pytest.mark.parametrize("between", [False, True])
-def test_passes_by_hand_count_unless_cleared(between: bool) -> None:
+def test_manual_backward_passes_count_unless_cleared(between: bool) -> None:
     def make() -> Net:
         net = ByHand()
         net.between = between
@@ -297,7 +297,7 @@ def test_passes_by_hand_count_unless_cleared(between: bool) -> None:
 
 
 class LazyR1(Net):
-    """A gradient penalty in every other step only: its double backward reaches weights past every record."""
+    """A gradient penalty in every other step only: its double backward reaches weights through no layer's call."""
 
     def training_step(self, batch: Any, index: int) -> Any:
         x, y = batch
@@ -378,16 +378,16 @@ def test_a_layer_that_joins_between_refreshes_is_recorded_from_then_on() -> None
     torch.testing.assert_close(keep.steps[2][1][:, 0], truth(module, 2), **EXACT)
 
 
-def test_a_bare_parameter_that_joins_is_named_with_its_share() -> None:
+def test_a_bare_parameter_that_joins_is_named_with_its_fraction() -> None:
     module, recorder, _ = recorded(lambda: Curriculum(Joining("bare")), trainer={"max_epochs": 2})
     (name,) = recorder.coverage.uncaptured
-    assert name == "net.bare" and "no capture for Joining" in recorder.coverage.uncaptured[name]
+    assert name == "net.bare" and "no layer function for Joining" in recorder.coverage.uncaptured[name]
     sizes = [p.numel() for p in module.parameters()]
     assert recorder.coverage.share == pytest.approx(1 - 8 / sum(sizes))
     assert any("net.bare" in note and "from step" in note for note in recorder.coverage.notes)
 
 
-def test_a_bare_parameter_that_joins_is_left_to_the_fallback() -> None:
+def test_a_bare_parameter_that_joins_is_recorded_by_the_fallback() -> None:
     class Told(Curriculum):
         """The fallback asks for single rows with ``batch_idx`` 0: the stage stays that of the step."""
 
@@ -402,7 +402,7 @@ def test_a_bare_parameter_that_joins_is_left_to_the_fallback() -> None:
 
 
 def test_a_weight_borrowed_later_is_found_and_named() -> None:
-    """No call changes: the proof at a later refresh finds it."""
+    """No call changes: the verification at a later refresh finds it."""
     module, recorder, keep = recorded(lambda: Curriculum(Joining("borrowed")), trainer={"max_epochs": 1})
     told = recorder.coverage.uncaptured
     assert set(told) == {"net.more.weight", "net.more.bias"}
@@ -437,7 +437,7 @@ class LayerDrop(Net):
     drops = ((0,), (1, 2), (0, 2), (0, 1, 2))
 
 
-def test_layers_dropped_at_random() -> None:
+def test_layers_that_take_part_in_some_steps_only_are_exact() -> None:
     module, recorder, keep = recorded(LayerDrop)
     assert recorder.coverage.share == 1.0 and not recorder.coverage.uncaptured
     for step, drops in enumerate(module.drops):
@@ -462,11 +462,11 @@ class Experts(nn.Module):
         return self.head(torch.tanh(out))
 
 
-def test_experts_without_a_row_in_the_first_batches() -> None:
+def test_experts_without_a_row_in_the_first_batches_are_exact_later() -> None:
     module, recorder, keep = recorded(lambda: Net(Experts()))
     first, last = module.seen[0][0], torch.cat([x for x, *_ in module.seen])
-    gone = [int(((x[:, 0] > 0) & (x[:, 1] > 1)).sum()) for x in (first, last)]
-    assert gone[0] == 0 < gone[1]
+    counts = [int(((x[:, 0] > 0) & (x[:, 1] > 1)).sum()) for x in (first, last)]
+    assert counts[0] == 0 < counts[1]
     check(module, keep)
     assert recorder.coverage.share == 1.0
 
@@ -531,7 +531,7 @@ class Contrastive(Net):
 
 
 @pytest.mark.parametrize("views", [True, False])
-def test_a_loss_that_compares_rows_is_no_case_for_the_fallback(views: bool) -> None:
+def test_the_fallback_refuses_a_loss_that_compares_rows(views: bool) -> None:
     def make() -> Net:
         net = Contrastive()
         net.views = views
@@ -545,7 +545,7 @@ def test_a_loss_that_compares_rows_is_no_case_for_the_fallback(views: bool) -> N
     assert recorder.coverage.share == pytest.approx(1 - sum(sizes[n] for n in told) / sum(sizes.values()))
 
 
-def test_centred_features_are_no_case_for_the_fallback() -> None:
+def test_the_fallback_refuses_features_centred_over_the_batch() -> None:
     class Centred(Bare):
         def forward(self, z: Tensor) -> Tensor:
             return super().forward(z - z.mean(0))
@@ -558,7 +558,7 @@ def test_centred_features_are_no_case_for_the_fallback() -> None:
     }
 
 
-def test_dropout_makes_the_fallback_approximate() -> None:
+def test_with_dropout_the_fallback_is_named_as_approximate() -> None:
     _, recorder, keep = recorded(
         lambda: Net(nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.3), Bare())), uncaptured="fallback"
     )
@@ -590,7 +590,7 @@ class Penalised(Net):
     ("kind", "reason"),
     [("l2", "weight_decay"), ("norm", "weight_decay"), ("l1", "L1 penalty"), ("gradient", "create_graph=True")],
 )
-def test_a_penalty_is_called_by_its_name(kind: str, reason: str) -> None:
+def test_the_reason_names_the_penalty(kind: str, reason: str) -> None:
     def make() -> Net:
         net = Penalised()
         net.kind = kind
@@ -601,7 +601,7 @@ def test_a_penalty_is_called_by_its_name(kind: str, reason: str) -> None:
     assert "row_fn" not in recorder.notes[-1] and "no layer with a known type" not in recorder.notes[-1]
 
 
-def test_joined_views_are_called_so_and_the_fallback_only_where_it_helps() -> None:
+def test_the_reason_names_joined_views_and_the_fallback_only_if_it_helps() -> None:
     class Averaged(Net):
         def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(net(torch.cat([x, x + 0.1])), y.repeat(2))

@@ -1,4 +1,4 @@
-"""Convolutions: linear layers on windows of their input, which are seldom cut out."""
+"""Gradients of convolutions: linear layers on windows of their input, which are rarely cut out."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients import Outer
+from ine_callback.capture.per_sample_gradients.outer import Outer
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How windows lie: sizes [space], and the groups of channels."""
+    """Where the windows of a convolution lie: sizes for each dimension of space, and the groups of channels."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -35,7 +35,7 @@ class Kernel:
         return view.reshape(*view.shape[:2], math.prod(view.shape[2 : 2 + space]), -1)
 
     def cut_some(self, x: Tensor, positions: slice) -> Tensor:
-        """Those at some positions, [b, G, len, C/G * prod(size)]."""
+        """Windows at some positions, [b, G, len, C/G * prod(size)]."""
         view, space = self.view(x), len(self.size)
         sides = view.shape[2 : 2 + space]
         at = torch.arange(math.prod(sides), device=x.device)[positions]
@@ -51,38 +51,38 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Windows(Outer):
-    """An :class:`Outer` whose inputs are windows: ``a`` is the padded image [b, C, *space] that they are cut from.
+    """An :class:`Outer` whose inputs are windows of ``activations``, the padded image [b, C, *space].
 
-    A product of windows with a basis is a convolution of the image, so the windows (as many times larger as the kernel
-    has places) are cut for few rows or few positions only.
+    A product of windows with a basis is a convolution of the image. Windows are larger than the image by the size of
+    the kernel, so they are only cut for few rows or positions.
     """
 
     kernel: Kernel = Kernel((), (), (), 1)
 
     @property
     def inputs(self) -> int:
-        return self.a.shape[1] // self.kernel.groups * math.prod(self.kernel.size) + self.ones
+        return self.activations.shape[1] // self.kernel.groups * math.prod(self.kernel.size) + self.ones
 
     @property
     def _inner_first(self) -> bool:
         return True
 
     def formed(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        return self._with_ones(self.kernel.cut(self.a[rows]))
+        return self._with_ones(self.kernel.cut(self.activations[rows]))
 
     def some_inputs(self, positions: slice) -> Tensor:
-        return self._with_ones(self.kernel.cut_some(self.a, positions))
+        return self._with_ones(self.kernel.cut_some(self.activations, positions))
 
     def projected(self, basis: Tensor) -> Tensor:
         groups, _, width = basis.shape
-        basis = basis.to(self.a.dtype)
+        basis = basis.to(self.activations.dtype)
         weight, bias = (basis[:, :-1], basis[:, -1].flatten()) if self.ones else (basis, None)
         kernels = weight.transpose(1, 2).reshape(groups * width, -1, *self.kernel.size)
-        found: Tensor = self.kernel.convolve(self.a, kernels, bias).unflatten(1, (groups, width))
+        found: Tensor = self.kernel.convolve(self.activations, kernels, bias).unflatten(1, (groups, width))
         return found.transpose(2, 3)
 
     def input_squares(self) -> Tensor:
         groups = self.kernel.groups
-        squares = self.a.square().unflatten(1, (groups, -1)).sum(2)
+        squares = self.activations.square().unflatten(1, (groups, -1)).sum(2)
         window = squares.new_ones(groups, 1, *self.kernel.size)
         return self.kernel.convolve(squares, window) + float(self.ones)

@@ -1,4 +1,4 @@
-"""Records against their definitions: moments, chunks, joins, and lookups as products with one-hot vectors."""
+"""Per-sample gradients against their definitions: covariances, chunks, joins, lookups as one-hot products; blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, GradSample, Lookup, Outer, Vector
-from ine_callback.capture import per_sample_gradients as module
+from ine_callback.capture.per_sample_gradients import base
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 sizes = st.integers(1, 4)
@@ -32,11 +32,11 @@ def lookup(rows: int, positions: int, entries: int, width: int, seed: int = 0) -
 def one_hot(grad_sample: Lookup) -> Outer:
     """The same gradients as products of a one-hot vector and the output gradient."""
     hot = torch.nn.functional.one_hot(grad_sample.ids, grad_sample.entries).double()
-    return Outer(grad_sample.delta[:, None], hot[:, None])
+    return Outer(grad_sample.output_grads[:, None], hot[:, None])
 
 
 @given(rows=sizes, groups=sizes, positions=sizes, out=sizes, inputs=sizes, seed=st.integers(0, 99))
-def test_outer_is_the_sum_over_positions(
+def test_outer_gradients_and_covariances_are_sums_over_positions(
     rows: int, groups: int, positions: int, out: int, inputs: int, seed: int
 ) -> None:
     grad_sample = outer(rows, groups, positions, out, inputs, seed)
@@ -46,15 +46,15 @@ def test_outer_is_the_sum_over_positions(
     for i in range(rows):
         for k in range(groups):
             for p in range(positions):
-                a, delta = grad_sample.a[i, k, p], grad_sample.delta[i, k, p]
+                a, delta = grad_sample.activations[i, k, p], grad_sample.output_grads[i, k, p]
                 g[i, k] += torch.outer(delta, a)
                 left[k] += torch.outer(delta, delta)
                 right[k] += torch.outer(a, a) / (rows * positions)
     torch.testing.assert_close(grad_sample.gradient(slice(0, rows)), g, **EXACT)
     for full in [(True, True), (True, False), (False, True), (False, False)]:
         found = grad_sample.covariances(full)
-        for moment, truth, is_full in zip(found, (left, right), full, strict=True):
-            torch.testing.assert_close(moment, truth if is_full else truth.diagonal(dim1=1, dim2=2), **EXACT)
+        for covariance, truth, is_full in zip(found, (left, right), full, strict=True):
+            torch.testing.assert_close(covariance, truth if is_full else truth.diagonal(dim1=1, dim2=2), **EXACT)
 
 
 @given(rows=sizes, positions=st.integers(1, 5), entries=sizes, width=sizes, seed=st.integers(0, 99))
@@ -62,18 +62,18 @@ def test_lookup_is_the_outer_product_with_one_hot_vectors(
     rows: int, positions: int, entries: int, width: int, seed: int
 ) -> None:
     grad_sample = lookup(rows, positions, entries, width, seed)
-    twin = one_hot(grad_sample)
+    product = one_hot(grad_sample)
     everything = slice(0, rows)
-    torch.testing.assert_close(grad_sample.gradient(everything), twin.gradient(everything), **EXACT)
-    torch.testing.assert_close(grad_sample.total(), twin.total(), **EXACT)
+    torch.testing.assert_close(grad_sample.gradient(everything), product.gradient(everything), **EXACT)
+    torch.testing.assert_close(grad_sample.total(), product.total(), **EXACT)
     u = torch.randn(3, *grad_sample.layout, dtype=torch.float64)
-    torch.testing.assert_close(grad_sample.signals(u), twin.signals(u), **EXACT)
+    torch.testing.assert_close(grad_sample.signals(u), product.signals(u), **EXACT)
     weights = torch.rand(2, *grad_sample.layout, dtype=torch.float64)
-    torch.testing.assert_close(grad_sample.norms(weights), twin.norms(weights), **EXACT)
-    torch.testing.assert_close(grad_sample.squared_norms(), twin.squared_norms(), **EXACT)
+    torch.testing.assert_close(grad_sample.norms(weights), product.norms(weights), **EXACT)
+    torch.testing.assert_close(grad_sample.squared_norms(), product.squared_norms(), **EXACT)
     for full in (True, False):
-        found, truth = grad_sample.covariances((False, full)), twin.covariances((False, full))
-        # one of them averages the left side, the other the right side: only the product is defined
+        found, truth = grad_sample.covariances((False, full)), product.covariances((False, full))
+        # one averages the left side, the other the right side: only the product is defined
         torch.testing.assert_close(
             torch.kron(found[0].flatten(), found[1].flatten()),
             torch.kron(truth[0].flatten(), truth[1].flatten()),
@@ -81,7 +81,7 @@ def test_lookup_is_the_outer_product_with_one_hot_vectors(
         )
 
 
-def test_vector_moments_and_norms() -> None:
+def test_vector_covariances_are_summed_squares_and_one() -> None:
     g = torch.randn(5, 3, dtype=torch.float64)
     left, right = Vector(g).covariances((True, True))
     torch.testing.assert_close(left, sum(row.square() for row in g), **EXACT)
@@ -91,11 +91,11 @@ def test_vector_moments_and_norms() -> None:
 @pytest.mark.parametrize(
     "grad_sample", [outer(5, 2, 3, 2, 4), outer(5, 1, 1, 3, 4), lookup(5, 3, 4, 2), Vector(torch.randn(5, 3).double())]
 )
-def test_chunks_change_nothing(grad_sample: GradSample, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_rows_give_the_results_of_one_pass(grad_sample: GradSample, monkeypatch: pytest.MonkeyPatch) -> None:
     u, weights = torch.randn(3, *grad_sample.layout).double(), torch.rand(2, *grad_sample.layout).double()
     whole = grad_sample.signals(u), grad_sample.norms(weights), grad_sample.squared_norms()
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", weights.numel() + 1)
-    assert len(list(module.row_chunks(5, weights[0].numel()))) == 3
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", weights.numel() + 1)
+    assert len(list(base.row_chunks(5, weights[0].numel()))) == 3
     for a, b in zip(
         whole, (grad_sample.signals(u), grad_sample.norms(weights), grad_sample.squared_norms()), strict=True
     ):
@@ -104,9 +104,9 @@ def test_chunks_change_nothing(grad_sample: GradSample, monkeypatch: pytest.Monk
 
 @given(rows=st.integers(1, 50), elements=st.integers(0, 10**9))
 def test_row_chunks_cover_every_row_once(rows: int, elements: int) -> None:
-    chunks = list(module.row_chunks(rows, elements))
+    chunks = list(base.row_chunks(rows, elements))
     assert [k for c in chunks for k in range(rows)[c]] == list(range(rows))
-    assert all((c.stop - c.start) * elements <= module.CHUNK_ELEMENTS or c.stop - c.start == 1 for c in chunks)
+    assert all((c.stop - c.start) * elements <= base.CHUNK_ELEMENTS or c.stop - c.start == 1 for c in chunks)
 
 
 def test_lookup_has_no_left_basis() -> None:
@@ -115,11 +115,11 @@ def test_lookup_has_no_left_basis() -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv2d(4, 6, 3, groups=2)])
-def test_block_joins_weight_and_bias_like_its_record(layer: nn.Module) -> None:
+def test_a_blocks_layout_joins_weight_and_bias_as_its_grad_sample_does(layer: nn.Module) -> None:
     groups = getattr(layer, "groups", 1)
     out, inputs = layer.weight.shape[0] // groups, layer.weight[0].numel()
     weight = outer(5, groups, 3, out, inputs)
-    bias = Outer(torch.ones(5, groups, 3, 1, dtype=torch.float64), weight.delta)
+    bias = Outer(torch.ones(5, groups, 3, 1, dtype=torch.float64), weight.output_grads)
     table = BlockTable(nn.Sequential(layer))
     ((block, joined),) = table.sort(layer, {"weight": weight, "bias": bias})
     assert block.name == "0.weight" and block.parameters == (layer.weight, layer.bias)
@@ -145,7 +145,7 @@ def test_tied_parameters_get_blocks_of_their_own() -> None:
     assert pairs[0][0] is pairs[2][0] and pairs[0][0].tied and not pairs[1][0].tied
 
 
-def test_a_dropped_block_stays_away_until_the_fallback_takes_it() -> None:
+def test_a_dropped_block_is_refused_until_the_fallback_takes_its_parameter() -> None:
     layer = nn.Linear(3, 2)
     table = BlockTable(layer)
     grad_samples = {"weight": outer(2, 1, 1, 2, 3), "bias": outer(2, 1, 1, 2, 1)}
@@ -153,7 +153,7 @@ def test_a_dropped_block_stays_away_until_the_fallback_takes_it() -> None:
     table.drop(block)
     assert table.sort(layer, grad_samples) == [] and table.captured() == set()
     slow: Block = table.vector(layer.weight)
-    assert slow.layout == (6,) and list(table) == [slow] and table.captured() == set()  # by no layer's function
+    assert slow.layout == (6,) and list(table) == [slow] and table.captured() == set()  # by no layer function
 
 
 def test_gradient_of_a_slice_is_a_slice_of_the_gradient() -> None:

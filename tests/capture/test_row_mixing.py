@@ -1,4 +1,4 @@
-"""Rows that are permuted or mixed inside of the training step, in training mode only: found, and honest models pass."""
+"""Rows that are permuted or mixed inside of the training step, in training mode only: found; other models pass."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Labels(Net):
 class Mixup(Net):
     def training_step(self, batch: Any) -> Tensor:
         x, y = batch
-        order, share = torch.randperm(len(x)), float(np.random.beta(1, 1)) if self.training else 1.0
-        z = self(share * x + (1 - share) * x[order])
-        return share * F.cross_entropy(z, y) + (1 - share) * F.cross_entropy(z, y[order])
+        order, fraction = torch.randperm(len(x)), float(np.random.beta(1, 1)) if self.training else 1.0
+        z = self(fraction * x + (1 - fraction) * x[order])
+        return fraction * F.cross_entropy(z, y) + (1 - fraction) * F.cross_entropy(z, y[order])
 
 
 class Manifold(Net):
@@ -98,7 +98,7 @@ class Noise(Net):
 
 
 class RowByRow(Net):
-    """As many random numbers as the row asks for."""
+    """Draws as many random numbers as the row's first number says."""
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.stack([row + torch.randn(1 + int(4 * row[0].abs())).sum() for row in x]), y
@@ -132,7 +132,7 @@ def fit(module: Net) -> InfluenceCallback:
 
 
 @pytest.mark.parametrize("kind", [Permuted, TwoSwapped, NowAndThen, Sorted, Labels, Mixup, Manifold])
-def test_mixtures_are_found_and_named(kind: type[Net]) -> None:
+def test_mixed_rows_are_found_and_named(kind: type[Net]) -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="rows are permuted or mixed inside training_step"):
         callback = fit(kind())
@@ -140,7 +140,7 @@ def test_mixtures_are_found_and_named(kind: type[Net]) -> None:
     assert callback.report.run.steps == 0 and not np.isfinite(callback.report.scores.mean_loss).any()
 
 
-HONEST: list[Net] = [
+WITHOUT_MIXING: list[Net] = [
     Net(),
     Net(nn.Dropout(0.5), nn.RReLU()),
     Net(nn.BatchNorm1d(8), nn.AlphaDropout(0.2)),
@@ -150,8 +150,8 @@ HONEST: list[Net] = [
 ]
 
 
-@pytest.mark.parametrize("module", HONEST, ids=lambda m: f"{type(m).__name__}{len(m.middle)}")
-def test_models_that_draw_random_numbers_pass(module: Net) -> None:
+@pytest.mark.parametrize("module", WITHOUT_MIXING, ids=lambda m: f"{type(m).__name__}{len(m.middle)}")
+def test_models_that_draw_random_numbers_but_mix_no_rows_pass(module: Net) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*InfluenceCallback")
         callback = fit(module)
@@ -183,7 +183,7 @@ SEEN: list[Tensor] = []
 COUNT = {"steps": 0}
 
 
-def test_what_the_step_gathers_outside_of_the_module_holds_the_trainings_steps_alone() -> None:
+def test_the_check_leaves_no_trace_in_what_the_step_gathers_outside_of_the_module() -> None:
     SEEN.clear()
     COUNT["steps"] = 0
     callback = fit(Journal())
