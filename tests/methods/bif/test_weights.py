@@ -261,8 +261,8 @@ def test_a_fit_of_rows_of_unlike_length(per_token: bool) -> None:
     assert np.isfinite(found.scores).all() and len(found.scores) == len(rows) and len(influence.report.bif_stages) == 2
     assert any("counts rows unequally" in note for note in found.notes)
     if per_token:  # what is padded has no score
-        assert np.allclose(found.terms.scores.sum(1), found.scores, atol=1e-6)
-        assert all((found.terms.scores[k, len(ids) :] == 0).all() for k, (ids, _) in enumerate(rows))
+        assert np.allclose([found.tokens.of(k).sum(0) for k in range(len(rows))], found.scores, atol=1e-6)
+        assert all((found.tokens.of(k)[len(ids) :] == 0).all() for k, (ids, _) in enumerate(rows))
 
 
 def test_a_step_that_squeezes() -> None:
