@@ -25,7 +25,7 @@ from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.fidelity import machine, network
 from benchmarks.metrics import Floats, auroc, per_query_spearman
-from ine_callback.methods.bif.readout import EachRow
+from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.methods.bif.settings import BIF
@@ -70,7 +70,7 @@ def measure(found: BIFScores, seconds: float, truth: g1.Truth, problem: g1.Probl
         "shrunk": judge(found.shrunk, truth, problem),
         "laplace": judge(found.laplace, truth, problem),
         "auroc_flipped": auroc(-found.scores.mean(1), problem.flipped.numpy()),
-        "se": float(np.median(found.se if found.se is not None else np.nan)),
+        "se": float(np.median(found.se)) if found.se is not None else float("nan"),
         "failed_screens": float(len(found.reasons)),
         "step_size": float(found.settings["step_size"]),
         "seconds": seconds,

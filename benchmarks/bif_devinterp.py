@@ -48,7 +48,7 @@ from benchmarks.bif import row_entropies, trained
 from benchmarks.data import folder
 from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats
-from ine_callback.methods.bif.readout import EachRow
+from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.settings import BIF
 

@@ -27,7 +27,7 @@ from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats, mean_and_half_width
 from benchmarks.mislabel import Problem, command_line, cross_entropy, network
 from ine_callback import InfluenceReport, InfluenceSampler, Query, Recorder
-from ine_callback.report.labels import LabelSuggestions
+from ine_callback.applications.relabel import LabelSuggestions
 
 NONE, RANDOM, LOSS = "nothing", "random rows", "highest final loss"
 REFERENCES = {"minus_none": NONE, "minus_random": RANDOM, "minus_loss": LOSS}

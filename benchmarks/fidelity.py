@@ -91,7 +91,7 @@ class SummedFINE(FINE):
 
     def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
         level = torch.ones_like(self._state["noise"])
-        self._state["profile"].index_add_(0, rows, level[self._own].expand(rows.shape[0], -1))
+        self._state["profile"].index_add_(0, rows, level[self._self_columns].expand(rows.shape[0], -1))
         return level
 
 

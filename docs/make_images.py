@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ine_callback import InfluenceReport
 from ine_callback.report import plots
-from ine_callback.report.words import BLUE, ORANGE
+from ine_callback.utilities.words import BLUE, ORANGE
 
 HERE = Path(__file__).resolve().parent
 INK, PALE, SOFT, FAINT = "#30343A", "#F4F6F8", "#6B7280", "#D9DCE1"
@@ -100,12 +100,12 @@ def flow() -> Figure:
     columns, high, middle, low = (0.25, 4.25, 8.25, 12.25), 5.55, 2.95, 0.35
     _heading(ax, columns[0], 7.75, "Every training step")
     _box(ax, columns[0], high, "rows", "which dataset rows\nare in this batch")
-    _box(ax, columns[1], high, "capture", "each row's share of the step,\nread off the backward pass")
-    _box(ax, columns[2], high, "signals", "⟨direction, share⟩: a number\nfor each row and query", BLUE)
-    _box(ax, columns[3], high, "methods", "fold signals into each row's\nsums, and into a null")
+    _box(ax, columns[1], high, "capture", "per-sample gradients,\nfrom the backward pass")
+    _box(ax, columns[2], high, "signals", "⟨direction, contribution⟩:\na number a row and query", BLUE)
+    _box(ax, columns[3], high, "methods", "add signals to each row's\nsums, and to a null")
     _heading(ax, columns[0], 4.0, "Every 20 steps")
     _box(ax, columns[1], middle, "queries", "what you ask, for instance the\nmean validation loss")
-    _box(ax, columns[2], middle, "directions", "its gradient, less what the\nlater steps will undo")
+    _box(ax, columns[2], middle, "directions", "their gradients, times the\ndiscount")
     _heading(ax, columns[2], 1.4, "When training ends", align="right", shift=WIDTH)
     _box(ax, columns[3], middle, "scores", "μ, standard error, p and q\nfor each row and query", BLUE)
     _box(ax, columns[3], low, "report", "tables, plots, files:\nwhich rows to look at", ORANGE)

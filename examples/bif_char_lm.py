@@ -3,7 +3,7 @@
 The rows and documents of char_lm.py, and a model a sixth as large. Beside f-INE, which is recorded while the model
 trains, SGLD chains run after half of the training and at its end. The report says whether the chains can be believed
 and how far both methods agree; the passages are shown with the characters that did it. The chains take three minutes of
-one core; fewer ``--draws`` take less, and the noise screen will say so.
+one core; fewer ``--draws`` take less, and the noise check will say so.
 
     python examples/bif_char_lm.py                  # four poems, in examples/excerpt.txt
     python examples/bif_char_lm.py --out DIR        # with report.html

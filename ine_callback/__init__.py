@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from ine_callback.integrations.rerun import run_bif
     from ine_callback.methods import BIF, FINE
     from ine_callback.methods.bif.calibration import Calibration, calibrate
-    from ine_callback.methods.bif.readout import EachRow
+    from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
+    from ine_callback.optimizers import register_optimizer
     from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recording.recorder import Recorder
     from ine_callback.report import InfluenceReport
@@ -39,19 +40,21 @@ __all__ = [
     "bif_scores",
     "calibrate",
     "register_layer",
+    "register_optimizer",
     "run_bif",
 ]
 
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
 _MODULES = {
     "methods.bif.calibration": ["Calibration", "calibrate"],
-    "methods.bif.readout": ["EachRow"],
+    "methods.bif.evaluation": ["EachRow"],
     "integrations.rerun": ["run_bif"],
     "methods.bif.run": ["bif_scores"],
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods": ["BIF", "FINE"],
+    "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.recorder": ["Recorder"],
     "report": ["InfluenceReport"],

@@ -18,13 +18,13 @@ from ine_callback._version import __version__
 from ine_callback.report import InfluenceReport, ScoreTable
 from ine_callback.report.attribution_view import section
 from ine_callback.report.export import LISTS, Format, contents
-from ine_callback.report.optional import need
-from ine_callback.report.table import as_text
-from ine_callback.report.words import plain
 from ine_callback.utilities.jsonable import jsonable
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.terminal import as_text
+from ine_callback.utilities.words import plain
 
-FOUND, NOT_FOUND, FAULT, PIPE_CLOSED = 0, 1, 2, 141  # the last as the shell says it: 128 + SIGPIPE
-FLAG_AT, LISTED = 0.05, 10
+FOUND, NOT_FOUND, FAULT, PIPE_CLOSED = 0, 1, 2, 141  # the last as in shells: 128 + SIGPIPE
+FLAG_AT, ROWS_PER_END = 0.05, 10
 
 ABOUT = """\
 Which training rows helped, which harmed: read the reports of ine_callback.
@@ -43,7 +43,7 @@ examples:
 found (show --flagged) or nothing repeats (compare); 2 wrong usage, or a report
 that cannot be read."""
 SHOW_EXAMPLES = """\
-Without options: the whole report. With --query alone: its 10 first rows of both ends.
+Without options: the whole report. With --query alone: its first 10 rows at both ends.
 For labels that may be wrong, ask the query 'self' for its top, others for their bottom.
 
 examples:
@@ -52,7 +52,7 @@ examples:
   ine-callback show influence --query val --flagged --q 0.01
   ine-callback show influence --json
 
-Exit status 1: --flagged, and no row is."""
+Exit status 1: --flagged, and no row is flagged."""
 EXPORT_EXAMPLES = """\
 csv, json, parquet: a line for every row and query with all its numbers; empty or null
 where the row was never observed, which is not a score of 0.
@@ -93,8 +93,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (by default the process's own) and returns its exit status.
 
-    Faults of the user, of a report and of the file system are one line on standard error; escape codes in foreign
-    text do not reach the terminal.
+    Errors in the usage, in a report or in the file system are one line on standard error. Escape codes in foreign text
+    do not reach the terminal.
 
     Raises:
         SystemExit: With status 2 on wrong usage, 0 after ``--help`` and ``--version``.
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
         return PIPE_CLOSED
     except (KeyError, ValueError, OSError, ImportError) as error:
@@ -187,7 +187,10 @@ def _show(arguments: argparse.Namespace) -> int:
         _say_json(lists or report.summary())
     else:
         parts: list[Any] = [table.render(len(table)) for table in tables.values()]
-        for part in parts or [report]:
+        missed = (
+            [plain(report.run.incomplete)] if parts and report.run.incomplete else []
+        )  # the whole report says it itself
+        for part in [*missed, *parts] or [report]:
             _say(part)
     return NOT_FOUND if arguments.flagged and not len(tables["flagged"]) else FOUND
 
@@ -200,24 +203,24 @@ def _show_method(report: InfluenceReport, arguments: argparse.Namespace) -> int:
     if not stages:
         there = ", ".join(dict.fromkeys(each.method for each in report.attributions)) or "none"
         raise ValueError(f"show: no method {arguments.method!r} ran on the trained model; there are: {there}")
-    last, asked = stages[-1], None if arguments.query is None else [arguments.query]
-    k = LISTED if arguments.top is None else arguments.top
+    last, queries = stages[-1], None if arguments.query is None else [arguments.query]
+    k = ROWS_PER_END if arguments.top is None else arguments.top
     if arguments.json:
-        names = asked or [query.name for query in last.queries]
+        names = queries or [query.name for query in last.queries]
         lists = {name: {"top": last.top(k, name).tolist(), "bottom": last.bottom(k, name).tolist()} for name in names}
         _say_json({"method": last.method, "at": last.at, "reliable": last.reliable, "queries": lists})
         return FOUND
     from rich.console import Group
 
-    _say(Group(*section(stages, report.scores, asked, k)))
+    _say(Group(*section(stages, report.scores, queries, k)))
     return FOUND
 
 
 def _tables(report: InfluenceReport, arguments: argparse.Namespace) -> dict[str, ScoreTable]:
-    """The rows that were asked for; none where the whole report was."""
+    """The tables that the options name; none for the whole report."""
     query, top, bottom = arguments.query, arguments.top, arguments.bottom
     if query is not None and top is bottom is None and not arguments.flagged:
-        top = bottom = LISTED
+        top = bottom = ROWS_PER_END
     tables = {}
     if top is not None:
         tables["top"] = report.top(top, query)
@@ -238,7 +241,7 @@ def _export(arguments: argparse.Namespace) -> int:
     report = InfluenceReport.load(arguments.path)
     if file is None:
         rest = memoryview(contents(report, form, arguments.query, q))
-        while rest:  # unbuffered, as with PYTHONUNBUFFERED, a pipe may take a part
+        while rest:  # unbuffered (PYTHONUNBUFFERED), a pipe may take only a part
             rest = rest[sys.stdout.buffer.write(rest) :]
     else:
         print(plain(report.export(file, form, arguments.query, q)))

@@ -17,3 +17,18 @@ class RowsError(InfluenceError):
 
 class CaptureError(InfluenceError):
     """Parameters whose per-row gradients cannot be captured, with ``uncaptured="raise"``."""
+
+    always = True  # no batch will be different
+
+
+class UntoldRows(RowsError):
+    """A batch whose rows cannot be told: it is left out, or the recording refused where no batch's ever could.
+
+    Args:
+        message: What is wrong and what to do.
+        always: Whether every batch will be like it.
+    """
+
+    def __init__(self, message: str, always: bool = False) -> None:
+        super().__init__(message)
+        self.always = always

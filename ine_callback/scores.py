@@ -145,7 +145,7 @@ class Attribution:
     combined by these fields alone. A further column or array can be read like an attribute: ``found.laplace``.
 
     Attributes:
-        method: The method's name, such as ``"BIF"``: the report's column, and in lower case its attribute.
+        method: The method's name, such as ``"BIF"``.
         rows: Dataset index of each row [R].
         queries: The Q queries, in column order.
         scores: [R, Q].

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.overhead.workloads import Workload, loss_of
 from ine_callback import Recorder
-from ine_callback.curvature.intervals import curvature_gap, refresh_gap
+from ine_callback.curvature.intervals import curvature_interval, refresh_interval
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.report import InfluenceReport
 
@@ -29,9 +29,9 @@ def planned_kinds() -> Iterator[str]:
     for step in itertools.count():
         yield REFRESH if step == refresh else LOOK if step == look else ORDINARY
         if step == refresh:
-            refresh += refresh_gap(step, None)
+            refresh += refresh_interval(step, None)
         if step == look:
-            look += curvature_gap(step, None)
+            look += curvature_interval(step, None)
 
 
 class Plain:

@@ -17,19 +17,19 @@ class InfluenceSampler(Sampler[int]):
     """Draws each row ``weight`` times an epoch on average, in random order; weights come from ``report.weights()``.
 
     A weight of 1 is exactly once an epoch and a weight of 0 never; 0.5 is every second epoch on average, 1.5 once or
-    twice. The epoch has the same length every time (the sum of the weights), for the draws of an epoch are coupled
+    twice. The epoch has the same length every time (the sum of the weights), because the draws of an epoch are coupled
     (systematic sampling in random order). torch's ``WeightedRandomSampler`` draws independently, with replacement: of
     rows of weight 1 it leaves out 37 % in each epoch.
 
     The order depends on ``seed`` and the epoch alone. Lightning sets the epoch, also after resuming; elsewhere each
-    pass counts as one. Lightning under DDP and Accelerate deal its rows out to the processes.
+    pass counts as one. Lightning under DDP and Accelerate distribute its rows to the processes.
 
     Args:
         weights: One weight of at least 0 for each row of the dataset [N].
-        seed: Of the draws; no global random state is used or changed.
+        seed: Seed of the draws; no global random state is used or changed.
 
     Attributes:
-        epoch: The next pass's epoch.
+        epoch: Number of the next epoch.
 
     Raises:
         InfluenceError: For weights that are no vector of finite numbers >= 0, or that leave no row.

@@ -1,4 +1,4 @@
-"""Blocks: the parameters that share one layout, one direction and one curvature; usually a layer's weight and bias."""
+"""Blocks: parameters with one layout, one direction and one curvature; usually a layer's weight and bias."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.compressed import Compressed
-from ine_callback.capture.per_sample_gradients import Outer, Record, Vector
+from ine_callback.capture.attributes import LayerError, own_parameters
+from ine_callback.capture.per_sample_gradients import CompressedGradients, GradSample, Lookup, Outer, Vector
 
 
 @dataclass(eq=False)
 class Block:
-    """One or two parameters whose per-row gradients come as one record.
+    """One or two parameters whose per-sample gradients come as one :class:`~.GradSample`.
 
     Attributes:
         name: Dotted name of the first parameter.
         parameters: A single parameter, or weight and bias joined as a matrix with the bias as last column.
         layout: Shape of one row's gradient, see :mod:`ine_callback.capture.per_sample_gradients`.
-        position: Of the first parameter among the model's.
-        matrix: Whether all its records are products of inputs and output gradients.
-        shared: Whether several modules use the parameter (tied weights).
+        position: Index of the first parameter among the model's parameters.
+        matrix: Whether all its per-sample gradients are of activations and output gradients (:class:`~.Outer`).
+        tied: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
         outputs: Whether its units are the network's outputs.
-        waiting: What the uses in the current batch left, waiting for the sum.
+        waiting: The contracted uses in the current batch, which wait to be added up.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Block:
     layout: tuple[int, ...]
     position: int = 0
     matrix: bool = False
-    shared: bool = False
+    tied: bool = False
     reused: bool = False
     outputs: bool = False
-    waiting: list[Record | Compressed] = field(default_factory=list)
+    waiting: list[GradSample | CompressedGradients] = field(default_factory=list)
 
     def to_layout(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients of the parameters, each [Q, *shape], as one [Q, *layout]."""
@@ -47,9 +47,21 @@ class Block:
         weight = gradients[0].reshape(queries, groups, out, inputs - 1)
         return torch.cat([weight, gradients[1].reshape(queries, groups, out, 1)], -1)
 
+    def fits(self, grad_sample: GradSample) -> bool:
+        """Whether per-sample gradients are of the kind that the block's direction and curvature are made for."""
+        kinds = Vector if len(self.layout) == 1 else Outer if self.matrix else Outer | Lookup
+        return grad_sample.layout == self.layout and isinstance(grad_sample, kinds)
+
+    def from_layout(self, gradient: Tensor) -> list[Tensor]:
+        """One gradient [*layout] as a gradient of each parameter, in the parameter's shape."""
+        if len(self.parameters) == 1:
+            return [gradient.reshape(self.parameters[0].shape)]
+        weight, bias = self.parameters
+        return [gradient[..., :-1].reshape(weight.shape), gradient[..., -1].reshape(bias.shape)]
+
     @property
     def key(self) -> str:
-        """What other processes, and the same training resumed, know it by."""
+        """What identifies the block in other processes and in a resumed training."""
         return f"{self.name} {self.layout}"
 
     @property
@@ -58,11 +70,11 @@ class Block:
 
 
 class BlockTable:
-    """Finds (or makes) the block of each record; knows which parameters are shared between modules.
+    """Finds or makes the block of all per-sample gradients; knows which parameters are tied between modules.
 
     Args:
         module: The model.
-        joinable: Whether a weight and its bias move at one rate, so that they can share a direction.
+        joinable: Whether a weight and its bias have the same learning rate, so that they can share a direction.
     """
 
     def __init__(
@@ -71,55 +83,84 @@ class BlockTable:
         self._joinable = joinable
         self.names = {p: n for n, p in module.named_parameters()}
         self._positions = {p: k for k, p in enumerate(self.names)}
-        owners: dict[nn.Parameter, int] = {}
+        uses: dict[nn.Parameter, int] = {}
         self._first: dict[tuple[nn.Module, str], nn.Parameter] = {}
         for child in module.modules():
-            for name, parameter in child.named_parameters(recurse=False):
-                owners[parameter] = owners.get(parameter, 0) + 1
+            for name, parameter in own_parameters(child).items():
+                uses[parameter] = uses.get(parameter, 0) + 1
                 self._first[child, name] = parameter
-        self._shared = {p for p, count in owners.items() if count > 1}
+        self._tied = {p for p, count in uses.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
         self._refused: set[nn.Parameter] = set()
+        self._from_fallback: set[nn.Parameter] = set()
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks.values())
 
-    def sort(self, module: nn.Module, records: Mapping[str, Record]) -> list[tuple[Block, Record]]:
-        """Pairs each record of one module call with its block, joining weight and bias where both are matrices."""
-        pairs: list[tuple[Block, Record]] = []
-        records = {k: r for k, r in records.items() if self._parameter(module, k) not in self._refused}
-        weight, bias = records.get("weight"), records.get("bias")
+    def sort(self, module: nn.Module, grad_samples: Mapping[str, GradSample]) -> list[tuple[Block, GradSample]]:
+        """Pairs the per-sample gradients of a module call with blocks; joins weight and bias if both are matrices."""
+        pairs: list[tuple[Block, GradSample]] = []
+        grad_samples = {k: r for k, r in grad_samples.items() if self._parameter(module, k) not in self._refused}
+        weight, bias = grad_samples.get("weight"), grad_samples.get("bias")
         if isinstance(weight, Outer) and isinstance(bias, Outer):
             parameters = (self._parameter(module, "weight"), self._parameter(module, "bias"))
-            if not self._shared.intersection(parameters) and self._joinable(*parameters):
+            if not self._tied.intersection(parameters) and self._joinable(*parameters):
                 joined = weight.with_bias()
                 pairs.append((self._block(parameters, joined), joined))
-                del records["weight"], records["bias"]
-        for name, record in records.items():
-            pairs.append((self._block((self._parameter(module, name),), record), record))
+                del grad_samples["weight"], grad_samples["bias"]
+        for name, grad_sample in grad_samples.items():
+            pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
         return pairs
 
-    def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
-        """The optimizer's parameter: in a pass FSDP2 puts a whole one in its place."""
-        found = self._first.get((module, name))
-        return module.get_parameter(name) if found is None else found
+    def trainable(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A module's own trainable parameters: as the module uses them now, and as the optimizer has them."""
+        named = module._parameters.items()
+        return [(p, self._parameter(module, name)) for name, p in named if p is not None and p.requires_grad]
 
-    def _block(self, parameters: tuple[nn.Parameter, ...], record: Record) -> Block:
+    def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
+        """The optimizer's parameter. During a pass, FSDP2 replaces it in the module by an unsharded one."""
+        found = self._first.get((module, name))
+        if found is None:
+            raise LayerError(f"its parameter '{name}' was not there when the recording began")
+        return found
+
+    def _block(self, parameters: tuple[nn.Parameter, ...], grad_sample: GradSample) -> Block:
         if parameters not in self._blocks:
             first = parameters[0]
-            name, position, shared = self.names[first], self._positions[first], first in self._shared
-            matrix = isinstance(record, Outer) and not shared
-            self._blocks[parameters] = Block(name, parameters, record.layout, position, matrix, shared)
-        return self._blocks[parameters]
+            name, position, tied = self.names[first], self._positions[first], first in self._tied
+            matrix = isinstance(grad_sample, Outer) and not tied
+            self._blocks[parameters] = Block(name, parameters, grad_sample.layout, position, matrix, tied)
+        block = self._blocks[parameters]
+        if not block.fits(grad_sample):
+            raise LayerError(
+                f"its function returned a {type(grad_sample).__name__} of {grad_sample.layout} for '{block.name}', "
+                f"which does not fit the {'Outer' if block.matrix else 'gradients'} of {block.layout} of earlier calls"
+            )
+        return block
 
     def vector(self, parameter: nn.Parameter) -> Block:
-        """The block of a parameter whose per-row gradients come from the fallback."""
+        """The block of a parameter whose per-sample gradients come from the fallback."""
+        self._from_fallback.add(parameter)
         return self._block((parameter,), Vector(parameter.detach().reshape(1, -1)))
 
     def drop(self, block: Block) -> None:
-        """Refuses a block's parameters from now on."""
+        """Drops a block: its parameters are refused from now on."""
         del self._blocks[block.parameters]
         self._refused.update(block.parameters)
 
+    def drop_module(self, module: nn.Module) -> list[Block]:
+        """Refuses a module's parameters from now on; returns the dropped blocks, which other modules may use too."""
+        refused = {p for (owner, _), p in self._first.items() if owner is module} - self._from_fallback
+        self._refused |= refused
+        dropped = [block for block in self if refused.intersection(block.parameters)]
+        for block in dropped:
+            self.drop(block)
+        return dropped
+
+    def owners(self, block: Block) -> list[nn.Module]:
+        """The modules that use one of a block's parameters."""
+        return [owner for (owner, _), p in self._first.items() if any(p is one for one in block.parameters)]
+
     def captured(self) -> set[nn.Parameter]:
-        return {p for block in self for p in block.parameters}
+        """Parameters whose per-sample gradients come from layer functions."""
+        return {p for block in self for p in block.parameters} - self._from_fallback

@@ -1,8 +1,8 @@
-"""Gradients for other labels than the data's, from one forward pass: the loss's own backward step is replaced.
+"""Gradients for other labels than the data's, from one forward pass: the backward step of the loss is replaced.
 
-A Fisher information needs gradients of ``-log p(y | x)`` with labels y drawn from the model's prediction, or all labels
-weighted by their probabilities. Only what the loss hands back to the prediction depends on the label, so a hook on the
-loss's node of the autograd graph exchanges that, and the module's own step stays as the user wrote it.
+A Fisher information needs gradients of ``-log p(y | x)`` with labels y drawn from the model's prediction, or with all
+labels, weighted by their probabilities. Only the gradient that the loss gives the prediction depends on the label. So a
+hook on the loss's node of the autograd graph replaces that gradient, and the user's training step is used unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ine_callback.capture.row_losses import loss_node, wide
 from ine_callback.errors import InfluenceError
 
 Cotangent = Callable[[Tensor], Tensor]
-MOST_CLASSES = 64
+MAX_CLASSES = 64
 
 
 def classes_of(loss: Tensor, rows: int) -> int:
@@ -38,23 +38,23 @@ def classes_of(loss: Tensor, rows: int) -> int:
             "labels='sampled'."
         )
     count = int(node._saved_self.shape[1])
-    if count > MOST_CLASSES:
+    if count > MAX_CLASSES:
         raise InfluenceError(
-            f"labels='expected': {count} classes need as many backward passes a batch, at most {MOST_CLASSES} are "
+            f"labels='expected': {count} classes need as many backward passes a batch, at most {MAX_CLASSES} are "
             "taken; use labels='sampled'."
         )
     return count
 
 
 def sample(loss: Tensor, generator: torch.Generator | None = None) -> None:
-    """The loss's backward pass will be that of labels drawn from the prediction; a term keeps its own label's weight.
+    """Replaces the labels by ones drawn from the prediction, in the loss's backward pass; weights of labels stay.
 
     Cross entropy draws classes, binary cross entropy bits; a squared error (y - t)² is the negative log likelihood of a
     normal distribution with variance 1/2, and draws from it.
 
     Args:
         loss: A loss of cross entropy, NLL, MSE or binary cross entropy with logits.
-        generator: Where the labels are drawn from; torch's own if None.
+        generator: Source of the random numbers; torch's own if None.
 
     Raises:
         InfluenceError: If the loss is of another form.
@@ -77,9 +77,9 @@ def sample(loss: Tensor, generator: torch.Generator | None = None) -> None:
 
 
 def expect(loss: Tensor, label: int) -> None:
-    """The loss's backward pass will be that of one class for all rows, times the square root of its probability.
+    """Replaces all labels by one class, times the square root of its probability, in the loss's backward pass.
 
-    The squares of all classes' gradients then add up to their expectation over the predicted distribution. A row keeps
+    The squares of all classes' gradients then add up to the expectation under the predicted distribution. A row keeps
     its own label's weight. :func:`classes_of` tells whether the loss can.
     """
     node, side = _known(loss)

@@ -1,7 +1,7 @@
-"""Each row's loss, read off the autograd graph of the loss that the model returned: no patch, no second forward pass.
+"""Each row's loss, read from the autograd graph of the training loss: no patch, no second forward pass.
 
-PyTorch's standard losses leave their input and target on the graph. From them follow every row's own loss (the free
-baseline beside every influence score) and how many terms the loss is a mean of (the scale of the curvature).
+PyTorch's standard losses keep their input and target on the graph. They give every row's loss (a free baseline beside
+every influence score) and the number of terms that the loss is a mean of (the scale of the curvature).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SAME = ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward
 
 @dataclass(frozen=True)
 class LossReading:
-    """What the graph tells.
+    """What the graph of a loss contains.
 
     Attributes:
         rows: Loss of every row [b], the mean over the row's terms.
@@ -43,7 +43,7 @@ class Scale:
 
     Attributes:
         terms: Likelihood terms that the loss is a mean of (see :class:`LossReading`).
-        rows: Inverse of the coefficient of one row's loss: the row's own gradient is ``rows * share``.
+        rows: Inverse of the coefficient of a row's loss: its own gradient is ``rows`` times the row's contribution.
     """
 
     terms: Tensor | float
@@ -54,7 +54,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
     Args:
-        loss: The scalar that is about to be differentiated.
+        loss: The scalar to be differentiated.
         rows: Number of rows b of the batch.
 
     Returns:
@@ -76,7 +76,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
             return None
         name = node.name()
         if name in _LOSSES:
-            return _finish(_LOSSES[name](node), mask, node._saved_reduction, coefficient, rows)
+            return _reading(_LOSSES[name](node), mask, node._saved_reduction, coefficient, rows)
         factor = _constant_factor(node, name)
         if factor is not None and factor.dim() == 0:
             coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
@@ -91,7 +91,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
 
 
 def _constant_factor(node: Any, name: str) -> Tensor | None:
-    """The constant that scales a product or quotient; autograd keeps it only for a side that has a gradient."""
+    """The constant in a product or quotient; autograd saves it only if the other side needs a gradient."""
     if name == "DivBackward0" and node._saved_self is None:
         return node._saved_other  # type: ignore[no-any-return]
     if name == "MulBackward0" and (node._saved_self is None) != (node._saved_other is None):
@@ -99,10 +99,10 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _finish(
+def _reading(
     terms: tuple[Tensor, Tensor], mask: Tensor | None, reduction: int, coefficient: Tensor, rows: int
 ) -> LossReading | None:
-    """Terms and their weights, both [n] with the row as leading part, to row means and the term coefficient."""
+    """Makes the reading from the terms and their weights, both [n], ordered by rows."""
     losses, weights = terms
     if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
         return None
@@ -133,7 +133,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _signed(index: int) -> int:
-    """The graph reports the ignored index as an unsigned 64-bit integer."""
+    """The ignored index, which the graph has as an unsigned 64-bit integer."""
     return index - (1 << 64) if index >= (1 << 63) else index
 
 
@@ -150,7 +150,7 @@ def _bce(node: Any) -> tuple[Tensor, Tensor]:
         reduction="none",
     )
     weight = node._saved_weight
-    # the reduction divides by the number of elements whatever the weights are
+    # the reduction divides by the number of elements, not by the sum of weights
     return losses if weight is None else losses * weight, torch.ones_like(losses)
 
 
@@ -178,7 +178,7 @@ def loss_node(loss: Tensor) -> Any:
 
 
 class RowLosses:
-    """Each row's training loss averaged over its visits: the free baseline beside every score.
+    """Each row's training loss, averaged over its observations: a free baseline beside every score.
 
     Args:
         rows: Number of rows N.
@@ -189,7 +189,7 @@ class RowLosses:
         self._sums = torch.zeros(2, rows, device=device)
 
     def add(self, rows: Tensor, losses: Tensor) -> None:
-        """Takes the losses [b] of rows; NaN: unknown."""
+        """Adds the losses [b] of rows; NaN: unknown."""
         known = ~losses.isnan()
         self._sums.index_add_(1, rows, torch.stack([losses.where(known, 0.0), known]).to(self._sums.dtype))
 
@@ -204,7 +204,7 @@ class RowLosses:
         self._sums = state["sums"].to(self._sums, copy=True)
 
     def mean(self) -> NDArray[np.float64]:
-        """Mean loss [N], NaN where it was never read."""
+        """Mean loss [N], NaN for rows without a known loss."""
         total, count = self._sums.cpu().double().numpy()
         mean: NDArray[np.float64] = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
         return mean

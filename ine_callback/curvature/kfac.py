@@ -1,153 +1,46 @@
-r"""What the rest of training leaves of a perturbation made now: the curvature discount.
+r"""K-FAC: Kronecker factors of every block's Fisher, averaged over the run so far (arXiv 1503.05671).
 
-A change of the weights at step t decays under the later steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed
-learning rate that remains (times the optimizer's own rate) and ``H`` the Hessian, here a block-diagonal Fisher with
-Kronecker factors built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671),
-averaged over the whole run so far. In the factors' eigenbasis the exponential is elementwise:
+The factors are covariances of the activations and output gradients that the hooks capture anyway. f-INE's discount is
+made of them. The discount says what the rest of training leaves of a change made now: a change of the weights at step t
+decays under the later steps as ``D_t = exp(-R_t F)``. ``R_t`` is the summed learning rate that remains, times the
+optimizer's rate. The Fisher ``F`` stands for the Hessian. :mod:`.spectral` has this and other functions of the Fisher.
 
-    D v = Q_L [exp(-R (l_L l_R^T + decay)) * (Q_L^T v Q_R)] Q_R^T.
-
-Factors use the true labels (empirical Fisher). A parameter that several modules share uses the diagonal of the sum of
-their Fishers (the sum's partial traces are kept beside it, for bases and sketches). A dimension over ``max_dim`` falls
-back to its diagonal.
+Factors use the true labels (empirical Fisher). Tied parameters have the diagonal of the sum of their uses' Fishers; the
+sum's partial traces are stored beside it, for bases and sketches. A side with more than ``max_dim`` dimensions has a
+diagonal covariance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients import Lookup, Record, Vector, row_chunks
-from ine_callback.curvature.low_rank import MIXED, Side, Sketch, energies, sketched
+from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Vector
+from ine_callback.curvature.low_rank import Side
+from ine_callback.curvature.spectral import SpectralOperator, Spectrum
 from ine_callback.distributed.processes import Lockstep
 
 if TYPE_CHECKING:
     from ine_callback.capture.blocks import Block
 
 
-@dataclass(frozen=True)
-class Discount:
-    """The linear map D of one block: rotate, weight, rotate back (``None``: the identity).
-
-    Attributes:
-        weight: ``exp(-exponent)`` in the eigenbasis [*layout], within (0, 1]; None for D = I.
-        sides: The moments that it comes from, left and right, where the block is a matrix with both.
-        entrywise: Whether the weight is that of single entries of the block instead.
-    """
-
-    weight: Tensor | None = None
-    sides: tuple[Side, Side] | None = None
-    entrywise: bool = False
-
-    @property
-    def left(self) -> Tensor | None:
-        """Eigenvectors of the output side [G, O, O], or None where nothing is turned."""
-        return None if self.sides is None or self.entrywise else self.sides[0].vectors
-
-    @property
-    def right(self) -> Tensor | None:
-        """Eigenvectors of the input side [G, I, I], or None where nothing is turned."""
-        return None if self.sides is None or self.entrywise else self.sides[1].vectors
-
-    def apply(self, v: Tensor) -> Tensor:
-        """D v for v [Q, *layout]."""
-        if self.weight is None:
-            return v
-        if self.left is not None:
-            v = self.left.transpose(-1, -2) @ v
-        if self.right is not None:
-            v = v @ self.right
-        v = v * self.weight
-        if self.right is not None:
-            v = v @ self.right.transpose(-1, -2)
-        return v if self.left is None else self.left @ v
-
-    def norms(self, record: Record) -> Tensor:
-        """<D g_i, g_i> and |D g_i|^2, [b, 2], for every row of a record."""
-        if self.weight is None:
-            return record.squared_norms()[:, None].expand(-1, 2)
-        return record.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
-
-    def energies(self) -> Tensor | None:
-        """See :func:`.lowrank.energies`; None for a D without sides, which is met as it is."""
-        return None if self.sides is None or self.weight is None else energies(self._turned, *self.sides)
-
-    def sketched(self, mixed: int = MIXED) -> Sketched | Discount:
-        """Nearly the same :meth:`norms` by few columns, see :mod:`.low_rank`; of a vector itself."""
-        if self.sides is None or self.weight is None:
-            return self
-        rows, columns, weights = sketched(self._turned, *self.sides, mixed)
-        return Sketched(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
-
-    @cached_property
-    def _turned(self) -> Tensor:
-        """D's weights in the sides' eigenbases; of an entrywise D its diagonal there."""
-        assert self.sides is not None and self.weight is not None
-        weight, (left, right) = self.weight, (side.vectors for side in self.sides)
-        if self.entrywise and left is not None:
-            weight = left.square().transpose(-1, -2) @ weight
-        return weight @ right.square() if self.entrywise and right is not None else weight
-
-    def norms_of_sum(self, records: Sequence[Record]) -> Tensor:
-        """<D g_i, g_i> and |D g_i|^2, [b, 2], where g_i is the sum over several uses of the same parameters."""
-        out = []
-        elements = int(torch.Size(records[0].layout).numel())
-        for rows in row_chunks(records[0].rows, elements):
-            g = records[0].gradient(rows)
-            for record in records[1:]:
-                g = g + record.gradient(rows)
-            changed = self.apply(g)
-            out.append(torch.stack([(changed * g).flatten(1).sum(1), changed.flatten(1).square().sum(1)], 1))
-        return torch.cat(out)
-
-
-@dataclass
-class Sketched:
-    """A discount for :meth:`norms` alone.
-
-    Attributes:
-        rows: Sketch of the output side, or None.
-        columns: Sketch of the input side, or None.
-        left: Columns of the output side as drawn last [G, O, n].
-        right: Columns of the input side as drawn last [G, I, m].
-        weights: Of the squares in these columns [2, G, n, m], for ``<D g, g>`` and for ``|D g|^2``.
-    """
-
-    rows: Sketch | None
-    columns: Sketch | None
-    left: Tensor | None
-    right: Tensor | None
-    weights: Tensor
-
-    def transposed(self) -> Sketched:
-        """The same of transposed gradients."""
-        return Sketched(self.columns, self.rows, self.right, self.left, self.weights.transpose(-1, -2))
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether the input side has columns; a diagonal moment of few dimensions has none."""
-        return self.columns is not None or self.right is not None
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Draws new columns: errors of rows met at several steps average out."""
-        self.left = self.left if self.rows is None else self.rows.draw(generator)
-        self.right = self.right if self.columns is None else self.columns.draw(generator)
-
-    def norms(self, record: Record) -> Tensor:
-        """See :meth:`Discount.norms`."""
-        return record.rotated(self.left, self.right).norms(self.weights)
-
-
 @dataclass
 class _Factors:
-    """Running sums of a block's second moments; their Kronecker product divided by ``steps`` is the Fisher.
+    """Running sums of a block's covariances; their Kronecker product divided by ``steps`` is the Fisher.
 
-    Of a shared block ``diagonal`` is the Fisher's, and the moments are its partial traces.
+    For a tied block ``diagonal`` is the Fisher's diagonal, and the covariances are its partial traces.
+
+    Attributes:
+        full: Whether the left and right covariances are full, not diagonal.
+        left: Sum of covariances of the output gradients.
+        right: Sum of covariances of the activations.
+        diagonal: Sum of the Fisher's diagonals, for a tied block.
+        uses: Uses of the block in the sums.
+        steps: Optimizer steps in the sums.
+        seen: Rows in the sums.
     """
 
     full: tuple[bool, bool]
@@ -166,17 +59,18 @@ class KFAC:
     """Kronecker factors of every block, averaged over the run so far.
 
     Args:
-        max_dim: Sides larger than this keep only their diagonal.
+        max_dim: Sides with more dimensions have a diagonal covariance.
 
     Example:
         >>> import torch
         >>> from ine_callback.capture import Block, Outer
+        >>> from ine_callback.curvature.spectral import exponential
         >>> weight = torch.nn.Parameter(torch.zeros(1, 1))
         >>> block, kfac = Block("w", (weight,), (1, 1, 1)), KFAC()
-        >>> record = Outer(torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.5))  # shares of a mean over 4 rows
-        >>> kfac.observe(block, record, terms=4.0)
+        >>> contributions = Outer(torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.5))  # to a mean over 4 rows
+        >>> kfac.observe(block, contributions, terms=4.0)
         >>> kfac.end_step()
-        >>> kfac.discount(block, exponent=2.0).weight  # exp(-2 * 4 * sum of .5^2)
+        >>> kfac.operator(block, exponential(2.0)).weight  # exp(-2 * 4 * sum of .5^2)
         tensor([[[0.0003]]])
     """
 
@@ -185,28 +79,28 @@ class KFAC:
         self._factors: dict[str, _Factors] = {}
         self._seen: dict[str, int] = {}
 
-    def observe(self, block: Block, record: Record, terms: Tensor | float, steps: int = 1) -> None:
+    def observe(self, block: Block, grad_sample: GradSample, terms: Tensor | float, steps: int = 1) -> None:
         """Adds one use of a block.
 
         Args:
             block: The block.
-            record: Its shares: gradients of the loss as it was differentiated.
+            grad_sample: The rows' gradient contributions s_i, of the loss as it was differentiated.
             terms: Number of likelihood terms in the mean that the loss is (rows, or tokens): the inverse of the
-                coefficient with which each term enters the loss, so that ``H = terms * sum of share share^T``.
-            steps: Optimizer steps that the observation stands for.
+                coefficient with which each term enters the loss, so that ``F = terms * sum_i s_i s_i^T``.
+            steps: Optimizer steps that this update stands for.
         """
         factors = self._factors.get(block.name)
         if factors is None:
-            factors = self._factors[block.name] = _Factors(self._full(record))
-        golden = factors.uses * 0.618034 % 1.0  # spreads the positions looked at evenly over the looks
-        left, right = record.moments(factors.full, golden)
+            factors = self._factors[block.name] = _Factors(self._full(grad_sample))
+        offset = factors.uses * 0.618034 % 1.0  # the golden ratio spreads the positions used evenly over the updates
+        left, right = grad_sample.covariances(factors.full, offset)
         left = left * terms
-        if block.shared and not isinstance(record, Vector):
+        if block.tied and not isinstance(grad_sample, Vector):
             rows, columns = _diagonal(left, block.layout[1]), _diagonal(right, block.layout[2])
             if factors.diagonal is None:
                 factors.diagonal = rows.new_zeros(block.layout)
             factors.diagonal.baddbmm_(rows[..., :, None], columns[..., None, :], alpha=steps)
-            # the partial traces of the sum over uses; a lookup's left moment has no other entries than these
+            # the partial traces of the sum over uses; a lookup's left covariance is its diagonal
             left = torch.diag_embed(left) if factors.full[0] and left.dim() == 2 else left
             left, right = _times(left, columns.sum(-1)), _times(right, rows.sum(-1))
         if factors.left is None:
@@ -216,17 +110,22 @@ class KFAC:
             factors.left.add_(left, alpha=steps)
             factors.right.add_(right, alpha=steps)
         factors.uses += steps
-        factors.seen += record.rows
+        factors.seen += grad_sample.rows
         self._seen[block.name] = steps
 
+    def forget(self, block: Block) -> None:
+        """Drops a block's sums."""
+        self._factors.pop(block.name, None)
+        self._seen.pop(block.name, None)
+
     def end_step(self) -> None:
-        """Closes an optimizer step: the blocks seen since the last one have one more observation."""
+        """Ends an optimizer step: counts it for the blocks that were observed in it."""
         for name, steps in self._seen.items():
             self._factors[name].steps += steps
         self._seen.clear()
 
     def pool(self, processes: Lockstep) -> None:
-        """Averages the sums over processes: what each adds later is averaged the next time."""
+        """Averages the sums over processes; what each process adds later is averaged the next time."""
         if processes.count == 1:
             return
         known = {f"{name} {[t.shape for t in f.tensors()]}": f for name, f in self._factors.items()}
@@ -236,30 +135,28 @@ class KFAC:
             each.uses, each.steps, each.seen = uses, steps, seen
         processes.average(tensor for each in factors for tensor in each.tensors())
 
-    def discount(self, block: Block, exponent: Tensor | float, decay: Tensor | float = 0.0) -> Discount:
-        """The map ``exp(-(exponent * F + decay))`` of a block.
+    def operator(self, block: Block, spectrum: Spectrum) -> SpectralOperator:
+        """A function of a block's Fisher; the identity for a block that was never observed.
 
         Args:
             block: The block.
-            exponent: Remaining learning rate times the optimizer's rate R.
-            decay: Weight decay's own exponent (the same in all directions).
+            spectrum: The function, see :mod:`.spectral`.
         """
         factors = self._factors.get(block.name)
         if factors is None:
-            return Discount()
-        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none is closed yet
+            return SpectralOperator()
+        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none has ended yet
         assert factors.left is not None and factors.right is not None
         left_values, left = _eigen(factors.left / steps, factors.full[0])
         right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
         if factors.left.dim() == 1:  # a vector block has one side
-            return Discount(torch.exp(-(exponent * left_values + decay)))
-        if factors.diagonal is not None:  # both traces are the Fisher's: the product of the moments has it once
+            return SpectralOperator(spectrum(left_values))
+        if factors.diagonal is not None:  # both covariances have the Fisher's trace: the product should have it once
             right_values = right_values / right_values.sum(-1, keepdim=True).clamp_min(1e-30)
-        sides = (Side.drawn(left_values, left, factors.seen), Side.drawn(right_values, right, factors.seen))
+        sides = (Side.shrunk(left_values, left, factors.seen), Side.shrunk(right_values, right, factors.seen))
         if factors.diagonal is not None:
-            return Discount(torch.exp(-(exponent * factors.diagonal / steps + decay)), sides, entrywise=True)
-        weight = torch.exp(-(exponent * left_values[..., :, None] * right_values[..., None, :] + decay))
-        return Discount(weight, sides)
+            return SpectralOperator(spectrum(factors.diagonal / steps), sides, entrywise=True)
+        return SpectralOperator(spectrum(left_values[..., :, None], right_values[..., None, :]), sides)
 
     def state_dict(self) -> dict[str, Any]:
         """Every block's sums, by its name: tensors and plain types."""
@@ -274,35 +171,35 @@ class KFAC:
             moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
             self._factors[name] = _Factors(**moved | {"full": tuple(saved["full"])})
 
-    def _full(self, record: Record) -> tuple[bool, bool]:
-        if isinstance(record, Vector):
+    def _full(self, grad_sample: GradSample) -> tuple[bool, bool]:
+        if isinstance(grad_sample, Vector):
             return False, False
-        _, out, inputs = record.layout
-        return out <= self.max_dim and not isinstance(record, Lookup), inputs <= self.max_dim
+        _, out, inputs = grad_sample.layout
+        return out <= self.max_dim and not isinstance(grad_sample, Lookup), inputs <= self.max_dim
 
 
-def _times(moment: Tensor, factor: Tensor) -> Tensor:
-    """A moment [G, K, K] or [G, K] times a factor [G]."""
-    return moment * factor.view(-1, *[1] * (moment.dim() - 1))
+def _times(covariance: Tensor, factor: Tensor) -> Tensor:
+    """A covariance [G, K, K] or [G, K] times a factor [G]."""
+    return covariance * factor.view(-1, *[1] * (covariance.dim() - 1))
 
 
-def _diagonal(moment: Tensor, size: int) -> Tensor:
-    """The diagonal [G, K] of a moment that is [G, K, K] or already [G, K]."""
-    return moment.diagonal(dim1=-2, dim2=-1) if moment.dim() == 3 else moment.expand(-1, size)
+def _diagonal(covariance: Tensor, size: int) -> Tensor:
+    """The diagonal [G, K] of a covariance [G, K, K], or of one that is diagonal already."""
+    return covariance.diagonal(dim1=-2, dim2=-1) if covariance.dim() == 3 else covariance.expand(-1, size)
 
 
-def _eigen(moment: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a moment; of a diagonal one its own entries."""
+def _eigen(covariance: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a covariance; None where it is diagonal."""
     if not full:
-        return moment.clamp_min(0), None
-    # LAPACK in single precision has returned NaN for moments of size 1e-7, as vanishing gradients leave them
-    size = moment.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(moment.dtype).tiny)
-    scaled = moment / size
+        return covariance.clamp_min(0), None
+    # LAPACK in single precision has returned NaN for covariances of size 1e-7, as vanishing gradients leave them
+    size = covariance.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(covariance.dtype).tiny)
+    scaled = covariance / size
     try:
         values, vectors = torch.linalg.eigh(scaled)
         converged = bool(values.isfinite().all() & vectors.isfinite().all())
-    except RuntimeError:  # may be where many inputs are always zero
+    except RuntimeError:  # happens where many inputs are always zero
         converged = False
     if not converged:
-        values, vectors = (x.to(moment.dtype) for x in torch.linalg.eigh(scaled.double()))
+        values, vectors = (x.to(covariance.dtype) for x in torch.linalg.eigh(scaled.double()))
     return values.clamp_min(0) * size[..., 0], vectors

@@ -15,6 +15,8 @@ from ine_callback.errors import RowsError
 def size_of(batch: Any) -> int:
     """Number of rows: the leading dimension of the first tensor (or the length of the first list) found.
 
+    Batches of torch_geometric have their number of graphs as an attribute.
+
     Raises:
         RowsError: If there is neither.
 
@@ -23,10 +25,18 @@ def size_of(batch: Any) -> int:
         >>> size_of({"ids": torch.zeros(3, 7), "text": ["a", "b", "c"]})
         3
     """
-    size = _first_size(batch)
+    size = count_of(batch)
     if size is None:
-        raise RowsError(f"a batch of type {type(batch).__name__} holds no tensor to count rows by; pass row_fn=.")
+        raise RowsError(
+            f"the rows of a batch of type {type(batch).__name__} cannot be counted: it is no tensor, list, mapping or "
+            "dataclass of tensors, and has no num_graphs"
+        )
     return size
+
+
+def count_of(batch: Any) -> int | None:
+    """Number of rows; None where :func:`size_of` would raise."""
+    return _first_size(batch)
 
 
 def _first_size(batch: Any) -> int | None:
@@ -40,8 +50,9 @@ def _first_size(batch: Any) -> int | None:
         parts = list(batch)
     elif hasattr(batch, "__dataclass_fields__"):
         parts = [getattr(batch, name) for name in batch.__dataclass_fields__]
-    else:
-        return None
+    else:  # torch_geometric's batch of graphs
+        graphs = getattr(batch, "num_graphs", None)
+        return graphs if isinstance(graphs, int) else None
     return next((size for part in parts if (size := _first_size(part)) is not None), None)
 
 
@@ -60,7 +71,37 @@ def led_by(batch: Any, size: int) -> bool:
     if isinstance(batch, list | tuple):
         plain = isinstance(batch, list) and all(isinstance(part, str | int | float) for part in batch)
         return (plain and len(batch) == size) or any(led_by(part, size) for part in batch)
+    if _graphs(batch) is not None:
+        return _first_size(batch) == size
     return any(led_by(getattr(batch, name), size) for name in getattr(batch, "__dataclass_fields__", ()))
+
+
+def _graphs(batch: Any) -> Any:
+    """The class that puts graphs together to such a batch (torch_geometric's ``Batch``); None for other batches."""
+    if not hasattr(batch, "to_data_list"):
+        return None
+    return next((kind for kind in type(batch).__mro__ if "from_data_list" in vars(kind)), None)
+
+
+def is_all_led_by(batch: Any, size: int) -> bool:
+    """Whether every tensor of a batch has one row each for ``size`` rows, or none at all.
+
+    Example:
+        >>> import torch
+        >>> nodes, graph_of_node, label = torch.zeros(9, 2), torch.zeros(9), torch.zeros(3)
+        >>> is_all_led_by((nodes, graph_of_node, label), 9), is_all_led_by({"x": nodes, "t": torch.tensor(2.0)}, 9)
+        (False, True)
+    """
+    if isinstance(batch, Tensor):
+        return batch.dim() == 0 or len(batch) == size
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        return True
+    if isinstance(batch, Mapping):
+        return all(is_all_led_by(part, size) for part in batch.values())
+    if isinstance(batch, list | tuple):
+        return all(is_all_led_by(part, size) for part in batch)
+    fields = getattr(batch, "__dataclass_fields__", None)
+    return fields is not None and all(is_all_led_by(getattr(batch, name), size) for name in fields)
 
 
 def cut(batch: Any, rows: Tensor, size: int) -> Any:
@@ -89,6 +130,11 @@ def _cut(batch: Any, rows: Tensor, size: int) -> Any:
     if isinstance(batch, dict):
         return {key: _cut(part, rows, size) for key, part in batch.items()}
 
+    graphs = _graphs(batch)
+    if graphs is not None:
+        each = batch.to_data_list()
+        return graphs.from_data_list([each[int(k)] for k in rows])
+
     def pick(tensor: Tensor) -> Tensor:
         return tensor[rows.to(tensor.device)] if tensor.dim() and tensor.shape[0] == size else tensor
 
@@ -96,8 +142,8 @@ def _cut(batch: Any, rows: Tensor, size: int) -> Any:
 
 
 def micro_batches(batch: Any, largest: int) -> list[Any]:
-    """A batch in pieces of at most ``largest`` rows."""
-    size = size_of(batch)
-    if size <= largest:
+    """A batch in pieces of at most ``largest`` rows; whole where it cannot be cut."""
+    size = count_of(batch)
+    if size is None or size <= largest or not led_by(batch, size):
         return [batch]
     return [cut(batch, rows, size) for rows in torch.arange(size).split(largest)]

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ine_callback.data.batches import size_of
-from ine_callback.errors import RowsError
+from ine_callback.data.collate import Fate, Followed
+from ine_callback.errors import RowsError, UntoldRows
 
 
 @dataclass
@@ -27,14 +28,16 @@ class RowBatch:
     Attributes:
         rows: Dataset indices [b], int64, on the CPU.
         batch: What the user's collate function returned.
+        fate: How the rows follow from the items, or why they are unknown.
     """
 
     rows: Tensor
     batch: Any
+    fate: Fate
 
     def pin_memory(self, device: str | None = None) -> RowBatch:
         """Called by the loader's pinning thread."""
-        return RowBatch(self.rows, pin_memory(self.batch, device))
+        return RowBatch(self.rows, pin_memory(self.batch, device), self.fate)
 
 
 class _Indexed(Dataset[Any]):
@@ -42,7 +45,7 @@ class _Indexed(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        if hasattr(dataset, "__getitems__"):  # the fetcher looks for it on the instance
+        if hasattr(dataset, "__getitems__"):  # the fetcher reads it off the instance
             self.__getitems__ = self._items
 
     def __getitem__(self, index: Any) -> tuple[Any, Any]:
@@ -57,18 +60,22 @@ class _Indexed(Dataset[Any]):
         return getattr(self.dataset, name)
 
 
-@dataclass
 class _Collate:
-    """The user's collate function on the items, beside the vector of their indices."""
+    """The user's collate function on the items, beside the vector of the rows' indices."""
 
-    collate: Callable[[Any], Any]
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = Followed(collate)
 
     def __call__(self, items: Sequence[tuple[Any, Any]]) -> RowBatch:
+        batch, fate = self._collate([item for _, item in items])
+        rows = torch.empty(0, dtype=torch.int64)
         try:
-            rows = torch.as_tensor([int(index) for index, _ in items], dtype=torch.int64)
-        except (TypeError, ValueError):  # keys of another kind: the recorder will ask for row_fn
-            rows = torch.empty(0, dtype=torch.int64)
-        return RowBatch(rows, self.collate([item for _, item in items]))
+            indices = torch.as_tensor([int(index) for index, _ in items], dtype=torch.int64)
+            rows = rows if fate.places is None else indices[fate.places]
+        except (TypeError, ValueError):
+            kind = type(items[0][0]).__name__
+            fate = Fate(None, f"the sampler names rows by values of type {kind}, which are no indices", always=True)
+        return RowBatch(rows, batch, fate)
 
 
 class RowTracker:
@@ -86,6 +93,7 @@ class RowTracker:
     def __init__(self, owner: str, remedy: str = "pass row_fn=lambda batch: tensor of dataset indices [b]") -> None:
         self._owner, self._remedy = owner, remedy
         self.rows = torch.empty(0, dtype=torch.int64)
+        self._fate = Fate([])
         self.size: int | None = None
         self.loader: DataLoader[Any] | None = None
 
@@ -123,7 +131,7 @@ class RowTracker:
     def strip(self, batch: Any) -> Any:
         """Remembers a batch's rows and returns the user's batch, also from within the loader's containers."""
         if isinstance(batch, RowBatch):
-            self.rows = batch.rows
+            self.rows, self._fate = batch.rows, batch.fate
             return batch.batch
         if type(batch) in (list, tuple):
             parts = [self.strip(part) for part in batch]
@@ -132,6 +140,27 @@ class RowTracker:
             stripped = {key: self.strip(part) for key, part in batch.items()}
             return batch if all(stripped[key] is batch[key] for key in batch) else stripped
         return batch
+
+    def told(self, batch: Any = None) -> Tensor:
+        """The rows of the batch seen last, whichever is given.
+
+        Raises:
+            UntoldRows: If they are unknown.
+        """
+        return self._told(self.rows, self._fate)
+
+    def told_of(self, carrier: RowBatch, batch: Any = None) -> Tensor:
+        """The rows of a batch that was not stripped here.
+
+        Raises:
+            UntoldRows: If they are unknown.
+        """
+        return self._told(carrier.rows, carrier.fate)
+
+    def _told(self, rows: Tensor, fate: Fate) -> Tensor:
+        if fate.places is None:
+            raise UntoldRows(f"{self._owner}: {fate.reason}; {self._remedy}.", fate.always)
+        return rows
 
     def release(self) -> None:
         """Gives the loader back; workers that hold the indexed dataset are restarted at its next use."""
@@ -146,7 +175,7 @@ class RowCheck:
 
     Args:
         owner: Class named in messages.
-        size: Number of rows of the training set, or None where nobody knows.
+        size: Number of rows of the training set, or None where it is unknown.
 
     Attributes:
         count: Number of rows known to exist.
@@ -164,13 +193,14 @@ class RowCheck:
             batch: The batch, or None where it is not at hand.
 
         Raises:
-            RowsError: If they are no vector of indices, lie outside of the training set, or do not fit the batch.
+            RowsError: If they are no vector of indices, or lie outside of the training set.
+            UntoldRows: If there are not as many as rows in the batch.
         """
         rows: Tensor = torch.as_tensor(found)
         if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
             raise RowsError(
-                f"{self._owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of indices, one for "
-                "each row of the batch; pass row_fn=lambda batch: indices where the loader does not tell them."
+                f"{self._owner}: rows of shape {tuple(rows.shape)} and {rows.dtype} are no vector of dataset indices; "
+                "name them as integers [b], one for each row of the batch (row_fn must return them so)."
             )
         if self._size is None:  # the state must grow before it is indexed
             rows = rows.cpu()
@@ -194,8 +224,8 @@ class RowCheck:
         if self._leading is None:
             self._leading = size == rows
         elif self._leading and size != rows:
-            raise RowsError(
-                f"{self._owner}: {rows} rows were named for a batch of {size}; check row_fn and the collate function."
+            raise UntoldRows(
+                f"{self._owner}: {rows} rows were named for a batch of {size}; name one index for each row."
             )
 
 

@@ -2,10 +2,9 @@
 
 A ``TrainerCallback`` is told of steps, but neither of a batch's rows nor of its loss, and the Trainer fetches the
 batches of an accumulated step before the first of them is trained on. So while the one Trainer trains, its loader's
-batches carry their rows, and four methods are wrapped: ``get_batch_samples`` (takes the rows off again),
-``training_step`` (a batch begins and ends), and the accelerator's ``backward`` (the loss as it is differentiated) and
-``clip_grad_norm_``. No event tells of a training that an exception ends, so ``train`` is wrapped as well, for good: a
-Trainer may train again.
+batches carry their rows, and three methods are wrapped: ``get_batch_samples`` (takes the rows off again),
+``training_step`` (a batch begins and ends), the accelerator's ``backward`` (the loss as it is differentiated). No event
+tells of a training that an exception ends, so ``train`` is wrapped as well, for good: a Trainer may train again.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from ine_callback.curvature.low_rank import RANK
 from ine_callback.data.row_ids import RowBatch, RowTracker
 from ine_callback.errors import InfluenceError
+from ine_callback.integrations.patches import replaced_method
 from ine_callback.methods import Method
 from ine_callback.queries.sources import LARGEST_BATCH, DataSource
+from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
-from ine_callback.report.html import save_with_page
+from ine_callback.report.report import save_with_page
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured
 
 OWNER = "InfluenceTrainerCallback"
@@ -48,11 +49,11 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         methods: Methods to run; f-INE by default.
         initial_weights: ``fixed`` for fine-tuning, ``random`` for training from scratch.
         refresh_every: This and the next five as for :class:`~ine_callback.InfluenceCallback`.
-        curvature_every: Optimizer steps between looks at the curvature; None: planned.
+        curvature_every: Optimizer steps between curvature updates; None: ever more.
         rank: Most dimensions of a direction; None: exact.
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
-        reservoir: Rows kept for the discount across layers.
+        reservoir: Rows whose gradients are stored for the discount across layers.
         layers: Patterns of the names of the modules to record, e.g. ``["*.h.11.*"]``; None: all.
         max_query_rows: Rows taken of a larger evaluation set, a fixed random sample.
         uncaptured: What to do about parameters without a capture.
@@ -72,28 +73,37 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         queries: Any = "val",
         methods: Sequence[Method] | None = None,
         initial_weights: InitialWeights = "fixed",
-        refresh_every: int | None = None,
-        curvature_every: int | None = None,
-        rank: int | None = RANK,
-        discount: bool = True,
-        max_dim: int = 1024,
-        reservoir: int = 800,
-        layers: Sequence[str] | None = None,
+        refresh_every: int | None = RecordingConfig.refresh_every,
+        curvature_every: int | None = RecordingConfig.curvature_every,
+        rank: int | None = RecordingConfig.rank,
+        discount: bool = RecordingConfig.discount,
+        max_dim: int = RecordingConfig.max_dim,
+        reservoir: int = RecordingConfig.reservoir,
+        layers: Sequence[str] | None = RecordingConfig.layers,
         max_query_rows: int = 2000,
-        uncaptured: Uncaptured = "warn",
+        uncaptured: Uncaptured = RecordingConfig.uncaptured,
         dirpath: str | Path | None = None,
-        on_error: OnError = "warn",
+        on_error: OnError = RecordingConfig.on_error,
     ) -> None:
         self.report: InfluenceReport | None = None
         self._trainer, self._queries, self._max_query_rows = trainer, queries, max_query_rows
-        self._options: dict[str, Any] = {"methods": methods, "initial_weights": initial_weights}
-        self._options |= {"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank}
-        self._options |= {"discount": discount, "max_dim": max_dim, "reservoir": reservoir, "layers": layers}
-        self._options |= {"uncaptured": uncaptured, "on_error": on_error}
+        self._methods = methods
+        self._config = RecordingConfig(
+            refresh_every,
+            curvature_every,
+            rank,
+            discount,
+            max_dim,
+            reservoir,
+            initial_weights,
+            layers,
+            uncaptured,
+            on_error,
+        )
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None
         self._tracker = RowTracker(OWNER, "give a training set whose rows have indices")
-        self._rows: deque[Tensor | None] = deque()  # of the batches fetched and not yet trained on
+        self._rows: deque[Callable[[Any], Tensor] | None] = deque()  # of the batches fetched and not yet trained on
         self._undo: list[Callable[[], None]] = []
         trainer.add_callback(self)
         _wrap(trainer, "train", self._train)
@@ -106,7 +116,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         except BaseException as error:
             if self._recorder is not None and self._recorder.running:
                 name = type(error).__name__
-                self._recorder.note(f"training was ended by {name}: the report covers the steps before")
+                self._recorder.guard.note(f"training was ended by {name}: the report covers the steps before")
                 self._report()
             raise
         finally:
@@ -130,17 +140,18 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             rows=self._tracker.size,
             queries=self._queries,
             loss=self._loss,
+            methods=self._methods,
             total_steps=state.max_steps - state.global_step,
             schedulers=[(getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"]), 1)],
             accumulate=args.gradient_accumulation_steps,
             source=DataSource(OWNER, self._loss, self._tracker.loader, self._val(), self._max_query_rows),
             to_device=self._trainer._prepare_inputs,
             owner=OWNER,
-            **self._options,
+            config=self._config,
         )
         self._recorder.start()
         if state.global_step:
-            self._recorder.note(
+            self._recorder.guard.note(
                 f"recording began at step {state.global_step} of a resumed run; earlier ones are missing"
             )
         self._rows.clear()
@@ -148,7 +159,6 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             (self._trainer, "get_batch_samples", self._fetched),
             (self._trainer, "training_step", self._step),
             (accelerator, "backward", self._backward),
-            (accelerator, "clip_grad_norm_", self._clip),
         ):
             self._undo.append(_wrap(target, name, wrapped))
 
@@ -177,7 +187,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self.report = self._recorder.report()
             save_with_page(self.report, self._folder)
         except Exception as error:  # a trained model must never be lost to its report
-            if self._options["on_error"] == "raise":
+            if self._config.on_error == "raise":
                 raise
             unsaved = "the report could not be saved; it is in the callback: .report.save(folder)"
             what = "the report was lost" if self.report is None else unsaved
@@ -202,7 +212,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _stripped(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             known = isinstance(batch, RowBatch)
-            self._rows.append(batch.rows if known else None)
+            self._rows.append(partial(self._tracker.told_of, batch) if known else None)
             yield batch.batch if known else batch
 
     def _loss(self, module: Any, batch: Any) -> Tensor:
@@ -214,7 +224,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         assert self._recorder is not None
         rows = self._rows.popleft() if self._rows else None
         if rows is None:
-            self._recorder.note("batches of a resumed epoch do not tell their rows and are missing")
+            self._recorder.guard.note("batches of a resumed epoch do not tell their rows and are missing")
             return original(model, inputs, *args, **kwargs)
         self._recorder.start_batch(rows, inputs)
         loss = original(model, inputs, *args, **kwargs)
@@ -227,23 +237,11 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         original(loss, **kwargs)
         self._recorder.after_backward()
 
-    def _clip(self, original: Callable[..., Any], parameters: Any, max_norm: float, *args: Any) -> Any:
-        assert self._recorder is not None
-        if max_norm < float("inf"):  # else it is asked for the norm alone
-            self._recorder.measure_clipping()
-        return original(parameters, max_norm, *args)
-
 
 def _wrap(target: Any, name: str, wrapped: Callable[..., Any]) -> Callable[[], None]:
     """Calls ``wrapped(original, ...)`` in place of a method; what it returns undoes that."""
-    original, before = getattr(target, name), {key: each for key, each in target.__dict__.items() if key == name}
-
-    def undo() -> None:
-        target.__dict__.pop(name, None)
-        target.__dict__.update(before)
-
-    target.__dict__[name] = lambda *args, **kwargs: wrapped(original, *args, **kwargs)
-    return undo
+    original = getattr(target, name)
+    return replaced_method(target, name, lambda *args, **kwargs: wrapped(original, *args, **kwargs))
 
 
 def _plain(loader: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
@@ -35,6 +35,36 @@ def overrides(owner: object, hook: str) -> bool:
     """Whether a module or datamodule has a hook of its own; under either name of Lightning."""
     home: str = getattr(owner, hook).__module__
     return not home.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
+
+
+def touches_gradients(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether gradients may be changed after a backward pass: clipping, loss scaling, own code."""
+    hooks = (
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "configure_gradient_clipping",
+        "optimizer_step",
+        "backward",
+    )
+    plugin = trainer.precision_plugin
+    return (
+        not module.automatic_optimization
+        or bool(trainer.gradient_clip_val)
+        or getattr(plugin, "scaler", None) is not None
+        or any(not _lightnings(getattr(module, hook)) for hook in hooks)
+        or any(not _lightnings(getattr(each, hook)) for each in _others(trainer) for hook in hooks[:2])
+        or not all(_lightnings(type(each)) for each in (plugin, trainer.strategy))
+    )
+
+
+def _others(trainer: Trainer) -> list[Any]:
+    """The callbacks but for the package's own."""
+    return [each for each in trainer.callbacks if not type(each).__module__.startswith("ine_callback.")]  # type: ignore[attr-defined]
+
+
+def _lightnings(one: Any) -> bool:
+    """Whether a class or function is Lightning's own, under either of its names."""
+    return str(one.__module__).startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 @contextmanager
@@ -65,7 +95,7 @@ def unscale(trainer: Trainer) -> Tensor | None:
 
 
 def steps_ahead(trainer: Trainer) -> int:
-    """Optimizer steps planned from here on; 0 where nobody knows."""
+    """Optimizer steps planned from here on; 0 where it is unknown."""
     steps = trainer.estimated_stepping_batches
     return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
 

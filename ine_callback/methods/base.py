@@ -1,4 +1,4 @@
-"""The protocol of a method that accumulates over training: steps update per-row state, which the end makes scores."""
+"""The protocol of a method that accumulates over training: every step updates per-row state."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ _FORMER = {"fold": "update", "finish": "compute"}  # names of the abstract metho
 
 
 class Method(ABC):
-    """A way to turn signals into scores. Life: ``start`` once, ``update`` every optimizer step, ``compute`` at the end.
+    """A way to turn signals into scores: ``start`` once, ``update`` at every optimizer step, ``compute`` at the end.
 
     Implementations keep tensors on the run's device, accumulate in float32 or better and never synchronise with the
     host in ``update``.
+
+    Attributes:
+        needs_signals: Whether it uses signals. Without them no hook reads the training's passes, and ``update`` gets
+            none [b, 0].
     """
 
+    needs_signals = True
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Takes methods written for earlier versions, which called ``update`` ``fold`` and ``compute`` ``finish``."""
+        """Accepts methods written for earlier versions, with ``fold`` for ``update`` and ``finish`` for ``compute``."""
         super().__init_subclass__(**kwargs)
         for former, name in _FORMER.items():
             if former in vars(cls) and name not in vars(cls):
@@ -45,9 +51,9 @@ class Method(ABC):
             rows: Number of rows.
             queries: The queries.
             device: Where the state lives.
-            random_weights: Whether initial weights are part of training randomness: they leave a variance of 1 in
+            random_weights: Whether initial weights are part of training randomness. They then cause a variance of 1 in
                 every query, in squared units of ``update``.
-            contrasts: Sign contrasts J that ``update`` will be given.
+            contrasts: Number J of sign contrasts that ``update`` will get.
         """
 
     @abstractmethod
@@ -59,18 +65,18 @@ class Method(ABC):
         unit: Tensor | None = None,
         contrasts: Tensor | None = None,
     ) -> None:
-        """Takes one optimizer step.
+        """Updates the state with one optimizer step.
 
         Args:
             rows: Dataset index of every row of the step [b], int64, on the run's device; duplicates allowed.
-            signals: Inner product of the direction with each row's share of the step's gradient [b, Q]. Shares sum
-                to the applied gradient, so for a mean loss a share is the row's gradient divided by b. Non-finite
-                signals are left out.
+            signals: Inner product [b, Q] of each query's direction with each row's contribution to the step's gradient.
+                Contributions sum to the applied gradient, so for a mean loss a contribution is the row's gradient
+                divided by b. Non-finite signals are left out.
             rate: Effective learning rate of the step: lr / (1 - momentum) for SGD, lr for Adam.
-            unit: Standard deviation [b, Q] that random initial weights leave in each query along its present direction
-                (the same for all rows, but for self-influence); None: 1. Directions of different times are compared in
-                these units.
-            contrasts: The signals with half of each layer's units turned [b, Q, J], see
+            unit: Standard deviation [b, Q] that random initial weights cause in each query along its present direction
+                (the same for all rows, except for self-influence); None: 1. It makes directions of different times
+                comparable.
+            contrasts: The signals with Rademacher signs on each layer's units [b, Q, J], see
                 :mod:`ine_callback.scoring.sign_contrasts`.
         """
 
@@ -101,7 +107,7 @@ def host(tensor: Tensor) -> Floats:
 
 
 def split_methods(methods: Sequence[Method | FitEndMethod], owner: str) -> tuple[list[Method], list[FitEndMethod]]:
-    """The method that accumulates over training, if there is one, and those that run on the trained model.
+    """Splits methods into those that accumulate over training (at most one) and those that run on the trained model.
 
     Raises:
         InfluenceError: If there is none at all, or two of the first kind.
@@ -125,10 +131,10 @@ def split_methods(methods: Sequence[Method | FitEndMethod], owner: str) -> tuple
 
 
 def training_methods(methods: Sequence[Method], owner: str) -> list[Method]:
-    """The methods of a recorder, which runs none on the trained model.
+    """Checks the methods of a recorder, which runs no method on the trained model.
 
     Raises:
-        InfluenceError: For one that does, or none.
+        InfluenceError: For a method that runs on the trained model, or no method.
     """
     training, ending = split_methods(methods, owner)
     if ending:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture import Block, BlockTable, Capture, Record
-from ine_callback.capture.coverage import Coverage
+from ine_callback.capture import Block, BlockTable, Capture, GradSample
 from ine_callback.capture.label_gradients import classes_of, expect, sample
+from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_losses import read_loss
-from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.capture.row_order import row_order_faults
+from ine_callback.capture.verification import Verification, fraction_of, uncaptured
+from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.distributed.processes import Lockstep, Processes
+from ine_callback.distributed.processes import Processes
 from ine_callback.errors import CaptureError
 from ine_callback.methods.fit_end import PerSamplePass
 from ine_callback.queries import Batch, BoundQuery, gradients
@@ -41,48 +42,48 @@ class RowGradients:
     loss, and whatever the other rows of its batch weigh.
 
     Args:
-        records: Each block's records; several where a batch used it several times.
-        scale: What turns a record's rows into gradients of the rows' own losses [b].
+        grad_samples: Each block's per-sample gradients as factors; several where a batch used it several times.
+        scale: What turns their rows into gradients of the rows' own losses [b].
     """
 
-    def __init__(self, records: dict[Block, list[Record]], scale: Tensor) -> None:
-        self._records, self._scale = records, scale
+    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor) -> None:
+        self._grad_samples, self._scale = grad_samples, scale
 
     def __iter__(self) -> Iterator[Block]:
-        return iter(self._records)
+        return iter(self._grad_samples)
 
-    def records(self, block: Block) -> list[Record]:
-        """A block's records: their sum times :attr:`scale`, row by row, are the rows' gradients."""
-        return self._records[block]
+    def grad_samples(self, block: Block) -> list[GradSample]:
+        """A block's factors: their sum times :attr:`scale`, row by row, are the rows' gradients."""
+        return self._grad_samples[block]
 
     @property
     def scale(self) -> Tensor:
-        """What the records' rows are multiplied with [b]."""
+        """What the rows of the factors are multiplied with [b]."""
         return self._scale
 
     def formed(self, block: Block) -> Tensor:
         """The gradients [b, *layout] of a block."""
-        first, *rest = (record.wide().gradient(slice(None)) for record in self._records[block])
+        first, *rest = (grad_sample.wide().gradient(slice(None)) for grad_sample in self._grad_samples[block])
         total = sum(rest, first)
         return total * self._scale.to(total.dtype).view(-1, *[1] * (total.dim() - 1))
 
     def products(self, directions: dict[Block, Tensor]) -> Tensor:
         """Inner products [b, Q] with directions, each [Q, *layout]."""
         parts = [
-            record.wide().signals(directions[block])
-            for block, records in self._records.items()
+            grad_sample.wide().signals(directions[block])
+            for block, grad_samples in self._grad_samples.items()
             if block in directions
-            for record in records
+            for grad_sample in grad_samples
         ]
         return torch.stack(parts).sum(0) * self._scale[:, None]
 
     def squared_norms(self) -> Tensor:
         """Squared norms [b] of the gradients over all blocks."""
         parts = [
-            records[0].wide().squared_norms() * self._scale**2
-            if len(records) == 1
+            grad_samples[0].wide().squared_norms() * self._scale**2
+            if len(grad_samples) == 1
             else self.formed(block).flatten(1).square().sum(1)
-            for block, records in self._records.items()
+            for block, grad_samples in self._grad_samples.items()
         ]
         return torch.stack(parts).sum(0)
 
@@ -122,7 +123,7 @@ class FitContext:
     progress: Track = untracked
     scores: Scores | None = None
     factors: KFAC | None = None
-    gradient_sample: Reservoir | None = None
+    gradient_sample: GradientSample | None = None
     layers: Sequence[str] | None = None
     at: Stage = "end"
     seed: int = 0
@@ -131,10 +132,10 @@ class FitContext:
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module)
-        self._held: list[tuple[Block, Record]] = []
+        self._held: list[tuple[Block, GradSample]] = []
         self._failures: list[Exception] = []
-        self._capture = Capture(self.module, self._receive, self._failures.append, self.layers)
-        self._coverage: Coverage | None = None
+        self._capture = Capture(self.module, self._receive, self._failures.append, self.layers, every_pass=True)
+        self._dropped: set[str] | None = None  # modules left out when the first batch was verified
 
     @property
     def rows(self) -> int:
@@ -181,9 +182,8 @@ class FitContext:
         self._held.clear()
         capture.attach()
         try:
-            first = self._coverage is None
-            if first:
-                self._probe(batch, size)
+            if self._dropped is None:
+                self._check_layers(batch, size)
             with isolated(self.module), self.precision():
                 capture.start_batch(size)
                 loss = self.loss(self.module, batch)
@@ -197,52 +197,62 @@ class FitContext:
             capture.detach()
         if self._failures:
             raise self._failures.pop()
-        if first:
-            self._prove(parameters, found)
-        elif self._coverage is not None and (late := self._coverage.late_notes()):
-            raise CaptureError(f"{self.owner}: per-sample gradients ended early: {late[0]}.")
-        records: dict[Block, list[Record]] = {}
-        for block, record in self._held:
-            records.setdefault(block, []).append(record)
-        if not records:
+        if self._dropped is None:
+            self._verify(parameters, found)
+        elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in self._dropped]:
+            raise CaptureError(f"{self.owner}: per-sample gradients ended early: {'; '.join(late)}.")
+        grad_samples: dict[Block, list[GradSample]] = {}
+        for block, grad_sample in self._held:
+            grad_samples.setdefault(block, []).append(grad_sample)
+        if not grad_samples:
             reasons = "; ".join(sorted(set(capture.dropped.values()))) or "no layer of a known type was called"
             raise CaptureError(f"{self.owner}: no layer's gradients can be told apart by rows: {reasons}.")
         if reading is None:
             self._note("per-sample gradients: the loss is of an unknown form, and taken as a mean over a batch's rows")
-        return RowGradients(records, loss.new_full((size,), size) if reading is None else reading.own)
+        return RowGradients(grad_samples, loss.new_full((size,), size) if reading is None else reading.own)
 
-    def _receive(self, module: nn.Module, found: dict[str, Record]) -> None:
+    def _receive(self, module: nn.Module, found: dict[str, GradSample]) -> None:
         self._held += self.table.sort(module, found)
 
-    def _probe(self, batch: Batch, size: int) -> None:
-        """Drops layers whose inputs are not led by the batch's rows."""
-        self._coverage = Coverage(self.module, self._capture, "warn", self.owner)
+    def _check_layers(self, batch: Batch, size: int) -> None:
+        """Drops layers whose inputs are not led by the batch's rows, or whose layer function is wrong."""
+        if size < 2:
+            return
 
         def loss(module: nn.Module, batch: Batch) -> Tensor:
             with self.precision():
                 return self.loss(module, batch)
 
-        self._coverage.probe(loss, batch, size, Lockstep(next(self.module.parameters()).device, alone=True))
+        found = row_order_faults(self.module, self._capture, loss, batch, size)
+        found = layer_function_faults(self.module, self._capture, loss, batch, size) | found
+        for module, reason in found.items():
+            self._capture.drop(module, reason)
 
-    def _prove(self, parameters: Sequence[nn.Parameter], found: Sequence[Tensor | None]) -> None:
+    def _verify(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
-        assert self._coverage is not None
-        before = [p.grad for p in parameters]
-        try:
-            for p, grad in zip(parameters, found, strict=True):
-                p.grad = grad
-            held = [(*pair, None) for pair in self._held]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it becomes a note
-                held = self._coverage.prove(held, self.table, Lockstep(parameters[0].device, alone=True))
-        finally:
-            for p, grad in zip(parameters, before, strict=True):
-                p.grad = grad
-        self._held = [(block, record) for block, record, _ in held]
-        for note in self._coverage.notes:
-            self._note(f"per-sample gradients: {note}")
-        for name, why in self._coverage.uncaptured.items():
-            self._note(f"per-sample gradients leave out {name}: {why}")
+        proof = Verification(self._failures.append, None, keep=False)
+        for block, grad_sample in self._held:
+            proof.take(block, grad_sample)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                proof.compare(parameter, parameter, gradient)
+        if self._failures:
+            raise self._failures.pop()
+        wrong, _, _ = proof.judge(self.table, self._capture.half, self._capture.double_backward)
+        names = {p: name for name, p in self.module.named_parameters()}
+        missing = {names[p]: reason for block, reason in wrong.items() for p in block.parameters}
+        for block in wrong:
+            self.table.drop(block)
+        self._held = [(block, grad_sample) for block, grad_sample in self._held if block not in wrong]
+        used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        missing = uncaptured(self.module, self.table.captured(), self._capture.dropped, used) | missing
+        unasked = {name for name in missing if name.rpartition(".")[0] in self._capture.deselected}
+        if unasked:
+            self._note(f"layers= leaves out {fraction_of(self.module, unasked):.1%} of the trainable parameters")
+        for name, why in missing.items():
+            if name not in unasked:
+                self._note(f"per-sample gradients leave out {name}: {why}")
+        self._dropped = set(self._capture.dropped)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

@@ -31,7 +31,7 @@ from torch import Tensor
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.packing import packed, unpacked
 from ine_callback.scores import Attribution, QueryInfo, Stage, attribute_name
-from ine_callback.utilities.isolation import undisturbed
+from ine_callback.utilities.isolation import isolated
 
 if TYPE_CHECKING:
     from ine_callback.methods.context import FitContext, RowGradients
@@ -172,7 +172,7 @@ class FitEndMethods:
         """
         self._reached.add(context.at)
         running = [_Running(method) for method in self.due(context.at)]
-        with self._guarded(running, context), undisturbed(context.module):
+        with self._guarded(running, context), isolated(context.module):
             for one in running:
                 with self._guarded([one], context):
                     self._begin(one, context)

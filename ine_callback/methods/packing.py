@@ -1,4 +1,4 @@
-"""Attributions as tensors and plain types, which a checkpoint holds and loads under ``weights_only=True``."""
+"""Attributions as tensors and plain types, for checkpoints that load under ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARTS = {"layers": LayerScores, "tokens": TokenScores}
 
 
 def packed(found: Attribution) -> dict[str, Any]:
-    """What :func:`unpacked` makes the attribution of again."""
+    """The attribution as tensors and plain types; :func:`unpacked` is the inverse."""
     state: dict[str, Any] = {}
     for name, value in vars(found).items():
         if name in ("queries", "checks"):
@@ -28,7 +28,7 @@ def packed(found: Attribution) -> dict[str, Any]:
 
 
 def unpacked(state: dict[str, Any]) -> Attribution:
-    """The attribution that :func:`packed` was given."""
+    """The attribution from :func:`packed`'s state."""
     fields = {name: _array(value) for name, value in state.items()}
     fields["queries"] = tuple(QueryInfo(**query) for query in state["queries"])
     fields["checks"] = tuple(Check(**check) for check in state["checks"])

@@ -1,4 +1,4 @@
-"""Where queries get their data: the validation loader, any loader or batch, rows of the training set. Read once."""
+"""Where queries get their data: the validation loader, any loader or batch, rows of the training set."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ine_callback.data.batches import micro_batches, size_of
+from ine_callback.data.batches import count_of, micro_batches
 from ine_callback.errors import QueryError
-from ine_callback.queries import Batch, QuerySource
+from ine_callback.queries.bound import Batch, QuerySource
 
 LARGEST_BATCH = 256
 
 
 class DataSource(QuerySource):
-    """Resolves what a query calls its data.
+    """Finds the data that a query names, and reads it once.
 
     Args:
         owner: Class named in messages.
         loss: Mean loss of a batch, ``(module, batch) -> scalar``.
         train: The training loader, for lists of dataset indices.
         val: The validation loaders, for ``"val"``.
-        limit: Rows taken of a larger loader, a fixed random sample.
+        limit: Rows taken of a larger loader: a fixed random sample.
     """
 
     def __init__(
@@ -38,12 +38,22 @@ class DataSource(QuerySource):
     ) -> None:
         self._owner, self._loss, self._train, self._val, self._limit = owner, loss, train, val or [], limit
         self.notes: list[str] = []
+        self._counts: dict[int, int] = {}  # id of a batch whose rows cannot be counted -> items it was made of
         self._read_before: list[tuple[list[Any], list[Batch]]] = []
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         if self._loss is None:
             raise QueryError(f"{self._owner}: a query needs the model's loss; pass loss=lambda module, batch: scalar.")
         return self._loss(module, batch)
+
+    def size(self, batch: Batch) -> int:
+        count = count_of(batch)
+        if count is not None:
+            return count
+        if id(batch) not in self._counts:
+            note = f"the rows of query batches of type {type(batch).__name__} cannot be counted: all weigh the same"
+            self.notes.extend([note] if note not in self.notes else [])
+        return self._counts.get(id(batch), 1)
 
     def batches(self, data: Any) -> list[Batch]:
         if isinstance(data, str):
@@ -66,8 +76,7 @@ class DataSource(QuerySource):
             if len(known) == len(loaders) and all(a is b for a, b in zip(known, loaders, strict=True)):
                 return batches
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            found = [batch for loader in loaders for batch in self._sample(name, loader)]
-        batches = [part for batch in found for part in micro_batches(batch, LARGEST_BATCH)]
+            batches = [batch for loader in loaders for batch in self._sample(name, loader)]
         self._read_before.append((loaders, self._checked(batches, loaders[0])))
         return batches
 
@@ -82,22 +91,28 @@ class DataSource(QuerySource):
                 torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: self._limit].sort().values
             )
             self.notes.append(f"query data '{name}': a random {self._limit} of {len(dataset)} rows")
-            return _load(dataset, picked.tolist(), loader)
+            return self._loaded(dataset, picked.tolist(), loader)
         if sized and loader.batch_size is not None:
-            return _load(dataset, range(len(dataset)), loader)
+            return self._loaded(dataset, range(len(dataset)), loader)
         batches, rows = [], 0
         for batch in loader:
-            batches.append(batch)
-            rows += size_of(batch)
+            batches += micro_batches(batch, LARGEST_BATCH)
+            rows += count_of(batch) or 1
             if rows >= self._limit:
                 self.notes.append(f"query data '{name}': its first {rows} rows")
                 break
         return batches
 
+    def _loaded(self, dataset: Any, rows: Sequence[int], loader: DataLoader[Any]) -> list[Batch]:
+        batches = _load(dataset, rows, loader)
+        for k, batch in enumerate(batches):
+            self._counts[id(batch)] = len(rows[k * LARGEST_BATCH : (k + 1) * LARGEST_BATCH])
+        return batches
+
     def _rows(self, rows: list[int]) -> list[Batch]:
         dataset = self._indexed(rows)
         with isolate_rng(include_cuda=torch.cuda.is_initialized()):
-            return _load(dataset, rows, self._train)
+            return self._loaded(dataset, rows, self._train)
 
     def _indexed(self, rows: list[int]) -> Any:
         """The training set, if it has these rows."""
@@ -159,4 +174,4 @@ def _is_stream(data: Any) -> bool:
 
 
 def _is_empty(data: Any) -> bool:
-    return (not isinstance(data, Tensor) and hasattr(data, "__len__") and len(data) == 0) or size_of(data) == 0
+    return (not isinstance(data, Tensor) and hasattr(data, "__len__") and len(data) == 0) or count_of(data) == 0

@@ -1,24 +1,27 @@
-"""What the batches of one optimizer step left, kept until the step is really taken."""
+"""What the backward passes of one optimizer step found, until the step is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from ine_callback.capture import Block
 from ine_callback.distributed.processes import Processes
+from ine_callback.optimizers.clipping import Change
 
 
 @dataclass(frozen=True)
-class Visits:
-    """Rows and what their visit left.
+class Observations:
+    """Rows of one step, with their signals and losses.
 
     Attributes:
         rows: Dataset indices [b].
         signals: Signals and contrasts [b, Q, 1 + J].
-        own: Squared units of the rows' own losses [b].
+        own: Squared units of self-influence [b].
         losses: The rows' losses [b], NaN where unknown.
     """
 
@@ -27,48 +30,96 @@ class Visits:
     own: Tensor
     losses: Tensor
 
-    def again(self, later: Visits) -> Visits:
+    def again(self, later: Observations) -> Observations:
         """The same rows with a further backward pass."""
-        return Visits(self.rows, self.signals + later.signals, self.own + later.own, self.losses + later.losses)
+        return Observations(self.rows, self.signals + later.signals, self.own + later.own, self.losses + later.losses)
 
-    def times(self, factor: Tensor | float) -> Visits:
-        """With the shares of the step times a factor."""
-        return Visits(self.rows, self.signals * factor, self.own, self.losses)
+    def times(self, factor: Tensor | float) -> Observations:
+        """With the contributions to the step times a factor."""
+        return Observations(self.rows, self.signals * factor, self.own, self.losses)
 
-    def joined(self, processes: Processes, sizes: Sequence[int]) -> Visits:
-        """Those of all processes, this one's being ``sizes[rank]``; right after a meeting."""
+    def joined(self, processes: Processes, sizes: Sequence[int]) -> Observations:
+        """Those of all processes, this one's being ``sizes[rank]``; right after an exchange."""
         if processes.count == 1:
             return self
         own, losses = (x.to(self.signals.dtype)[:, None] for x in (self.own, self.losses))
         rows = processes.join(self.rows, sizes)
         packed = processes.join(torch.cat([self.signals.flatten(1), own, losses], 1), sizes)
-        return Visits(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
+        return Observations(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one backward pass found, before it is known what becomes of the gradients.
+
+    Attributes:
+        rows: Dataset indices [b].
+        blocks: The K blocks whose signals are told apart; none: one sum.
+        signals: Signals and contrasts [K, b, Q, 1 + J].
+        own: As of :class:`Observations`.
+        losses: As of :class:`Observations`.
+        changes: What was done to the gradients since.
+    """
+
+    rows: Tensor
+    blocks: tuple[Block, ...]
+    signals: Tensor
+    own: Tensor
+    losses: Tensor
+    changes: list[Change] = field(default_factory=list)
+
+    def observations(self) -> Observations:
+        """With each block's signals times what was done to its gradients."""
+        signals = self.signals
+        for change in self.changes:
+            factors = change.factors(self.blocks) if self.blocks else change.total()[None]
+            signals = signals * factors.to(signals.dtype)[:, None, None, None]
+        return Observations(self.rows, signals.sum(0), self.own, self.losses)
 
 
 class Pending:
-    """The visits of a step that is not yet taken."""
+    """The passes of a step that is not yet taken."""
 
     def __init__(self) -> None:
-        self._parts: list[Visits] = []
+        self._passes: list[Pass] = []
 
     def __bool__(self) -> bool:
-        return bool(self._parts)
+        return bool(self._passes)
 
-    def add(self, visits: Visits) -> None:
-        """Takes what a backward pass left; a further pass of the same batch adds to the one before."""
-        if self._parts and self._parts[-1].rows is visits.rows:
-            visits = self._parts.pop().again(visits)
-        self._parts.append(visits)
+    def add(self, one: Pass) -> None:
+        """Takes what a backward pass found."""
+        self._passes.append(one)
+
+    def change(self, change: Change) -> None:
+        """The gradients of all passes so far were changed."""
+        for one in self._passes:
+            one.changes.append(change)
+
+    @property
+    def changes(self) -> list[Change]:
+        """In the order in which they happened: the first pass saw them all."""
+        return self._passes[0].changes if self._passes else []
 
     def clear(self) -> None:
-        """Forgets them: their step was skipped."""
-        self._parts.clear()
+        """Forgets them: their step was skipped, or their gradients were removed."""
+        self._passes.clear()
 
-    def take(self, columns: int, contrasts: int, device: torch.device) -> Visits:
-        """All of them, as one; they are no longer pending. None at all have signals [0, columns, 1 + contrasts]."""
-        parts, self._parts = self._parts, []
+    def _batches(self) -> list[list[Pass]]:
+        """The passes, those of one batch together."""
+        batches: list[list[Pass]] = []
+        for one in self._passes:
+            if batches and batches[-1][0].rows is one.rows:
+                batches[-1].append(one)
+            else:
+                batches.append([one])
+        return batches
+
+    def take(self, columns: int, contrasts: int, device: torch.device) -> Observations:
+        """All of them as one, and none is pending any more; without any, signals are [0, columns, 1 + contrasts]."""
+        parts = [reduce(Observations.again, (one.observations() for one in batch)) for batch in self._batches()]
+        self._passes = []
         if not parts:
             none = torch.zeros(0, device=device)
-            return Visits(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)
+            return Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)
         names = ("rows", "signals", "own", "losses")
-        return Visits(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -1,8 +1,8 @@
 """What users hold: the report, its tables, its disk format, its plots and its HTML. Knows scores only."""
 
+from ine_callback.applications.group import GroupScore
 from ine_callback.report.compare import Agreement, Comparison
 from ine_callback.report.example import example_report
-from ine_callback.report.group import GroupScore
 from ine_callback.report.reading import ReportError
 from ine_callback.report.report import InfluenceReport
 from ine_callback.report.runinfo import RunInfo

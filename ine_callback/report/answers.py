@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from ine_callback.report.attribution_view import by_method, heading, verdict
 from ine_callback.report.view import advice
-from ine_callback.report.words import plain, tails
+from ine_callback.utilities.words import plain, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
-LARGEST = 20  # classes, and queries, of a matrix
+MAX_MATRIX = 20  # classes, and queries
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Answer:
     """A question of the reader's, answered in a number or a word.
 
     Attributes:
-        question: What is asked.
+        question: The question.
         short: The answer at a glance.
         tone: Its colour's name.
         lines: Sentences below.
@@ -37,8 +37,8 @@ class Answer:
     query: str | None = None
 
 
-def answers(report: InfluenceReport, facts: dict[str, Any]) -> list[Answer]:
-    """The three of them.
+def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
+    """The three of them; the second needs a query.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -46,10 +46,12 @@ def answers(report: InfluenceReport, facts: dict[str, Any]) -> list[Answer]:
         >>> [answer.short for answer in answers(report, report.summary())]
         ['3 rows', '5 help · 3 harm', 'Yes, by its own checks']
     """
+    if not facts["queries"]:
+        return [Answer("What to fix", "No f-INE score", "ok", [advice(report, facts)]), _believe(report, facts)]
     return [_fix(report, facts), _matters(facts), _believe(report, facts)]
 
 
-def _fix(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
+def _fix(report: Contents, facts: dict[str, Any]) -> Answer:
     name = facts["recommended_query"]
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     short = f"{count:,} row{'' if count == 1 else 's'}"
@@ -71,36 +73,38 @@ def _matters(facts: dict[str, Any]) -> Answer:
     return Answer("What matters", short, "good", [plain(total), plain(query["question"])], query["name"])
 
 
-def _believe(report: InfluenceReport, facts: dict[str, Any]) -> Answer:
+def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
     known = [query for query in facts["queries"] if query["null_ks_p"] is not None]
     failed, last = len(facts["null_checks_failed"]), [stages[-1] for stages in by_method(report.attributions).values()]
     checks = f"Null check passed for {len(known) - failed} of {len(known)} queries." if known else "No null check."
-    lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."]
+    lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."] if facts["queries"] else []
     for found in last:
         passed = sum(check.passed for check in found.checks)
         count = f" ({passed} of {len(found.checks)} checks)" if found.checks else ""
         lines.append(f"{heading(found)}: {verdict(found)}{count}.")
+    if facts["incomplete"]:
+        return Answer("Can I believe it?", "Not of the whole run", "alarm", [plain(facts["incomplete"]), *lines])
     if failed or not all(found.reliable for found in last):
         return Answer("Can I believe it?", "Not all of it", "alarm", lines)
     return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)
 
 
-def class_matrix(report: InfluenceReport, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
+def class_matrix(report: Contents, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
     """Mean score of the rows of each class on the query of each class, where there are queries named ``…/class``."""
     keys = {name.partition(" ")[0]: name for name in names}
-    asked = [(column, query) for column, query in enumerate(report.queries) if query.rpartition("/")[2] in keys]
-    asked = [one for one in asked if "/" in one[1]][:LARGEST]
-    shown = [k for k in range(len(names)) if (which == k).any()][:LARGEST]
-    if len(asked) < 2 or not shown:
+    of_classes = [(column, query) for column, query in enumerate(report.queries) if query.rpartition("/")[2] in keys]
+    of_classes = [one for one in of_classes if "/" in one[1]][:MAX_MATRIX]
+    shown = [k for k in range(len(names)) if (which == k).any()][:MAX_MATRIX]
+    if len(of_classes) < 2 or not shown:
         return None
-    mu = np.clip(report.scores.mu[:, [column for column, _ in asked]], -1e30, 1e30)
+    mu = np.clip(report.scores.mu[:, [column for column, _ in of_classes]], -1e30, 1e30)
     scored = np.isfinite(mu)
-    mean = np.full((len(shown), len(asked)), np.nan)
+    mean = np.full((len(shown), len(of_classes)), np.nan)
     for line, k in enumerate(shown):
         rows = (which == k)[:, None] & scored
         with np.errstate(invalid="ignore"):
             mean[line] = np.where(rows, mu, 0.0).sum(0) / rows.sum(0)
     largest = float(np.nanmax(np.abs(mean), initial=0.0)) or 1.0
     cells = [[{"mu": value, "width": round(abs(value) / largest, 3)} for value in line] for line in mean.tolist()]
-    heads = [keys[query.rpartition("/")[2]] for _, query in asked]
+    heads = [keys[query.rpartition("/")[2]] for _, query in of_classes]
     return {"head": heads, "lines": list(zip([names[k] for k in shown], cells, strict=True)), "largest": largest}

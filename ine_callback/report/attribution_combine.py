@@ -17,7 +17,7 @@ from ine_callback.scores import Attribution, Check, Floats, Stage
 from ine_callback.stats.hypothesis_tests import benjamini_hochberg
 from ine_callback.stats.ranks import spearman
 
-EXTREME = 0.05  # share of the rows at an end whose agreement is told
+END_FRACTION = 0.05  # of the rows, at the end whose agreement is reported
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def _agreement(here: Attribution, there: Attribution, query: str) -> MethodAgree
 
 
 def _jaccard(one: Floats, other: Floats) -> float:
-    """Shared share of the smallest values."""
+    """Fraction of the smallest values that both have in common."""
     if not len(one):
         return math.nan
-    count = max(1, round(EXTREME * len(one)))
+    count = max(1, round(END_FRACTION * len(one)))
     a, b = (set(np.argsort(values, kind="stable")[:count].tolist()) for values in (one, other))
     return len(a & b) / len(a | b)
 
@@ -112,8 +112,8 @@ def _combined(runs: list[Attribution]) -> Attribution | None:
     rows = runs[0].rows
     for run in runs[1:]:
         rows = np.intersect1d(rows, run.rows)
-    asked = [{(query.name, query.kind) for query in run.queries} for run in runs]
-    queries = tuple(query for query in runs[0].queries if all((query.name, query.kind) in each for each in asked))
+    known = [{(query.name, query.kind) for query in run.queries} for run in runs]
+    queries = tuple(query for query in runs[0].queries if all((query.name, query.kind) in each for each in known))
     if not rows.size or not queries:
         return None
     picked = partial(_picked, runs, rows, [query.name for query in queries])
@@ -126,8 +126,9 @@ def _combined(runs: list[Attribution]) -> Attribution | None:
         columns[name], spread, _ = _over_runs(picked([run.columns[name] for run in runs]), picked(errors))
         if all(error is not None for error in errors):
             columns[f"{name}_se"] = spread
-    everywhere = all(run.doubtful is not None for run in runs)
-    doubtful = np.asarray(picked([run.doubtful for run in runs]).all(0)) if everywhere else None
+    doubtful = None
+    if all(run.doubtful is not None for run in runs):
+        doubtful = np.asarray(picked([run.doubtful for run in runs]).all(0))
     first = runs[0]
     return Attribution(
         first.method,

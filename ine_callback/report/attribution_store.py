@@ -2,8 +2,8 @@
 
 attributions.json            for every attribution its queries, checks, settings, notes and the arrays' shapes
 attributions.parquet         one line for every attribution, query and row
-attribution_layers.parquet   one line for every attribution, query, row and layer, where asked for
-attribution_tokens.parquet   one line for every attribution, query and term of a row's loss, where asked for
+attribution_layers.parquet   one line for every attribution, query, row and layer, where there are any
+attribution_tokens.parquet   one line for every attribution, query and term of a row's loss, where there are any
 attribution_arrays.parquet   one line for every number of further arrays, in the order of their names
 
 An attribution is named by its position. A number that an attribution does not have is null in its lines.
@@ -42,7 +42,7 @@ FIELDS = {
     "settings": dict, "arrays": dict, "notes": list, "known": list, "layers": list, "terms": int,
 }  # fmt: skip
 OF_CHECKS = {"name": str, "value": (int, float, str, type(None)), "limit": str, "passed": bool, "remedy": str}
-KNOWN = (*OPTIONAL, "doubtful", "token_se", "token_q")  # parts that an attribution may do without
+KNOWN = (*OPTIONAL, "doubtful", "token_se", "token_q")  # parts that an attribution may lack
 
 
 def write(found: Sequence[Attribution], folder: Path) -> None:
@@ -298,8 +298,8 @@ def _tokens(meta: dict[str, Any], table: pa.Table, rows: NDArray[np.int64]) -> T
     terms = np.arange(shape[1]) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if not np.array_equal(_integers(table, "term"), np.tile(terms, shape[0])):
         raise ValueError("terms are in another order")
-    kept = {name: _column(table, name, shape) for name in ("se", "q") if f"token_{name}" in meta["known"]}
-    return TokenScores(np.concatenate([[0], np.cumsum(lengths)]), _column(table, "scores", shape), **kept)
+    optional = {name: _column(table, name, shape) for name in ("se", "q") if f"token_{name}" in meta["known"]}
+    return TokenScores(np.concatenate([[0], np.cumsum(lengths)]), _column(table, "scores", shape), **optional)
 
 
 def _rows(table: pa.Table, shape: tuple[int, int], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

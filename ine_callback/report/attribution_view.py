@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.words import BLUE, ORANGE, plain, probability
 from ine_callback.scores import Attribution, Scores
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.words import BLUE, ORANGE, plain, probability
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXTREMES, DETAILED = 5, 4
+ROWS_PER_END, MAX_DETAILED = 5, 4
 LEGEND = "A score > 0: training on the row lowers the query."
 
 
@@ -28,7 +28,7 @@ def by_method(found: Sequence[Attribution]) -> dict[str, list[Attribution]]:
 
 
 def section(
-    stages: Sequence[Attribution], scores: Scores, queries: Sequence[str] | None = None, k: int = EXTREMES
+    stages: Sequence[Attribution], scores: Scores, queries: Sequence[str] | None = None, k: int = ROWS_PER_END
 ) -> list[Any]:
     """Parts for a rich group: a method's last stage, and how the earlier ones agree with it.
 
@@ -51,7 +51,7 @@ def section(
     parts += [Text(f" ✗ {plain(reason)}", "bold white on red") for reason in found.reasons]
     parts.append(Text(legend(found), "dim"))
     parts += [Text(line) for line in earlier(stages)]
-    for name in [query.name for query in found.queries[:DETAILED]] if queries is None else queries:
+    for name in [query.name for query in found.queries[:MAX_DETAILED]] if queries is None else queries:
         words = f"{plain(name)} · {agreement(found, scores, name)}"
         parts.append(Rule(Text(words, "bold"), align="left", style="dim"))
         sides = ends(found, found.column(name), k)
@@ -89,7 +89,7 @@ def earlier(stages: Sequence[Attribution]) -> list[str]:
         names = [query.name for query in last.queries]
         same = [
             f"{plain(query.name)} {_rank(found.ranking[here, k], last.ranking[there, names.index(query.name)])}"
-            for k, query in enumerate(found.queries[:DETAILED])
+            for k, query in enumerate(found.queries[:MAX_DETAILED])
             if query.name in names
         ]
         what = f"{verdict(found)}; rank agreement with the {moment(last.at)}: {', '.join(same)}"

@@ -1,4 +1,4 @@
-"""``report.plot``: the plots of a report on a reader's own axes, or on new ones."""
+"""``report.plot``: the plots of a report, on given axes or new ones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 from ine_callback.report import plots
 from ine_callback.report.attribution_view import by_method
-from ine_callback.report.optional import need
 from ine_callback.report.stages import stages
+from ine_callback.utilities.optional import need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 
 class Plots:
-    """The plots of one query each; every method draws on ``ax`` (by default on a figure of its own) and returns it.
+    """The plots of one query each; every method draws on ``ax`` (by default on a new figure) and returns it.
 
     Save with matplotlib: ``report.plot.volcano().figure.savefig("volcano.svg")``. Needs the extra ``report``.
 
@@ -33,7 +33,7 @@ class Plots:
         'The extremes, with 95 % intervals'
     """
 
-    def __init__(self, report: InfluenceReport) -> None:
+    def __init__(self, report: Contents) -> None:
         self._report = report
 
     def distribution(self, query: str | None = None, *, ax: Axes | None = None) -> Axes:

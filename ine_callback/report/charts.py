@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report.optional import need
+from ine_callback.utilities.optional import need
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure
 
 FEATURE = "InfluenceReport.write_html"
-TALL = 330  # pixels
+HEIGHT = 330  # pixels
 # What a point says of its row: columns of its source, with the format of those that are numbers.
 ROW = [("row", "row"), ("class", "class"), ("μ", "x %+.3g")]
 SCORE = [("95 %", "low %+.3g", "high %+.3g"), ("q", "q %.2g"), ("mean loss", "loss %.3g")]
@@ -105,7 +105,7 @@ def _plot(x: str, y: str, tools: str = "", **options: Any) -> figure:
     options = {"x_range": (-1, 1), "y_range": (-1, 1)} | options  # the script knows the data's ends
     plotting = need("bokeh.plotting", FEATURE)
     plot: figure = plotting.figure(
-        height=TALL, sizing_mode="stretch_width", tools=f"pan,box_zoom,wheel_zoom,reset,{tools}".rstrip(","),
+        height=HEIGHT, sizing_mode="stretch_width", tools=f"pan,box_zoom,wheel_zoom,reset,{tools}".rstrip(","),
         active_drag=None, active_scroll=None,  # a finger scrolls the page
         toolbar_location="right", x_axis_label=x, y_axis_label=y, min_width=200, **options,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def _ring(plot: figure) -> None:
 
 
 def _hover(plot: figure, shown: Sequence[tuple[str, ...]], renderers: list[Any], **options: Any) -> None:
-    """A tooltip in the page's colours; Bokeh's own list of pairs has a colour that no style reaches."""
+    """A tooltip in the page's colours; Bokeh's own list of pairs has a colour that CSS cannot change."""
     models, dom = need("bokeh.models", FEATURE), need("bokeh.models.dom", FEATURE)
     rows = []
     for label, *columns in shown:

@@ -8,7 +8,7 @@ Per row and query, over the R runs that scored the row:
     p  = 2 Phi(-|sum z_r| / sqrt(R)),  z_r = sign_r Phi^-1(1 - p_r / 2)   H0: exchangeable in every run (Stouffer 1949)
 
 With R = 2 .. 5 the plain variance is noise, so it is shrunk to the other rows' as limma does (Smyth 2004), in units of
-the row's own squared standard error within the runs, for the strongest rows vary most. On digits ``mu +- 1.96 se`` of
+the row's squared standard error within the runs, because the strongest rows vary most. On digits ``mu +- 1.96 se`` of
 3 runs holds the mean of 27 others for 91-93 % of the rows, and for 88-89 % of the tenth with the largest scores
 (``python -m benchmarks.runs``). Stouffer's z, not Fisher's sum of logarithms: p_r are two-sided, and runs that disagree
 in sign must cancel, not add up.
@@ -30,8 +30,8 @@ from ine_callback.stats import hypothesis_tests as tests
 
 WHO = "InfluenceReport.combine"
 FLAG_AT = 0.05
-NOTED = 4  # queries with a note of their own, as many as the views show in full
-SMALLEST = 1e-300  # a p-value of 0 would be an infinite z
+MAX_NOTES = 4  # queries with a note each; as many as the views show in full
+MIN_P = 1e-300  # a p-value of 0 would be an infinite z
 Value = TypeVar("Value")
 
 
@@ -75,7 +75,7 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         q=tests.benjamini_hochberg(result["p"]),
         observations=observations.sum(0),
         mean_loss=mean_over(loss, np.where(np.isfinite(loss), observations, 0)),
-        null_mu=np.stack(null_mu),
+        null_mu=np.stack(null_mu) if null_mu else np.zeros((0, 0)),
         null_ks_p=null_ks_p,
         **result,
     )
@@ -102,10 +102,10 @@ def between(mu: Floats, mean: Floats, count: NDArray[np.int64], within: Floats) 
 def _stouffer(p: Floats, direction: Floats) -> Floats:
     """Two-sided p-value of the signed z-scores of two-sided p-values [R, N]; NaN entries are no runs."""
     tested = np.isfinite(p) & np.isfinite(direction)
-    z = -np.sign(direction) * ndtri(np.maximum(p, SMALLEST) / 2)
+    z = -np.sign(direction) * ndtri(np.maximum(p, MIN_P) / 2)
     count = tested.sum(0)
     total = np.where(tested, z, 0.0).sum(0) / np.sqrt(np.maximum(count, 1))
-    return np.where(count > 0, np.maximum(2.0 * ndtr(-np.abs(total)), SMALLEST), np.nan)
+    return np.where(count > 0, np.maximum(2.0 * ndtr(-np.abs(total)), MIN_P), np.nan)
 
 
 def _null(draws: Sequence[Floats]) -> Floats:
@@ -167,9 +167,9 @@ def combine_runs(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> RunInfo:
                 f"{WHO}: report {index} is combined already; give the reports of the single runs, all at once"
             )
     first, seeds = infos[0], [info.seed for info in infos]
-    told = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
+    known_seeds = ", ".join("unknown" if seed is None else str(seed) for seed in seeds)
     notes = [
-        f"Combined from {len(infos)} runs (seeds: {told}): μ is their mean; se, interval, t and p_t come from "
+        f"Combined from {len(infos)} runs (seeds: {known_seeds}): μ is their mean; se, interval, t and p_t come from "
         "the scatter between runs; p joins the runs' permutation p-values. "
         "More runs see smaller differences and flag more rows that are merely hard: look at what repeats."
     ]
@@ -221,9 +221,9 @@ def _replication(runs: Sequence[Scores]) -> list[str]:
         some, every = int((flagged != 0).any(0).sum()), int((np.abs(flagged.sum(0)) == len(runs)).sum())
         total_any, total_all = total_any + some, total_all + every
         notes.append(_found(f"Query {name!r}: of {some:,} rows", every, len(runs)))
-    if len(notes) > NOTED:
+    if len(notes) > MAX_NOTES:
         everything = _found(f"All {len(notes)} queries: of {total_any:,} scores", total_all, len(runs))
-        return [*notes[:NOTED], everything]
+        return [*notes[:MAX_NOTES], everything]
     return notes
 
 

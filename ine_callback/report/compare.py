@@ -3,8 +3,8 @@
 Of the rows that both runs scored, per query:
 
     rank correlation   Spearman's, of mu
-    sign agreement     share of rows whose mu has the same sign; 1/2 for unrelated scores
-    Jaccard of A, B    |A ∩ B| / |A ∪ B|; for the top share s of unrelated scores s / (2 - s) on average
+    sign agreement     fraction of rows whose mu has the same sign; 1/2 for unrelated scores
+    Jaccard of A, B    |A ∩ B| / |A ∪ B|; for the top fraction s of unrelated scores s / (2 - s) on average
 
 Flagged sets are over all rows: a row that one run flagged and the other never observed is not repeated.
 """
@@ -23,24 +23,24 @@ from ine_callback.report.attribution_combine import MethodAgreement
 from ine_callback.report.attribution_combine import agreements as method_agreements
 from ine_callback.report.attribution_view import moment
 from ine_callback.report.combine import check_rows, differing_settings, flag_signs
-from ine_callback.report.table import as_text
-from ine_callback.report.validate import listed, threshold
-from ine_callback.report.words import MISSING, number, plain, signed
 from ine_callback.scores import Floats
 from ine_callback.stats.ranks import spearman
 from ine_callback.utilities.jsonable import jsonable
+from ine_callback.utilities.terminal import as_text
+from ine_callback.utilities.validate import listed, threshold
+from ine_callback.utilities.words import MISSING, number, plain, signed
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 WHO = "InfluenceReport.compare"
-SHARES = (0.01, 0.05, 0.10)
+FRACTIONS = (0.01, 0.05, 0.10)
 LEGEND = """\
 Repeated: flagged by both with the same sign. Jaccard: shared rows / rows in
-either set. Ranks: Spearman's correlation. Signs: share of rows whose signs agree.
+either set. Ranks: Spearman's correlation. Signs: fraction of rows whose signs agree.
 Unrelated scores: Jaccard .01, .03, .05 at ends of 1, 5, 10 %; ranks 0; signs .5."""
 
 
@@ -79,7 +79,7 @@ class Agreement:
 
     @property
     def nothing_repeats(self) -> bool:
-        """Whether there are findings, and the reports share none."""
+        """Whether there are findings, and no finding is in both reports."""
         return self.either > 0 and not self.repeated
 
 
@@ -123,15 +123,17 @@ class Comparison:
         return f"<pre>{escape(str(self))}</pre>"
 
 
-def compare(one: InfluenceReport, other: InfluenceReport, q: float) -> Comparison:
+def compare(one: Contents, other: Contents, q: float) -> Comparison:
     """See :meth:`InfluenceReport.compare`."""
     check_rows([one.scores, other.scores], WHO)
+    for report in (one, other):
+        report.column()  # raises where f-INE scored no query
     limit = threshold(q, WHO)
     theirs = {query.name: query.kind for query in other.scores.queries}
     names = [query.name for query in one.scores.queries if theirs.get(query.name) == query.kind]
     if not names:
         raise ValueError(
-            f"{WHO}: the reports share no query: {_listed(one.queries)} and {_listed(other.queries)}; "
+            f"{WHO}: the reports have no query in common: {_listed(one.queries)} and {_listed(other.queries)}; "
             "give both runs a query of the same name and kind"
         )
     pairs = [_columns(one, other, name) for name in names]
@@ -146,11 +148,11 @@ def compare(one: InfluenceReport, other: InfluenceReport, q: float) -> Compariso
     return Comparison(agreements, q, same, tuple(note for note in notes if note), methods)
 
 
-def _columns(one: InfluenceReport, other: InfluenceReport, query: str) -> tuple[Floats, Floats]:
+def _columns(one: Contents, other: Contents, query: str) -> tuple[Floats, Floats]:
     return one.scores.mu[:, one.column(query)], other.scores.mu[:, other.column(query)]
 
 
-def _agreement(one: InfluenceReport, other: InfluenceReport, query: str, q: float) -> Agreement:
+def _agreement(one: Contents, other: Contents, query: str, q: float) -> Agreement:
     signs = flag_signs([one.scores, other.scores], query, q)
     both = signs[0] * signs[1]
     flagged = signs != 0
@@ -164,17 +166,17 @@ def _agreement(one: InfluenceReport, other: InfluenceReport, query: str, q: floa
         repeated=tuple(np.flatnonzero(both > 0).tolist()),
         opposed=tuple(np.flatnonzero(both < 0).tolist()),
         jaccard=_jaccard(flagged[0], flagged[1]),
-        top=tuple(_jaccard(_first(-here, share), _first(-there, share)) for share in SHARES),
-        bottom=tuple(_jaccard(_first(here, share), _first(there, share)) for share in SHARES),
+        top=tuple(_jaccard(_first(-here, fraction), _first(-there, fraction)) for fraction in FRACTIONS),
+        bottom=tuple(_jaccard(_first(here, fraction), _first(there, fraction)) for fraction in FRACTIONS),
         rank_correlation=spearman(here, there),
         sign_agreement=float(np.mean(np.sign(here) == np.sign(there))) if len(here) else math.nan,
     )
 
 
-def _first(values: Floats, share: float) -> NDArray[np.bool_]:
-    """Mask of the smallest values, a share of all and at least one; ties in order of row id."""
+def _first(values: Floats, fraction: float) -> NDArray[np.bool_]:
+    """Mask of the smallest values, a fraction of all and at least one; ties in order of row id."""
     mask = np.zeros(len(values), dtype=bool)
-    mask[np.argsort(values, kind="stable")[: max(round(share * len(values)), 1)]] = True
+    mask[np.argsort(values, kind="stable")[: max(round(fraction * len(values)), 1)]] = True
     return mask
 
 
@@ -183,7 +185,7 @@ def _jaccard(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return int((one & other).sum()) / union if union else math.nan
 
 
-def _only(where: str, report: InfluenceReport, common: list[str]) -> str:
+def _only(where: str, report: Contents, common: list[str]) -> str:
     missing = [name for name in report.queries if name not in common]
     return f"Only the {where} report has {_listed(missing)}." if missing else ""
 

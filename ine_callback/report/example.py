@@ -1,4 +1,4 @@
-"""A small synthetic report for documentation, tests and a first look; nothing is trained."""
+"""A small synthetic report for documentation, tests and first steps; nothing is trained."""
 
 from __future__ import annotations
 

@@ -15,33 +15,35 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ine_callback.report import selection
+from ine_callback.report import rows as tables
 from ine_callback.report.attribution_view import by_method
 from ine_callback.report.files import replace_file
-from ine_callback.report.optional import need
+from ine_callback.report.markdown import markdown
 from ine_callback.report.store import doubles, query_column
 from ine_callback.report.table import RowScore
-from ine_callback.report.words import plain
 from ine_callback.scores import attribute_name
 from ine_callback.utilities.jsonable import jsonable
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.words import plain
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 Format = Literal["csv", "json", "parquet", "drop-list", "keep-list", "markdown"]
 LISTS = ("drop-list", "keep-list")
 COLUMNS = tuple(name for name in RowScore._fields if name not in ("row", "query"))
 
 
-def to_arrow(report: InfluenceReport) -> pa.Table:
+def to_arrow(report: Contents) -> pa.Table:
     """See :meth:`InfluenceReport.to_arrow`."""
-    values = selection.columns(report.scores, *selection.everything(report.scores))
+    report.column()  # raises where there is no query, and so no line
+    values = tables.columns(report.scores, *tables.everything(report.scores))
     arrays = {name: doubles(each) if each.dtype == np.float64 else pa.array(each) for name, each in values.items()}
     arrays |= {name: doubles(each) for name, each in _of_methods(report).items()}
     return pa.table(arrays | {"query": query_column(report.scores, report.rows)})
 
 
-def _of_methods(report: InfluenceReport) -> dict[str, NDArray[np.float64]]:
+def _of_methods(report: Contents) -> dict[str, NDArray[np.float64]]:
     """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score.
 
     A method whose name is a column already gets a number behind it.
@@ -64,36 +66,37 @@ def _of_methods(report: InfluenceReport) -> dict[str, NDArray[np.float64]]:
     return found
 
 
-def to_pandas(report: InfluenceReport) -> Any:
+def to_pandas(report: Contents) -> Any:
     """See :meth:`InfluenceReport.to_pandas`."""
     pandas = need("pandas", "InfluenceReport.to_pandas")
-    rows, columns = selection.everything(report.scores)
-    values: dict[str, Any] = selection.columns(report.scores, rows, columns)
+    report.column()  # raises where there is no query, and so no line
+    rows, columns = tables.everything(report.scores)
+    values: dict[str, Any] = tables.columns(report.scores, rows, columns)
     values |= _of_methods(report)
     values["query"] = pandas.Categorical.from_codes(columns, categories=list(report.queries))
     return pandas.DataFrame(values)
 
 
-def to_polars(report: InfluenceReport) -> Any:
+def to_polars(report: Contents) -> Any:
     """See :meth:`InfluenceReport.to_polars`."""
     return need("polars", "InfluenceReport.to_polars", "polars").from_arrow(to_arrow(report))
 
 
-def to_dataset_column(report: InfluenceReport, query: str | None, name: str) -> pa.Array:
+def to_dataset_column(report: Contents, query: str | None, name: str) -> pa.Array:
     """See :meth:`InfluenceReport.to_dataset_column`."""
     if name not in COLUMNS:
         raise ValueError(f"InfluenceReport.to_dataset_column: no column {name!r}; choose one of {', '.join(COLUMNS)}")
     which = np.full(report.rows, report.column(query))
-    values = selection.columns(report.scores, np.arange(report.rows), which)[name]
+    values = tables.columns(report.scores, np.arange(report.rows), which)[name]
     return doubles(values) if values.dtype == np.float64 else pa.array(values)
 
 
-def export(report: InfluenceReport, path: Path, form: Format, query: str | None, q: float) -> Path:
+def export(report: Contents, path: Path, form: Format, query: str | None, q: float) -> Path:
     """See :meth:`InfluenceReport.export`."""
     return replace_file(path, contents(report, form, query, q, as_json=path.suffix == ".json"))
 
 
-def contents(report: InfluenceReport, form: Format, query: str | None, q: float, as_json: bool = False) -> bytes:
+def contents(report: Contents, form: Format, query: str | None, q: float, as_json: bool = False) -> bytes:
     """What :meth:`InfluenceReport.export` writes; ``as_json`` chooses JSON for the lists of rows."""
     if form not in get_args(Format):
         raise ValueError(f"InfluenceReport.export: no format {form!r}; choose one of {', '.join(get_args(Format))}")
@@ -101,7 +104,7 @@ def contents(report: InfluenceReport, form: Format, query: str | None, q: float,
         rows = report.drop_list(q, query) if form == "drop-list" else report.keep_list(q, query)
         return _row_list(rows, as_json)
     if form == "markdown":
-        return report.to_markdown(None if query is None else [query]).encode()
+        return markdown(report, None if query is None else [query]).encode()
     table = to_arrow(report)
     if query is not None:
         table = table.slice(report.column(query) * report.rows, report.rows)

@@ -13,8 +13,6 @@ from functools import lru_cache
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,32 +21,26 @@ from numpy.typing import NDArray
 from ine_callback.report import attribution_view as words_of
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
-from ine_callback.report.optional import need
 from ine_callback.report.pagedata import Classes, encoded, payload
 from ine_callback.report.samples import Render, Samples, classes, classes_of
 from ine_callback.report.shown import Shown, Text
-from ine_callback.report.view import EXTREMES, FLAG_AT, advice, headline, warnings
-from ine_callback.report.words import ORANGE, decimals, null_check, plain, signed, tails
+from ine_callback.report.view import FLAG_AT, ROWS_PER_END, advice, headline, summary, warnings
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.words import ORANGE, decimals, null_check, plain, signed, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
     from ine_callback.report.table import ScoreTable
     from ine_callback.scores import Attribution
 
-TABS = 24  # queries with a tab unless the caller names them
-DETAILED = 4  # queries with tables for a page without script
-LISTED, CARDS, MOST = 10, 8, 240  # lines of a table; rows shown at each end of a query, and in all
-
-
-def save_with_page(report: InfluenceReport, folder: Path, samples: Any = None) -> None:
-    """Saves the report and, where the extra ``report`` is installed, its page."""
-    report.save(folder)
-    if find_spec("jinja2") and find_spec("bokeh"):
-        report.write_html(folder / "report.html", samples=samples)
+MAX_TABS = 24  # queries with a tab, unless the caller names queries
+MAX_DETAILED = 4  # queries with tables on a page without script
+TABLE_ROWS = 10
+CARDS_PER_END, MAX_CARDS = 8, 240  # rows shown as samples, at each end of a query and in total
 
 
 def page(
-    report: InfluenceReport,
+    report: Contents,
     queries: Iterable[str] | None = None,
     samples: Any = None,
     labels: Any = None,
@@ -57,8 +49,8 @@ def page(
     """The HTML document as text."""
     template = _template()
     policy, scripts = _scripts()
-    names = list(report.queries[:TABS] if queries is None else queries)
-    facts = report.summary()
+    names = list(report.queries[:MAX_TABS] if queries is None else queries)
+    facts = summary(report)
     known = _classes(report, samples, labels)
     data = payload(report, facts, names, known)
     shown, faults = _samples(report, names, samples, render)
@@ -79,7 +71,7 @@ def page(
         warnings=[line for line in warnings(report, facts) if not line.startswith("NULL")],
         overview=[query | {"ends": tails(query["kind"])} for query in facts["queries"]],
         names=names,
-        sections=[_section(report, facts["queries"][report.column(name)]) for name in names[:DETAILED]],
+        sections=[_section(report, facts["queries"][report.column(name)]) for name in names[:MAX_DETAILED]],
         more=len(report.queries) - len(names),
         runs=f"{combined} runs" if combined else "one run",
         scatter=_scatter(report),
@@ -126,8 +118,8 @@ def _resource(name: str) -> str:
     return (files("ine_callback.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _classes(report: InfluenceReport, samples: Any, labels: Any) -> Classes | None:
-    """Names of the classes and each row's class, as given or as the data set tells them."""
+def _classes(report: Contents, samples: Any, labels: Any) -> Classes | None:
+    """Names of the classes and each row's class, as given, or from the data set."""
     if labels is None:
         return None if samples is None else classes_of(samples, report.rows)
     if len(labels) != report.rows:
@@ -138,21 +130,21 @@ def _classes(report: InfluenceReport, samples: Any, labels: Any) -> Classes | No
 
 
 def _samples(
-    report: InfluenceReport, names: Sequence[str], samples: Any, render: Render | None
+    report: Contents, names: Sequence[str], samples: Any, render: Render | None
 ) -> tuple[dict[int, Shown], list[str]]:
     """The rows that cards show, the suspects first; and in words which of them could not be read."""
-    if samples is None:
+    if samples is None or not report.queries:
         return {}, []
-    wanted = report.drop_list()[: MOST // 3].tolist()
+    wanted = report.drop_list()[: MAX_CARDS // 3].tolist()
     for name in sorted(names, key=lambda name: name != report.recommended_query):
-        wanted += [*report.top(CARDS, name).rows.tolist(), *report.bottom(CARDS, name).rows.tolist()]
-    found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MOST])
+        wanted += [*report.top(CARDS_PER_END, name).rows.tolist(), *report.bottom(CARDS_PER_END, name).rows.tolist()]
+    found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MAX_CARDS])
     lines = [f"Row {row} could not be shown: {why}" for row, why in list(faults.items())[:3]]
     lines += [f"… and {len(faults) - 3} more rows."] if len(faults) > 3 else []
     return found, lines
 
 
-def _terms(report: InfluenceReport, row: int, one: Shown, query: str) -> NDArray[np.float64] | None:
+def _terms(report: Contents, row: int, one: Shown, query: str) -> NDArray[np.float64] | None:
     """Scores of a row's tokens on a query; None where there are none, or the tokens have weights of their own."""
     found = _of_tokens(report)
     if not isinstance(one, Text) or one.weights is not None or found is None or found.tokens is None:
@@ -164,21 +156,22 @@ def _terms(report: InfluenceReport, row: int, one: Shown, query: str) -> NDArray
     return None if len(one.tokens) > len(scores) else np.nan_to_num(scores[: len(one.tokens), asked.index(query)])
 
 
-def _of_tokens(report: InfluenceReport) -> Attribution | None:
+def _of_tokens(report: Contents) -> Attribution | None:
     """The last attribution that has scores of tokens."""
     return next((each for each in reversed(report.attributions) if each.tokens is not None), None)
 
 
-def _with_terms(report: InfluenceReport, row: int, one: Shown) -> Shown:
+def _with_terms(report: Contents, row: int, one: Shown) -> Shown:
     """Tokens without weights get their scores on the query that a page without script shows."""
     found = _of_tokens(report)
     asked = [] if found is None else [info.name for info in found.queries]
-    query = report.recommended_query if report.recommended_query in asked else "".join(asked[:1])
+    first = report.recommended_query if report.queries else ""
+    query = first if first in asked else "".join(asked[:1])
     scores = _terms(report, row, one, query)
     return one if scores is None or not isinstance(one, Text) else replace(one, weights=scores.tolist())
 
 
-def _marks(report: InfluenceReport, names: Sequence[str], row: int, one: Shown) -> list[str]:
+def _marks(report: Contents, names: Sequence[str], row: int, one: Shown) -> list[str]:
     """Each token's scores on all queries of the page, scaled to [-1, 1] by query, as words that the script splits."""
     each = [_terms(report, row, one, name) for name in names]
     if all(scores is None for scores in each) or not isinstance(one, Text):
@@ -192,36 +185,37 @@ def _marks(report: InfluenceReport, names: Sequence[str], row: int, one: Shown) 
     return [" ".join(f"{value:.3g}" for value in token) for token in np.stack(scaled, 1)[:count]]
 
 
-def _matrix(report: InfluenceReport, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
+def _matrix(report: Contents, names: list[str], which: NDArray[np.int64]) -> dict[str, Any] | None:
     found = class_matrix(report, names, which)
     return None if found is None else found | {"places": decimals([found["largest"]])}
 
 
-def notebook(report: InfluenceReport) -> str:
+def notebook(report: Contents) -> str:
     """A small HTML fragment for notebooks: headline, warnings, extreme rows. Needs no extra."""
-    facts = report.summary()
+    facts = summary(report)
     head = " · ".join(f"<b>{escape(value)}</b> {escape(label)}" for label, value in headline(facts))
-    parts = [f"<p><b>Influence report</b><br>{head}<br>{escape(advice(report, facts))}</p>"]
+    missed = f'<b style="color:#b00020">{escape(plain(facts["incomplete"]))}</b><br>' if facts["incomplete"] else ""
+    parts = [f"<p><b>Influence report</b><br>{missed}{head}<br>{escape(advice(report, facts))}</p>"]
     for line in warnings(report, facts):
         color = "#b00020" if line.startswith("NULL") else "#9a6700"
         parts.append(f'<p style="color:{color}">{escape(line)}</p>')
     for query in facts["queries"][:4]:
         parts.append(f"<p><b>{escape(plain(query['name']))}</b>: {escape(plain(query['question']))}</p>")
-        for rows in (report.top(EXTREMES, query["name"]), report.bottom(EXTREMES, query["name"])):
+        for rows in (report.top(ROWS_PER_END, query["name"]), report.bottom(ROWS_PER_END, query["name"])):
             parts.append(rows.html())
     parts += [f"<p>{escape(plain(note))}</p>" for note in facts["notes"]]
     return f"<div>{''.join(parts)}</div>"
 
 
-def _section(report: InfluenceReport, query: dict[str, Any]) -> dict[str, Any]:
+def _section(report: Contents, query: dict[str, Any]) -> dict[str, Any]:
     """Tables for a page without script."""
     name, ends = query["name"], tails(query["kind"])
-    upper, lower = report.top(LISTED, name), report.bottom(LISTED, name)
+    upper, lower = report.top(TABLE_ROWS, name), report.bottom(TABLE_ROWS, name)
     longest = max((abs(one.mu) for one in [*upper[:1], *lower[:1]]), default=0.0) or 1.0  # bars of a query compare
     return query | {"tables": [_table(upper, ends.upper, longest), _table(lower, ends.lower, longest)]}
 
 
-def _scatter(report: InfluenceReport) -> str:
+def _scatter(report: Contents) -> str:
     """What the scores' intervals come from."""
     if report.run.config.get("combined"):
         return "scatter between the runs"
@@ -229,7 +223,7 @@ def _scatter(report: InfluenceReport) -> str:
     return "row's own visits" if fixed else "contrasts between each layer's units: it is about other trainings"
 
 
-def _method(report: InfluenceReport, stages: Sequence[Attribution]) -> dict[str, Any]:
+def _method(report: Contents, stages: Sequence[Attribution]) -> dict[str, Any]:
     """A fit-end method's section."""
     found = stages[-1]
     return {
@@ -244,17 +238,17 @@ def _method(report: InfluenceReport, stages: Sequence[Attribution]) -> dict[str,
             {
                 "name": query.name,
                 "agreement": words_of.agreement(found, report.scores, query.name),
-                "tables": words_of.ends(found, column, LISTED),
+                "tables": words_of.ends(found, column, TABLE_ROWS),
             }
-            for column, query in enumerate(found.queries[:DETAILED])
+            for column, query in enumerate(found.queries[:MAX_DETAILED])
         ],
     }
 
 
 def _table(table: ScoreTable, title: str, longest: float) -> dict[str, Any]:
     """A table for the template; ``mark`` of a line is its score's tone, ``width`` its bar in per cent."""
-    cells = table.cells(LISTED)
-    part = table[:LISTED]
+    cells = table.cells(TABLE_ROWS)
+    part = table[:TABLE_ROWS]
     marks = [
         {"tone": "suspect" if color == ORANGE else "good", "width": round(min(100.0, 100 * abs(one.mu) / longest))}
         for one, color in zip(part, cells.colors, strict=True)
@@ -262,7 +256,7 @@ def _table(table: ScoreTable, title: str, longest: float) -> dict[str, Any]:
     return {"title": title, "head": cells.head, "lines": list(zip(cells.body, marks, strict=True))}
 
 
-def _provenance(report: InfluenceReport) -> list[tuple[str, str]]:
+def _provenance(report: Contents) -> list[tuple[str, str]]:
     facts = report.run.to_dict()
     facts.pop("notes")
     return [

@@ -1,7 +1,11 @@
-"""Reads what reports saved before all attributions had one form (until 0.1) hold of chains: ``bif.json`` and tables."""
+"""Reports as they were while they knew one fit-end method by name (until 0.1): its files, and its attributes.
+
+``bif.json`` and its Parquet files are read, and ``report.bif`` stays; nothing new is written in this form.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ine_callback.methods.bif.scores import attribution
 from ine_callback.report.attribution_store import OF_CHECKS, fields_fault, number
 from ine_callback.report.files import find
 from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number, read_json, read_table
 from ine_callback.report.store import queries_fault
 from ine_callback.scores import Attribution, Check, QueryInfo, TokenScores
 
+METHOD = "BIF"
 FORMAT, VERSION = "ine_callback.bif", 2
 FILES = SCORES, TERMS, META = "bif.parquet", "bif_terms.parquet", "bif.json"
 MATRICES = ("scores", "se", "p", "q", "plain", "plain_se", "laplace", "trend", "size")
@@ -26,6 +30,26 @@ FIELDS = {
     "settings": dict, "notes": list, "interrupted": bool,
 }  # fmt: skip
 SHOWN = ("step_size", "n_beta", "localization")  # settings that the headline formats as numbers
+
+
+class FormerNames(ABC):
+    """Names of a report's attributions by BIF, for code written for earlier versions."""
+
+    @abstractmethod
+    def attribution(self, method: str) -> Attribution | None: ...
+
+    @abstractmethod
+    def stages(self, method: str) -> tuple[Attribution, ...]: ...
+
+    @property
+    def bif(self) -> Attribution | None:
+        """The same as ``attribution("BIF")``: Bayesian influence at the last stage at which chains ran."""
+        return self.attribution(METHOD)
+
+    @property
+    def bif_stages(self) -> tuple[Attribution, ...]:
+        """The same as ``stages("BIF")``."""
+        return self.stages(METHOD)
 
 
 def _schema(integers: Sequence[str], numbers: Sequence[str]) -> pa.Schema:
@@ -69,7 +93,7 @@ def _fault(stages: Any) -> str:
     for stage in stages:
         fault = fields_fault(stage, FIELDS, "a stage") or queries_fault(stage["queries"])
         for screen in [] if fault else stage["screens"]:
-            fault = fault or fields_fault(screen, OF_CHECKS, "a screen")
+            fault = fault or fields_fault(screen, OF_CHECKS, "a check")
         if fault:
             return fault
         if stage["at"] != "end" and not is_count(stage["at"]):
@@ -84,7 +108,7 @@ def _fault(stages: Any) -> str:
 
 
 def _parts(folder: Path, name: str, schema: pa.Schema, metas: list[Any], each: list[int]) -> dict[int | str, pa.Table]:
-    """The lines of each stage, which has so many for ``each`` query, one query after the other."""
+    """The lines of each stage, one query after the other; ``each`` is the number of lines per query."""
     lines = [count * len(meta["queries"]) for meta, count in zip(metas, each, strict=True)]
     table, start, found = read_table(folder, name, schema, sum(lines)), 0, {}
     for meta, count, length in zip(metas, each, lines, strict=True):
@@ -110,22 +134,32 @@ def _built(meta: dict[str, Any], table: pa.Table, of_terms: pa.Table | None) -> 
         tokens = TokenScores(np.arange(meta["rows"] + 1) * meta["terms"], *flat)
     row_sd, query_sd = found.pop("row_sd")[:, 0], _array(meta["query_sd"], len(queries))
     loss, settings = _array(meta["loss"], -1, len(meta["loss"][0])), meta["settings"]
-    size = found.pop("size")
-    with np.errstate(all="ignore"):  # strangers' numbers
-        return attribution(
-            rows,
-            queries,
-            **found,
-            effective_draws=size,
-            row_sd=row_sd,
-            query_sd=query_sd,
-            loss=loss,
-            checks=tuple(Check(**(screen | {"value": number(screen["value"])})) for screen in meta["screens"]),
-            settings=settings,
-            notes=tuple(meta["notes"]),
-            at=meta["at"],
-            tokens=tokens,
-        )
+    chains, draws = loss.shape
+    scale = row_sd[:, None] * query_sd
+    with np.errstate(all="ignore"):
+        correlation = {"correlation": found["scores"] / scale, "correlation_se": found["se"] / scale}
+    drifting = np.abs(found["trend"]) > np.fmax(0.3 * np.abs(found["plain"]), 2 * found["plain_se"])
+    return Attribution(
+        METHOD,
+        rows,
+        queries,
+        found["scores"],
+        found["se"],
+        found["p"],
+        found["q"],
+        columns={name: found[name] for name in ("plain", "plain_se", "laplace", "trend")}
+        | {"effective_draws": found["size"], **correlation},
+        ranked_by="correlation" if settings.get("normalized") else "",
+        doubtful=drifting | (found["size"] < 50),
+        tokens=tokens,
+        checks=tuple(Check(**(screen | {"value": number(screen["value"])})) for screen in meta["screens"]),
+        settings=settings,
+        arrays={"row_sd": row_sd, "query_sd": query_sd, "loss": loss},
+        notes=tuple(meta["notes"]),
+        title="Bayesian influence",
+        headline=f"{chains} chains x {draws} draws · {meta['rows']:,} rows",
+        at=meta["at"],
+    )
 
 
 def _rows(table: pa.Table, shape: tuple[int, int, int]) -> NDArray[np.int64]:

@@ -6,29 +6,29 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ine_callback.report.view import DETAILED, EXTREMES, FLAG_AT, LEGEND, advice, headline, warnings
-from ine_callback.report.words import null_check, plain, tails
+from ine_callback.report.view import FLAG_AT, LEGEND, MAX_DETAILED, ROWS_PER_END, advice, headline, summary, warnings
+from ine_callback.utilities.words import null_check, plain, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>!|~&$])")
 _PING = re.compile(r"([@#])(?=\w)")  # a forge would notify @someone and link #7
 _LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)", re.IGNORECASE)  # nor is https://… to become a link
 
 
-def markdown(report: InfluenceReport, queries: Iterable[str] | None = None) -> str:
+def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
     """See :meth:`InfluenceReport.to_markdown`."""
-    facts = report.summary()
-    names = list(report.queries[:DETAILED] if queries is None else queries)
+    facts = summary(report)
+    names = list(report.queries[:MAX_DETAILED] if queries is None else queries)
     shown = [facts["queries"][report.column(name)] for name in names]
     parts = [
         "## Influence report",
+        *([f"> **✗ {escaped(facts['incomplete'])}**"] if facts["incomplete"] else []),
         " · ".join(f"**{value}** {label}" for label, value in headline(facts)),
         escaped(advice(report, facts)),
         *(f"> **{'✗' if line.startswith('NULL') else '!'}** {escaped(line)}" for line in warnings(report, facts)),
-        _overview(facts),
-        escaped(LEGEND),
+        *([_overview(facts), escaped(LEGEND)] if facts["queries"] else []),
         *(part for query in shown for part in _extremes(report, query)),
     ]
     if len(shown) < len(report.queries):
@@ -73,11 +73,11 @@ def _overview(facts: dict[str, Any]) -> str:
     return table(head, lines, left=2)
 
 
-def _extremes(report: InfluenceReport, query: dict[str, Any]) -> list[str]:
+def _extremes(report: Contents, query: dict[str, Any]) -> list[str]:
     ends, name = tails(query["kind"]), query["name"]
     parts = [f"### {escaped(name)}"]
-    for rows, title in ((report.top(EXTREMES, name), ends.upper), (report.bottom(EXTREMES, name), ends.lower)):
-        cells = rows.cells(EXTREMES, compact=True)
+    for rows, title in ((report.top(ROWS_PER_END, name), ends.upper), (report.bottom(ROWS_PER_END, name), ends.lower)):
+        cells = rows.cells(ROWS_PER_END, compact=True)
         parts += [f"{title}:", table(cells.head, cells.body)]
     return parts
 

@@ -10,47 +10,46 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.applications.group import group_score
 from ine_callback.report.attribution_view import by_method
 from ine_callback.report.plots import densities, heights
-from ine_callback.report.selection import group, smallest
+from ine_callback.report.rows import smallest
 from ine_callback.report.stages import common, comparable, label
-from ine_callback.report.words import decimals, null_check, plain, tails
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.words import decimals, null_check, plain, tails
 
 if TYPE_CHECKING:
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
     from ine_callback.scores import Attribution
 
-PAIRS, FEWEST = 200_000, 2_000  # of a row and a query in a file, and rows in any file
-ENDS = 40  # rows at each end of a query that are always there
-CAP = 1e30  # float32's range; what is larger comes from a damaged file
-GROUPS, POINTS = 12, 41  # trade-off curves, and their points
-STAGES = 3  # rows drawn at each end over the stages of training
+MAX_PAIRS, MIN_ROWS = 200_000, 2_000  # pairs of row and query in the page, and rows that it has at least
+ROWS_PER_END = 40  # of a query, always in the page
+MAX_VALUE = 1e30  # within float32's range; only damaged files have larger values
+MAX_CURVES, CURVE_POINTS = 12, 41  # trade-off curves, and points of each
+STAGE_ROWS_PER_END = 3  # rows drawn over the stages of training
 Classes = tuple[list[str], NDArray[np.int64]]
 
 
-def listed_rows(report: InfluenceReport, columns: Sequence[int]) -> NDArray[np.int64]:
+def listed_rows(report: Contents, columns: Sequence[int]) -> NDArray[np.int64]:
     """The rows [n] that the page holds: all, or of many the ends, small q-values and a sample of the rest."""
-    budget = max(FEWEST, PAIRS // max(len(columns), 1))
+    budget = max(MIN_ROWS, MAX_PAIRS // max(len(columns), 1))
     if report.rows <= budget:
         return np.arange(report.rows)
     scores, which = report.scores, list(columns)
     mu = np.nan_to_num(scores.mu[:, which], nan=0.0)
     urgent = np.nan_to_num(scores.q[:, which], nan=1.0).min(1, initial=1.0)
-    ends = np.concatenate([smallest(side, ENDS) for side in (*mu.T, *-mu.T)])
+    ends = np.concatenate([smallest(side, ROWS_PER_END) for side in (*mu.T, *-mu.T)])
     urgent[ends] = -1.0
     rest = urgent > 0.05
     urgent[rest] = 1.0 + np.random.default_rng(0).random(int(rest.sum()))
     return np.sort(smallest(urgent, budget))
 
 
-def payload(
-    report: InfluenceReport, facts: dict[str, Any], names: Sequence[str], classes: Classes | None
-) -> dict[str, Any]:
+def payload(report: Contents, facts: dict[str, Any], names: Sequence[str], classes: Classes | None) -> dict[str, Any]:
     """All that the page's script reads; texts without control characters, arrays as base64 of little-endian bytes."""
     columns = [report.column(name) for name in names]
     rows = listed_rows(report, columns)
-    first = names.index(report.recommended_query) if report.recommended_query in names else 0
+    first = names.index(facts["recommended_query"]) if facts["recommended_query"] in names else 0
     return {
         "total": report.rows,
         "flag": facts["flagged_at_q"],
@@ -76,7 +75,7 @@ def encoded(data: Any) -> str:
 
 
 def _query(
-    report: InfluenceReport, facts: dict[str, Any], column: int, rows: NDArray[np.int64], classes: Classes | None
+    report: Contents, facts: dict[str, Any], column: int, rows: NDArray[np.int64], classes: Classes | None
 ) -> dict[str, Any]:
     scores, ends = report.scores, tails(facts["kind"])
     mu, found = scores.mu[:, column], densities(report, column)
@@ -102,18 +101,18 @@ def _query(
     }
 
 
-def _groups(report: InfluenceReport, column: int, names: list[str], which: NDArray[np.int64]) -> list[dict[str, Any]]:
+def _groups(report: Contents, column: int, names: list[str], which: NDArray[np.int64]) -> list[dict[str, Any]]:
     """The rows of each of the largest classes as one set, with its trade-off curve."""
     scored = np.isfinite(report.scores.mu[:, column])
     sizes = np.bincount(which[scored], minlength=len(names))
     lines = []
-    for index in np.argsort(-sizes, kind="stable")[:GROUPS].tolist():
+    for index in np.argsort(-sizes, kind="stable")[:MAX_CURVES].tolist():
         if not sizes[index]:
             continue
-        one = group(report.scores, np.flatnonzero(scored & (which == index)), column)
-        mean = min(max(one.mu / one.size, -CAP), CAP)
+        one = group_score(report.scores, np.flatnonzero(scored & (which == index)), column)
+        mean = min(max(one.mu / one.size, -MAX_VALUE), MAX_VALUE)
         if np.isfinite([one.mu, one.z]).all():
-            z = min(max(one.z, -CAP), CAP)
+            z = min(max(one.z, -MAX_VALUE), MAX_VALUE)
             lines.append({"name": names[index], "size": one.size, "mean": mean, "z": z, "curve": _curve(one.mu)})
     return lines
 
@@ -121,13 +120,13 @@ def _groups(report: InfluenceReport, column: int, names: list[str], which: NDArr
 def _curve(mu: float) -> str:
     from ine_callback.stats.tradeoff import tradeoff
 
-    return _floats(tradeoff(mu, np.linspace(0.0, 1.0, POINTS)))
+    return _floats(tradeoff(mu, np.linspace(0.0, 1.0, CURVE_POINTS)))
 
 
 def _method(
-    report: InfluenceReport, stages: Sequence[Attribution], query: str, rows: NDArray[np.int64]
+    report: Contents, stages: Sequence[Attribution], query: str, rows: NDArray[np.int64]
 ) -> dict[str, Any] | None:
-    """A method's scores of the page's rows and their course over its stages; None where it was not asked the query."""
+    """A method's scores of the page's rows and their course over its stages; None where it lacks the query."""
     found = stages[-1]
     if query not in [info.name for info in found.queries]:
         return None
@@ -147,15 +146,15 @@ def _method(
 
 def _course(stages: Sequence[Attribution], query: str) -> dict[str, Any] | None:
     """The rows that are most extreme at the last stage, over all stages; as ``report.plot.stages``."""
-    asked = all(query in [info.name for info in stage.queries] for stage in stages)
-    if len(stages) < 2 or not asked:
+    known = all(query in [info.name for info in stage.queries] for stage in stages)
+    if len(stages) < 2 or not known:
         return None
     rows, score, _ = common(stages, query)
-    score = np.clip(np.nan_to_num(score), -CAP, CAP)
+    score = np.clip(np.nan_to_num(score), -MAX_VALUE, MAX_VALUE)
     if not rows.size:
         return None
     order = np.argsort(-score[-1], kind="stable")
-    chosen = list(dict.fromkeys([*order[:STAGES].tolist(), *order[::-1][:STAGES].tolist()]))
+    chosen = list(dict.fromkeys([*order[:STAGE_ROWS_PER_END].tolist(), *order[::-1][:STAGE_ROWS_PER_END].tolist()]))
     low, high = np.percentile(score, [5, 95], axis=1)
     return {
         "stages": [label(stage) for stage in stages],
@@ -167,7 +166,7 @@ def _course(stages: Sequence[Attribution], query: str) -> dict[str, Any] | None:
 
 
 def _floats(values: NDArray[np.float64]) -> str:
-    return b64encode(np.clip(values, -CAP, CAP).astype("<f4").tobytes()).decode("ascii")
+    return b64encode(np.clip(values, -MAX_VALUE, MAX_VALUE).astype("<f4").tobytes()).decode("ascii")
 
 
 def _ints(values: NDArray[np.int64]) -> str:

@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.words import number, plain, tails
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.words import number, plain, tails
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 INK, FAINT, NULL = "#30343A", "#D9DCE1", "#B9BEC6"
 FLAG_AT = 0.05
-LONGEST = 80  # letters of a title
-CAP = 1e100  # what is larger comes from a damaged file, and its axis would overflow
-LABELLED = 6  # rows named at each end of the volcano, of three times as many that are tried
+MAX_TITLE = 80  # characters
+MAX_VALUE = 1e100  # only damaged files have larger values, and an axis would overflow
+MAX_LABELS = 6  # rows named at each end of the volcano plot; three times as many are tried
 
 
-def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) -> None:
+def distribution(report: Contents, ax: Axes, query: str | None = None) -> None:
     """Histogram of ``z = mu / null_sd`` over its permutation null, density on a logarithmic axis.
 
     Bars above the grey null are more rows than chance puts there.
@@ -62,11 +62,11 @@ def distribution(report: InfluenceReport, ax: Axes, query: str | None = None) ->
     _legend(ax)
 
 
-def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: float = FLAG_AT) -> None:
+def volcano(report: Contents, ax: Axes, query: str | None = None, q: float = FLAG_AT) -> None:
     """Score against ``-log10`` of its q-value; rows with q-value at most ``q`` in colour, the extremes named by id."""
     column = report.column(query)
     ends = tails(report.info(query).kind)
-    mu, value = np.clip(report.scores.mu[:, column], -CAP, CAP), report.scores.q[:, column]
+    mu, value = np.clip(report.scores.mu[:, column], -MAX_VALUE, MAX_VALUE), report.scores.q[:, column]
     rows = np.flatnonzero(np.isfinite(mu) & np.isfinite(value))
     height = heights(value)
     line = -float(np.log10(max(q, 1e-12)))
@@ -91,12 +91,12 @@ def volcano(report: InfluenceReport, ax: Axes, query: str | None = None, q: floa
     ax.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     order = rows[np.argsort(-ends.suspect * mu[rows], kind="stable")]  # the suspect end is named first
     for side in (order, order[::-1]):
-        _name(ax, [int(row) for row in side[: 3 * LABELLED] if flagged[row]], mu, height)
+        _name(ax, [int(row) for row in side[: 3 * MAX_LABELS] if flagged[row]], mu, height)
     dress(ax, "Which rows stand out", _axis(ends), "−log₁₀ q   (higher: less likely chance)")
     _legend(ax)
 
 
-def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int = 8) -> None:
+def extremes(report: Contents, ax: Axes, query: str | None = None, k: int = 8) -> None:
     """The ``k`` largest and ``k`` smallest scores with their 95 % intervals; each row's mean loss at the right."""
     ends = tails(report.info(query).kind)
     name = report.queries[report.column(query)]
@@ -107,10 +107,10 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
     places = [index + (0.8 if gap and index >= len(low) else 0.0) for index in range(len(entries))]
     for place, one in zip(places, entries, strict=True):
         color, flagged = ends.color(one.mu), one.q <= FLAG_AT
-        width = min(1.96 * one.se, CAP) if np.isfinite(one.se) else None
+        width = min(1.96 * one.se, MAX_VALUE) if np.isfinite(one.se) else None
         ax.errorbar(
-            np.clip(one.mu, -CAP, CAP), place, xerr=width, fmt="o", color=color, markersize=5, elinewidth=1.6,
-            markeredgewidth=1.3, markerfacecolor=color if flagged else "white",
+            np.clip(one.mu, -MAX_VALUE, MAX_VALUE), place, xerr=width, fmt="o", color=color, markersize=5,
+            elinewidth=1.6, markeredgewidth=1.3, markerfacecolor=color if flagged else "white",
         )  # fmt: skip
         if np.isfinite(one.mean_loss):
             beside, text = ax.get_yaxis_transform(), number(one.mean_loss, 2)
@@ -119,7 +119,7 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
     if entries:
         ax.set_ylim(places[0] - 0.8, places[-1] + 0.8)
         reach = 1.08 * max(np.nanmax(np.abs([one.mu, one.low, one.high])) for one in entries)
-        reach = min(max(reach, 1e-12), 4 * CAP)
+        reach = min(max(reach, 1e-12), 4 * MAX_VALUE)
         ax.set_xlim(-reach, reach)
     if any(np.isfinite(one.mean_loss) for one in entries):
         ax.text(1.015, 1.0, "loss", transform=ax.transAxes, fontsize=7.5, color=INK, va="bottom", style="italic")
@@ -133,18 +133,18 @@ def extremes(report: InfluenceReport, ax: Axes, query: str | None = None, k: int
 PLOTS: dict[str, Callable[..., None]] = {"distribution": distribution, "volcano": volcano, "extremes": extremes}
 
 
-def figure(report: InfluenceReport, query: str | None = None) -> Figure:
+def figure(report: Contents, query: str | None = None) -> Figure:
     """All three plots of a query side by side."""
     drawn = blank(15.0, 4.4)
     axes: NDArray[Any] = drawn.subplots(1, 3)
     for plot, ax in zip(PLOTS.values(), axes, strict=True):
         plot(report, ax, query)
-    drawn.suptitle(plain(report.info(query).name)[:LONGEST], fontsize=12, color=INK, parse_math=False)
+    drawn.suptitle(plain(report.info(query).name)[:MAX_TITLE], fontsize=12, color=INK, parse_math=False)
     return drawn
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure of a size in inches."""
     drawn: Figure = need("matplotlib.figure", "InfluenceReport plots").Figure((width, height), layout="constrained")
     return drawn
 
@@ -155,7 +155,7 @@ class Densities:
 
     Attributes:
         edges: Bins' edges [B + 1], symmetric, 0 among them, so that no bar mixes signs.
-        null: Density of the null in each bin [B]; the standard normal's where no draws were kept.
+        null: Density of the null in each bin [B]; the standard normal's where the report has no draws.
         rows: Density of the rows in each bin [B].
         draws: Number of draws of the null.
         floor: Where a logarithmic axis begins: a bar of one row is visible.
@@ -168,10 +168,10 @@ class Densities:
     floor: float
 
 
-def densities(report: InfluenceReport, column: int) -> Densities:
+def densities(report: Contents, column: int) -> Densities:
     """What :func:`distribution` draws."""
     z, null = _z(report, column), report.scores.null_mu[column]
-    null = null[np.abs(null) < CAP]
+    null = null[np.abs(null) < MAX_VALUE]
     reach = max(4.0, float(np.abs(np.concatenate([z, null])).max(initial=0.0)) * 1.04)
     edges = np.linspace(-reach, reach, 2 * int(np.clip(np.sqrt(z.size), 15, 45)) + 1)
     expected = _density(null, edges) if null.size else _normal((edges[1:] + edges[:-1]) / 2)
@@ -189,11 +189,11 @@ def _normal(z: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi), dtype=np.float64)
 
 
-def _z(report: InfluenceReport, column: int) -> NDArray[np.float64]:
+def _z(report: Contents, column: int) -> NDArray[np.float64]:
     mu, sd = report.scores.mu[:, column], report.scores.null_sd[:, column]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         z = mu / sd
-    return np.asarray(z[np.abs(z) < CAP], dtype=np.float64)
+    return np.asarray(z[np.abs(z) < MAX_VALUE], dtype=np.float64)
 
 
 def _density(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -206,8 +206,8 @@ def _axis(ends: Any, what: str = "") -> str:
 
 
 def dress(ax: Axes, title: str, x: str, y: str) -> None:
-    """Title, axis names and the house's look; a title may hold foreign text."""
-    title = title if len(title) <= LONGEST else title[:LONGEST] + "…"
+    """Title, axis names and style; a title may hold foreign text."""
+    title = title if len(title) <= MAX_TITLE else title[:MAX_TITLE] + "…"
     ax.set_title(title, fontsize=10.5, color=INK, loc="left", fontweight="bold", pad=10, parse_math=False)
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
@@ -234,7 +234,7 @@ def _name(ax: Axes, rows: list[int], mu: NDArray[np.float64], height: NDArray[np
     placed: list[float] = []
     for row in rows:
         level = (height[row] - bottom) / (top - bottom)
-        if len(placed) == LABELLED or any(abs(level - other) < 0.045 for other in placed):
+        if len(placed) == MAX_LABELS or any(abs(level - other) < 0.045 for other in placed):
             continue
         placed.append(level)
         inward = -float(np.sign(mu[row]))

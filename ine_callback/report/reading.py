@@ -16,24 +16,24 @@ import pyarrow.parquet as pq
 
 from ine_callback.errors import InfluenceError
 from ine_callback.report.files import find
-from ine_callback.report.words import plain
+from ine_callback.utilities.words import plain
 
 REMEDY = "give the folder that InfluenceReport.save wrote, or save the report again"
 QUERY = pa.dictionary(pa.int32(), pa.string())
 # All that goes wrong in foreign data; whatever else is raised is a fault of ours.
 FAULTS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
-LARGEST_JSON = 2**25
-DEEPEST_JSON = 40
-# A table may need this much memory, or so many times its file: a million rows never observed need 61 times theirs.
-SMALL, RATIO = 2**29, 1000
-LONGEST = 600
+MAX_JSON_BYTES = 2**25
+MAX_JSON_DEPTH = 40
+# A table may need this many bytes, or this many times its file's size: a million unobserved rows need 61 times theirs.
+MIN_TABLE_MEMORY, MAX_MEMORY_RATIO = 2**29, 1000
+MAX_MESSAGE = 600
 
 
 class ReportError(InfluenceError):
     """A folder does not hold a readable report; the message names the folder, the fault and the remedy."""
 
     def __init__(self, folder: Path, fault: str, remedy: str = REMEDY) -> None:
-        fault = plain(fault[:LONGEST])  # it can hold foreign text
+        fault = plain(fault[:MAX_MESSAGE])  # it can hold foreign text
         super().__init__(f"InfluenceReport.load: {folder}: {fault}; {remedy}")
 
 
@@ -65,9 +65,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         ReportError: When it is no JSON object, is too large or too deep, or holds text that is no Unicode.
     """
     with open_plain(folder, name) as file:
-        data = file.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
-        raise ReportError(folder, f"{name} has more than {LARGEST_JSON:,} bytes")
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ReportError(folder, f"{name} has more than {MAX_JSON_BYTES:,} bytes")
     try:
         found = json.loads(data.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
         json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
@@ -76,7 +76,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ReportError(folder, f"{name} does not belong to a report (it is no object)")
     if _too_deep(found):
-        raise ReportError(folder, f"{name} is nested more than {DEEPEST_JSON} levels deep")
+        raise ReportError(folder, f"{name} is nested more than {MAX_JSON_DEPTH} levels deep")
     return found
 
 
@@ -90,7 +90,7 @@ def _finite(text: str) -> float:
 
 def _too_deep(found: Any) -> bool:
     level = [found]
-    for _ in range(DEEPEST_JSON):
+    for _ in range(MAX_JSON_DEPTH):
         nests = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
         level = [part for nest in nests for part in nest]
     return bool(level)
@@ -155,7 +155,7 @@ def _check_size(folder: Path, name: str, facts: pq.FileMetaData, size: int) -> N
         raise ReportError(folder, f"{name} is damaged (its number of lines contradicts itself)")
     claimed = sum(group.total_byte_size for group in groups)  # asking a damaged column kills the process (pyarrow 26)
     needed = max(claimed, 8 * facts.num_rows * facts.num_columns)
-    if needed > max(SMALL, RATIO * size):
+    if needed > max(MIN_TABLE_MEMORY, MAX_MEMORY_RATIO * size):
         raise ReportError(folder, f"{name} would unpack from {size:,} to {needed:,} bytes, which no report does")
 
 

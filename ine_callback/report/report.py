@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from ine_callback.report import (
     attribution_store,
@@ -19,7 +18,6 @@ from ine_callback.report import (
     legacy,
     markdown,
     plots,
-    selection,
     store,
     view,
 )
@@ -27,25 +25,19 @@ from ine_callback.report.attribution_combine import combine_attributions
 from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
+from ine_callback.report.contents import Contents
 from ine_callback.report.export import Format
 from ine_callback.report.files import replace_file, replacing
-from ine_callback.report.group import GroupScore
-from ine_callback.report.labels import suggest_labels
 from ine_callback.report.reading import named
-from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.samples import Render
-from ine_callback.report.table import ScoreTable, as_text
-from ine_callback.report.validate import checked, checked_attributions
-from ine_callback.report.weights import weights
-from ine_callback.scores import Attribution, QueryInfo, Scores, attribute_name
+from ine_callback.scores import Attribution
+from ine_callback.utilities.terminal import as_text
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-Rows = NDArray[np.int64]
 
-
-class InfluenceReport:
+class InfluenceReport(Contents, legacy.FormerNames):
     """Scores of every row on every query, with tests and provenance.
 
     Sign, everywhere: ``mu > 0`` means that training on the row lowers the query (helpful). Rows that were never
@@ -57,9 +49,6 @@ class InfluenceReport:
         scores: What a method's ``finish()`` returned.
         run: Provenance.
         attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
-
-    A method's last attribution is also an attribute, by its name in lower case with underscores: ``report.bif``. Where
-    the report has an attribute of that name already, ask :meth:`stages`.
 
     Raises:
         ValueError: If scores have wrong shapes, or two attributions one method and one stage.
@@ -76,36 +65,11 @@ class InfluenceReport:
         (3, -0.43, True, 9)
     """
 
-    def __init__(self, scores: Scores, run: RunInfo | None = None, attributions: Sequence[Attribution] = ()) -> None:
-        self.scores = checked(scores)
-        self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
-        self.attributions = checked_attributions(attributions)
-
-    def __getattr__(self, name: str) -> Attribution:
-        # only called for what is no attribute; while being unpickled a report has none yet
-        found: tuple[Attribution, ...] = vars(self).get("attributions", ())
-        known = {attribute_name(each.method): each for each in found}
-        if name not in known:
-            there = f"scores of: {', '.join(known)}" if known else "no scores by methods on the trained model"
-            raise AttributeError(f"InfluenceReport: no attribute {name!r}; the report has {there}")
-        return known[name]
-
-    def stages(self, method: str) -> tuple[Attribution, ...]:
-        """All attributions by one method, in the order of training.
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> from ine_callback.scores import example_attribution
-            >>> [each.at for each in example_report().with_attributions(example_attribution()).stages("example")]
-            ['end']
-        """
-        return tuple(each for each in self.attributions if each.method == method)
-
     def with_attributions(self, *found: Attribution) -> InfluenceReport:
-        """The same report with scores by methods that ran later, in place of its own by the same methods."""
+        """The same report with scores by methods that ran later, in place of the present ones by the same methods."""
         methods = {each.method for each in found}
-        kept = [each for each in self.attributions if each.method not in methods]
-        return InfluenceReport(self.scores, self.run, [*kept, *found])
+        others = [each for each in self.attributions if each.method not in methods]
+        return InfluenceReport(self.scores, self.run, [*others, *found])
 
     @classmethod
     def combine(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:
@@ -136,168 +100,12 @@ class InfluenceReport:
         found, notes = combine_attributions([report.attributions for report in reports])
         return cls(scores, replace(run, notes=[*run.notes, *notes]), found)
 
-    # ---- what there is ----
-
-    @property
-    def rows(self) -> int:
-        """Number of rows N; their ids are the dataset indices 0 to N - 1."""
-        return len(self.scores.observations)
-
-    @property
-    def queries(self) -> tuple[str, ...]:
-        """Names of the Q queries."""
-        return tuple(query.name for query in self.scores.queries)
-
-    @property
-    def observations(self) -> NDArray[np.int64]:
-        """Optimizer steps that contained each row [N]."""
-        return self.scores.observations
-
-    @property
-    def unseen(self) -> NDArray[np.int64]:
-        """Rows that were never observed, which have no score (not a score of 0)."""
-        return np.flatnonzero(self.observations == 0)
-
-    @property
-    def recommended_query(self) -> str:
-        """The query to look for label errors with: the first ``"self"`` query, else ``"margin"``, else the first.
-
-        For label errors the row's mean loss ranks best (:meth:`suspect_labels`); of the queries self-influence does,
-        and it has a test. Margins answer what helps or hurts the validation set. The mean validation loss asks the
-        wrong question for label errors: flipped labels act as label smoothing and lower the loss of wrong,
-        over-confident predictions. Numbers: docs/methods/fine.md.
-        """
-        return selection.recommended(self.scores)
-
-    def info(self, query: str | None = None) -> QueryInfo:
-        """Kind and question of a query."""
-        return self.scores.queries[self.column(query)]
-
-    def column(self, query: str | None = None) -> int:
-        """Column of a query in the ``[N, Q]`` arrays of :attr:`scores`.
-
-        Raises:
-            KeyError: When there is no such query; the message lists the choices.
-        """
-        if query is None:
-            return 0
-        if query not in self.queries:
-            raise KeyError(f"InfluenceReport: no query {query!r}; choose one of {', '.join(map(repr, self.queries))}")
-        return self.queries.index(query)
-
-    # ---- rows ----
-
-    def top(self, k: int = 10, query: str | None = None) -> ScoreTable:
-        """The ``k`` rows with the largest scores, most helpful first (for a ``"self"`` query: the most atypical).
-
-        Fewer when fewer rows have a score; ties in order of row id. Look at the sign and at ``q`` too: the list is
-        ``k`` long even when no row helps.
-        """
-        return selection.extreme(self.scores, k, self.column(query), largest=True)
-
-    def bottom(self, k: int = 10, query: str | None = None) -> ScoreTable:
-        """The ``k`` rows with the smallest scores, most harmful first (for a ``"self"`` query: the most typical)."""
-        return selection.extreme(self.scores, k, self.column(query), largest=False)
-
-    def flagged(self, q: float = 0.05, query: str | None = None) -> ScoreTable:
-        """All rows whose q-value is at most ``q``, largest ``|mu|`` first, both signs.
-
-        Of the rows listed, a share of about ``q`` is expected to be there by chance (Benjamini-Hochberg).
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> example_report().flagged(query="self").rows
-            array([ 3, 17, 29])
-        """
-        return selection.flagged(self.scores, q, self.column(query))
-
-    def drop_list(self, q: float = 0.05, query: str | None = None) -> NDArray[np.int64]:
-        """Rows to look at, and perhaps drop: those with q-value at most ``q`` at the suspect end, worst first.
-
-        The suspect end of a ``"self"`` query is the upper one (the row keeps pulling hard on its own loss:
-        mislabelled or hard), that of any other query the lower one (harmful, ``mu < 0``).
-
-        Args:
-            q: False discovery rate of the test "exchangeable with its batch-mates"; a hard but rightly labelled
-                row is no false discovery, so look before you drop.
-            query: Name of the query; by default :attr:`recommended_query`.
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> example_report().drop_list(query="val margin")
-            array([ 3, 17, 29])
-        """
-        return selection.suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.drop_list")
-
-    def keep_list(self, q: float = 0.05, query: str | None = None) -> Rows:
-        """The rest of :meth:`drop_list`, in order of row id: rows to train on next time, never observed ones included.
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> keep = example_report().keep_list()  # torch.utils.data.Subset(dataset, keep)
-            >>> len(keep), bool(set(keep) & {3, 17, 29})
-            (57, False)
-        """
-        drop = selection.suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.keep_list")
-        return np.setdiff1d(np.arange(self.rows), drop)
-
-    def suspect_labels(self, k: int | None = None) -> NDArray[np.int64]:
-        """Rows whose label to check, most suspicious first: by their mean loss, the score recommended for that.
-
-        The training loss averaged over a row's visits found more wrong labels than any influence score on every data
-        set tried (``python -m benchmarks.mislabel``), and costs nothing. It has no test: where to stop reading, say
-        self-influence's q-values (:meth:`drop_list`).
-
-        Args:
-            k: At most so many rows; by default all that were observed.
-
-        Raises:
-            ValueError: If the losses of single rows were not known in the run.
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> example_report().suspect_labels(3)
-            array([ 3, 29, 17])
-        """
-        return selection.by_loss(self.scores, k)
-
-    suggest_labels, weights = suggest_labels, weights
-
-    def row(self, row: int) -> ScoreTable:
-        """One row on every query; a row that was never observed has NaN and says so.
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> example_report().row(59).note
-            'row 59 was never observed: it has no score, which is not a score of 0'
-        """
-        return selection.on_every_query(self.scores, row)
-
-    def group(self, rows: Iterable[int] | NDArray[Any], query: str | None = None) -> GroupScore:
-        """The score of a set of rows: scores are additive, ``mu_S = sum of mu_i``.
-
-        Args:
-            rows: Dataset indices, each once, all observed.
-            query: Name of the query.
-
-        Raises:
-            ValueError: On an empty set, duplicates, non-integers, or rows without a score.
-            KeyError: On rows that do not exist.
-
-        Example:
-            >>> from ine_callback.report import example_report
-            >>> group = example_report().group([3, 17, 29], query="val margin")
-            >>> group.size, group.mu < 0, group.p < 1e-6
-            (3, True, True)
-        """
-        return selection.group(self.scores, rows, self.column(query))
-
     # ---- out ----
 
     def to_pandas(self) -> Any:
         """All rows and queries as a long DataFrame; rows never observed are there, with NaN. Needs extra ``report``.
 
-        Methods that ran on the trained model add columns, such as ``bif``, ``bif_se`` and ``bif_q``.
+        A method that ran on the trained model adds a column with its name, and with ``_se`` and ``_q`` appended.
 
         Example:
             >>> from ine_callback.report import example_report
@@ -441,13 +249,13 @@ class InfluenceReport:
     ) -> Path:
         """Writes one self-contained HTML file that opens without network; needs the extra ``report``.
 
-        The page runs our script and Bokeh's, and nothing from data. A row that cannot be shown is told in the page.
+        The page runs our script and Bokeh's, and nothing from data. Where a row cannot be shown, the page says why.
 
         Args:
             path: File to write.
             queries: Names of the queries with a tab; by default the first 24. All are in the overview.
             samples: The training set: ``samples[row]`` of at most 240 rows are read and put into the file.
-            labels: Class of each row [N], numbers or texts; by default what ``samples`` tells of it.
+            labels: Class of each row [N], numbers or texts; by default from ``samples``.
             render: Makes a sample an ``Image``, a ``Text`` or ``Values`` (see :func:`~ine_callback.report.rendered`).
 
         Raises:
@@ -457,7 +265,7 @@ class InfluenceReport:
 
     @property
     def plot(self) -> Plots:
-        """Single plots, on your own axes if you like: ``report.plot.volcano("val", ax=ax)``."""
+        """Single plots, on your axes if you pass them: ``report.plot.volcano("val", ax=ax)``."""
         return Plots(self)
 
     def figure(self, query: str | None = None) -> Any:
@@ -476,5 +284,9 @@ class InfluenceReport:
     def _repr_html_(self) -> str:
         return html.notebook(self)
 
-    def _suspect_column(self, query: str | None) -> int:
-        return self.column(self.recommended_query if query is None else query)
+
+def save_with_page(report: InfluenceReport, folder: Path, samples: Any = None) -> None:
+    """Saves the report and, where the extra ``report`` is installed, its page."""
+    report.save(folder)
+    if find_spec("jinja2") and find_spec("bokeh"):
+        report.write_html(folder / "report.html", samples=samples)

@@ -23,8 +23,9 @@ class RunInfo:
         rows: Rows of the training set.
         captured_share: Share of the trainable parameters that were captured exactly, 0 to 1.
         approximate: Module name to the reason why its signals are approximate.
-        uncaptured: Module or parameter name to the reason why it is left out, with its share of the parameters.
+        uncaptured: Module or parameter name to the reason why it is left out, with its fraction of the parameters.
         nonfinite: Query name to the number of its signals that were dropped as non-finite.
+        incomplete: Why the scores cover less than the run, the first line of every view; empty where they cover it.
         schedule: planned_steps, steps, planned_lr_sum, realised_lr_sum and a note.
         notes: Sentences for the reader, shown in every view.
 
@@ -45,6 +46,7 @@ class RunInfo:
     approximate: dict[str, str] = field(default_factory=dict)
     uncaptured: dict[str, str] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+    incomplete: str = ""
     schedule: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -53,7 +55,7 @@ class RunInfo:
             value = jsonable(getattr(self, each.name), f"RunInfo: {each.name}")
             object.__setattr__(self, each.name, _typed(each.name, str(each.type), value))
         if not 0.0 <= self.captured_share <= 1.0:
-            raise ValueError(f"RunInfo: captured_share is {self.captured_share}; give a share between 0 and 1")
+            raise ValueError(f"RunInfo: captured_share is {self.captured_share}; give a fraction between 0 and 1")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types (a deep copy)."""

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.report.shown import Image, Shown, Text, Values, array_of, size_of
-from ine_callback.report.words import plain
+from ine_callback.utilities.words import plain
 
-SECONDS = 20.0  # for all rows together
-REFERENCE = 200  # rows that a table's z-scores are relative to
-CLASSES = 1_000  # more whole numbers than that are no classes
+MAX_SECONDS = 20.0  # for all rows together
+REFERENCE_ROWS = 200  # from which the z-scores of a table row are computed
+MAX_CLASSES = 1_000  # a column with more distinct integers holds no classes
 
 Render: TypeAlias = Callable[[Any], Shown]
 
 
 class Samples:
-    """Reads rows of a data set for the page, and never raises: what goes wrong is told where the row would be.
+    """Reads rows of a data set for the page, and never raises: an error is shown in place of the row.
 
     Args:
         dataset: Anything whose ``dataset[row]`` is a sample.
@@ -40,10 +40,10 @@ class Samples:
         """The rows that can be shown, and for the others why they cannot."""
         shown: dict[int, Shown] = {}
         faults: dict[int, str] = {}
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + MAX_SECONDS
         for row in rows:
             if time.monotonic() > until:
-                faults[row] = f"not read: the rows before took {SECONDS:g} s"
+                faults[row] = f"not read: the rows before took {MAX_SECONDS:g} s"
                 continue
             try:
                 shown[row] = self._one(self._dataset[row])
@@ -65,13 +65,13 @@ class Samples:
         numbers = _numbers(found)
         with np.errstate(all="ignore"):
             z = (numbers - mean) / sd if mean.shape == numbers.shape else np.full(numbers.shape, np.nan)
-        kept = {name: round(float(one), 2) for name, one in zip(found.values, z, strict=True) if np.isfinite(one)}
-        return Values(found.values, kept)
+        scores = {name: round(float(one), 2) for name, one in zip(found.values, z, strict=True) if np.isfinite(one)}
+        return Values(found.values, scores)
 
     def _reference(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Means and standard deviations of the columns over rows spread over the data set; empty where it has none."""
         try:
-            at = np.unique(np.linspace(0, len(self._dataset) - 1, REFERENCE).astype(int)).tolist()
+            at = np.unique(np.linspace(0, len(self._dataset) - 1, REFERENCE_ROWS).astype(int)).tolist()
             with np.errstate(all="ignore"):
                 table = np.array([_numbers(rendered(self._dataset[row])) for row in at])
                 return table.mean(0), table.std(0)
@@ -115,7 +115,7 @@ def rendered(sample: Any) -> Shown:
 
 
 def classes_of(dataset: Any, rows: int) -> tuple[list[str], NDArray[np.int64]] | None:
-    """Names of a data set's classes and each row's class [N], where the data set tells them without reading a row.
+    """Names of a data set's classes and each row's class [N], where the data set has them without reading a row.
 
     It does as ``dataset.targets`` (torchvision) or as the second of ``dataset.tensors`` (``TensorDataset``); a
     ``Subset`` as the data set behind it.
@@ -127,7 +127,7 @@ def classes_of(dataset: Any, rows: int) -> tuple[list[str], NDArray[np.int64]] |
         tensors: tuple[Any, ...] = getattr(dataset, "tensors", ())
         for labels in (getattr(dataset, "targets", None), tensors[1] if len(tensors) > 1 else None):
             array = np.empty(0) if labels is None else array_of(labels)
-            if array.shape == (rows,) and array.dtype.kind in "biu" and len(np.unique(array)) <= CLASSES:
+            if array.shape == (rows,) and array.dtype.kind in "biu" and len(np.unique(array)) <= MAX_CLASSES:
                 return classes(array, getattr(dataset, "classes", None))
     except Exception:  # a stranger's code, and the page does without classes
         return None
@@ -145,9 +145,9 @@ def classes(labels: Any, names: Sequence[Any] | None = None) -> tuple[list[str],
         (['cat', 'dog'], array([0, 1, 0]))
     """
     values, which = np.unique(array_of(labels), return_inverse=True)
-    if len(values) > CLASSES:
+    if len(values) > MAX_CLASSES:
         raise ValueError(
-            f"InfluenceReport.write_html: {len(values):,} different labels; give at most {CLASSES:,} classes"
+            f"InfluenceReport.write_html: {len(values):,} different labels; give at most {MAX_CLASSES:,} classes"
         )
     keys = [values.item(k) for k in range(len(values))]
     if names is not None and all(isinstance(key, int) and 0 <= key < len(names) for key in keys):

@@ -11,11 +11,13 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.words import plain
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.words import plain
 
-LETTERS, ENTRIES, PIXELS = 2_000, 48, 160  # of a text, of a row's values, and the longer side of a thumbnail
-BYTES = 100_000  # of one image
+MAX_CHARACTERS = 2_000  # of a text
+MAX_VALUES = 48  # of a row
+MAX_PIXELS = 160  # longer side of a thumbnail
+MAX_BYTES = 100_000  # of one image
 FORMATS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 
@@ -41,8 +43,8 @@ class Image:
     def __post_init__(self) -> None:
         if not any(self.data.startswith(magic) for magic in FORMATS):
             raise ValueError(f"Image: no PNG, JPEG or GIF file, but {self.data[:8]!r}…; use Image.of(pixels)")
-        if len(self.data) > BYTES:
-            raise ValueError(f"Image: {len(self.data):,} bytes; give a thumbnail of at most {BYTES:,}")
+        if len(self.data) > MAX_BYTES:
+            raise ValueError(f"Image: {len(self.data):,} bytes; give a thumbnail of at most {MAX_BYTES:,}")
 
     @classmethod
     def of(cls, pixels: Any) -> Image:
@@ -54,9 +56,9 @@ class Image:
         picture = pixels if isinstance(pixels, module.Image) else module.fromarray(_bytes(array_of(pixels)))
         if picture.mode not in ("L", "RGB", "RGBA"):
             picture = picture.convert("RGB")
-        if max(picture.size) > PIXELS:  # thumbnail() would change the user's image
+        if max(picture.size) > MAX_PIXELS:  # thumbnail() would change the user's image
             picture = picture.copy()
-            picture.thumbnail((PIXELS, PIXELS))
+            picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
         file = BytesIO()
         # metadata may hold anything: only pixels are written
         module.frombytes(picture.mode, picture.size, picture.tobytes()).save(file, "PNG", optimize=True)
@@ -76,7 +78,7 @@ class Text:
     Args:
         tokens: The whole text, or pieces that are shown one after the other.
         weights: A score of each token, coloured like scores (above 0: helpful). Left out, the page takes the scores of
-            the row's terms (such as ``BIF(per_token=True)``'s) where there are as many.
+            the row's terms (from a method that scores tokens) where there are as many.
 
     Raises:
         ValueError: If there is not one weight for each token.
@@ -106,14 +108,14 @@ class Text:
             np.nan_to_num(self.weights if self.weights is not None else [0.0] * len(self._list)),
         )
         scale = float(np.abs(weights).max(initial=0.0)) or 1.0
-        kept, left = [], LETTERS
+        pieces, left = [], MAX_CHARACTERS
         for token, weight in zip(tokens, weights, strict=True):
             if left <= 0:
-                kept.append(("…", 0.0))
+                pieces.append(("…", 0.0))
                 break
-            kept.append((_lines(token[:left]), round(float(weight) / scale, 3)))
+            pieces.append((_lines(token[:left]), round(float(weight) / scale, 3)))
             left -= len(token)
-        return kept
+        return pieces
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class Values:
         """Name, value and z-score of each; the farthest from the mean first where there are more than fit."""
         z = dict(self.z or {})
         names = list(self.values)
-        if len(names) > ENTRIES:
-            names = sorted(names, key=lambda name: -abs(z.get(name, 0.0)))[:ENTRIES]
+        if len(names) > MAX_VALUES:
+            names = sorted(names, key=lambda name: -abs(z.get(name, 0.0)))[:MAX_VALUES]
         return [(plain(name), _value(self.values[name]), z.get(name)) for name in names]
 
 

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.report.plots import FAINT, INK, NULL, dress
-from ine_callback.report.words import BLUE, ORANGE, plain
 from ine_callback.scores import Attribution, Floats
+from ine_callback.utilities.words import BLUE, ORANGE, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED = 3  # rows drawn at each end
+ROWS_PER_END = 3
 
 
 def stages(found: Sequence[Attribution], ax: Axes, query: str | None = None) -> None:
@@ -38,7 +38,10 @@ def stages(found: Sequence[Attribution], ax: Axes, query: str | None = None) -> 
     low, high = np.nanpercentile(score, [5, 95], axis=1)
     ax.fill_between(x, low, high, color=NULL, alpha=0.45, linewidth=0, label="middle 90 % of the rows")
     order = np.argsort(-np.nan_to_num(score[-1]), kind="stable")
-    for chosen, color, word in ((order[:NAMED], BLUE, "helpful"), (order[::-1][:NAMED], ORANGE, "harmful")):
+    for chosen, color, word in (
+        (order[:ROWS_PER_END], BLUE, "helpful"),
+        (order[::-1][:ROWS_PER_END], ORANGE, "harmful"),
+    ):
         for k in chosen:
             mean, reach = score[:, k], 1.96 * se[:, k]
             ax.fill_between(x, mean - reach, mean + reach, color=color, alpha=0.12, linewidth=0)

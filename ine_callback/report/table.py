@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.optional import need
-from ine_callback.report.words import MISSING, decimals, number, plain, probability, signed, tails
+from ine_callback.utilities.optional import need
+from ine_callback.utilities.terminal import SHOWN, as_text
+from ine_callback.utilities.words import MISSING, decimals, number, plain, probability, signed, tails
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-SHOWN = 20
 
 
 class RowScore(NamedTuple):
@@ -36,7 +34,7 @@ class RowScore(NamedTuple):
         t: Moderated t statistic.
         p_t: Two-sided p-value of ``t``.
         observations: Optimizer steps that contained the row; 0 means never observed, which is not a score of 0.
-        mean_loss: Training loss averaged over the row's visits, the free baseline for label errors.
+        mean_loss: Training loss averaged over the row's steps, the free baseline for label errors.
     """
 
     row: int
@@ -126,12 +124,12 @@ class ScoreTable(Sequence[RowScore]):
         }
         left_out = {"95 % interval", "p"} if compact else {"± se"}
         left_out |= {"query"} if one_query else set()
-        kept = {name: maker for name, maker in makers.items() if name not in left_out}
+        shown = {name: maker for name, maker in makers.items() if name not in left_out}
         colors = [
             tails(str(kind)).color(mu) if np.isfinite(mu) else ""
             for kind, mu in zip(part._kinds, part._columns["mu"], strict=True)
         ]
-        return Cells(list(kept), [[maker(one) for maker in kept.values()] for one in part], colors)
+        return Cells(list(shown), [[maker(one) for maker in shown.values()] for one in part], colors)
 
     def _more(self) -> str:
         hidden = len(self) - SHOWN
@@ -180,16 +178,6 @@ class ScoreTable(Sequence[RowScore]):
         note = f"<p>{escape(self._more())}</p>" if self._more() else ""
         caption = f"<caption>{escape(plain(self.title))}</caption>"
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
-
-
-def as_text(renderable: Any, width: int = 110) -> str:
-    """A rich renderable as plain text without colours and trailing blanks."""
-    from rich.console import Console
-
-    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    with console.capture() as captured:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
 
 
 def _dim(text: str) -> str:

@@ -7,43 +7,44 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ine_callback.report.attribution_view import by_method, section
-from ine_callback.report.words import BLUE, NULL_ALARM, null_check, plain, tails
+from ine_callback.utilities.words import BLUE, NULL_ALARM, null_check, plain, tails
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from ine_callback.report.report import InfluenceReport
+    from ine_callback.report.contents import Contents
 
 FLAG_AT = 0.05
-DETAILED = 4  # queries shown with their rows; the others are in the overview
-EXTREMES = 5
+MAX_DETAILED = 4  # queries shown with their rows; the others are in the overview
+ROWS_PER_END = 5
 LEGEND = """\
 μ > 0: training on the row lowers the query. μ is in standard deviations of training noise;
 q is the false discovery rate; the mean loss is the free baseline for label errors."""
 
 
-def summary(report: InfluenceReport) -> dict[str, Any]:
+def summary(report: Contents) -> dict[str, Any]:
     """See :meth:`InfluenceReport.summary`."""
     queries = [_query_summary(report, index) for index in range(len(report.queries))]
     run = report.run
     unseen = int(report.unseen.size)
     return {
+        "incomplete": run.incomplete,
         "rows": report.rows,
         "seen": report.rows - unseen,
         "unseen": unseen,
         "steps": run.steps,
         "captured_share": run.captured_share,
         "flagged_at_q": FLAG_AT,
-        "recommended_query": report.recommended_query,
+        "recommended_query": report.recommended_query if report.queries else None,
         "null_checks_failed": [query["name"] for query in queries if _nan(query["null_ks_p"]) < NULL_ALARM],
         "queries": queries,
         "notes": list(run.notes),
     }
 
 
-def _query_summary(report: InfluenceReport, column: int) -> dict[str, Any]:
+def _query_summary(report: Contents, column: int) -> dict[str, Any]:
     scores, query = report.scores, report.scores.queries[column]
     mu = scores.mu[:, column]
     flagged = scores.q[:, column] <= FLAG_AT
@@ -65,11 +66,13 @@ def headline(facts: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = [("rows", f"{facts['rows']:,}"), ("observed", f"{facts['seen']:,}")]
     if facts["unseen"]:
         pairs.append(("never observed", f"{facts['unseen']:,}"))
-    pairs += [("steps", f"{facts['steps']:,}"), ("parameters captured", f"{100 * facts['captured_share']:.3g} %")]
+    pairs.append(("steps", f"{facts['steps']:,}"))
+    if facts["queries"]:  # else nothing was to be captured
+        pairs.append(("parameters captured", f"{100 * facts['captured_share']:.3g} %"))
     return pairs
 
 
-def warnings(report: InfluenceReport, facts: dict[str, Any]) -> list[str]:
+def warnings(report: Contents, facts: dict[str, Any]) -> list[str]:
     """What a reader must know before trusting the scores, most serious first."""
     run, lines = report.run, []
     for name in facts["null_checks_failed"]:
@@ -92,49 +95,57 @@ def _modules(reasons: dict[str, str], state: str, limit: int = 5) -> list[str]:
     return lines + ([f"… and {hidden:,} more modules are {state} (report.run)."] if hidden > 0 else [])
 
 
-def advice(report: InfluenceReport, facts: dict[str, Any]) -> str:
+def advice(report: Contents, facts: dict[str, Any]) -> str:
     """Where to look for label errors, and how strongly that is recommended."""
+    losses = bool(np.isfinite(report.scores.mean_loss).any())
+    labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
     name = facts["recommended_query"]
+    if name is None:
+        return f"No query was scored by f-INE.{f' To look for label errors: {labels}.' if labels else ''}"
     kind = report.info(name).kind
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     found = f"{count:,} row{'' if count == 1 else 's'} at q ≤ {FLAG_AT:g}"
     where = f"report.drop_list(), query {plain(name)!r}: {found}."
-    losses = bool(np.isfinite(report.scores.mean_loss).any())
-    labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
     if kind == "self":
         return f"To look for label errors: {labels + '; where to stop says ' if labels else ''}{where}"
     return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
 
 
-def one_line(report: InfluenceReport) -> str:
+def one_line(report: Contents) -> str:
     """What ``repr`` says."""
     names = ", ".join(repr(plain(name)) for name in report.queries[:5]) + (", …" if len(report.queries) > 5 else "")
+    asked = f"queries: {names}" if names else "no query"
     missing = report.unseen.size
     note = f"; {missing:,} row{'s' if missing > 1 else ''} never observed" if missing else ""
-    return f"InfluenceReport({report.rows:,} rows, queries: {names}{note})"
+    missed = f"; {plain(report.run.incomplete)}" if report.run.incomplete else ""
+    return f"InfluenceReport({report.rows:,} rows, {asked}{note}{missed})"
 
 
-def terminal(report: InfluenceReport) -> Group:
+def terminal(report: Contents) -> Group:
     """See :class:`InfluenceReport`: what ``rich`` prints."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    facts = report.summary()
+    facts = summary(report)
     alarms = warnings(report, facts)
     failed = bool(facts["null_checks_failed"])
-    head = [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
+    missed = facts["incomplete"]
+    head = [Text(plain(missed), "bold white on red")] if missed else []
+    head += [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
     head.append(Text(advice(report, facts)))
     parts: list[Any] = [
-        Panel(Group(*head), title="Influence report", title_align="left", border_style="red" if failed else BLUE)
+        Panel(
+            Group(*head), title="Influence report", title_align="left", border_style="red" if failed or missed else BLUE
+        )
     ]
     parts += [_alarm(line) for line in alarms]
-    parts.append(_overview(facts))
-    parts.append(Text(LEGEND, "dim"))
-    for query in facts["queries"][:DETAILED]:
+    if facts["queries"]:
+        parts += [_overview(facts), Text(LEGEND, "dim")]
+    for query in facts["queries"][:MAX_DETAILED]:
         parts += _extremes(report, query)
-    if len(facts["queries"]) > DETAILED:
-        parts.append(Text(f"… and {len(facts['queries']) - DETAILED} more queries: report.top(query=…)", "dim"))
+    if len(facts["queries"]) > MAX_DETAILED:
+        parts.append(Text(f"… and {len(facts['queries']) - MAX_DETAILED} more queries: report.top(query=…)", "dim"))
     for stages in by_method(report.attributions).values():
         parts += section(stages, report.scores)
     parts += [Text(f"Note: {plain(note)}", "dim") for note in facts["notes"]]
@@ -171,19 +182,19 @@ def _overview(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _extremes(report: InfluenceReport, query: dict[str, Any]) -> list[Any]:
+def _extremes(report: Contents, query: dict[str, Any]) -> list[Any]:
     from rich.columns import Columns
     from rich.rule import Rule
     from rich.text import Text
 
     ends = tails(query["kind"])
     sides = [
-        (report.top(EXTREMES, query["name"]), ends.upper, 1.0),
-        (report.bottom(EXTREMES, query["name"]), ends.lower, -1.0),
+        (report.top(ROWS_PER_END, query["name"]), ends.upper, 1.0),
+        (report.bottom(ROWS_PER_END, query["name"]), ends.lower, -1.0),
     ]
     tables = []
     for rows, title, sign in sides:
-        table = rows.render(EXTREMES, compact=True)
+        table = rows.render(ROWS_PER_END, compact=True)
         table.title, table.title_style = Text(title), f"bold {ends.color(sign)}"
         tables.append(table)
     return [Rule(Text(plain(query["name"]), "bold"), align="left", style="dim"), Columns(tables, padding=(0, 3))]

@@ -88,6 +88,6 @@ def test_lightning_deals_the_rows_out_to_processes() -> None:
     for epoch in range(2):
         for sampler in ranks:
             sampler.set_epoch(epoch)
-        dealt = [row for pair in zip(*ranks, strict=True) for row in pair]
+        permuted = [row for pair in zip(*ranks, strict=True) for row in pair]
         drawn = list(expected)
-        assert dealt == drawn + drawn[:1]  # seven rows for two processes: one is repeated
+        assert permuted == drawn + drawn[:1]  # seven rows for two processes: one is repeated

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.capture.label_gradients import MOST_CLASSES, classes_of, expect, sample
+from ine_callback.capture.label_gradients import MAX_CLASSES, classes_of, expect, sample
 from ine_callback.errors import InfluenceError
 
 ROWS, IN, OUT, TERMS, DRAWS = 3, 2, 3, 4, 4000
@@ -196,10 +196,10 @@ def test_labels_that_cannot_be_listed_are_refused() -> None:
     for loss in (F.cross_entropy(logits, labels), F.cross_entropy(logits.mT.flatten(0, 1), labels.flatten())):
         with pytest.raises(InfluenceError, match=r"with several terms a row has no list of labels"):
             classes_of(loss, ROWS)
-    wide = torch.zeros(ROWS, MOST_CLASSES + 1, requires_grad=True)
+    wide = torch.zeros(ROWS, MAX_CLASSES + 1, requires_grad=True)
     with pytest.raises(InfluenceError, match=r"65 classes need as many backward passes a batch, at most 64"):
         classes_of(F.cross_entropy(wide, LABELS), ROWS)
-    assert classes_of(F.cross_entropy(wide[:, :-1], LABELS), ROWS) == MOST_CLASSES
+    assert classes_of(F.cross_entropy(wide[:, :-1], LABELS), ROWS) == MAX_CLASSES
 
 
 def test_draws_are_repeated_by_their_generator_alone() -> None:

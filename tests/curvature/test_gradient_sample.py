@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Keep, cross_entropy, mlp
-from test_kfac import block, draw, outer
 from torch import Tensor
 
 import ine_callback.curvature.gradient_sample as module
 from ine_callback import Recorder
-from ine_callback.capture import Block, Lookup, Outer, Record, Vector
-from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
+from tests.helpers.factors import block, draw, outer
+from tests.helpers.oracle import Keep, cross_entropy, mlp
 
 ALONE = Lockstep(torch.device("cpu"), alone=True)
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # gradients are kept in float32
@@ -33,14 +33,14 @@ def split(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[~last], rows[last]
 
 
-def filled(records: dict[Block, Record], rows: int = 100, terms: float = 1.0) -> tuple[Reservoir, Tensor]:
-    """A reservoir that kept one whole batch, and the order in which it keeps the batch's rows."""
-    size = next(iter(records.values())).rows
-    reservoir = Reservoir(rows)
-    reservoir.open(list(records.items()), ALONE)
-    reservoir.draw(size, terms, size)
-    for own, record in records.items():
-        reservoir.observe(own, record)
+def filled(grad_samples: dict[Block, GradSample], rows: int = 100, terms: float = 1.0) -> tuple[GradientSample, Tensor]:
+    """A sample that stores one whole batch, and the order in which it stores the batch's rows."""
+    size = next(iter(grad_samples.values())).rows
+    reservoir = GradientSample(rows)
+    reservoir.open(list(grad_samples.items()), ALONE)
+    reservoir.select(size, terms, size)
+    for own, grad_sample in grad_samples.items():
+        reservoir.observe(own, grad_sample)
     reservoir.commit()
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return reservoir, order
@@ -49,36 +49,36 @@ def filled(records: dict[Block, Record], rows: int = 100, terms: float = 1.0) ->
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small reservoirs count in these tests."""
-    monkeypatch.setattr(module, "FEWEST", 2)
+    monkeypatch.setattr(module, "MIN_ROWS", 2)
 
 
 def test_discount_equals_the_dense_form_over_layers_of_every_kind(few: None) -> None:
     size, terms = 8, 3.0
     made = [outer(size), outer(size, groups=2), outer(size, positions=3), Vector(draw(size, 4))]
-    records = {block(record): record for record in made}
-    reservoir, order = filled(records, terms=terms)
-    exponents = {own: (0.02 * (k + 1), 0.1 * k) for k, own in enumerate(records)}
-    v = {own: draw(2, *own.layout) for own in records}
+    grad_samples = {block(grad_sample): grad_sample for grad_sample in made}
+    reservoir, order = filled(grad_samples, terms=terms)
+    exponents = {own: (0.02 * (k + 1), 0.1 * k) for k, own in enumerate(grad_samples)}
+    v = {own: draw(2, *own.layout) for own in grad_samples}
     rows, queries = [], []
-    for own, record in records.items():
+    for own, grad_sample in grad_samples.items():
         root = exponents[own][0] ** 0.5
-        rows.append(root * (terms * size) ** 0.5 * record.gradient(slice(0, size)).flatten(1)[order])
+        rows.append(root * (terms * size) ** 0.5 * grad_sample.gradient(slice(0, size)).flatten(1)[order])
         queries.append(root * v[own].flatten(1))
     together = torch.cat(rows, 1)
     expected = dense(*split(together), torch.cat(queries, 1)).split([q.shape[1] for q in queries], 1)
     found = reservoir.apply(v, exponents, ALONE)
-    for own, part in zip(records, expected, strict=True):
+    for own, part in zip(grad_samples, expected, strict=True):
         exponent, decay = exponents[own]
         torch.testing.assert_close(
             found[own].flatten(1), part / exponent**0.5 * torch.exp(torch.tensor(-decay)), **CLOSE
         )
 
 
-def test_nothing_ahead_leaves_the_directions_as_they_are(few: None) -> None:
-    record = outer(6)
-    own = block(record)
+def test_without_remaining_learning_rate_directions_are_unchanged(few: None) -> None:
+    grad_sample = outer(6)
+    own = block(grad_sample)
     v = draw(3, *own.layout)
-    torch.testing.assert_close(filled({own: record})[0].apply({own: v}, {own: (0.0, 0.0)}, ALONE)[own], v, **CLOSE)
+    torch.testing.assert_close(filled({own: grad_sample})[0].apply({own: v}, {own: (0.0, 0.0)}, ALONE)[own], v, **CLOSE)
 
 
 def test_recorded_signals_average_both_discounts(few: None) -> None:
@@ -116,39 +116,39 @@ def test_recorded_signals_average_both_discounts(few: None) -> None:
 
 def test_rows_are_a_uniform_sample_of_those_seen() -> None:
     """After 40 batches every batch has its share of the places: a binomial count, four standard deviations wide."""
-    record = Vector(draw(50, 1))
-    own = block(record)
-    reservoir = Reservoir(400)
-    reservoir.open([(own, record)], ALONE)
+    grad_sample = Vector(draw(50, 1))
+    own = block(grad_sample)
+    reservoir = GradientSample(400)
+    reservoir.open([(own, grad_sample)], ALONE)
     for batch in range(40):
-        reservoir.draw(50, 1.0, 1)
+        reservoir.select(50, 1.0, 1)
         reservoir.observe(own, Vector(torch.full((50, 1), float(batch))))
         reservoir.commit()
-    counts = reservoir._kept[own].right.flatten().long().bincount(minlength=40)
+    counts = reservoir._stored[own].right.flatten().long().bincount(minlength=40)
     assert int(counts.sum()) == 400
     assert abs(float(counts[:20].sum()) - 200) < 4 * 10
     assert int(counts.max()) < 10 + 4 * 3.2
 
 
-def test_a_block_left_out_of_a_batch_has_no_gradient_there(few: None) -> None:
+def test_a_block_that_a_batch_does_not_use_has_zero_gradients_there(few: None) -> None:
     one, two = Vector(draw(4, 2)), Vector(draw(4, 3))
     reservoir, _ = filled({block(one): one, block(two): two}, rows=4)
-    first, second = reservoir._kept
+    first, second = reservoir._stored
     reservoir._seen = 4
-    reservoir.draw(4, 1.0, 1)
+    reservoir.select(4, 1.0, 1)
     reservoir.observe(first, Vector(torch.ones(4, 2)))
     reservoir.commit()
-    replaced = (reservoir._kept[first].right == 1).all(1)
+    replaced = (reservoir._stored[first].right == 1).all(1)
     assert 0 < int(replaced.sum()) < 4
-    assert (reservoir._kept[second].right[replaced] == 0).all()
+    assert (reservoir._stored[second].right[replaced] == 0).all()
 
 
 def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
     one, table = outer(4), Lookup(torch.randint(4, (4, 3)), draw(4, 3, 2), 4)
     own, words = block(one), block(table)
-    reservoir = Reservoir(8)
+    reservoir = GradientSample(8)
     reservoir.open([(own, one), (words, table)], ALONE)
-    reservoir.draw(4, 1.0, 4)
+    reservoir.select(4, 1.0, 4)
     for _ in range(2):
         reservoir.observe(own, one)
     reservoir.observe(words, table)
@@ -156,15 +156,15 @@ def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
     assert reservoir.apply({own: draw(1, *own.layout), words: draw(1, *words.layout)}, {}, ALONE) == {}
 
 
-def test_gradients_too_large_to_keep_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_too_large_to_store_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
-    record = Outer(draw(4, 1, 1, 9), draw(4, 1, 1, 9))
-    reservoir = Reservoir(100)
-    reservoir.open([(block(record), record)], ALONE)
+    grad_sample = Outer(draw(4, 1, 1, 9), draw(4, 1, 1, 9))
+    reservoir = GradientSample(100)
+    reservoir.open([(block(grad_sample), grad_sample)], ALONE)
     assert reservoir.rows == 0 and "K-FAC" in reservoir.note
 
 
 @pytest.mark.parametrize("rows", [-1, 2.5])
-def test_no_count_is_refused(rows: int) -> None:
+def test_a_size_that_is_not_a_count_is_refused(rows: int) -> None:
     with pytest.raises(InfluenceError, match=f"reservoir={rows}"):
-        Reservoir(rows)
+        GradientSample(rows)

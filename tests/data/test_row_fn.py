@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_row_ids import DATA, LOADERS, N, Tiny, Told, fit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ine_callback import InfluenceCallback
 from ine_callback.data.row_ids import RowTracker
 from ine_callback.errors import RowsError
+from tests.helpers.numbered_rows import DATA, LOADERS, N, Tiny, Told, fit
 
 
 class Stream(IterableDataset[Any]):
@@ -52,8 +52,8 @@ def test_loaders_without_rows_are_refused_before_training(make: Callable[[], Any
     assert not module.numbers
 
 
-def test_indices_that_are_no_integers_do_not_end_training() -> None:
-    """A dataset with string keys: the recording stops with a remedy, the training goes on."""
+def test_indices_that_are_no_integers_are_refused() -> None:
+    """A dataset with string keys."""
 
     class Keyed(Dataset[Any]):
         def __getitem__(self, key: str) -> tuple[Tensor, int]:
@@ -62,29 +62,69 @@ def test_indices_that_are_no_integers_do_not_end_training() -> None:
         def __len__(self) -> int:
             return 4
 
+    module = Tiny()
     loader = DataLoader(Keyed(), batch_size=2, sampler=["a", "bb", "ccc", "dddd"])
-    with pytest.warns(UserWarning, match="row_fn"):
-        module, _ = fit(loader, callback=InfluenceCallback("self"))
-    assert module.numbers == [[1, 2], [3, 4]] * 2
+    with pytest.raises(RowsError, match=r"names rows by values of type str.*row_fn="):
+        fit(loader, module=module, callback=InfluenceCallback("self"))
+    assert not module.numbers
 
 
-def test_rows_that_do_not_fit_the_batch_stop_only_the_recording() -> None:
-    """A collate function that drops rows."""
-    loader = DataLoader(DATA, batch_size=4, collate_fn=lambda items: torch.utils.data.default_collate(items[:3]))
-    with pytest.warns(UserWarning, match="InfluenceCallback: recording stopped"):
-        module, _ = fit(loader, callback=InfluenceCallback("self"))
-    assert len(module.numbers) == 12
+def test_rows_that_do_not_fit_a_batch_leave_only_this_batch_out() -> None:
+    told, calls = Told(), []
+
+    def row_fn(batch: Any) -> Tensor:
+        calls.append(1)
+        return batch[1][:2] if len(calls) == 3 else batch[1]
+
+    callback = InfluenceCallback("self", methods=[told], row_fn=row_fn, on_error="raise")
+    with pytest.warns(UserWarning, match="2 rows were named for a batch of 4"):
+        module, _ = fit(DataLoader(DATA, batch_size=4), callback=callback)
+    assert told.told == module.numbers[:2] + module.numbers[3:]
+    assert callback.report is not None
+    assert any(note.startswith("1 batch left out: 2 rows were named") for note in callback.report.run.notes)
 
 
-def test_two_views_of_each_row_are_not_taken_for_tokens() -> None:
-    """Twice as many rows as indices, all first views before all second ones: the shape alone says two tokens a row."""
+def test_two_views_of_each_row_are_visits_of_the_same_row() -> None:
+    """Twice as many rows as items, all first views before all second ones."""
 
     def views(items: list[tuple[Tensor, int]]) -> list[Tensor]:
         x = torch.stack([x for x, _ in items])
         return [torch.cat([x, -x]), torch.tensor([k for _, k in items]).repeat(2)]
 
-    with pytest.warns(UserWarning, match="not led by the batch's 4 rows"):
-        fit(DataLoader(DATA, batch_size=4, collate_fn=views), callback=InfluenceCallback("self"))
+    loader = DataLoader(DATA, batch_size=4, collate_fn=views, shuffle=True)
+    module, told = fit(loader)
+    assert module.numbers == told.told
+
+
+class Graphs:
+    """A batch of torch_geometric's kind: an object that moves itself."""
+
+    def __init__(self, items: list[tuple[Tensor, int]]) -> None:
+        self.x, self.number = torch.stack([x for x, _ in items]), torch.tensor([k for _, k in items])
+
+    def to(self, *args: Any, **kwargs: Any) -> Graphs:
+        return self
+
+
+class OnObjects(Tiny):
+    def training_step(self, batch: Graphs) -> Tensor:
+        return super().training_step([batch.x, batch.number])
+
+    def validation_step(self, batch: Graphs) -> Tensor:
+        return self.layer(batch.x).square().mean()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_batches_of_an_unknown_class(named: bool) -> None:
+    loader = DataLoader(DATA, batch_size=4, collate_fn=Graphs, shuffle=True)
+    told = Told()
+    options: dict[str, Any] = {"row_fn": lambda batch: batch.number} if named else {}
+    queries: Any = {"self": "self", "data": loader}
+    callback = InfluenceCallback(queries, methods=[told], on_error="raise", **options)
+    module, _ = fit(loader, module=OnObjects(), callback=callback)
+    assert module.numbers == told.told
+    assert callback.report is not None
+    assert any("no part of a batch has its" in note for note in callback.report.run.notes)
 
 
 def test_tracker_on_its_own() -> None:

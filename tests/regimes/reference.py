@@ -107,7 +107,7 @@ class _Loop:
         self.optimizer, self.accumulate = optimizer, accumulate
         self.sums = Sums(len(data.items))
         self.val = converted(next(iter(data.val)), regime.dtype)
-        self.pending: list[tuple[list[int], Tensor, Tensor]] = []
+        self.pending: list[tuple[list[int], dict[nn.Parameter, Tensor], Tensor]] = []
         self.direction: dict[nn.Parameter, Tensor] = {}
         self.weights: dict[nn.Parameter, float] = {}
         self.stepped = False
@@ -159,15 +159,18 @@ class _Loop:
             for m, mode in modes:
                 m.training = mode
 
-    def _signals(self, rows: list[int], shares: Shares) -> tuple[list[int], Tensor, Tensor]:
+    def _signals(self, rows: list[int], shares: Shares) -> tuple[list[int], dict[nn.Parameter, Tensor], Tensor]:
+        """Each parameter's signals [b, 2], and the units [b, 2]."""
         weights, b = self.weights, len(rows) * self.accumulate
         named = {p for name, p in self.names.items() if name not in self.regime.left_out}
         v = {p: g for p, g in self.direction.items() if p in named}
-        signals, units = torch.zeros(len(rows), 2).double(), torch.zeros(len(rows), 2).double()
+        signals = {p: torch.zeros(len(rows), 2).double() for p in named}
+        units = torch.zeros(len(rows), 2).double()
         for k, share in enumerate(shares):
             own = {p: g for p, g in share.items() if p in named}
-            signals[k, 0] = sum(weights[p] * float((v[p] * g).sum()) for p, g in own.items() if p in v)
-            signals[k, 1] = b * sum(weights[p] * float(g.square().sum()) for p, g in own.items())
+            for p, g in own.items():
+                signals[p][k, 0] = weights[p] * float((v[p] * g).sum()) if p in v else 0.0
+                signals[p][k, 1] = b * weights[p] * float(g.square().sum())
             units[k, 1] = b * sum(float(g.square().sum()) for g in own.values()) ** 0.5
         units[:, 0] = sum(float(g.square().sum()) for g in v.values()) ** 0.5
         return rows, signals, torch.where(units > 0, units, 1.0)
@@ -188,6 +191,17 @@ class _Loop:
                     weights[p] *= 1 / (mean**0.5 + group["eps"])
         return weights
 
+    def _factors(self, before: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, float]:
+        """By how much each layer's gradient was clipped: what is left of it in its own direction."""
+        factors: dict[nn.Parameter, float] = {}
+        for layer in self._layers():
+            if any(p in before for p in layer):
+                now = {p: p.grad for p in before if p.grad is not None}
+                a, b = gradient_of(layer, before), gradient_of(layer, now)
+                size = float(a @ a)
+                factors.update(dict.fromkeys(layer, float(a @ b) / size if size else 1.0))
+        return factors
+
     def _layers(self) -> Iterator[tuple[nn.Parameter, ...]]:
         """A layer's weight and bias share one scalar."""
         for child in self.module.modules():
@@ -199,22 +213,26 @@ class _Loop:
 
     def step(self, event: Event, clip: float | None, by_value: bool) -> None:
         self._set(event)
-        grads = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        before = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-        if clip and grads:
+        before = {p: p.grad.clone() for p in self.names.values() if p.grad is not None}
+        if clip and before:
             parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
             if by_value:
                 torch.nn.utils.clip_grad_value_(parameters, clip)
             else:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
-        factor = float(torch.nn.utils.get_total_norm(grads)) / before if before else 1.0
+        factors = self._factors(before)
         if self.pending:
             rows = [row for part, _, _ in self.pending for row in part]
-            signals, units = (torch.cat([part[k] for part in self.pending]) for k in (1, 2))
+            parts = [sum(factors.get(p, 1.0) * c for p, c in found.items()) for _, found, _ in self.pending]
+            signals, units = torch.cat(parts), torch.cat([part for *_, part in self.pending])
             self.stepped = True
-            self.sums.fold(rows, signals * factor, _step(self.optimizer.param_groups[0]), units)
+            self.sums.fold(rows, signals, _step(self.optimizer.param_groups[0]), units)
         self.pending.clear()
         self.optimizer.step()
+
+
+def gradient_of(layer: tuple[nn.Parameter, ...], grads: dict[nn.Parameter, Tensor]) -> Tensor:
+    return torch.cat([grads[p].flatten().double() for p in layer if p in grads])
 
 
 def gradient(module: nn.Module, loss: Tensor) -> dict[nn.Parameter, Tensor]:

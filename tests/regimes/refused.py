@@ -79,19 +79,19 @@ SPLIT = (
 REFUSED = [
     Refusal(
         "LBFGS",
-        "its closure runs several times a step, so no batch is the step's",
+        "its closure runs several times a step, so no batch belongs to the step",
         ("LBFGS", "use SGD, Adam or AdamW"),
         lambda: Classifier(optimizer=torch.optim.LBFGS),
     ),
     Refusal(
         "several optimizers",
-        "a row's share of which step? not worked out yet",
+        "it is not defined yet to which step a row contributes",
         ("2 optimizers", "use one", "enabled=False"),
         TwoOptimizers,
     ),
     Refusal(
         "manual optimization, query 'val', validation_step returns nothing",
-        "its training_step steps by itself and cannot be asked for a loss; a callable query can",
+        "its training_step takes optimizer steps, so it cannot be called for a loss; a callable query works",
         ("ByHand", "return the loss from validation_step", "callable query"),
         ByHand,
     ),

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from benchmarks.resume import Remembers
 from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport
-from ine_callback.recording.accumulators import Ledger
+from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.scores import QueryInfo
+from tests.helpers.accidents import accident
+from tests.helpers.identical import differing, left_behind, unequal
 
-from .accidents import accident
 from .data import Stream
 from .harness import QUIET
-from .identical import differing, left_behind, unequal
 from .options import with_adamw
 from .regime import BATCH, ROWS, Data, Regime, vectors
 from .together import loaded, trained
@@ -262,8 +262,8 @@ def test_the_state_grows_as_documented() -> None:
 
     def size(rows: int, queries: int) -> int:
         infos = tuple(QueryInfo(str(k), "self" if k == 0 else "loss", "?") for k in range(queries))
-        ledger, file = Ledger("Test", rows, infos, [FINE()], torch.device("cpu"), True, 4), io.BytesIO()
-        torch.save(ledger.state_dict(), file)
+        accumulators, file = RowAccumulators("Test", rows, infos, [FINE()], torch.device("cpu"), True, 4), io.BytesIO()
+        torch.save(accumulators.state_dict(), file)
         return file.getbuffer().nbytes
 
     for queries in (1, 8):

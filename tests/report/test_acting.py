@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ine_callback import InfluenceReport
+from ine_callback.applications.relabel import _fit, _joint
 from ine_callback.report import example_report
-from ine_callback.report.labels import _fit, _joint
 from ine_callback.scores import QueryInfo
 
 NOISE, SHARPNESS, CLASSES = 0.2, 2.0, 4

@@ -207,20 +207,13 @@ def test_a_report_takes_each_method_and_stage_once() -> None:
     ]  # fmt: skip
 
 
-def test_attributes_are_the_methods_names() -> None:
+def test_a_methods_scores_are_found_by_its_name() -> None:
     report = example_report().with_attributions(replace(example_attribution(), at=1), example_attribution(), whole())
-    assert report.example.at == "end" and report.my_method.method == "my method"
+    assert report.attribution("example").at == "end" and report.attribution("my method").method == "my method"
     assert [each.at for each in report.stages("example")] == [1, "end"] and report.stages("none") == ()
-    with pytest.raises(AttributeError, match=r"no attribute 'bif'; the report has scores of: example, my_method"):
-        _ = report.bif
-    with pytest.raises(AttributeError, match=r"no attribute 'bif'; the report has no scores by methods"):
-        _ = example_report().bif
-    assert not hasattr(example_report(), "bif")
     with pytest.raises(AttributeError, match=r"Attribution by 'example': no field, column or array 'laplace'"):
-        _ = report.example.laplace
+        _ = report.attribution("example").laplace
     assert [attribute_name(name) for name in ("LoGra", "a  b-c", "9", "Ü?")] == ["logra", "a_b_c", "9", "ü"]
-    report = InfluenceReport(report.scores, report.run, [replace(whole(), method="rows")])
-    assert report.rows == 60 and report.stages("rows")[0].title == "My method"  # its own attributes come first
 
 
 # ---- files of versions until 0.1 ----
@@ -315,9 +308,9 @@ def test_a_former_checkpoint_is_resumed_to_the_same_report(former: InfluenceRepo
     assert not [note for note in report.run.notes if "lost" in note or "missing" in note]
     assert [each.at for each in report.attributions] == [1, "end"] and report.run.steps == former.run.steps
     assert_same(report.attributions[0], former.attributions[0])  # made before the checkpoint
-    for one, other in ((report.scores, former.scores), (report.bif, former.bif)):
-        for (name, here), (_, there) in zip(numbers(one), numbers(other), strict=True):
-            np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-6, err_msg=name)
+    # the chains at the end have other random numbers than without the interruption: tests/integrations compares them
+    for (name, here), (_, there) in zip(numbers(report.scores), numbers(former.scores), strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
 def numbers(value: Any) -> list[tuple[str, np.ndarray]]:

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from ine_callback.report import Text
-from tests.report import pages
-from tests.report.test_hostile_text import PAYLOADS
+from tests.helpers.report import pages
+from tests.helpers.report.hostile import PAYLOADS
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
 HOSTILE = "".join(PAYLOADS.values())

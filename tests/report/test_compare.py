@@ -90,7 +90,7 @@ def test_reports_without_a_common_ground_are_refused() -> None:
     with pytest.raises(ValueError, match=r"compare: report 0 has 1 rows, report 1 2; give runs of the same training"):
         one.compare(made([1.0, 2.0], [1.0, 1.0]))
     for other in (made([1.0], [1.0], "test"), made([1.0], [1.0], "val", "margin")):
-        with pytest.raises(ValueError, match=r"compare: the reports share no query: 'val' and '(test|val)'"):
+        with pytest.raises(ValueError, match=r"compare: the reports have no query in common: 'val' and '(test|val)'"):
             one.compare(other)
     with pytest.raises(ValueError, match=r"compare: q is 5"):
         one.compare(one, q=5)

@@ -19,22 +19,8 @@ from rich.console import Console
 from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report
 from ine_callback.scores import Check, LayerScores, QueryInfo
+from tests.helpers.report.hostile import PAYLOADS
 
-OWNED = "document.documentElement.setAttribute('data-owned','1')"
-PAYLOADS = {
-    "element": f"<script>{OWNED}</script>",
-    "handler": f"<img src=x onerror={OWNED}>",
-    "out of a double-quoted attribute": f'x" onload="{OWNED}" autofocus onfocus="{OWNED}',
-    "out of a quoted attribute": f"x' onmouseover='{OWNED}'><svg onload={OWNED}>",
-    "out of a raw element": f"</title></style></textarea></script><script>{OWNED}</script>",
-    "out of a comment": f"--><script>{OWNED}</script><!-- ]]><script>{OWNED}</script>",
-    "link": f"<a href=\"javascript:{OWNED}\">x</a><iframe srcdoc='<script>parent.{OWNED}</script>'>",
-    "document": f'<base href="data:text/html,"><meta http-equiv="refresh" content="0;url=javascript:{OWNED}">',
-    "style": "<style>*{display:none}</style>red;--bar:1%}</style><link rel=stylesheet href=data:,x>",
-    "template": "{{ 7*7 }}{% for x in [] %}{{ self.__init__.__globals__ }}{# #}",
-    "encoded": f"&lt;script&gt;{OWNED}&lt;/script&gt;&#60;b&#62;\\u003cscript\\u003e",
-    "mathematics": "$\\frac{ $ \\input{/etc/passwd}",
-}
 ESCAPES = "\x1b[31mred\x1b[2J\x1b]0;owned\x07\x9b31m\x1b]8;;http://evil\x1b\\link\r\b\x00\u202egnp\u2028[red]x[/red][link=http://evil]y[/]"
 
 

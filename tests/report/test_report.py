@@ -185,7 +185,7 @@ def test_unknown_query_and_bad_arguments(report: InfluenceReport) -> None:
     ("changes", "message"),
     [
         ({"se": np.zeros((6, 1))}, r"scores.se has shape \(6, 1\)"),
-        ({"queries": (QueryInfo("a", "loss", ""), QueryInfo("a", "loss", ""))}, "name of its own"),
+        ({"queries": (QueryInfo("a", "loss", ""), QueryInfo("a", "loss", ""))}, "its own name"),
         ({"observations": np.array([4, 3, 2, 0, 0, 5])}, "never observed rows have scores .4."),
         ({"null_mu": np.zeros((3, 4))}, "null_mu"),
         ({"mean_loss": np.zeros(5)}, "mean_loss"),

@@ -23,7 +23,7 @@ from ine_callback.report import Image, InfluenceReport, Text, Values, example_re
 from ine_callback.report.html import page
 from ine_callback.report.samples import Samples, classes_of
 from ine_callback.utilities.isolation import unmoved
-from tests.report import pages
+from tests.helpers.report import pages
 
 
 def pixels(shown: Any) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_values_that_have_no_columns_have_no_z_scores() -> None:
 
 
 def test_a_data_set_that_is_slow_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ine_callback.report.samples.SECONDS", -1.0)
+    monkeypatch.setattr("ine_callback.report.samples.MAX_SECONDS", -1.0)
     shown, faults = Samples(["a", "b"]).read([0, 1])
     assert not shown and "took" in faults[0] and list(faults) == [0, 1]
 

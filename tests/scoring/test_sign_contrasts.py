@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ine_callback import Recorder
 from ine_callback.capture import Block
-from ine_callback.capture.per_sample_gradients import Lookup, Outer, Record, Vector
+from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector
 from ine_callback.methods.fine.fine import FINE
 from ine_callback.scores import QueryInfo, Scores
-from ine_callback.scoring.sign_contrasts import Contrasts, turned_by
+from ine_callback.scoring.sign_contrasts import Contrasts, signed_by
 from ine_callback.utilities.options import InitialWeights
 
 
@@ -28,7 +28,7 @@ def block(units: int, position: int = 0) -> Block:
 
 
 @pytest.mark.parametrize(
-    ("record", "other_axes"),
+    ("grad_sample", "other_axes"),
     [
         (outer(1), (4,)),
         (outer(6), (4,)),
@@ -38,33 +38,35 @@ def block(units: int, position: int = 0) -> Block:
     ],
 )
 @pytest.mark.parametrize("queries", [1, 2])
-def test_parts_are_the_products_of_each_unit(record: Record, other_axes: tuple[int, ...], queries: int) -> None:
-    u = torch.randn(queries, *record.layout).double()
-    products = record.gradient(slice(0, 5))[:, None] * u
+def test_parts_are_the_products_of_each_unit(
+    grad_sample: GradSample, other_axes: tuple[int, ...], queries: int
+) -> None:
+    u = torch.randn(queries, *grad_sample.layout).double()
+    products = grad_sample.gradient(slice(0, 5))[:, None] * u
     by_unit = (products.sum(other_axes) if other_axes else products).reshape(5, queries, -1)
     weights = torch.randn(4, by_unit.shape[2]).double()
-    torch.testing.assert_close(record.parts(u, weights), by_unit @ weights.T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(record.parts(u, weights[:1]), by_unit @ weights[:1].T, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(record.signals(u), by_unit.sum(2), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_sample.parts(u, weights), by_unit @ weights.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_sample.parts(u, weights[:1]), by_unit @ weights[:1].T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_sample.signals(u), by_unit.sum(2), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("positions", [1, 6])
 @pytest.mark.parametrize("queries", [1, 2])
 def test_the_last_layer_is_split_by_its_inputs(positions: int, queries: int) -> None:
-    record, contrasts = outer(positions, groups=2), Contrasts(4)
+    grad_sample, contrasts = outer(positions, groups=2), Contrasts(4)
     last, inner = block(3), block(3)
     last.outputs = True
-    u = torch.randn(queries, *record.layout).double()
-    products = record.gradient(slice(0, 5))[:, None] * u
+    u = torch.randn(queries, *grad_sample.layout).double()
+    products = grad_sample.gradient(slice(0, 5))[:, None] * u
     for each, axis in ((last, 3), (inner, 4)):
-        found = contrasts.of_queries(each, record, u)
+        found = contrasts.of_queries(each, grad_sample, u)
         by_unit = products.sum(axis).flatten(2)
         signs = contrasts._signs[each, (2, by_unit.shape[2] // 2)].double()
         torch.testing.assert_close(found, by_unit @ signs.T, rtol=1e-10, atol=1e-10)
     if positions == 1:
-        energies = record.gradient(slice(0, 5)).square().sum(2).flatten(1)
+        energies = grad_sample.gradient(slice(0, 5)).square().sum(2).flatten(1)
         signs = contrasts._signs[last, (2, 4)].double()
-        torch.testing.assert_close(contrasts.of_self(last, [record]), energies @ signs.T, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(contrasts.of_self(last, [grad_sample]), energies @ signs.T, rtol=1e-10, atol=1e-10)
 
 
 def test_the_last_layer_is_the_first_of_the_backward_pass() -> None:
@@ -79,7 +81,7 @@ def test_the_last_layer_is_the_first_of_the_backward_pass() -> None:
     assert {block.name: block.outputs for block in recorder.signals.table} == {"2.weight": True, "0.weight": False}
 
 
-def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
+def test_signs_are_balanced_and_the_same_in_every_run() -> None:
     contrasts, ten = Contrasts(4), block(10)
     signs = contrasts.signs(ten, (10,))
     assert signs.abs().eq(1).all() and signs[0].eq(1).all() and signs[1:].sum(1).eq(0).all()
@@ -89,40 +91,42 @@ def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
     assert contrasts.signs(ten, (1, 3)).shape == (5, 3)  # a tied weight used in another way
 
 
-def each_unit(record: Record) -> Tensor:
+def each_unit(grad_sample: GradSample) -> Tensor:
     """Energies of every single unit."""
-    return record.energies(torch.eye(math.prod(record.units)).double())
+    return grad_sample.energies(torch.eye(math.prod(grad_sample.units)).double())
 
 
 @pytest.mark.parametrize(
-    ("record", "others"),
+    ("grad_sample", "others"),
     [(outer(1), 3), (outer(1, groups=2), 3), (Vector(torch.randn(5, 3).double()), ())],
 )
-def test_energies_are_the_squared_gradients_of_each_unit(record: Record, others: int | tuple[int, ...]) -> None:
-    squared = record.gradient(slice(0, 5)).square()
+def test_unit_energies_are_the_squared_gradients_of_each_unit(
+    grad_sample: GradSample, others: int | tuple[int, ...]
+) -> None:
+    squared = grad_sample.gradient(slice(0, 5)).square()
     expected = (squared.sum(others) if others else squared).flatten(1)
-    torch.testing.assert_close(each_unit(record), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(each_unit(grad_sample), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_energies_leave_out_products_of_positions() -> None:
+def test_unit_energies_of_lazy_gradients_leave_out_products_of_positions() -> None:
     whole = outer(6, groups=2)
-    each = [each_unit(Outer(whole.a[:, :, [k]], whole.delta[:, :, [k]])) for k in range(6)]
+    each = [each_unit(Outer(whole.activations[:, :, [k]], whole.output_grads[:, :, [k]])) for k in range(6)]
     torch.testing.assert_close(each_unit(whole), torch.stack(each).sum(0), rtol=1e-10, atol=1e-10)
     table = Lookup(torch.randint(4, (5, 6)), torch.randn(5, 6, 3).double(), 4)
-    single = [Lookup(table.ids[:, [k]], table.delta[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
+    single = [Lookup(table.ids[:, [k]], table.output_grads[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
     expected = torch.stack(single).square().sum((0, 2, 3))
     torch.testing.assert_close(each_unit(table), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_self_influence_is_turned_by_energies() -> None:
+def test_self_influence_is_signed_by_unit_energies() -> None:
     one, two = outer(1), outer(1)
     contrasts, three = Contrasts(4), block(3)
     signs = contrasts.signs(three, (1, 3)).double()
     energies = each_unit(one) + each_unit(two)
-    found = turned_by(contrasts.of_self(three, [one, two]))
+    found = signed_by(contrasts.of_self(three, [one, two]))
     torch.testing.assert_close(found, energies @ signs.T / energies.sum(1, keepdim=True), rtol=1e-10, atol=1e-10)
     assert found[:, 0].eq(1).all() and found[:, 1:].abs().max() <= 1
-    assert turned_by(contrasts.of_self(three, [Outer(one.a, torch.zeros_like(one.delta))])).eq(0).all()
+    assert signed_by(contrasts.of_self(three, [Outer(one.activations, torch.zeros_like(one.output_grads))])).eq(0).all()
 
 
 def test_a_single_unit_has_no_contrast() -> None:
@@ -176,7 +180,7 @@ def one_run(seed: int, weights: InitialWeights) -> Scores:
 
 
 def test_an_interval_holds_the_mean_of_other_trainings() -> None:
-    """Few visits, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
+    """Few observations, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
     runs = [one_run(seed, "random") for seed in range(8)]
     mu = np.stack([run.mu for run in runs])
     held = np.mean([np.abs(mu[k] - np.delete(mu, k, 0).mean(0)) <= 1.96 * run.se for k, run in enumerate(runs)], (0, 1))

@@ -1,4 +1,4 @@
-"""Which step size the chains can bear, and how far the posterior of the settings lets them go."""
+"""Finds, before any chain runs, the largest stable step size and how far draws will be from the trained weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ine_callback.methods.bif.posterior import LocalPosterior
-from ine_callback.methods.bif.rowloss import RowLoss
+from ine_callback.methods.bif.row_losses import RowLoss
 from ine_callback.methods.bif.run import prepared
 from ine_callback.methods.bif.settings import BIF
 
@@ -36,11 +36,11 @@ class Calibration:
     inflation: float
 
     def __str__(self) -> str:
-        share = self.distance / self.weights_norm if self.weights_norm else float("inf")
+        fraction = self.distance / self.weights_norm if self.weights_norm else float("inf")
         return (
             f"step_size={self.step_size:.3g}, localization={self.localization:.3g}, n_beta={self.bif.n_beta:.3g}: "
-            f"draws go {self.distance:.3g} far from the trained weights, {share:.0%} of their norm; the step inflates "
-            f"no variance by more than {self.inflation:.0%}"
+            f"the distance of draws from the trained weights is {self.distance:.3g}, {fraction:.0%} of their norm; the "
+            f"step size inflates no variance by more than {self.inflation:.0%}"
         )
 
 
@@ -53,17 +53,17 @@ def calibrate(
 ) -> Calibration:
     """The largest step size at which chains are stable for the settings' n_beta and localization, by a short search.
 
-    The chains' own calibration, to be seen before they run; the module is left bit for bit as it was.
+    This is the calibration that the chains make themselves. The module is left bit for bit as it was.
 
     Args:
         module: The trained model.
         train: All training rows as one batch.
-        bif: Settings; a ``step_size`` in them is not used, a ``localization`` is.
+        bif: Settings; their ``step_size`` is ignored, their ``localization`` is used.
         loss_fn: Losses of single rows, see :func:`~ine_callback.bif_scores`.
         context: Surrounds every evaluation, e.g. with autocast.
 
     Raises:
-        InfluenceError: If row losses cannot be had.
+        InfluenceError: If the losses of single rows are not available.
         RuntimeError: If no step size is small enough.
 
     Example:
@@ -75,7 +75,7 @@ def calibrate(
         (10.0, True, True)
     """
     bif = bif or BIF()
-    with prepared(module, train, loss_fn, context, "calibrate") as (flat, rows, _, losses):
+    with prepared(module, train, bif, loss_fn, context, "calibrate") as (flat, rows, losses):
         posterior = LocalPosterior(flat, losses, rows, bif)
         sampler = posterior.sampler(posterior.calibrate())
         return Calibration(
@@ -84,5 +84,5 @@ def calibrate(
             posterior.localization,
             posterior.quadratic.spread**0.5,
             float(flat.weights.norm()),
-            posterior.inflation(sampler),
+            posterior.step_size_bias(sampler),
         )

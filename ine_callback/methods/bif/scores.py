@@ -1,12 +1,12 @@
-"""What the chains hand to users and reports: an :class:`Attribution` of covariances of row losses with queries.
+"""The result of the chains: an :class:`Attribution` with the covariances of row losses and queries.
 
 Columns beside the score, each [R, Q]:
 
     plain, plain_se     the chains' own covariance, the published estimator, and its standard error
     laplace             covariance under the quadratic posterior, gᵢᵀ V v: no noise, but only to first order (NaN
                         without a control-variate chain)
-    shrunk              scores drawn towards the Laplace term by as much as their noise asks for
-    trend               part of ``plain`` that is there because loss and query both drift with the draw index
+    shrunk              scores shrunk towards the Laplace term, the more the noisier they are
+    trend               part of ``plain`` that comes from a linear trend of both loss and query over the draws
     effective_draws     effective number of draws behind ``plain``
     correlation         scores divided by both standard deviations: comparable between rows and queries, not additive
     correlation_se      its standard error
@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from ine_callback.scores import Attribution, Check, Floats, QueryInfo, Stage, TokenScores
 
 NAME, TITLE = "BIF", "Bayesian influence"
-SIZE, SURVIVES = 50.0, 0.7  # effective draws, and share of a covariance that is no trend, at least
+MIN_EFFECTIVE_DRAWS = 50.0
+MIN_UNTRENDED = 0.7  # fraction of a covariance that is left without the linear trend
 LEGEND = (
     "BIF > 0: training on the row lowers the query. It is the {what} of the row's loss and the query over the chains; "
     '± is its Monte-Carlo error, and q tests "the covariance is 0" in this posterior, not over other trainings. ? '
     "marks a score that is mostly common drift, or has fewer than 50 effective draws behind it."
 )
-# What covariances by chains are called in the public interface; every method's result has this one form.
+# the public name of the result; the results of all fit-end methods have this one form
 BIFScores = Attribution
 
 
@@ -98,30 +99,30 @@ def attribution(
 
 
 def doubtful(plain: Floats, plain_se: Floats, trend: Floats, effective_draws: Floats) -> NDArray[np.bool_]:
-    """Pairs [R, Q] whose chains say little, whatever the checks of the whole run say.
+    """Pairs of row and query [R, Q] that are not to be trusted, even where the run passes all checks.
 
-    Either more than 30 % of the pair's covariance is common drift, beyond two standard errors, or fewer than 50
-    effective draws are behind it.
+    Of such a pair more than 30 % of the covariance is common drift, beyond two standard errors, or it has fewer than 50
+    effective draws.
     """
-    drifting = np.abs(trend) > np.fmax((1 - SURVIVES) * np.abs(plain), 2 * plain_se)
-    return np.asarray(drifting | (effective_draws < SIZE))
+    drifting = np.abs(trend) > np.fmax((1 - MIN_UNTRENDED) * np.abs(plain), 2 * plain_se)
+    return np.asarray(drifting | (effective_draws < MIN_EFFECTIVE_DRAWS))
 
 
 def shrunk(scores: Floats, se: Floats, laplace: Floats) -> Floats:
-    """Scores drawn towards the Laplace term by as much as their noise asks for [R, Q]: biased, less error.
+    """Scores shrunk towards the Laplace term, the more the noisier they are [R, Q]: biased, with less error.
 
     laplace + k (scores − laplace), k = 1 − mean(se²) / mean((scores − laplace)²) per query, at least 0 (James and Stein
     1961). Without a Laplace term nothing is shrunk.
     """
-    apart = scores - laplace
-    if np.isnan(apart).all():
+    difference = scores - laplace
+    if np.isnan(difference).all():
         return scores
-    keep = np.clip(1 - (se**2).mean(0) / np.maximum((apart**2).mean(0), np.finfo(np.float64).tiny), 0, 1)
-    return np.asarray(laplace + keep * apart, dtype=np.float64)
+    factor = np.clip(1 - (se**2).mean(0) / np.maximum((difference**2).mean(0), np.finfo(np.float64).tiny), 0, 1)
+    return np.asarray(laplace + factor * difference, dtype=np.float64)
 
 
 def headline(loss: Floats, rows: int, settings: Mapping[str, Any]) -> str:
-    """The chains in numbers."""
+    """One line with the numbers of the run."""
     chains, draws = loss.shape
     return (
         f"{chains} chains x {draws} draws · {rows:,} rows · step {settings.get('step_size', 0):.3g} · "

@@ -2,14 +2,14 @@
 
     posterior   p(w) ∝ exp(−n_beta L(w) − (γ/2) ‖w − w*‖²)
     chain       z ← z − (ε/2) Sᵀ ∇U(w* + S z) + √ε ξ,     ∇U = n_beta ∇L_B + γ (w − w*)
-    twin        z′ ← (I − (ε/2) H) z′ + √ε ξ,             H = Sᵀ A S, the same ξ
+    control     z′ ← (I − (ε/2) H) z′ + √ε ξ,             H = Sᵀ A S, the same ξ
 
-S are the coordinates. ``power = 0`` is plain SGLD (Welling and Teh 2011), ``power = -1/2`` takes A^(-1/2), in which
-every direction of the quadratic posterior relaxes at one rate. A :class:`Diagonal` S is RMSprop-SGLD (Li et al., arXiv
-1512.07666) with its preconditioner frozen, which leaves the posterior as stated.
+S is the choice of coordinates. ``power = 0`` is plain SGLD (Welling and Teh 2011). ``power = -1/2`` takes A^(-1/2), in
+which every direction of the quadratic posterior relaxes at one rate. A :class:`Diagonal` S is RMSprop-SGLD (Li et al.,
+arXiv 1512.07666) with its preconditioner frozen, which leaves the posterior as stated.
 
-The twin is the chain of the quadratic posterior N(0, A⁻¹), driven by the chain's own noise. Started from its stationary
-law it stays there, so the covariance of any two linear functions of it is known exactly: a control variate.
+z′ is the control-variate chain: the chain of the quadratic posterior N(0, A⁻¹) with the same noise ξ. It starts from
+its stationary law and stays there, so the covariance of any two linear functions of it is known exactly.
 
 With ``averaged`` the noise of a step is (ξ_t + ξ_{t+1}) / 2 (Leimkuhler and Matthews 2013): on a quadratic posterior
 the stationary law is then right at *every* stable step size, instead of A⁻¹ (I − (ε/4) A)⁻¹.
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ine_callback.methods.bif.quadratic import Quadratic
+from ine_callback.methods.bif.quadratic_posterior import QuadraticPosterior
 
 Gradient = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Coordinates(ABC):
         """S z [C, P]."""
 
     @abstractmethod
-    def pull(self, gradient: Tensor) -> Tensor:
+    def transpose(self, gradient: Tensor) -> Tensor:
         """Sᵀ gradient [C, P]."""
 
 
@@ -56,25 +56,25 @@ class Diagonal(Coordinates):
     def deviation(self, z: Tensor) -> Tensor:
         return z * self.scale
 
-    def pull(self, gradient: Tensor) -> Tensor:
+    def transpose(self, gradient: Tensor) -> Tensor:
         return gradient * self.scale
 
 
 class Curved(Coordinates):
-    """S = A^power, coordinates in which the quadratic posterior's chain (the twin) is known.
+    """S = A^power, coordinates in which the law of the quadratic posterior's chain is known.
 
     Args:
         quadratic: The quadratic posterior's A.
         power: 0 for plain SGLD, -1/2 for one rate in all directions.
     """
 
-    def __init__(self, quadratic: Quadratic, power: float) -> None:
+    def __init__(self, quadratic: QuadraticPosterior, power: float) -> None:
         self.quadratic, self.power = quadratic, power
 
     def deviation(self, z: Tensor) -> Tensor:
         return z if self.power == 0 else self.quadratic.apply(z, lambda a: a**self.power)
 
-    def pull(self, gradient: Tensor) -> Tensor:
+    def transpose(self, gradient: Tensor) -> Tensor:
         return self.deviation(gradient)
 
     def curvature(self, a: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Curved(Coordinates):
         return a ** (1 + 2 * self.power)
 
     def stationary(self, shape: torch.Size, law: Law, normal: Callable[[torch.Size], Tensor]) -> tuple[Tensor, Tensor]:
-        """A twin's start z′ [C, P] and its next half noise ξ, drawn from their joint stationary law."""
+        """Start z′ [C, P] of control-variate chains and the noise ξ of their next step, from their joint law."""
         noise = normal(shape)
         if not law.averaged:
             return self.quadratic.apply(normal(shape), lambda a: law.variance(self.curvature(a)).sqrt()), noise
@@ -91,7 +91,7 @@ class Curved(Coordinates):
         return rest + 0.5 * math.sqrt(law.step) * noise, noise
 
     def covariance(self, vectors: Tensor, law: Law) -> Tensor:
-        """V x for vectors x [Q, P]: u · V x is the covariance of u · δ′ and x · δ′ under the twin's law."""
+        """V x for vectors x [Q, P]: u · V x is the covariance of u · δ′ and x · δ′, δ′ = S z′."""
         return self.quadratic.apply(vectors, lambda a: a ** (2 * self.power) * law.variance(self.curvature(a)))
 
 
@@ -118,16 +118,16 @@ class Law:
 
 
 class State(NamedTuple):
-    """Chains z [C, P], their twins [C, P] (None without), and the half noise of the coming step [C, P]."""
+    """Chains z [C, P], their control-variate chains [C, P] or None, and the noise drawn for the next step [C, P]."""
 
     z: Tensor
-    twin: Tensor | None
+    control_variate: Tensor | None
     noise: Tensor
 
 
 @dataclass(frozen=True)
 class SGLD:
-    """The sampler: ``init`` once, then ``step``; a state is a value, nothing is hidden but the generator's.
+    """The sampler: ``init`` once, then ``step``. A state is a value; only the generator changes.
 
     Attributes:
         coordinates: See :class:`Coordinates`.
@@ -136,11 +136,11 @@ class SGLD:
         localization: γ.
         generator: Private source of all noise.
         averaged: Leimkuhler-Matthews noise, see the module.
-        antithetic: The second half of the chains gets the negated noise of the first: odd times even parts of the
-            losses then cancel. Chains c and c + C/2 are no longer independent.
+        antithetic: The second half of the chains gets the negated noise of the first, so that products of odd and even
+            parts of the losses cancel. Chains c and c + C/2 are not independent.
 
     Example:
-        >>> a = Quadratic(torch.eye(1), n_beta=1.0, localization=1.0)  # A = 2
+        >>> a = QuadraticPosterior(torch.eye(1), n_beta=1.0, localization=1.0)  # A = 2
         >>> sgld = SGLD(Curved(a, -0.5), 1.0, 1.0, 1.0, torch.Generator().manual_seed(0), averaged=True)
         >>> state = sgld.init(4000, torch.zeros(1))
         >>> for _ in range(10):
@@ -159,7 +159,7 @@ class SGLD:
 
     @property
     def law(self) -> Law:
-        """The twin's law in one direction."""
+        """Stationary law of a control-variate chain in one direction."""
         return Law(self.step_size, self.averaged)
 
     def init(self, chains: int, gradient: Tensor) -> State:
@@ -168,7 +168,7 @@ class SGLD:
         Args:
             chains: C.
             gradient: Mean gradient of the loss at the trained weights [P]. Where the coordinates know the quadratic
-                posterior, chains start from its law, which lies around −A⁻¹ n_beta ∇L; else at the trained weights.
+                posterior, chains start from its law around −A⁻¹ n_beta ∇L, else at the trained weights.
         """
         shape = torch.Size((chains, *gradient.shape))
 
@@ -177,10 +177,10 @@ class SGLD:
 
         if not isinstance(self.coordinates, Curved):
             return State(torch.zeros(shape, dtype=gradient.dtype, device=gradient.device), None, normal(shape))
-        twin, noise = self.coordinates.stationary(shape, self.law, normal)
+        control_variate, noise = self.coordinates.stationary(shape, self.law, normal)
         power = self.coordinates.power
         centre = self.coordinates.quadratic.apply(gradient, lambda a: -self.n_beta * a ** (-1 - power))
-        return State(twin + centre, twin, noise)
+        return State(control_variate + centre, control_variate, noise)
 
     def step(self, state: State, gradient: Gradient) -> State:
         """One step of all chains.
@@ -193,13 +193,16 @@ class SGLD:
         drift = self.n_beta * gradient(deviation) + self.localization * deviation
         following = self._normal(state.z.shape, state.z)
         noise = math.sqrt(self.step_size) * ((state.noise + following) / 2 if self.averaged else following)
-        z = state.z - self.step_size / 2 * self.coordinates.pull(drift) + noise
-        return State(z, None if state.twin is None else self._twin(state.twin, noise), following)
+        z = state.z - self.step_size / 2 * self.coordinates.transpose(drift) + noise
+        control_variate = state.control_variate
+        if control_variate is not None:
+            control_variate = self._control_step(control_variate, noise)
+        return State(z, control_variate, following)
 
-    def _twin(self, twin: Tensor, noise: Tensor) -> Tensor:
+    def _control_step(self, z: Tensor, noise: Tensor) -> Tensor:
         assert isinstance(self.coordinates, Curved)
         curvature = self.coordinates.curvature
-        return self.coordinates.quadratic.apply(twin, lambda a: 1 - self.step_size / 2 * curvature(a)) + noise
+        return self.coordinates.quadratic.apply(z, lambda a: 1 - self.step_size / 2 * curvature(a)) + noise
 
     def _normal(self, shape: torch.Size, like: Tensor) -> Tensor:
         size = (shape[0] // 2, *shape[1:]) if self.antithetic else shape

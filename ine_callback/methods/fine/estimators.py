@@ -20,11 +20,11 @@ from ine_callback.stats.tradeoff import auc_mu_from_counts, max_threshold_mu_fro
 
 BINS = 64
 TREND_DECAY = 0.9
-CHUNK = 4096  # rows converted at once
+CHUNK_ROWS = 4096  # converted at once
 
 
 def start(rows: int, queries: int, device: torch.device) -> dict[str, Tensor]:
-    """The state: 256 N Q bytes."""
+    """Allocates the state: 256 N Q bytes."""
     return {
         "histogram": torch.zeros(rows, queries, BINS, dtype=torch.int32, device=device),
         "all_steps": torch.zeros(queries, BINS, dtype=torch.int32, device=device),
@@ -34,7 +34,7 @@ def start(rows: int, queries: int, device: torch.device) -> dict[str, Tensor]:
 
 def update(state: dict[str, Tensor], rows: Tensor, decrease: Tensor, noise: Tensor, past: int) -> None:
     """Takes a step of ``rows`` [b] with its predicted decrease [Q] and the variance [Q] of it, after ``past`` steps."""
-    if past > 0:  # the first step has no past to be compared with
+    if past > 0:  # the first step has no trend to be compared with
         q = len(decrease)
         trend = state["trend"] / (1 - TREND_DECAY**past)
         observed = (decrease - trend) * torch.where(noise > 0, noise.rsqrt(), 0.0)
@@ -53,10 +53,10 @@ def compute(state: dict[str, Tensor], estimator: Literal["auc", "max_threshold"]
     total, rows = everything.sum(-1), len(state["histogram"])
     estimate = auc_mu_from_counts if estimator == "auc" else max_threshold_mu_from_counts
     mu, se = (np.full((rows, len(everything)), np.nan) for _ in range(2))
-    for begin in range(0, rows, CHUNK):
-        part = slice(begin, begin + CHUNK)
+    for begin in range(0, rows, CHUNK_ROWS):
+        part = slice(begin, begin + CHUNK_ROWS)
         inside = host(state["histogram"][part])
-        outside = np.maximum(everything - inside, 0.0)  # a row twice in a step would make it negative
+        outside = np.maximum(everything - inside, 0.0)  # negative where a row is twice in a step
         n, n_prime = inside.sum(-1), outside.sum(-1)
         with np.errstate(divide="ignore", invalid="ignore"):
             common = n / np.sqrt(total)

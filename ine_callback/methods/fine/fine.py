@@ -1,40 +1,41 @@
 """f-INE in one run: each row's shift of the query, in units of training randomness (arXiv 2510.10510).
 
-At a step with rows [b], signals c [b, Q] (of the rows' shares) and rate r,
+At a step with rows [b], signals c [b, Q] (of the rows' gradient contributions) and rate r,
 
     d_i  = r (c_i - mean of the others) / u   shift of the query if row i is drawn rather than one of its batch-mates
     w    = r^2 b Var(c) / u^2                 variance of the query's change over the draw of the batch
     mu_i = sum d_i / sqrt(1 + dispersion x sum w)             sums over the row's steps and over all steps
 
-in units u of what random initial weights leave in the query. The dispersion (variance / mean of the rows' visits) is 0
-where a loader shuffles. Without random initial weights mu = sum d_i / sqrt(sum w).
+in units u of what random initial weights leave in the query. The dispersion (variance / mean of the rows' numbers of
+observations) is 0 where a loader shuffles. Without random initial weights mu = sum d_i / sqrt(sum w).
 
 The query falls by ``r c_i`` to first order, so **mu > 0: training on the row lowers the query (helpful)**. Rows add up:
 the mu of a group is the sum of its rows' mu. The mean is over the other rows of the batch, for the alternative to row i
 is not itself: centring on the whole batch's mean would shrink mu by (1 - 1/b), half of it at b = 2.
 
-**Self-influence** has no common query: c_i is the row's own, positive, and larger at some steps than at others for all
-rows alike. So each step is read in units of its rows' mean m, and the mean ratio is put back on the row's own profile:
+**Self-influence** has no common query: c_i is along the row's own direction, positive, and larger at some steps than at
+others for all rows. So each step is measured in units of its rows' mean m, and the mean ratio is multiplied by the sum
+of m over the row's steps (its profile):
 
     d_i  = (r c_i / u_i) / m - mean of the others;  mu_i = (mean of d_i over the K steps) x sum m
 
-the shift of the row's own loss against that of an average row (whose own is :meth:`FINE.notes`'s to tell). The sum of
-r c_i / u_i itself is ruled by the earliest steps, where rows are told apart worst: Spearman against leaving single rows
+the shift of the row's own loss relative to that of an average row (which :meth:`FINE.notes` reports). The sum of
+r c_i / u_i itself is dominated by the earliest steps, which separate rows worst: Spearman against leaving single rows
 out .72 instead of .80 under AdamW on G1 (``python -m benchmarks.fidelity``).
 
-**se** is over training runs: where initial weights are random, the root mean square of the row's contrasts, its shift
-with half of each layer's units turned (:mod:`.sign_contrasts`), shrunk to the other rows'; the scatter of its visits
-alone would leave out all that lasts through one training and differs in the next. ``fixed`` weights have the
-visits' scatter alone.
+**se** is over training runs: where initial weights are random, the root mean square of the row's contrasts (its shift
+with Rademacher signs on each layer's units, :mod:`ine_callback.scoring.sign_contrasts`), shrunk to the other rows'. The
+scatter of its steps alone would leave out what lasts through one training and differs in the next. With ``fixed``
+weights only the scatter of the steps is used.
 
 Tests, always of the row's shift, whichever estimator gives ``mu``:
 
-* **p**: every step's d is also dealt to the batch's rows in random order. Dealt shifts are draws from "the row is
-  exchangeable with its batch-mates". Real and dealt shifts are divided by sqrt(V_i); V_i sums sigma^2 = r^2 ss / b over
-  the row's steps (ss: the step's sum of squares about the mean), the exact variance of a dealt d. The dealt ones are
-  pooled over rows.
+* **p**: every step's d is also randomly permuted among the batch's rows. Permuted shifts are draws from "the row is
+  exchangeable with its batch-mates". Real and permuted shifts are divided by sqrt(V_i); V_i sums sigma^2 =
+  r^2 ss / b over the row's steps (ss: the step's sum of squares about the mean), the exact variance of a permuted d.
+  The permuted ones are pooled over rows.
 * **t**: regress the standardised z = d / sigma of the row's K steps on sigma. The slope is sum d / V_i; the residual
-  variance (sum z^2 - (sum d)^2 / V_i) / (K - 1) is the row's own scale against its batch-mates, shrunk to the other
+  variance (sum z^2 - (sum d)^2 / V_i) / (K - 1) is the row's scale relative to its batch-mates, shrunk to the other
   rows' as limma does. This t is exact for Gaussian z however sigma changes over the run. The t of raw d is not: with d
   growing e^4-fold (e^8-fold) in a simulation it rejects 2.7 % (1.3 %) of true nulls at level 5 %, ours 5.1 % (4.9 %).
   Heavy tails (Student t3) bring ours to 3.5-6.0 % at level 5 % and up to 1.5 % at level 0.5 %: trust p in the far tail.
@@ -57,9 +58,9 @@ from ine_callback.stats import hypothesis_tests as tests
 
 Estimator = Literal["gaussian", "auc", "max_threshold"]
 
-NULL_CAP = 2**17  # null draws kept per query
-NULL_SHOWN = 10_000  # null draws per query handed to the report
-LARGEST = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
+MAX_NULL_DRAWS = 2**17  # per query, in the state
+MAX_REPORTED_DRAWS = 10_000  # null draws per query in the report
+MAX_SIGNAL = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
 
 PER_ROW = ("shift", "contrast", "scatter", "variance", "profile", "observations", "informative", "histogram")
 
@@ -82,8 +83,8 @@ class FINE(Method):
             ``n / sqrt(T) mu_step``; a test that sees all n steps apart reaches ``sqrt(n) mu_step`` (paper, Cor. 2.7),
             never less (Cauchy-Schwarz). ``se`` and ``null_sd`` are the large-sample error of ``auc``, and NaN for
             ``max_threshold``, which has none.
-        null_draws: Permutations dealt per step. Large runs lower them to no less than 2, then thin out the rows that
-            carry a null, to keep at most about 2**17 null draws per query.
+        null_draws: Permutations per step. Large runs lower them to no less than 2, then have a null for every k-th row
+            only, so that there are at most about 2**17 null draws per query.
         seed: Seed of the private generator of the permutations; the global random state is never touched.
 
     Example:
@@ -126,7 +127,7 @@ class FINE(Method):
         if not queries:
             raise ValueError("FINE.start: queries is empty; give at least one query")
         self._queries, self._rows, self._steps = queries, rows, 0
-        self._draws, self._stride = _plan_null(rows, self.null_draws, 1)
+        self._draws, self._stride = _null_size(rows, self.null_draws, 1)
         self._generator = torch.Generator(device).manual_seed(self.seed)
         q = len(queries)
         self._state = {name: torch.zeros(rows, q, device=device) for name in ("shift", "scatter", "variance")}
@@ -135,11 +136,11 @@ class FINE(Method):
             self._state[name] = torch.zeros(rows, dtype=torch.int64, device=device)
         self._state["noise"] = torch.zeros(q, device=device)
         self._random_weights = random_weights
-        own = [k for k, query in enumerate(queries) if query.kind == "self"]
-        self._own = torch.tensor(own, dtype=torch.int64, device=device)
-        self._state["profile"] = torch.zeros(rows, len(own), device=device)
+        self_columns = [k for k, query in enumerate(queries) if query.kind == "self"]
+        self._self_columns = torch.tensor(self_columns, dtype=torch.int64, device=device)
+        self._state["profile"] = torch.zeros(rows, len(self_columns), device=device)
         self._state["nonfinite"] = torch.zeros(q, dtype=torch.int64, device=device)
-        # Draw 0 is held out for the check of the null; the last row takes what rows without a null are dealt.
+        # Draw 0 is held out for the check of the null. The last row collects the shifts of rows without a null.
         self._state["null"] = torch.zeros(-(-rows // self._stride) + 1, self._draws + 1, q, device=device)
         if self.estimator != "gaussian":
             self._state |= estimators.start(rows, q, device)
@@ -167,7 +168,7 @@ class FINE(Method):
         state["observations"].index_add_(0, rows, once)
         factor = torch.full_like(signals, rate, dtype=torch.float32) if unit is None else rate / unit.float()
         predicted = signals.to(torch.float32) * factor
-        usable = predicted.abs() < LARGEST  # False for NaN and infinities too
+        usable = predicted.abs() < MAX_SIGNAL  # False for NaN and infinities too
         state["nonfinite"] += (~usable).sum(0)
         if rows.shape[0] < 2 or rate == 0.0:
             return
@@ -181,11 +182,11 @@ class FINE(Method):
         d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
         sigma2 = d.square().sum(0) / rows.shape[0]
         self._update_shifts(rows, d, sigma2)
-        self._deal(rows, d)
+        self._permute(rows, d)
         if contrasts is not None:
-            turned = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
+            signed = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
             count = finite.clamp(min=1)[:, None]
-            centred = (turned - turned.sum(0) / count) * (count / (count - 1).clamp(min=1))
+            centred = (signed - signed.sum(0) / count) * (count / (count - 1).clamp(min=1))
             state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
         state["noise"] += noise
         self._steps += 1
@@ -193,12 +194,14 @@ class FINE(Method):
             estimators.update(state, rows, predicted.sum(0), noise, self._steps - 1)
 
     def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
-        """Size of the mean [Q] of the rows' own signals, added to their profiles; 1 for queries."""
+        """Absolute mean self-influence signal of the rows [Q], also added to their profiles; 1 for other queries."""
         level = torch.ones_like(self._state["noise"])
-        if len(self._own):
-            mean = (predicted.sum(0) / finite.clamp(min=1))[self._own].abs()  # of a climbing step it is negative
+        if len(self._self_columns):
+            mean = (predicted.sum(0) / finite.clamp(min=1))[
+                self._self_columns
+            ].abs()  # negative where the step increases the losses
             self._state["profile"].index_add_(0, rows, mean.expand(rows.shape[0], -1))
-            level[self._own] = torch.where(mean > 0, mean, 1.0)
+            level[self._self_columns] = torch.where(mean > 0, mean, 1.0)
         return level
 
     def _update_shifts(self, rows: Tensor, d: Tensor, sigma2: Tensor) -> None:
@@ -207,20 +210,20 @@ class FINE(Method):
         self._state["scatter"].index_add_(0, rows, z.square())
         self._state["variance"].index_add_(0, rows, sigma2.expand_as(d))
 
-    def _deal(self, rows: Tensor, d: Tensor) -> None:
-        """Deals the batch's shifts to its rows in random order, once per draw."""
+    def _permute(self, rows: Tensor, d: Tensor) -> None:
+        """Randomly permutes the batch's shifts among its rows, once per draw."""
         null = self._state["null"]
         size, draws = rows.shape[0], null.shape[1]
         keys = torch.rand(draws, size, generator=self._generator, device=d.device, dtype=torch.float32)
-        dealt = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
+        permuted = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
         place = torch.where(rows % self._stride == 0, rows // self._stride, null.shape[0] - 1)
-        null.index_add_(0, place, dealt)
+        null.index_add_(0, place, permuted)
 
     def compute(self) -> Scores:
         """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""
         state = self._started("compute")
         observations = state["observations"].cpu().numpy().astype(np.int64)
-        seen = observations > 0
+        seen = state["informative"].cpu().numpy() > 0  # a row alone in all of its steps was compared with no other
         shift, scatter, variance = (host(state[name]) for name in ("shift", "scatter", "variance"))
         for array in (shift, scatter, variance):
             array[~seen] = np.nan
@@ -241,7 +244,7 @@ class FINE(Method):
             fit = tests.moderated_t(shift[:, k], residual[:, k], df, v)
             t[:, k], p_t[:, k] = fit.t, fit.p
             se[:, k] = np.sqrt(_between_runs(fit.variance * v, host(state["contrast"][:, k]))) * scale[:, k]
-            nulls.append(draws.ravel()[_spread(draws.size, NULL_SHOWN)])
+            nulls.append(draws.ravel()[_spread(draws.size, MAX_REPORTED_DRAWS)])
         null_sd = np.sqrt(variance) * scale
         mu = shift * scale
         if self.estimator != "gaussian":
@@ -266,23 +269,24 @@ class FINE(Method):
     def _scale(self, noise: Floats, observations: NDArray[np.int64]) -> Floats:
         """Returns what turns a row's shift into its mu [N, Q]; NaN for a query whose signals never varied.
 
-        ``noise`` takes the draws of the batches as independent. Where the initial weights are random, it counts by the
-        rows' index of dispersion (variance of the number of visits over its mean, at most 1): a loader that shuffles
-        visits all rows alike, and what the order alone then does is a tenth of the initial weights'
-        (docs/methods/fine.md). The order's noise in a row's own loss is not what the rows' own signals scatter by.
+        ``noise`` assumes independent draws of the batches. Where the initial weights are random, it is multiplied by
+        the rows' index of dispersion (variance of the number of observations over its mean, at most 1): a loader that
+        shuffles uses all rows equally often, and the effect of the order alone is then a tenth of that of the initial
+        weights (docs/methods/fine.md). For self-influence it is 0: the scatter of the rows' signals is not the noise of
+        a row's own loss.
         """
-        own = self._own.cpu().numpy()
-        visits = np.trim_zeros(observations, "b")  # room for rows to come is no row left out
-        dispersion = np.full(len(noise), min(1.0, float(visits.var() / visits.mean())) if visits.size else 0.0)
-        dispersion[own] = 0.0
+        self_columns = self._self_columns.cpu().numpy()
+        counts = np.trim_zeros(observations, "b")  # without the places reserved for rows to come
+        dispersion = np.full(len(noise), min(1.0, float(counts.var() / counts.mean())) if counts.size else 0.0)
+        dispersion[self_columns] = 0.0
         randomness = 1.0 + dispersion * noise if self._random_weights else noise
         scale = np.tile(np.where(noise > 0, 1 / np.sqrt(randomness), np.nan), (self._rows, 1))
-        scale[:, own] *= host(self._state["profile"]) / host(self._state["informative"])[:, None]
+        scale[:, self_columns] *= host(self._state["profile"]) / host(self._state["informative"])[:, None]
         return scale
 
     def notes(self) -> list[str]:
-        """The average row's own influence, which scores of self-influence are compared with."""
-        if not len(self._own) or self.estimator != "gaussian" or not self._random_weights:
+        """The average self-influence, from which scores of self-influence are differences."""
+        if not len(self._self_columns) or self.estimator != "gaussian" or not self._random_weights:
             return []
         profile = host(self._started("notes")["profile"])
         seen = profile[profile > 0]
@@ -294,24 +298,24 @@ class FINE(Method):
         ]
 
     def _null(self, query: int, seen: NDArray[np.bool_], variance: Floats) -> tuple[Floats, Floats]:
-        """Returns the standardised dealt shifts [M, R] of the observed rows with a null, and the held-out draw [M]."""
-        dealt = host(self._state["null"][:-1, :, query])
-        keep, v = seen[:: self._stride], variance[:: self._stride]
+        """Returns the standardised permuted shifts [M, R] of observed rows with a null, and the held-out draw [M]."""
+        permuted = host(self._state["null"][:-1, :, query])
+        observed, v = seen[:: self._stride], variance[:: self._stride]
         with np.errstate(divide="ignore", invalid="ignore"):
-            z = dealt[keep] / np.where(v > 0, np.sqrt(v), np.nan)[keep, None]
+            z = permuted[observed] / np.where(v > 0, np.sqrt(v), np.nan)[observed, None]
         return z[:, 1:], z[:, 0]
 
     def grow(self, rows: int) -> None:
-        """Enlarges the state to ``rows`` rows; a null over its cap loses draws, then rows, and keeps what is left."""
+        """Enlarges the state to ``rows`` rows; a null that becomes too large loses draws, then rows."""
         state = self._started("grow")
         if rows <= self._rows:
             return
         for name in PER_ROW:
             if name in state:
                 state[name] = _enlarged(state[name], rows)
-        draws, stride = _plan_null(rows, self._draws, self._stride)
-        kept = state["null"][:-1][:: stride // self._stride, : draws + 1]
-        state["null"] = _enlarged(kept, -(-rows // stride) + 1)
+        draws, stride = _null_size(rows, self._draws, self._stride)
+        retained = state["null"][:-1][:: stride // self._stride, : draws + 1]
+        state["null"] = _enlarged(retained, -(-rows // stride) + 1)
         self._rows, self._draws, self._stride = rows, draws, stride
 
     def state_dict(self) -> dict[str, Any]:
@@ -328,19 +332,19 @@ class FINE(Method):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a snapshot after :meth:`start`; folding goes on bit-identically on the same kind of device.
+        """Restores a snapshot after :meth:`start`; updates continue bit-identically on the same kind of device.
 
         A snapshot from another kind of device restarts the permutations from a fresh seed: still random, not identical.
         """
-        own = self._started("load_state_dict")
+        fresh = self._started("load_state_dict")
         names = [query.name for query in self._queries]
         if state["queries"] != names or state["estimator"] != self.estimator:
             raise ValueError(
                 f"FINE.load_state_dict: the checkpoint holds estimator={state['estimator']!r} and queries "
                 f"{state['queries']}, this run has {self.estimator!r} and {names}; resume with the same settings"
             )
-        rows, device = self._rows, own["noise"].device
-        self._state = {name: state[name].to(device, copy=True) for name in own}
+        rows, device = self._rows, fresh["noise"].device
+        self._state = {name: state[name].to(device, copy=True) for name in fresh}
         self._rows = self._state["shift"].shape[0]
         self._steps, self._draws, self._stride = int(state["steps"]), int(state["draws"]), int(state["stride"])
         saved = state["generator"].cpu()
@@ -356,17 +360,20 @@ class FINE(Method):
         return self._state
 
 
-def _plan_null(rows: int, draws: int, stride: int) -> tuple[int, int]:
-    """Returns draws and stride (a multiple of ``stride``) that keep ``rows / stride x draws`` near the cap."""
-    draws = min(draws, max(2, NULL_CAP // max(rows, 1)))
-    return draws, stride * max(1, -(-rows * draws // (NULL_CAP * stride)))
+def _null_size(rows: int, draws: int, stride: int) -> tuple[int, int]:
+    """Returns the draws per row, and k where every k-th row has a null (a multiple of ``stride``).
+
+    Their product ``rows / k x draws`` stays near ``MAX_NULL_DRAWS``.
+    """
+    draws = min(draws, max(2, MAX_NULL_DRAWS // max(rows, 1)))
+    return draws, stride * max(1, -(-rows * draws // (MAX_NULL_DRAWS * stride)))
 
 
 def _between_runs(within: Floats, contrasts: Floats) -> Floats:
-    """Returns the variance [N] of the shifts over training runs, from that of a row's visits [N] and contrasts [N, J].
+    """Returns the variance [N] of shifts over training runs, from the scatter of their steps [N] and contrasts [N, J].
 
     The mean square of a row's J contrasts has few degrees of freedom: it is shrunk to the other rows' (in units of the
-    visits' variance), as limma does.
+    variance within the run), as limma does.
     """
     if not contrasts.any():
         return within
@@ -381,6 +388,6 @@ def _enlarged(tensor: Tensor, rows: int) -> Tensor:
     return larger
 
 
-def _spread(size: int, most: int) -> NDArray[np.int64]:
-    """Returns at most ``most`` evenly spaced indices below ``size``."""
-    return np.linspace(0, size - 1, min(size, most)).round().astype(np.int64)
+def _spread(size: int, limit: int) -> NDArray[np.int64]:
+    """Returns at most ``limit`` evenly spaced indices below ``size``."""
+    return np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64)

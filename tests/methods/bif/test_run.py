@@ -1,4 +1,4 @@
-"""BIF against covariances known in closed form, its noise reduction, its screens, and that it leaves no trace."""
+"""BIF against covariances known in closed form, its noise reduction, its checks, and that it leaves no trace."""
 
 from __future__ import annotations
 
@@ -15,56 +15,18 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.readout import EachRow
+from ine_callback.methods.bif.checks import noise_fraction
+from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
-from ine_callback.methods.bif.screens import noise_share
 from ine_callback.methods.bif.settings import BIF
 from ine_callback.queries import CallableQuery, MarginQuery
-
-WHOLE = 10**6  # a batch size that takes all rows: no minibatch noise
-PLAIN = {"preconditioner": "none", "reduced": False}
+from tests.helpers.bif.quadratic import PLAIN, WHOLE, Point, exact, forms, quadratic_problem
 
 
-class Point(nn.Module):
-    """Parameters alone: losses are functions of w."""
-
-    def __init__(self, w: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(w.clone())
-
-
-def pull(module: Any, batch: Tensor) -> Tensor:
+def squared_distance(module: Any, batch: Tensor) -> Tensor:
     """Row loss ‖w − a‖²/2 for rows a [b, P]."""
     return 0.5 * (module.w - batch).square().sum(1)
-
-
-def forms(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Row loss gᵢ·w + ½ wᵀ Hᵢ w."""
-    g, h = batch
-    return g @ module.w + 0.5 * torch.einsum("i,bij,j->b", module.w, h, module.w)
-
-
-def exact(batch: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor], v: Tensor) -> NDArray[np.float64]:
-    """gᵢᵀ V gⱼ + ½ tr(Hᵢ V Hⱼ V)."""
-    (g, h), (gq, hq) = batch, query
-    quadratic = torch.einsum("iab,bc,jcd,da->ij", h, v, hq, v)
-    return (g @ v @ gq.T + 0.5 * quadratic).double().numpy()
-
-
-def quadratic_problem(rows: int = 12, p: int = 5) -> tuple[Point, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Rows with mean gradient 0 and the mean Hessian as their Fisher, at w* = 0, and three queries; float64."""
-    g = torch.Generator().manual_seed(5)
-
-    def symmetric(n: int) -> Tensor:
-        root = torch.randn(n, p, p, generator=g, dtype=torch.float64)
-        return root @ root.mT / p
-
-    slopes = torch.randn(rows, p, generator=g, dtype=torch.float64)
-    white, _ = torch.linalg.qr(slopes - slopes.mean(0))
-    curvature = symmetric(rows)
-    data = (white * rows**0.5 @ torch.linalg.cholesky(curvature.mean(0)).T, curvature)
-    return Point(torch.zeros(p, dtype=torch.float64)), data, (torch.randn(3, p, generator=g).double(), symmetric(3))
 
 
 @pytest.mark.parametrize("settings", [{}, {"preconditioner": "none"}, PLAIN | {"step_size": 0.02, "thinning": 20}])
@@ -72,7 +34,7 @@ def test_example_of_one_parameter(settings: dict[str, Any]) -> None:
     """L = w²/2, n_beta = γ = 2: the posterior is N(0, 1/4). Rows (w − a)²/2 with a = 0, −1, +1, query (w − 1)²/2."""
     rows = torch.tensor([[0.0], [-1.0], [1.0]])
     bif = BIF(chains=64, draws=100, n_beta=2.0, localization=2.0, batch_size=WHOLE, **settings)
-    scores = bif_scores(Point(torch.zeros(1)), rows, {"query": torch.ones(1, 1)}, bif, pull, progress=False)
+    scores = bif_scores(Point(torch.zeros(1)), rows, {"query": torch.ones(1, 1)}, bif, squared_distance, progress=False)
     assert np.abs(scores.scores[:, 0] - [0.03125, -0.21875, 0.28125]).max() < (0.03 if "reduced" in settings else 0.01)
     assert np.abs((scores.scores[:, 0] - [0.03125, -0.21875, 0.28125]) / scores.se[:, 0]).max() < 4
     assert scores.top(1).tolist() == [2] and scores.bottom(1).tolist() == [1]
@@ -112,7 +74,9 @@ def test_reduced_is_unbiased_and_has_less_noise_than_plain() -> None:
 
 
 def test_dependent_draws_bias_reduced_less_than_plain() -> None:
-    """A sample's covariance around its own mean is too small when draws are alike; the twin's is so as well."""
+    """A sample's covariance around its own mean is too small when draws are alike; so is the control
+    variate's.
+    """
     scores, truth = many_chains(thinning=1)
     slopes = [float((estimate * truth).sum() / (truth**2).sum()) for estimate in (scores.scores, scores.plain)]
     assert slopes[1] < 0.8 and abs(1 - slopes[0]) < 0.5 * abs(1 - slopes[1])
@@ -167,7 +131,7 @@ def test_ridge_regression_is_the_damped_influence_function() -> None:
     x = torch.randn(80, 6, generator=g, dtype=torch.float64)
     y = x @ torch.randn(6, generator=g).double() + 0.5 * torch.randn(80, generator=g).double()
     gamma = 0.05
-    w = torch.linalg.solve(x.T @ x, x.T @ y)  # the pull γ is towards w itself, so w is the posterior's centre
+    w = torch.linalg.solve(x.T @ x, x.T @ y)  # γ holds draws near w itself, so w is the posterior's centre
 
     def squared(module: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         return 0.5 * (batch[0] @ module.w - batch[1]).square()
@@ -209,16 +173,16 @@ def test_p_values_are_uniform_where_rows_and_query_share_no_parameter(settings: 
     """400 rows, each on its own parameter, and a query on another: every true score is 0."""
     rows = torch.arange(1, 401)
 
-    def own(module: Any, batch: Tensor) -> Tensor:
+    def squared(module: Any, batch: Tensor) -> Tensor:
         return 0.5 * module.w[batch].square() + module.w[batch]
 
     bif = BIF(8, 100, n_beta=1.0, localization=1.0, batch_size=WHOLE, **settings)
-    scores = bif_scores(Point(torch.zeros(401)), rows, {"q": torch.tensor([0])}, bif, own, progress=False)
+    scores = bif_scores(Point(torch.zeros(401)), rows, {"q": torch.tensor([0])}, bif, squared, progress=False)
     assert stats.kstest(scores.p[:, 0], "uniform").pvalue > 0.01
     assert (scores.q > 0.05).mean() > 0.99
 
 
-# -- screens ----------------------------------------------------------------------------------------------------------
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def healthy(**settings: Any) -> BIFScores:
@@ -227,7 +191,7 @@ def healthy(**settings: Any) -> BIFScores:
 
 
 @pytest.mark.parametrize("settings", [{}, {"preconditioner": "none"}, PLAIN | {"thinning": 8, "draws": 300}])
-def test_healthy_chains_pass_every_screen(settings: dict[str, Any]) -> None:
+def test_healthy_chains_pass_every_check(settings: dict[str, Any]) -> None:
     scores = healthy(**settings)
     assert scores.reliable, scores.reasons
     assert np.isfinite(scores.scores).all() and scores.settings["localization"] > 0
@@ -254,9 +218,9 @@ def test_diverging_chains_are_caught() -> None:
     assert any("step-size bias" in reason and "lower step_size" in reason for reason in wide.reasons)
 
 
-def test_a_pull_that_leaves_the_data_nothing_is_caught() -> None:
+def test_a_localization_that_outweighs_the_data_is_caught() -> None:
     scores = healthy(localization=1e6, n_beta=100.0)
-    assert not scores.reliable and any("data against pull" in reason for reason in scores.reasons)
+    assert not scores.reliable and any("data against localization" in reason for reason in scores.reasons)
     assert healthy(localization=1e6).reliable  # the data are given a weight to match
 
 
@@ -268,7 +232,7 @@ def test_draws_that_have_forgotten_what_was_learned_are_caught() -> None:
 def test_noise_is_that_of_rows_against_each_other() -> None:
     """What all rows have in common ranks none of them, however noisy it is."""
     scores = np.array([[5.0], [6.0], [7.0]])
-    assert noise_share(scores, np.full((3, 1), 0.5)) == pytest.approx(0.25 / scores.var())
+    assert noise_fraction(scores, np.full((3, 1), 0.5)) == pytest.approx(0.25 / scores.var())
     model, rows, query = network()
 
     def together(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -276,30 +240,30 @@ def test_noise_is_that_of_rows_against_each_other() -> None:
 
     bif = BIF(draws=40, localization=300.0, n_beta=10.0)
     found = bif_scores(model, rows, {"q": EachRow(query)}, bif, together, progress=False)
-    (screen,) = (s for s in found.checks if s.name == "noise share of the scores")
-    assert screen.value < 0.5 * np.median((found.se**2).mean(0) / found.scores.var(0))
+    (check,) = (s for s in found.checks if s.name == "noise fraction of the scores")
+    assert check.value < 0.5 * np.median((found.se**2).mean(0) / found.scores.var(0))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3])
-def test_step_size_bias_is_the_steepest_directions(share: float) -> None:
-    """L = ½ Σ h w², h = 1 .. 5: at a step of 4 share / h the variance is 1 / (1 - share) times too large."""
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_step_size_bias_is_the_steepest_directions(fraction: float) -> None:
+    """L = ½ Σ h w², h = 1 .. 5: at a step of 4 fraction / h the variance is 1 / (1 - fraction) times too large."""
     h = torch.arange(1.0, 6.0, dtype=torch.float64)
     rows = torch.cat([torch.diag(h.sqrt()), -torch.diag(h.sqrt())]) * 5**0.5
 
     def loss(module: Any, batch: Tensor) -> Tensor:
         return 0.5 * (h * module.w.square()).sum() + batch @ module.w
 
-    step = 4 * share / (5.0 + 1.0)
+    step = 4 * fraction / (5.0 + 1.0)
     bif = BIF(8, 4, step_size=step, n_beta=1.0, localization=1.0, batch_size=WHOLE, **PLAIN)
     scores = bif_scores(Point(torch.zeros(5).double()), rows, {"q": rows[:1]}, bif, loss, progress=False)
-    (screen,) = (s for s in scores.checks if s.name == "step-size bias")
-    assert screen.value == pytest.approx(share / (1 - share), rel=0.02)
+    (check,) = (s for s in scores.checks if s.name == "step-size bias")
+    assert check.value == pytest.approx(fraction / (1 - fraction), rel=0.02)
 
 
 def test_noise_is_named() -> None:
     model, rows, query = network()
     few = bif_scores(model, rows, {"q": query}, BIF(2, 4, n_beta=10.0, **PLAIN), entropies, progress=False)  # type: ignore[arg-type]
-    assert any("noise share" in reason and "raise draws" in reason for reason in few.reasons)
+    assert any("noise fraction" in reason and "raise draws" in reason for reason in few.reasons)
 
 
 # -- no trace ---------------------------------------------------------------------------------------------------------
@@ -391,7 +355,12 @@ def test_one_by_one_gives_the_same_scores_and_says_so() -> None:
 
 def test_chosen_rows_and_every_kind_of_query() -> None:
     model, rows, query = network()
-    queries = {"each": EachRow(query), "mean": query, "margin": MarginQuery(query), "own": MarginQuery(query, True)}
+    queries = {
+        "each": EachRow(query),
+        "mean": query,
+        "margin": MarginQuery(query),
+        "self margin": MarginQuery(query, True),
+    }
     all_of_them = bif_scores(model, rows, queries, BIF(draws=12), entropies, progress=False)
     some = bif_scores(model, rows, queries, BIF(draws=12, rows=[7, 3]), entropies, progress=False)
     assert some.rows.tolist() == [7, 3] and np.allclose(some.scores, all_of_them.scores[[7, 3]], atol=1e-5)
@@ -413,7 +382,7 @@ def test_chosen_rows_and_every_kind_of_query() -> None:
         ({"burn_in": -1}, "burn_in=-1"),
         ({"step_size": 0.0}, "step_size=0.0 must be positive"),
         ({"preconditioner": "adam"}, "preconditioner='adam' is none of"),
-        ({"preconditioner": "rmsprop"}, "has no twin; pass reduced=False"),
+        ({"preconditioner": "rmsprop"}, "has no control-variate chain; pass reduced=False"),
         ({"chains": 5}, "must be even"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SGLD against what is known in closed form: stationary laws at finite step size, the twin, the sampler's state."""
+"""SGLD against closed forms: stationary laws at finite step size, the control-variate chain, the sampler's state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ine_callback.methods.bif.quadratic import Quadratic
+from ine_callback.methods.bif.quadratic_posterior import QuadraticPosterior
 from ine_callback.methods.bif.sgld import SGLD, Curved, Diagonal, Law
 
 P, N_BETA, GAMMA = 6, 20.0, 3.0
@@ -17,8 +17,8 @@ FISHER = GRADIENTS.T @ GRADIENTS / 4
 A = N_BETA * FISHER + GAMMA * torch.eye(P, dtype=torch.float64)
 
 
-def quadratic() -> Quadratic:
-    return Quadratic(GRADIENTS, N_BETA, GAMMA)
+def quadratic() -> QuadraticPosterior:
+    return QuadraticPosterior(GRADIENTS, N_BETA, GAMMA)
 
 
 def sgld(power: float, step: float, averaged: bool = False, antithetic: bool = False) -> SGLD:
@@ -38,7 +38,7 @@ def test_functions_of_a_are_those_of_the_dense_matrix(function: object) -> None:
 
 
 def test_without_gradients_a_is_gamma() -> None:
-    empty = Quadratic(torch.zeros(3, P), N_BETA, GAMMA)
+    empty = QuadraticPosterior(torch.zeros(3, P), N_BETA, GAMMA)
     assert empty.largest == GAMMA and torch.equal(empty.apply(torch.ones(P), torch.square), torch.full((P,), 9.0))
 
 
@@ -69,7 +69,8 @@ def test_quadratic_posterior_at_finite_step_size(power: float, averaged: bool) -
         deviation = sampler.coordinates.deviation(state.z)
         error = (deviation.T @ deviation / chains - exact).abs().max() / exact.abs().max()
         assert error < 0.02  # Monte Carlo: sqrt(2 / 60,000) = .006 for one entry
-        assert state.twin is not None and torch.allclose(state.twin, state.z, atol=1e-9)  # exact on its own posterior
+        # on a quadratic posterior chain and control-variate chain are the same
+        assert state.control_variate is not None and torch.allclose(state.control_variate, state.z, atol=1e-9)
     assert torch.allclose(
         sampler.coordinates.covariance(torch.eye(P, dtype=torch.float64), sampler.law),  # type: ignore[attr-defined]
         exact,
@@ -81,7 +82,7 @@ def test_minibatch_noise_inflates_the_posterior_as_the_formula_says() -> None:
     """V = A⁻¹ (1 − εA/4)⁻¹ (1 + (ε/4) n_beta² σ²/m), here for one parameter."""
     n_beta, gamma, step, sd = 10.0, 5.0, 0.05, 0.7
     noise = torch.Generator().manual_seed(7)
-    a = Quadratic(torch.ones(1, 1, dtype=torch.float64), n_beta, gamma)
+    a = QuadraticPosterior(torch.ones(1, 1, dtype=torch.float64), n_beta, gamma)
     sampler = SGLD(Curved(a, 0.0), step, n_beta, gamma, torch.Generator().manual_seed(2))
     state = sampler.init(100_000, torch.zeros(1, dtype=torch.float64))
     for _ in range(30):
@@ -95,8 +96,8 @@ def test_chains_start_around_the_minimum_of_the_quadratic_posterior() -> None:
     for power in (0.0, -0.5):
         sampler = sgld(power, 0.5 / quadratic().largest if power == 0 else 0.5)
         state = sampler.init(2, gradient)
-        assert state.twin is not None
-        shift = sampler.coordinates.deviation(state.z - state.twin)
+        assert state.control_variate is not None
+        shift = sampler.coordinates.deviation(state.z - state.control_variate)
         assert torch.allclose(shift, -N_BETA * torch.linalg.solve(A, gradient).expand(2, -1), atol=1e-8)
 
 
@@ -116,7 +117,7 @@ def test_rmsprop_coordinates_leave_the_posterior_as_it_is() -> None:
     step = 0.4 / float(torch.linalg.eigvalsh(h).max())
     sampler = SGLD(Diagonal(scale), step, 2.0, GAMMA, torch.Generator().manual_seed(4))
     state = sampler.init(40_000, torch.zeros(P, dtype=torch.float64))
-    assert state.twin is None and not state.z.any()
+    assert state.control_variate is None and not state.z.any()
     for _ in range(600):
         state = sampler.step(state, lambda d: d @ FISHER)
     deviation = sampler.coordinates.deviation(state.z)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ine_callback import BIF, BIFScores, CallableQuery, EachRow, InfluenceReport, bif_scores, calibrate
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.rowloss import row_losses
+from ine_callback.methods.bif.row_losses import row_losses
 from ine_callback.methods.bif.scores import attribution, example_bif_scores
 from ine_callback.report import example_report
 from ine_callback.report.attribution_view import ends, legend
 from ine_callback.utilities.isolation import isolated
-from tests.methods.bif.test_run import Point
+from tests.helpers.bif.quadratic import Point
 
 ROWS, TERMS, VOCABULARY = 9, 4, 5
 
@@ -39,7 +39,7 @@ def cube(found: BIFScores) -> np.ndarray:
 
 
 def test_terms_of_straight_losses_are_exact() -> None:
-    """Losses a · w have covariance aᵀ a′ / γ: the twin knows it, so that nothing is left to chance."""
+    """Losses a · w have covariance aᵀ a′ / γ: the control variate has exactly this covariance, so no noise is left."""
     g = torch.Generator().manual_seed(0)
     rows, query = torch.randn(ROWS, TERMS, 6, generator=g), torch.randn(3, 6, generator=g)
     queries = {f"q{k}": CallableQuery(lambda module, batch: (batch @ module.w).sum(), query[[k]]) for k in range(3)}
@@ -78,7 +78,7 @@ def test_terms_are_derived_from_the_modules_own_step(pad: int) -> None:
     model, (ids, targets) = Characters(pad), characters()
     with isolated(model):
         losses = row_losses(model, (ids, targets))
-        terms = losses.terms(model, (ids, targets))
+        terms = losses.terms(model, losses.rows(model, (ids, targets)))
     explicit = F.cross_entropy(model.out(model.embed(ids)).mT, targets, reduction="none")
     explicit[:, TERMS - pad :] = 0.0
     assert torch.allclose(terms, explicit / (TERMS - pad), atol=1e-6)
@@ -91,17 +91,6 @@ def test_terms_are_derived_from_the_modules_own_step(pad: int) -> None:
     whole = bif_scores(model, (ids, targets), query, BIF(draws=24), progress=False)
     assert np.allclose(whole.scores, found.scores, atol=1e-5) and whole.tokens is None
     assert np.allclose(whole.loss, found.loss, rtol=1e-5)
-
-
-def test_unequal_numbers_of_ignored_targets_are_refused() -> None:
-    class Ragged(Characters):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            ids, targets = batch
-            targets = targets.masked_fill(ids == 0, -100)
-            return F.cross_entropy(self.out(self.embed(ids)).reshape(-1, VOCABULARY), targets.reshape(-1))
-
-    with isolated(model := Ragged()), pytest.raises(InfluenceError, match="loss_fn="):
-        row_losses(model, characters())
 
 
 def test_rows_of_one_term_cannot_be_split() -> None:
@@ -176,7 +165,7 @@ def test_calibration_is_the_chains_own() -> None:
     design = torch.cat([x, torch.ones(60, 1)], 1)
     hessian = 2 * design.T @ design / 60
     steepest = float(torch.linalg.eigvalsh(hessian)[-1])
-    # the data are as strong as the pull, where the rows' gradients are largest: about the steepest direction
+    # the data are as strong as the localization, where the rows' gradients are largest: about the steepest direction
     assert found.bif.n_beta is not None and 0.95 < found.bif.n_beta * steepest / 5.0 < 1.4
     a = found.bif.n_beta * hessian + 5.0 * torch.eye(5)
     assert found.distance == pytest.approx(float(torch.linalg.inv(a).trace()) ** 0.5, rel=0.05)

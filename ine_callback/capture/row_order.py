@@ -1,0 +1,113 @@
+"""The row-order check, before the first step: do each layer's inputs lead with the batch's rows, in their order?
+
+If sizes happen to agree, shapes cannot distinguish rows from a time-first layout or a table of positions. So the model
+is run on the whole batch, on all rows but the last, and with another row in the place of the last. Inputs of rows must
+lose their last row, and keep all others. A model that draws random numbers draws others for a smaller batch; for it
+only the third run shows what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture.hooks import Capture
+from ine_callback.capture.row_mixing import row_mixing_faults
+from ine_callback.data.batches import cut, led_by
+from ine_callback.utilities.isolation import isolated
+
+VIEWS = "views of the rows behind one another"
+
+
+def row_order_faults(
+    module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any, rows: int
+) -> dict[nn.Module, str]:
+    """Modules whose inputs are not led by the batch's rows -> why. Runs the model isolated and without gradient.
+
+    Args:
+        module: The model.
+        capture: Its hooks.
+        run: Computes the loss of a batch.
+        batch: The first training batch. If no part of it has ``rows`` rows (batches of several loaders, side by
+            side), only the layers' shapes are checked.
+        rows: Its number of rows (at least 2).
+    """
+    whole, random = _inputs(module, capture, run, batch)
+    by_name = {name: child for child, name in capture.names.items()}
+    faults: dict[nn.Module, str] = {}
+    if not led_by(batch, rows):
+        for name, calls in whole.items():
+            for x in calls:
+                if x.dim() == 0 or x.shape[0] != rows:
+                    faults[by_name[name]] = _not_led_by_rows(x, rows)
+        return faults
+    places = torch.arange(rows)
+    fewer, _ = _inputs(module, capture, run, cut(batch, places[:-1], rows))
+    replaced, _ = _inputs(module, capture, run, cut(batch, places % (rows - 1), rows))
+    for name, calls in whole.items():
+        for x, less, other in zip(calls, fewer.get(name, []), replaced.get(name, []), strict=False):
+            in_order = _loses_its_end(x, less, rows) and _same_rows(x, other, less)
+            if in_order and (random or _same_rows(x, less, less)):
+                continue
+            if _are_views(x, less, rows):
+                views = f"its input of shape {tuple(x.shape)} holds {x.shape[0] // rows} {VIEWS}"
+                faults[by_name[name]] = f"{views} (torch.cat), not each row's own one after another"
+            else:
+                faults[by_name[name]] = _not_led_by_rows(x, rows)
+    return {**row_mixing_faults(module, capture, run, batch, rows), **faults}
+
+
+def _not_led_by_rows(x: Tensor, rows: int) -> str:
+    return (
+        f"its input of shape {tuple(x.shape)} is not led by the batch's {rows} rows (time first, shared by all rows, "
+        "or several entries a row: nodes, packed tokens)"
+    )
+
+
+def _inputs(
+    module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any
+) -> tuple[dict[str, list[Tensor]], bool]:
+    """The inputs of every layer, call by call, and whether the model drew random numbers."""
+    inputs: dict[str, list[Tensor]] = {}
+    capture.on_call = lambda name, x: inputs.setdefault(name, []).append(x.detach().clone())
+    try:
+        with isolated(module):  # with gradients, which adversarial examples need
+            before = _random_states(module)
+            run(module, batch)
+            drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(module), strict=True))
+    finally:
+        capture.on_call = None
+    return inputs, drew
+
+
+def _random_states(module: nn.Module) -> list[Tensor]:
+    device = next(module.parameters()).device
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _loses_its_end(whole: Tensor, less: Tensor, rows: int) -> bool:
+    if whole.dim() == 0 or less.dim() == 0:
+        return False
+    return whole.shape[0] % rows == 0 and less.shape[0] * rows == whole.shape[0] * (rows - 1)
+
+
+def _are_views(whole: Tensor, less: Tensor, rows: int) -> bool:
+    """Whether an input holds the batch several times, one after another: each copy then loses the last row."""
+    if not _loses_its_end(whole, less, rows) or whole.shape[0] == rows or whole.shape[1:] != less.shape[1:]:
+        return False
+    one, other = whole.unflatten(0, (-1, rows))[:, :-1], less.unflatten(0, (-1, rows - 1))
+    return all(_same_rows(a, b, b) for a, b in zip(one, other, strict=True))
+
+
+def _same_rows(whole: Tensor, other: Tensor, less: Tensor) -> bool:
+    """Whether two inputs agree in the rows that the smaller batch has."""
+    a, b = whole[: less.shape[0]], other[: less.shape[0]]
+    if a.shape != b.shape:
+        return True  # other dimensions depend on the batch (padding to its longest row), so values cannot be compared
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(a.float().abs().max()) if a.numel() else 0.0
+    return bool(((a - b).float().abs() <= 1e-2 * scale + 1e-6).all())

@@ -1,0 +1,284 @@
+"""What a report holds and which rows answer a question: all that its views, files and plots read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ine_callback.applications import relabel, weights
+from ine_callback.applications.group import GroupScore, group_score
+from ine_callback.applications.label_errors import by_loss, recommended, suspects
+from ine_callback.report import rows as tables
+from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.table import ScoreTable
+from ine_callback.report.validate import checked, checked_attributions
+from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
+from ine_callback.utilities.validate import row_ids
+from ine_callback.utilities.words import NO_QUERY
+
+Rows = NDArray[np.int64]
+
+
+class Contents:
+    """Scores of every row on every query, with tests and provenance, ready to ask; see :class:`.InfluenceReport`.
+
+    Args:
+        scores: What a method's ``compute()`` returned.
+        run: Provenance.
+        attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
+    """
+
+    def __init__(self, scores: Scores, run: RunInfo | None = None, attributions: Sequence[Attribution] = ()) -> None:
+        self.scores = checked(scores)
+        self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
+        self.attributions = checked_attributions(attributions)
+
+    def attribution(self, method: str) -> Attribution | None:
+        """What a method found on the trained model, at the last stage at which it ran; None where it did not run.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> from ine_callback.scores import example_attribution
+            >>> report = example_report().with_attributions(example_attribution())
+            >>> report.attribution("example").scores.shape, report.attribution("other")
+            ((5, 1), None)
+        """
+        return next((each for each in reversed(self.attributions) if each.method == method), None)
+
+    def stages(self, method: str) -> tuple[Attribution, ...]:
+        """All attributions by one method, in the order of training.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> from ine_callback.scores import example_attribution
+            >>> [each.at for each in example_report().with_attributions(example_attribution()).stages("example")]
+            ['end']
+        """
+        return tuple(each for each in self.attributions if each.method == method)
+
+    # ---- what there is ----
+
+    @property
+    def rows(self) -> int:
+        """Number of rows N; their ids are the dataset indices 0 to N - 1."""
+        return len(self.scores.observations)
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """Names of the Q queries."""
+        return tuple(query.name for query in self.scores.queries)
+
+    @property
+    def observations(self) -> NDArray[np.int64]:
+        """Optimizer steps that contained each row [N]."""
+        return self.scores.observations
+
+    @property
+    def unseen(self) -> NDArray[np.int64]:
+        """Rows that were never observed, which have no score (not a score of 0)."""
+        return np.flatnonzero(self.observations == 0)
+
+    @property
+    def recommended_query(self) -> str:
+        """The query to look for label errors with: the first ``"self"`` query, else ``"margin"``, else the first.
+
+        For label errors the row's mean loss ranks best (:meth:`suspect_labels`); of the queries self-influence does,
+        and it has a test. Margins answer what helps or hurts the validation set. The mean validation loss asks the
+        wrong question for label errors: flipped labels act as label smoothing and lower the loss of wrong,
+        over-confident predictions. Numbers: docs/methods/fine.md.
+        """
+        return recommended(self.scores)
+
+    def info(self, query: str | None = None) -> QueryInfo:
+        """Kind and question of a query."""
+        return self.scores.queries[self.column(query)]
+
+    def column(self, query: str | None = None) -> int:
+        """Column of a query in the ``[N, Q]`` arrays of :attr:`scores`.
+
+        Raises:
+            KeyError: When there is no such query; the message lists the choices.
+        """
+        if not self.queries:
+            raise KeyError(f"InfluenceReport: {NO_QUERY}")
+        if query is None:
+            return 0
+        if query not in self.queries:
+            raise KeyError(f"InfluenceReport: no query {query!r}; choose one of {', '.join(map(repr, self.queries))}")
+        return self.queries.index(query)
+
+    # ---- rows ----
+
+    def top(self, k: int = 10, query: str | None = None) -> ScoreTable:
+        """The ``k`` rows with the largest scores, most helpful first (for a ``"self"`` query: the most atypical).
+
+        Fewer when fewer rows have a score; ties in order of row id. Look at the sign and at ``q`` too: the list is
+        ``k`` long even when no row helps.
+        """
+        return tables.extreme(self.scores, k, self.column(query), largest=True)
+
+    def bottom(self, k: int = 10, query: str | None = None) -> ScoreTable:
+        """The ``k`` rows with the smallest scores, most harmful first (for a ``"self"`` query: the most typical)."""
+        return tables.extreme(self.scores, k, self.column(query), largest=False)
+
+    def flagged(self, q: float = 0.05, query: str | None = None) -> ScoreTable:
+        """All rows whose q-value is at most ``q``, largest ``|mu|`` first, both signs.
+
+        Of the rows listed, a fraction of about ``q`` is expected to be there by chance (Benjamini-Hochberg).
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().flagged(query="self").rows
+            array([ 3, 17, 29])
+        """
+        return tables.flagged(self.scores, q, self.column(query))
+
+    def drop_list(self, q: float = 0.05, query: str | None = None) -> NDArray[np.int64]:
+        """Rows to look at, and perhaps drop: those with q-value at most ``q`` at the suspect end, worst first.
+
+        The suspect end of a ``"self"`` query is the upper one (the row keeps pulling hard on its own loss:
+        mislabelled or hard), that of any other query the lower one (harmful, ``mu < 0``).
+
+        Args:
+            q: False discovery rate of the test "exchangeable with its batch-mates"; a hard but rightly labelled
+                row is no false discovery, so look before you drop.
+            query: Name of the query; by default :attr:`recommended_query`.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().drop_list(query="val margin")
+            array([ 3, 17, 29])
+        """
+        return suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.drop_list")
+
+    def keep_list(self, q: float = 0.05, query: str | None = None) -> Rows:
+        """The rest of :meth:`drop_list`, in order of row id: rows to train on next time, never observed ones included.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> keep = example_report().keep_list()  # torch.utils.data.Subset(dataset, keep)
+            >>> len(keep), bool(set(keep) & {3, 17, 29})
+            (57, False)
+        """
+        drop = suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.keep_list")
+        return np.setdiff1d(np.arange(self.rows), drop)
+
+    def suspect_labels(self, k: int | None = None) -> NDArray[np.int64]:
+        """Rows whose label to check, most suspicious first: by their mean loss, the score recommended for that.
+
+        The training loss averaged over a row's steps found more wrong labels than any influence score on every data
+        set tried (``python -m benchmarks.mislabel``), and costs nothing. It has no test: where to stop reading, say
+        self-influence's q-values (:meth:`drop_list`).
+
+        Args:
+            k: Greatest number of rows; by default all observed ones.
+
+        Raises:
+            ValueError: If the losses of single rows were not known in the run.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().suspect_labels(3)
+            array([ 3, 29, 17])
+        """
+        return by_loss(self.scores, k)
+
+    def suggest_labels(
+        self,
+        labels: ArrayLike,
+        probabilities: ArrayLike | None = None,
+        rows: Iterable[int] | NDArray[Any] | None = None,
+    ) -> relabel.LabelSuggestions:
+        """Which label each suspected row may really have, with the probability that it is right.
+
+        With *out-of-fold* probabilities, of models that were not trained on the row, the confidence is honest: on
+        digits with random flips it adds up to nearly the number of right proposals (docs/howto/label-cleaning.md). With
+        those of a model that was trained on the row itself it is not: such a model has learnt the wrong label too, so
+        the noise found is near 0, and so are all confidences; the order of the other classes is still good.
+
+        Without probabilities the report proposes, from the queries of ``Query.per_class``: the class that the row harms
+        most. That is right about as often where the label is wrong, but says nothing about whether it is.
+
+        Args:
+            labels: The label that each row was trained with [N], 0 ... C - 1.
+            probabilities: Class probabilities of all rows, out-of-fold [N, C].
+            rows: Rows to propose labels for; by default :meth:`drop_list`. Without probabilities those without any
+                score are left out.
+
+        Raises:
+            ValueError: On arrays of other shapes, labels that are no classes, what are no probabilities, or where there
+                are neither probabilities nor queries of classes.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> labels = np.repeat([0, 1, 0, 1], [30, 10, 12, 8])
+            >>> one = np.where(labels == 1, 0.99, 0.01)  # probability of class 1
+            >>> one[[3, 17, 29]] = 0.99  # in contradiction to the labels
+            >>> one[40:] = 0.4  # no class is likely for these rows
+            >>> found = example_report().suggest_labels(labels, np.stack([1 - one, one], axis=1))
+            >>> found.rows, found.proposed, found.confidence.round(2), round(found.noise, 2)
+            (array([ 3, 17, 29]), array([1, 1, 1]), array([0.94, 0.94, 0.94]), 0.07)
+        """
+        chosen = self.drop_list() if rows is None else row_ids(rows, self.rows, relabel.WHO)
+        return relabel.suggest_labels(self.scores, labels, probabilities, chosen)
+
+    def weights(self, q: float = 0.05, query: str | None = None, strength: float = 0.0) -> Floats:
+        """Weight of each row in the next training [N], for :class:`~ine_callback.InfluenceSampler` or a weighted loss.
+
+        By default 0 for the rows of ``drop_list(q, query)`` and 1 for all others. With a ``strength`` every score
+        counts and none is tested: ``1 + strength * z``, cut to 0 ... 2, where z is the score in units of its root mean
+        square over the rows, positive at the end that is not the suspect one. Rows that were never observed weigh 1.
+
+        Args:
+            q: False discovery rate of the list.
+            query: Name of the query; by default :attr:`recommended_query`.
+            strength: How much a score of usual size (root mean square) changes a weight; 0: the list alone.
+
+        Raises:
+            ValueError: On a strength that is no number of at least 0.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().weights()[:5]
+            array([1., 1., 1., 0., 1.])
+            >>> example_report().weights(query="val margin", strength=0.5)[5:10].round(2)
+            array([2.  , 1.03, 0.82, 1.09, 1.28])
+        """
+        column = self._suspect_column(query)
+        drop = self.drop_list(q, query) if strength == 0.0 else np.empty(0, dtype=np.int64)
+        return weights.weights(self.scores, drop, column, strength)
+
+    def row(self, row: int) -> ScoreTable:
+        """One row on every query; a row that was never observed has NaN and says so.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().row(59).note
+            'row 59 was never observed: it has no score, which is not a score of 0'
+        """
+        return tables.on_every_query(self.scores, row)
+
+    def group(self, rows: Iterable[int] | NDArray[Any], query: str | None = None) -> GroupScore:
+        """The score of a set of rows: scores are additive, ``mu_S = sum of mu_i``.
+
+        Args:
+            rows: Dataset indices, each once, all observed.
+            query: Name of the query.
+
+        Raises:
+            ValueError: On an empty set, duplicates, non-integers, or rows without a score.
+            KeyError: On rows that do not exist.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> group = example_report().group([3, 17, 29], query="val margin")
+            >>> group.size, group.mu < 0, group.p < 1e-6
+            (3, True, True)
+        """
+        return group_score(self.scores, rows, self.column(query))
+
+    def _suspect_column(self, query: str | None) -> int:
+        return self.column(self.recommended_query if query is None else query)
