@@ -320,14 +320,14 @@ class Outside(nn.Module):
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], str]] = {
     "unknown layer": (
         lambda: nn.Sequential(Scale(), nn.Linear(WIDTH, CLASSES)), VECTORS, {"1.weight", "1.bias"},
-        r"leave out 0\.factor: no capture for Scale",
+        r"leave out 0\.factor: no layer function for Scale",
     ),
     "time first": (
         TimeFirst, numbers(TOGETHER, TOGETHER, WIDTH), {"out.weight", "out.bias"},
         r"leave out inner\.weight: .*is not led by the batch's 64 rows",
     ),
     "used outside": (
-        Outside, VECTORS, {"out.weight", "out.bias"}, r"leave out inner\.weight: its per-row gradients add up",
+        Outside, VECTORS, {"out.weight", "out.bias"}, r"leave out inner\.weight: its per-sample gradients add up",
     ),
 }  # fmt: skip
 

@@ -23,8 +23,8 @@ from ine_callback.integrations.callback import KEY
 from ine_callback.methods import FitContext, FitEndMethod, FitEndMethods, PerSamplePass
 from ine_callback.methods.fit_end import Interrupted
 from ine_callback.scores import Attribution, LayerScores, QueryInfo
-from tests.attributions import assert_same
-from tests.methods.bif.test_stage import FEW, QUIET, ROWS, Model
+from tests.helpers.attributions import assert_same
+from tests.helpers.bif.training import FEW, QUIET, ROWS, Model
 from tests.methods.bif.test_stages import loaders
 from tests.methods.test_context import context_of
 

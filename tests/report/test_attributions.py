@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from ine_callback import InfluenceReport
 from ine_callback.cli import main
 from ine_callback.report import attribution_store, example_report, legacy, store
-from ine_callback.report.attribution_combine import EXTREME, combine_attributions
+from ine_callback.report.attribution_combine import END_FRACTION, combine_attributions
 from ine_callback.scores import (
     Attribution,
     Check,
@@ -32,9 +32,9 @@ from ine_callback.scores import (
     attribute_name,
     example_attribution,
 )
-from tests.attributions import assert_same
 from tests.fixtures import make
-from tests.report import pages
+from tests.helpers.attributions import assert_same
+from tests.helpers.report import pages
 
 FIXTURES = Path(make.__file__).parent
 VAL, OTHER = QueryInfo("val", "loss", "Does it help?"), QueryInfo("other", "margin", "And this?")
@@ -348,7 +348,7 @@ def test_columns_for_other_programs() -> None:
 
 def agreement_by_hand(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
     ranks = [np.argsort(np.argsort(each)) for each in (one, other)]
-    k = max(1, round(EXTREME * len(one)))
+    k = max(1, round(END_FRACTION * len(one)))
     ends = []
     for sign in (-1, 1):
         a, b = (set(np.argsort(sign * each)[:k].tolist()) for each in (one, other))
