@@ -228,7 +228,7 @@ class Recorder:
         self.capture.active = False
         self._parts.processes.leave()
 
-    # -- one batch ----------------------------------------------------------------------------------------------------
+    # -- one batch: nothing happens before `start`, and there are no parts to ask yet ---------------------------------
 
     @contextlib.contextmanager
     def batch(self, rows: Tensor | Sequence[int], data: Any = None) -> Iterator[None]:
@@ -246,30 +246,30 @@ class Recorder:
 
     def start_batch(self, rows: Rows, data: Any = None) -> None:
         """Announces the rows of the coming forward pass, or a function that finds them in the batch."""
-        self.guard.run(self._passes.start_batch, rows, data)
+        self.guard.run(lambda: self._passes.start_batch(rows, data))
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
-        self.guard.run(self._passes.see, loss)
+        self.guard.run(lambda: self._passes.see(loss))
 
     def after_backward(self) -> None:
         """Closes a backward pass: its signals wait for the optimizer's step. The first one also verifies the capture.
 
         Optional: the end of the batch, or of the closure of ``optimizer.step(closure)``, tells as well.
         """
-        self.guard.run(self._passes.settle, True)
+        self.guard.run(lambda: self._passes.settle(True))
 
     def end_batch(self) -> None:
         """Ends the batch; its signals wait for the optimizer's step."""
-        self.guard.run(self._passes.end_batch)
+        self.guard.run(lambda: self._passes.end_batch())
 
     def discard(self) -> None:
         """Forgets the passes so far: their step was skipped, or their gradients were removed."""
-        self.guard.run(self._steps.discard)
+        self.guard.run(lambda: self._steps.discard())
 
     def measure_clipping(self) -> None:
         """Called with the unclipped gradients (optional, but for several processes that clip inside of the batch)."""
-        self.guard.run(self._passes.settle, False)
+        self.guard.run(lambda: self._passes.settle(False))
 
     def _ready(self) -> None:
         """The gradients are as the optimizer uses them."""

@@ -713,3 +713,19 @@ class Elsewhere(Net):
 @pytest.mark.filterwarnings("ignore")
 def test_steps_of_another_optimizer_are_told() -> None:
     in_every_view(report_of(Elsewhere, loader()), "Nothing was recorded: no optimizer step was taken")
+
+
+def test_a_recorder_that_was_never_started_does_nothing() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, rows=4)
+    with recorder.batch(torch.arange(4)):
+        loss = model(torch.ones(4, 2)).square().mean()
+        recorder.see(loss)
+        loss.backward()
+        recorder.after_backward()
+    optimizer.step()
+    recorder.measure_clipping()
+    recorder.discard()
+    recorder.stop()
+    assert not recorder.recording and not recorder.running and recorder.steps == 0
