@@ -25,10 +25,10 @@ from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.fidelity import machine, network
 from benchmarks.metrics import Floats, auroc, per_query_spearman
+from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
-from ine_callback.methods.bif.settings import BIF
 
 DRAWS = (50, 100, 200, 400, 800)
 PLAIN_DRAWS = (*DRAWS, 1200, 2400)

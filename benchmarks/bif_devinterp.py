@@ -48,9 +48,9 @@ from benchmarks.bif import row_entropies, trained
 from benchmarks.data import folder
 from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats
+from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
-from ine_callback.methods.bif.settings import BIF
 
 CHAINS, BATCH, THINNING, BURN_IN = 4, 200, 5, 200
 STEP_SIZE, N_BETA, LOCALIZATION = 1e-3, 100.0, 100.0

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from benchmarks.lds.problems import Problem, row_losses
 from benchmarks.lds.retrain import Stacked
 from benchmarks.metrics import Floats
+from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
-from ine_callback.methods.bif.settings import BIF
 from ine_callback.queries import MarginQuery
 
 NAMES = ("ine_callback BIF", "ine_callback BIF, Laplace term")

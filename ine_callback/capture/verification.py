@@ -54,9 +54,7 @@ class Verification:
     def watch(self, parameter: nn.Parameter, known_as: nn.Parameter) -> None:
         """Reads the gradients of a parameter. With FSDP2 it replaces, during a pass, the one it is known as."""
         if parameter.requires_grad and parameter not in self._handles and not parameter.is_complex():
-            self._handles[parameter] = parameter.register_hook(
-                lambda grad: self._on_grad(known_as, parameter, grad)
-            )
+            self._handles[parameter] = parameter.register_hook(lambda grad: self._on_grad(known_as, parameter, grad))
 
     def take(self, block: Block, grad_sample: GradSample) -> None:
         """Adds the per-sample gradients of one use in the running pass."""

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.progress import progress_of
 from ine_callback.integrations.trainer import evaluating, overrides, transferred
+from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.in_fit import run_chains
 from ine_callback.methods.bif.row_losses import RowLoss
-from ine_callback.methods.bif.settings import BIF
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Interrupted
 from ine_callback.queries import Query, parse

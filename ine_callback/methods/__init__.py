@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ine_callback.methods.base import Method, split_methods, training_methods
-    from ine_callback.methods.bif.settings import BIF
+    from ine_callback.methods.bif.bif import BIF
     from ine_callback.methods.context import FitContext, RowGradients
     from ine_callback.methods.fine import FINE
-    from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods, PerSamplePass
+    from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
+    from ine_callback.methods.passes import PerSamplePass
 
 __all__ = [
     "BIF",
@@ -26,10 +27,11 @@ __all__ = [
 # Imported at first use: a saved report of chains is read without torch.
 _MODULES = {
     "base": ["Method", "split_methods", "training_methods"],
-    "bif.settings": ["BIF"],
+    "bif.bif": ["BIF"],
     "context": ["FitContext", "RowGradients"],
     "fine": ["FINE"],
-    "fit_end": ["FitEndMethod", "FitEndMethods", "PerSamplePass"],
+    "fit_end": ["FitEndMethod", "FitEndMethods"],
+    "passes": ["PerSamplePass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -20,7 +20,7 @@ from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import CaptureError
-from ine_callback.methods.fit_end import PerSamplePass
+from ine_callback.methods.passes import PerSamplePass
 from ine_callback.queries import Batch, BoundQuery, gradients
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import QueryInfo, Scores, Stage

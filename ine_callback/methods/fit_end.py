@@ -24,12 +24,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.packing import packed, unpacked
+from ine_callback.methods.passes import PerSamplePass
 from ine_callback.scores import Attribution, QueryInfo, Stage, attribute_name
 from ine_callback.utilities.isolation import isolated
 
@@ -37,29 +38,7 @@ if TYPE_CHECKING:
     from ine_callback.methods.context import FitContext, RowGradients
 
 Need = Literal["queries", "whole_weights", "training_rows"]
-Labels = Literal["true", "sampled", "expected"]
 Take = Callable[[Tensor, "RowGradients"], None]
-
-
-@dataclass(frozen=True)
-class PerSamplePass:
-    """One pass over training rows that hands out every row's gradient. Equal ones are made once for all who ask.
-
-    Args:
-        labels: ``"true"``: gradients of the rows' own losses. ``"sampled"``: of losses whose labels are drawn from the
-            model's prediction. ``"expected"``: every row comes once for each class c, its gradient times the square
-            root of the predicted probability, so that the squares' sum is the expectation over labels.
-        rows: Dataset indices; None: all.
-    """
-
-    labels: Labels = "true"
-    rows: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.labels not in get_args(Labels):
-            raise InfluenceError(f"PerSamplePass: labels={self.labels!r} is none of {', '.join(get_args(Labels))}.")
-        if self.rows is not None:
-            object.__setattr__(self, "rows", tuple(int(row) for row in self.rows))
 
 
 Steps = Generator[tuple[PerSamplePass, Take], None, Attribution]

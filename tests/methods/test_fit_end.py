@@ -17,16 +17,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport
+from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.callback import KEY
 from ine_callback.methods import FitContext, FitEndMethod, FitEndMethods, PerSamplePass
 from ine_callback.methods.fit_end import Interrupted
+from ine_callback.queries.sources import DataSource
 from ine_callback.scores import Attribution, LayerScores, QueryInfo
 from tests.helpers.attributions import assert_same
-from tests.helpers.bif.training import FEW, QUIET, ROWS, Model
-from tests.methods.bif.test_stages import loaders
-from tests.methods.test_context import context_of
+from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, loaders
 
 INFO = QueryInfo("val", "loss", "Does it help?")
 
@@ -479,9 +478,10 @@ def test_a_stage_that_is_reached_again_replaces_what_was_found() -> None:
     """As when training is resumed from before a stage that it had reached."""
     methods = FitEndMethods([Plain()], "Test", "raise")
     for title in ("old", "new"):
-        context = context_of("squares")
-        context.queries = context.queries[:1]
-        methods.run(context)
+        loader = loaders()[0]
+        source = DataSource("Test", lambda module, batch: module.training_step(batch, 0), loader, [loader], 10**6)
+        query = CallableQuery(source.loss, next(iter(loader))).bind("q", source)
+        methods.run(FitContext(Model(), query, source, source.loss, owner="Test"))
         methods.found = [replace(each, title=each.title or title) for each in methods.found]
     assert [each.title for each in methods.found] == ["new"]
 

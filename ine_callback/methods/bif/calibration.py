@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.posterior import LocalPosterior
 from ine_callback.methods.bif.row_losses import RowLoss
 from ine_callback.methods.bif.run import prepared
-from ine_callback.methods.bif.settings import BIF
 
 
 @dataclass(frozen=True)

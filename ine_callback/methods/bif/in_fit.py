@@ -13,7 +13,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.dense_embeddings import DenseEmbeddings
 from ine_callback.methods.bif.rows import CUT_ERRORS, Rows, alike
 from ine_callback.methods.bif.run import MAX_ROWS, chains, prepared, term_limit
-from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.settings import BIFSettings
 from ine_callback.methods.bif.step_loss import derive
 from ine_callback.methods.bif.user_loss import RowLoss
 from ine_callback.methods.context import FitContext
@@ -25,7 +25,7 @@ from ine_callback.utilities.isolation import isolated
 MAX_DATA_ROWS = 20_000  # for the mean loss of the posterior
 
 
-def run_chains(bif: BIF, context: FitContext, loss_fn: RowLoss | None = None) -> Attribution:
+def run_chains(bif: BIFSettings, context: FitContext, loss_fn: RowLoss | None = None) -> Attribution:
     """Runs chains around the present weights of a fit, with the trainer's data, queries and precision.
 
     Args:
@@ -64,7 +64,7 @@ def run_chains(bif: BIF, context: FitContext, loss_fn: RowLoss | None = None) ->
     return found
 
 
-def _max_scored(bif: BIF, context: FitContext, loss_fn: RowLoss | None) -> int:
+def _max_scored(bif: BIFSettings, context: FitContext, loss_fn: RowLoss | None) -> int:
     """Greatest number of rows to score where the settings do not say."""
     if not bif.per_token:
         return MAX_ROWS
@@ -87,7 +87,7 @@ def _prepared_query(query: BoundQuery, context: FitContext) -> BoundQuery:
     return query
 
 
-def _scored_rows(bif: BIF, count: int, limit: int, mu: Floats | None) -> tuple[NDArray[np.int64], list[str]]:
+def _scored_rows(bif: BIFSettings, count: int, limit: int, mu: Floats | None) -> tuple[NDArray[np.int64], list[str]]:
     """Dataset indices to score: the given ones, all, or of a large set half random ones and half f-INE's most extreme.
 
     The random ones are the same at every stage.

@@ -12,7 +12,7 @@ from ine_callback.methods.bif.flat_module import FlatModule, Function
 from ine_callback.methods.bif.localization import choose_localization
 from ine_callback.methods.bif.quadratic_posterior import QuadraticPosterior
 from ine_callback.methods.bif.rows import RowLosses, Rows
-from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.settings import BIFSettings
 from ine_callback.methods.bif.sgld import SGLD, Coordinates, Curved, Diagonal, Gradient, State
 from ine_callback.stats.chains import minibatch_bias
 
@@ -42,7 +42,7 @@ class LocalPosterior:
         mean_gradient: ∇L(w*) [P].
     """
 
-    def __init__(self, flat: FlatModule, losses: RowLosses, data: Rows, settings: BIF) -> None:
+    def __init__(self, flat: FlatModule, losses: RowLosses, data: Rows, settings: BIFSettings) -> None:
         self.flat, self.contributions, self.data, self.settings = flat, losses.contributions, data, settings
         self.generator = torch.Generator(flat.weights.device).manual_seed(settings.seed)
         self.count, self.weights = len(data), flat.weights

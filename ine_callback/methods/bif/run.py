@@ -22,7 +22,7 @@ from ine_callback.methods.bif.flat_module import FlatModule
 from ine_callback.methods.bif.posterior import LocalPosterior, initial_state
 from ine_callback.methods.bif.row_losses import RowLoss, row_losses
 from ine_callback.methods.bif.rows import SAMPLE_ROWS, RowLosses, Rows
-from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.settings import BIFSettings
 from ine_callback.methods.bif.sgld import SGLD, State
 from ine_callback.methods.bif.split_chains import split_chains
 from ine_callback.methods.bif.statistics import ChainStatistics
@@ -37,7 +37,7 @@ def bif_scores(
     module: nn.Module,
     train: Any,
     queries: Any,
-    bif: BIF | None = None,
+    bif: BIFSettings | None = None,
     loss_fn: RowLoss | None = None,
     progress: bool | Track = True,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -77,18 +77,20 @@ def bif_scores(
         >>> x, y = torch.randn(40, 3), torch.randn(40)
         >>> model = torch.nn.Linear(3, 1)
         >>> squared = lambda module, batch: (module(batch[0])[:, 0] - batch[1]).square()
-        >>> scores = bif_scores(model, (x, y), {"first": (x[:5], y[:5])}, BIF(draws=20), squared, progress=False)
+        >>> scores = bif_scores(
+        ...     model, (x, y), {"first": (x[:5], y[:5])}, BIFSettings(draws=20), squared, progress=False
+        ... )
         >>> scores.scores.shape
         (40, 1)
     """
-    return chains(module, train, queries, bif or BIF(), loss_fn, progress, context, owner, at, count)[0]
+    return chains(module, train, queries, bif or BIFSettings(), loss_fn, progress, context, owner, at, count)[0]
 
 
 def chains(
     module: nn.Module,
     train: Any,
     queries: Any,
-    bif: BIF,
+    bif: BIFSettings,
     loss_fn: RowLoss | None,
     progress: bool | Track,
     context: Callable[[], contextlib.AbstractContextManager[Any]],
@@ -133,7 +135,7 @@ def chains(
 def prepared(
     module: nn.Module,
     train: Any,
-    bif: BIF,
+    bif: BIFSettings,
     loss_fn: RowLoss | None,
     context: Callable[[], contextlib.AbstractContextManager[Any]],
     owner: str,

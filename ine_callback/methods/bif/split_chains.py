@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.settings import BIFSettings
 
 
-def split_chains(bif: BIF, processes: Processes, owner: str) -> BIF:
+def split_chains(bif: BIFSettings, processes: Processes, owner: str) -> BIFSettings:
     """The settings of one process: its part of the chains.
 
     Raises:

@@ -17,7 +17,7 @@ from ine_callback.methods.bif.checks import PosteriorFacts, checks
 from ine_callback.methods.bif.evaluation import DrawEvaluator
 from ine_callback.methods.bif.localization import learning_lost
 from ine_callback.methods.bif.scores import attribution
-from ine_callback.methods.bif.settings import BIF
+from ine_callback.methods.bif.settings import BIFSettings
 from ine_callback.methods.bif.sgld import SGLD, Curved
 from ine_callback.methods.bif.split_chains import join_chains
 from ine_callback.scores import Attribution, Check, Floats, TokenScores
@@ -74,7 +74,7 @@ class ChainStatistics:
         settings: The settings.
     """
 
-    def __init__(self, evaluator: DrawEvaluator, sampler: SGLD, settings: BIF) -> None:
+    def __init__(self, evaluator: DrawEvaluator, sampler: SGLD, settings: BIFSettings) -> None:
         self.evaluator, self.sampler, self.settings = evaluator, sampler, settings
         # without `reduced` only the Laplace term is used, which needs no draw
         self.control_variates = settings.reduced and isinstance(sampler.coordinates, Curved)

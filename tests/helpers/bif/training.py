@@ -61,3 +61,15 @@ def fit(methods: Any, model: Model | None = None, queries: Any = "val", **kwargs
 
 
 QUIET = {"enable_progress_bar": False}
+
+
+def data() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(ROWS + 24, 5)
+    return x, x[:, :3].argmax(1)
+
+
+def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
+    x, y = data()
+    train, val = TensorDataset(x[:ROWS], y[:ROWS]), TensorDataset(x[ROWS:], y[ROWS:])
+    return DataLoader(train, batch_size=16, shuffle=True), DataLoader(val, batch_size=24)

@@ -15,11 +15,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.checks import noise_fraction
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
-from ine_callback.methods.bif.settings import BIF
 from ine_callback.queries import CallableQuery, MarginQuery
 from tests.helpers.bif.quadratic import PLAIN, WHOLE, Point, exact, forms, quadratic_problem
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport, bif_scores, run_bif
 from ine_callback.errors import InfluenceError
 from tests.helpers.attributions import assert_same
-from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, fit
+from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, data, fit, loaders
 
 STAGES: dict[str, Any] = {**FEW, "at": [1, 2, "end"]}
 
@@ -29,18 +29,6 @@ class Keep(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.weights.append({k: v.clone() for k, v in pl_module.state_dict().items()})
-
-
-def data() -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(ROWS + 24, 5)
-    return x, x[:, :3].argmax(1)
-
-
-def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    x, y = data()
-    train, val = TensorDataset(x[:ROWS], y[:ROWS]), TensorDataset(x[ROWS:], y[ROWS:])
-    return DataLoader(train, batch_size=16, shuffle=True), DataLoader(val, batch_size=24)
 
 
 def test_stages_are_the_chains_of_their_moment_and_change_nothing() -> None:
