@@ -172,7 +172,9 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "negative rows": (lambda f: _edit_meta(f, rows=-1), "rows is -1"),
     "many rows": (lambda f: _edit_meta(f, rows=10**12), "180 lines"),
     "queries": (lambda f: _edit_meta(f, queries=[{"name": "a"}]), "a query is not made of"),
-    "no queries": (lambda f: _edit_meta(f, queries=[]), "not a list of queries"),
+    "queries of no type": (lambda f: _edit_meta(f, queries={}), "not a list of queries"),
+    "no queries": (lambda f: _edit_meta(f, queries=[]), "null_ks_p is not a list of 0 numbers"),
+    "no queries and no checks": (lambda f: _edit_meta(f, queries=[], null_ks_p=[]), "180 lines, expected 60"),
     "kind": (lambda f: _edit_meta(f, queries=[{"name": "a", "kind": "b", "question": ""}]), "query kind 'b'"),
     "renamed": (
         lambda f: _edit_meta(f, queries=[{"name": n, "kind": "loss", "question": ""} for n in "abc"]),
