@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ine_callback.methods import fine as module
+from ine_callback.methods.fine import fine as module
 from ine_callback.methods.fine.fine import FINE
 from ine_callback.scores import QueryInfo, Scores
 from ine_callback.stats import tradeoff
