@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
+    from ine_callback.optimizers import register_optimizer
     from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recording.recorder import Recorder
     from ine_callback.report import InfluenceReport
@@ -39,6 +40,7 @@ __all__ = [
     "bif_scores",
     "calibrate",
     "register_layer",
+    "register_optimizer",
     "run_bif",
 ]
 
@@ -52,6 +54,7 @@ _MODULES = {
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods": ["BIF", "FINE"],
+    "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.recorder": ["Recorder"],
     "report": ["InfluenceReport"],

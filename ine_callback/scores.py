@@ -319,12 +319,12 @@ def _checked_tokens(tokens: TokenScores, shape: tuple[int, int], who: str) -> To
     terms = int(offsets[-1])
     if offsets[0] or (np.diff(offsets) < 0).any() or not terms:
         raise ValueError(f"{who}: tokens.offsets must rise from 0 to the number of all rows' terms")
-    given = {name: getattr(tokens, name) for name in ("scores", "se", "q")}
-    arrays: dict[str, Any] = {
-        name: None if value is None and name != "scores" else _owned(value, (terms, shape[1]), f"{who}: tokens.{name}")
-        for name, value in given.items()
+    known = {name: getattr(tokens, name) for name in ("se", "q")}
+    owned = {
+        name: None if value is None else _owned(value, (terms, shape[1]), f"{who}: tokens.{name}")
+        for name, value in known.items()
     }
-    return TokenScores(offsets, **arrays)
+    return TokenScores(offsets, _owned(tokens.scores, (terms, shape[1]), f"{who}: tokens.scores"), **owned)
 
 
 def _owned(value: Any, shape: tuple[int, ...] | None, what: str, kind: Any = np.float64) -> NDArray[Any]:

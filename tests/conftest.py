@@ -10,7 +10,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # before anything imports matplotlib
 import pytest
 import torch
 from hypothesis import settings
-from regimes import once  # noqa: F401  # makes the folder that test processes share, in the one that starts them
+
+from tests.helpers import once  # noqa: F401  # makes the folder that test processes share, in the one that starts them
 
 torch.set_num_threads(1)
 

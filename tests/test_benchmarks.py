@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,10 @@ def run(module: str, *arguments: str) -> str:
         ("mislabel", "## Wrong labels"),
         ("cleanup", "## Acting on it"),
         ("randomness", "## Stability"),
-        ("bif", "## BIF by the number of draws"),
+        ("bif --variants 'plain SGLD' 'reduced (default)'", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),
         ("scale", "## Growth with rows"),
-        ("lds --problems logistic transformer --only run", "## Retraining, transformer"),
+        ("lds --problems transformer --only run", "## Retraining, transformer"),
         pytest.param(
             "lds --problems logistic --only BIF", "| ine_callback BIF, Laplace term |", marks=pytest.mark.long
         ),
@@ -47,7 +48,7 @@ def run(module: str, *arguments: str) -> str:
 )
 def test_quick_form_runs_and_renders(call: str, title: str, tmp_path: Path) -> None:
     file, plots = tmp_path / "found.json", tmp_path / "plots"
-    run(*call.split(), "--quick", "--json", str(file))
+    run(*shlex.split(call), "--quick", "--json", str(file))
     assert json.loads(file.read_text())["protocol"]
     assert title in run("results", str(file), "--plots", str(plots))
 

@@ -146,6 +146,12 @@ def anchors(text: str) -> set[str]:
 
 
 @each_file
+def test_tests_that_are_named_exist(path: Path) -> None:
+    named = set(re.findall(r"\btests/[\w/]+\.py\b", path.read_text()))
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
+@each_file
 def test_links_lead_to_headings(path: Path) -> None:
     broken = []
     for match in LINK.finditer(prose(path.read_text())):

@@ -1,4 +1,4 @@
-"""The package's layers: each sub-package imports only from those below it, as docs/architecture.md draws them."""
+"""Sub-packages import only from those below them, as docs/architecture.md draws them; tests only from helpers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ast
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ine_callback"
@@ -64,11 +62,13 @@ def test_the_top_holds_the_entry_points_and_the_values_alone() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_module_imports_from_a_layer_above_or_beside_its_own(name: str) -> None:
-    own = name.partition(".")[0]
-    wrong = {other for other in IMPORTS[name] if (top := other.partition(".")[0]) != own and LEVEL[top] >= LEVEL[own]}
-    assert not wrong, f"{name} ({LAYERS[LEVEL[own]]}) imports {sorted(wrong)}"
+def test_no_module_imports_from_a_layer_above_or_beside_its_own() -> None:
+    wrong = []
+    for name, others in IMPORTS.items():
+        package = name.partition(".")[0]
+        above = {o for o in others if (top := o.partition(".")[0]) != package and LEVEL[top] >= LEVEL[package]}
+        wrong += [f"{name} ({LAYERS[LEVEL[package]]}) imports {sorted(above)}"] if above else []
+    assert not wrong
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -85,6 +85,30 @@ def test_the_map_draws_these_layers() -> None:
     assert lines == [set(names) for names in reversed(LAYERS)]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_file_is_longer_than_a_reader_takes_in(name: str) -> None:
-    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
+def test_no_file_is_longer_than_a_reader_takes_in() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def imported_by_tests(path: Path) -> set[str]:
+    """What a file of tests/ imports, relative imports by their full names."""
+    folder, found = path.parent.relative_to(ROOT).parts, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) + 1 - node.level] if node.level else ()
+            found |= {".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names}
+    return found
+
+
+def test_tests_share_code_through_the_helpers_alone() -> None:
+    """A test module imports helpers, fixtures, and modules of its own folder that hold no tests."""
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        allowed = ("tests.helpers.", "tests.fixtures.", ".".join(path.parent.relative_to(ROOT).parts) + ".")
+        for name in imported_by_tests(path):
+            is_test = any(part.startswith("test_") for part in name.split("."))
+            if is_test or (name.startswith("tests.") and not name.startswith(allowed)):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "what tests share belongs in tests/helpers/"

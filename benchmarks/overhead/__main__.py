@@ -148,8 +148,8 @@ def fidelity(default: Plain, exact: Plain) -> dict[str, Any]:
             "relative_error": float((a - b).std() / b.std()),
             "visits_a_row": float(truth.observations[seen].mean()),
         }
-    kept = default.recorder.signals.kept
-    return {"queries": found, "kept_share": None if kept is None else float(kept)}
+    retained = default.recorder.signals.retained_variance
+    return {"queries": found, "kept_share": None if retained is None else float(retained)}
 
 
 def show(name: str, found: dict[str, Any]) -> None:

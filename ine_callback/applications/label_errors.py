@@ -7,13 +7,19 @@ from numpy.typing import NDArray
 
 from ine_callback.scores import Scores
 from ine_callback.utilities.validate import threshold
-from ine_callback.utilities.words import tails
+from ine_callback.utilities.words import NO_QUERY, tails
 
 Rows = NDArray[np.int64]
 
 
 def recommended(scores: Scores) -> str:
-    """See :attr:`InfluenceReport.recommended_query`."""
+    """See :attr:`InfluenceReport.recommended_query`.
+
+    Raises:
+        KeyError: Where f-INE scored no query.
+    """
+    if not scores.queries:
+        raise KeyError(f"InfluenceReport: {NO_QUERY}")
     for kind in ("self", "margin"):
         for query in scores.queries:
             if query.kind == kind:

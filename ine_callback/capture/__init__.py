@@ -1,4 +1,4 @@
-"""Capture of every row's gradient statistics from the live forward and backward pass."""
+"""Per-sample gradients from the live forward and backward pass."""
 
 from ine_callback.capture.blocks import Block, BlockTable
 from ine_callback.capture.hooks import Capture

@@ -1,7 +1,7 @@
-"""What a module holds, read without running its code: a property, a parametrization or ``__getattr__`` may compute.
+"""Parameters, buffers and attributes of a module, read without running its code.
 
-Reading ``module.weight`` under ``parametrizations.spectral_norm`` is a step of the power iteration; a training in which
-we do it is another training.
+A property, a parametrization or ``__getattr__`` may compute. Reading ``module.weight`` under
+``parametrizations.spectral_norm``, for example, takes a step of the power iteration and so changes the training.
 """
 
 from __future__ import annotations
@@ -11,60 +11,60 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_NONE = object()
+_NO_DEFAULT = object()
 
 
 class LayerError(ValueError):
     """One layer cannot be recorded; the message says why, after the layer's name."""
 
 
-def _held(module: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
-    return found
+def _instance_dict(module: nn.Module) -> dict[str, Any]:
+    attributes: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return attributes
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters by their names.
+    """The module's own parameters, without those of its children, by name.
 
     Example:
         >>> list(own_parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))))
         ['bias']
     """
-    return {name: p for name, p in _held(module)["_parameters"].items() if p is not None}
+    return {name: p for name, p in _instance_dict(module)["_parameters"].items() if p is not None}
 
 
 def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that the module's code finds under their names: nothing computed (a property) stands before them."""
-    held, kinds = _held(module), type(module).__mro__
+    """The own parameters that the module's code gets by their names: no property or attribute hides them."""
+    attributes, kinds = _instance_dict(module), type(module).__mro__
     return {
         name: p
         for name, p in own_parameters(module).items()
-        if name not in held and not any(name in vars(kind) for kind in kinds)
+        if name not in attributes and not any(name in vars(kind) for kind in kinds)
     }
 
 
 def buffer(module: nn.Module, name: str) -> Tensor | None:
-    """One of the module's own buffers, None where it has none of this name."""
-    found: Tensor | None = _held(module)["_buffers"].get(name)
+    """A buffer of the module's own, or None if it has none of this name."""
+    found: Tensor | None = _instance_dict(module)["_buffers"].get(name)
     return found
 
 
-def setting(module: nn.Module, name: str, default: Any = _NONE) -> Any:
+def setting(module: nn.Module, name: str, default: Any = _NO_DEFAULT) -> Any:
     """A plain attribute of the module or its class.
 
     Raises:
-        LayerError: If there is none (without a default), or code would have to run for it.
+        LayerError: If there is none, or code would have to run to get it, and no default is given.
 
     Example:
         >>> setting(nn.LayerNorm(3), "eps")
         1e-05
     """
-    held = _held(module)
-    if name in held:
-        return held[name]
+    attributes = _instance_dict(module)
+    if name in attributes:
+        return attributes[name]
     found = inspect.getattr_static(type(module), name, default)
-    if found is not _NONE and not hasattr(type(found), "__get__"):
+    if found is not _NO_DEFAULT and not hasattr(type(found), "__get__"):
         return found
-    if default is _NONE:
+    if default is _NO_DEFAULT:
         raise LayerError(f"its attribute '{name}' is computed, and reading it could change the training")
     return default

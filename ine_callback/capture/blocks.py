@@ -1,4 +1,4 @@
-"""Blocks: the parameters that share one layout, one direction and one curvature; usually a layer's weight and bias."""
+"""Blocks: parameters with one layout, one direction and one curvature; usually a layer's weight and bias."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import LayerError, own_parameters
-from ine_callback.capture.compressed_gradients import CompressedGradients
-from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector
+from ine_callback.capture.per_sample_gradients import CompressedGradients, GradSample, Lookup, Outer, Vector
 
 
 @dataclass(eq=False)
 class Block:
-    """One or two parameters whose per-row gradients come as one record.
+    """One or two parameters whose per-sample gradients come as one :class:`~.GradSample`.
 
     Attributes:
         name: Dotted name of the first parameter.
         parameters: A single parameter, or weight and bias joined as a matrix with the bias as last column.
         layout: Shape of one row's gradient, see :mod:`ine_callback.capture.per_sample_gradients`.
-        position: Of the first parameter among the model's.
-        matrix: Whether all its records are products of inputs and output gradients.
+        position: Index of the first parameter among the model's parameters.
+        matrix: Whether all its per-sample gradients are of activations and output gradients (:class:`~.Outer`).
         tied: Whether several modules use the parameter (tied weights).
         reused: Whether it was used more than once in one batch: self-influence then needs the sum over uses first.
         outputs: Whether its units are the network's outputs.
-        waiting: What the uses in the current batch left, waiting for the sum.
+        waiting: The contracted uses in the current batch, which wait to be added up.
     """
 
     name: str
@@ -49,12 +48,12 @@ class Block:
         return torch.cat([weight, gradients[1].reshape(queries, groups, out, 1)], -1)
 
     def fits(self, grad_sample: GradSample) -> bool:
-        """Whether a record is of the kind that the block's direction and curvature are made for."""
+        """Whether per-sample gradients are of the kind that the block's direction and curvature are made for."""
         kinds = Vector if len(self.layout) == 1 else Outer if self.matrix else Outer | Lookup
         return grad_sample.layout == self.layout and isinstance(grad_sample, kinds)
 
     def from_layout(self, gradient: Tensor) -> list[Tensor]:
-        """One gradient [*layout] as the parameters' own, each of the parameter's shape."""
+        """One gradient [*layout] as a gradient of each parameter, in the parameter's shape."""
         if len(self.parameters) == 1:
             return [gradient.reshape(self.parameters[0].shape)]
         weight, bias = self.parameters
@@ -62,7 +61,7 @@ class Block:
 
     @property
     def key(self) -> str:
-        """What other processes, and the same training resumed, know it by."""
+        """What identifies the block in other processes and in a resumed training."""
         return f"{self.name} {self.layout}"
 
     @property
@@ -71,11 +70,11 @@ class Block:
 
 
 class BlockTable:
-    """Finds (or makes) the block of each record; knows which parameters are tied between modules.
+    """Finds or makes the block of all per-sample gradients; knows which parameters are tied between modules.
 
     Args:
         module: The model.
-        joinable: Whether a weight and its bias move at one rate, so that they can share a direction.
+        joinable: Whether a weight and its bias have the same learning rate, so that they can share a direction.
     """
 
     def __init__(
@@ -84,22 +83,22 @@ class BlockTable:
         self._joinable = joinable
         self.names = {p: n for n, p in module.named_parameters()}
         self._positions = {p: k for k, p in enumerate(self.names)}
-        owners: dict[nn.Parameter, int] = {}
+        uses: dict[nn.Parameter, int] = {}
         self._first: dict[tuple[nn.Module, str], nn.Parameter] = {}
         for child in module.modules():
             for name, parameter in own_parameters(child).items():
-                owners[parameter] = owners.get(parameter, 0) + 1
+                uses[parameter] = uses.get(parameter, 0) + 1
                 self._first[child, name] = parameter
-        self._tied = {p for p, count in owners.items() if count > 1}
+        self._tied = {p for p, count in uses.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
         self._refused: set[nn.Parameter] = set()
-        self._slow: set[nn.Parameter] = set()
+        self._from_fallback: set[nn.Parameter] = set()
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks.values())
 
     def sort(self, module: nn.Module, grad_samples: Mapping[str, GradSample]) -> list[tuple[Block, GradSample]]:
-        """Pairs each record of one module call with its block, joining weight and bias where both are matrices."""
+        """Pairs the per-sample gradients of a module call with blocks; joins weight and bias if both are matrices."""
         pairs: list[tuple[Block, GradSample]] = []
         grad_samples = {k: r for k, r in grad_samples.items() if self._parameter(module, k) not in self._refused}
         weight, bias = grad_samples.get("weight"), grad_samples.get("bias")
@@ -113,13 +112,13 @@ class BlockTable:
             pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
         return pairs
 
-    def own(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """A module's own trainable parameters, as it uses them now and as the optimizer knows them."""
-        own = module._parameters.items()
-        return [(p, self._parameter(module, name)) for name, p in own if p is not None and p.requires_grad]
+    def trainable(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A module's own trainable parameters: as the module uses them now, and as the optimizer has them."""
+        named = module._parameters.items()
+        return [(p, self._parameter(module, name)) for name, p in named if p is not None and p.requires_grad]
 
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
-        """The optimizer's parameter: in a pass FSDP2 puts a whole one in its place."""
+        """The optimizer's parameter. During a pass, FSDP2 replaces it in the module by an unsharded one."""
         found = self._first.get((module, name))
         if found is None:
             raise LayerError(f"its parameter '{name}' was not there when the recording began")
@@ -135,33 +134,33 @@ class BlockTable:
         if not block.fits(grad_sample):
             raise LayerError(
                 f"its function returned a {type(grad_sample).__name__} of {grad_sample.layout} for '{block.name}', "
-                f"which does not go with the {'Outer' if block.matrix else 'one'} of {block.layout} that came before"
+                f"which does not fit the {'Outer' if block.matrix else 'gradients'} of {block.layout} of earlier calls"
             )
         return block
 
     def vector(self, parameter: nn.Parameter) -> Block:
-        """The block of a parameter whose per-row gradients come from the fallback."""
-        self._slow.add(parameter)
+        """The block of a parameter whose per-sample gradients come from the fallback."""
+        self._from_fallback.add(parameter)
         return self._block((parameter,), Vector(parameter.detach().reshape(1, -1)))
 
     def drop(self, block: Block) -> None:
-        """Refuses a block's parameters from now on."""
+        """Drops a block: its parameters are refused from now on."""
         del self._blocks[block.parameters]
         self._refused.update(block.parameters)
 
-    def lose(self, module: nn.Module) -> list[Block]:
-        """Refuses a module's parameters from now on; returns the blocks that held them, also of other modules."""
-        own = {p for (owner, _), p in self._first.items() if owner is module} - self._slow
-        self._refused |= own
-        lost = [block for block in self if own.intersection(block.parameters)]
-        for block in lost:
+    def drop_module(self, module: nn.Module) -> list[Block]:
+        """Refuses a module's parameters from now on; returns the dropped blocks, which other modules may use too."""
+        refused = {p for (owner, _), p in self._first.items() if owner is module} - self._from_fallback
+        self._refused |= refused
+        dropped = [block for block in self if refused.intersection(block.parameters)]
+        for block in dropped:
             self.drop(block)
-        return lost
+        return dropped
 
     def owners(self, block: Block) -> list[nn.Module]:
         """The modules that use one of a block's parameters."""
-        return [owner for (owner, _), p in self._first.items() if any(p is own for own in block.parameters)]
+        return [owner for (owner, _), p in self._first.items() if any(p is one for one in block.parameters)]
 
     def captured(self) -> set[nn.Parameter]:
-        """Parameters with records of layer functions."""
-        return {p for block in self for p in block.parameters} - self._slow
+        """Parameters whose per-sample gradients come from layer functions."""
+        return {p for block in self for p in block.parameters} - self._from_fallback

@@ -1,4 +1,4 @@
-"""Per-row gradients of parameters that no layer function covers, one backward pass a row: exact, slow."""
+"""Per-sample gradients of parameters without a layer function: one backward pass a row. Exact, but slow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.row_losses import Scale, read_loss
-from ine_callback.capture.verification import agree
+from ine_callback.capture.verification import adds_up
 from ine_callback.data.batches import cut
 from ine_callback.utilities.isolation import isolated
 
@@ -21,8 +21,10 @@ COMPARED = (
     "a row's loss alone is not its part of the batch's loss: the loss compares rows with one another (a contrastive "
     "loss), or is no mean or sum over rows"
 )
-_OTHERWISE = "training mode does something else with a row than evaluation mode, in which each is differentiated"
-_QUIETLY = "single rows are recorded in evaluation mode: without dropout, with BatchNorm's running statistics"
+_DIFFERS_IN_TRAINING = (
+    "the model treats rows otherwise in training than in evaluation mode, in which they are differentiated"
+)
+_EVALUATION_MODE = "single rows are recorded in evaluation mode: without dropout, with BatchNorm's running statistics"
 
 
 def row_contributions(
@@ -32,9 +34,9 @@ def row_contributions(
     rows: int,
     parameters: Sequence[nn.Parameter],
     scale: Scale,
-    factor: Callable[[list[Tensor]], float] = lambda shares: 1.0,
+    factor: Callable[[list[Tensor]], float] = lambda contributions: 1.0,
 ) -> list[Tensor]:
-    """Every row's share of the gradient of the batch's loss, at the present weights.
+    """Every row's contribution to the gradient of the batch's loss, at the present weights.
 
     Runs in evaluation mode, so dropout is off and BatchNorm uses its running statistics: exact for models without them.
 
@@ -45,10 +47,10 @@ def row_contributions(
         rows: b.
         parameters: The parameters to differentiate by.
         scale: How the batch's loss was scaled.
-        factor: Where the loss's form is not known: what the shares of a mean over rows must be multiplied with.
+        factor: If the loss's form is not known: the factor for contributions to a mean over rows, given these.
 
     Returns:
-        For each parameter the shares [b, *shape].
+        For each parameter the contributions [b, *shape].
     """
     out = [p.new_zeros(rows, *p.shape, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     known = True
@@ -56,22 +58,22 @@ def row_contributions(
         for k in range(rows):
             value = loss(module, cut(batch, torch.tensor([k]), rows))
             reading = read_loss(value, 1)
-            if reading is not None and not bool(reading.terms):  # every token ignored: a mean over nothing, no share
+            if reading is not None and not bool(reading.terms):  # every token ignored: no contribution
                 continue
             known &= reading is not None
-            # a row with more terms (tokens) than others has the larger share of a mean over terms
+            # in a mean over terms (tokens), a row with more terms contributes more
             value = value / scale.rows if reading is None else value * (reading.terms / scale.terms)
             for total, grad in zip(out, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
                 if grad is not None:
                     total[k] = grad.to_dense() if grad.is_sparse else grad
     if not known:
         times = factor(out)
-        out = out if times == 1.0 else [shares * times for shares in out]
+        out = out if times == 1.0 else [contributions * times for contributions in out]
     return out
 
 
 def separable(module: nn.Module, loss: Loss, batch: Any, rows: int) -> bool:
-    """Whether the loss of two rows is the mean or the sum of each one's own; False where it cannot be told."""
+    """Whether the loss of two rows is the mean or the sum of their own losses; False if that cannot be computed."""
     try:
         with isolated(module), torch.no_grad():
             one, other, both = (
@@ -83,8 +85,8 @@ def separable(module: nn.Module, loss: Loss, batch: Any, rows: int) -> bool:
 
 
 @dataclass
-class Sums:
-    """Whether the rows' shares of some parameters add up to what the batch brought them.
+class FallbackVerification:
+    """Whether the rows' gradient contributions to some parameters add up to the batch's gradients.
 
     Args:
         module: The model.
@@ -93,7 +95,7 @@ class Sums:
         rows: b.
         parameters: By name.
         scale: How the batch's loss was scaled.
-        brought: What the batch brought the parameters.
+        gradients: The batch's gradients, of :class:`~.Verification`.
     """
 
     module: nn.Module
@@ -102,54 +104,54 @@ class Sums:
     rows: int
     parameters: dict[str, nn.Parameter]
     scale: Scale
-    brought: Mapping[nn.Parameter, Tensor]
+    gradients: Mapping[nn.Parameter, Tensor]
 
-    def factor(self, shares: list[Tensor], before: float) -> float:
-        """1 where the shares of a mean over rows add up, b where those of a sum do; whichever does for more of them."""
-        for sought in (self._gradients, self._whole):
-            pairs = list(zip(shares, sought.values(), strict=True))
+    def factor(self, contributions: list[Tensor], default: float) -> float:
+        """1 if the loss is a mean over rows, b if it is a sum: whichever makes more parameters add up."""
+        for truth in (self._by_name, self._in_evaluation_mode):
+            pairs = list(zip(contributions, truth.values(), strict=True))
             fits = {
-                times: sum(agree(one * times, gradient) and bool(gradient.any()) for one, gradient in pairs)
+                times: sum(adds_up(one * times, gradient) and bool(gradient.any()) for one, gradient in pairs)
                 for times in (1.0, float(self.rows))
             }
             if any(fits.values()):
                 return max(fits, key=lambda times: fits[times])
-        return before
+        return default
 
-    def judge(self, shares: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
-        """Names of parameters whose shares are wrong, and of modules whose single rows are approximate, with why."""
+    def judge(self, contributions: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+        """Parameters whose contributions are wrong -> why, and modules whose single rows are approximate -> why."""
         wrong, approximate = {}, {}
-        for name, gradient in self._gradients.items():
-            if agree(shares[name], gradient):
+        for name, gradient in self._by_name.items():
+            if adds_up(contributions[name], gradient):
                 continue
-            if not agree(shares[name], self._whole[name]):
+            if not adds_up(contributions[name], self._in_evaluation_mode[name]):
                 wrong[name] = COMPARED
             elif any(_depends_on_mode(child) for child in self.module.modules()):
-                approximate[name.rpartition(".")[0] or name] = _QUIETLY
+                approximate[name.rpartition(".")[0] or name] = _EVALUATION_MODE
             else:
-                wrong[name] = _OTHERWISE
+                wrong[name] = _DIFFERS_IN_TRAINING
         return wrong, approximate
 
     @cached_property
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: self.brought.get(p, torch.zeros_like(p)) for name, p in self.parameters.items()}
+    def _by_name(self) -> dict[str, Tensor]:
+        return {name: self.gradients.get(p, torch.zeros_like(p)) for name, p in self.parameters.items()}
 
     @cached_property
-    def _whole(self) -> dict[str, Tensor]:
-        """The gradients of the whole batch's loss, made as those of single rows are."""
+    def _in_evaluation_mode(self) -> dict[str, Tensor]:
+        """The gradients of the whole batch's loss, computed in evaluation mode as those of single rows are."""
         with isolated(self.module):
             value = self.loss(self.module, self.batch)
             reading = read_loss(value, self.rows)
             value = value * (self.rows / self.scale.rows if reading is None else reading.terms / self.scale.terms)
-            found = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+            grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad
-            for (name, p), grad in zip(self.parameters.items(), found, strict=True)
+            for (name, p), grad in zip(self.parameters.items(), grads, strict=True)
         }
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    """Whether it draws random numbers in training, or takes the batch's statistics then."""
+    """Whether a module draws random numbers, or uses the batch's statistics, in training only."""
     rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0)
     random = isinstance(rate, float | int) and rate > 0
     return module.training and (random or isinstance(module, nn.modules.batchnorm._BatchNorm))

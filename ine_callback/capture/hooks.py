@@ -1,13 +1,13 @@
-"""Hooks that read each layer's input and output gradient off the live pass; they change nothing in it.
+"""Hooks that read each layer's activations and output gradients from the live passes, and change nothing in them.
 
-A forward hook holds the input, a *tensor* hook on the output receives the gradient (a full backward hook would wrap the
-module and break in-place activations). Neither draws random numbers, synchronises or returns anything.
+A forward hook saves the input; a *tensor* hook on the output receives the gradient (a full backward hook would wrap the
+module and break in-place activations). Neither draws random numbers, synchronises with the device or returns anything.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, ItemsView, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,49 +16,49 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
-from ine_callback.capture.layers import ROW_MIXING, LayerFunction, RowMismatch, grad_samples_of, layer_function
-from ine_callback.capture.passes import unused
+from ine_callback.capture.layers import LayerFunction, RowMismatch, grad_samples_of, layer_function
+from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
+from ine_callback.capture.passes import parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts
 
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
 
-# of the machine, not of a layer; torch 2.8 has the last
+# errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
 FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
 
 
 class _Call:
-    """One call of a layer; ``counts``: whether its use adds to the gradients, as far as is known."""
+    """One call of a layer; ``counts``: whether it adds to the gradients, as far as is known."""
 
     counts = True
 
 
 class Capture:
-    """Hooks on every module with a known layer function and parameters of its own, also frozen ones: they may thaw.
+    """Hooks on every module with a layer function and parameters of its own; frozen ones too, as they may thaw.
 
     Args:
         module: The model.
-        receive: Called in the backward pass with a module and the records of one of its calls.
-        fail: Called with an exception that is no single layer's, so that the backward pass itself goes on.
+        receive: Called in the backward pass with a module and the per-sample gradients of one of its calls.
+        fail: Called with an exception that concerns more than one layer; it is not raised into the backward pass.
         layers: Patterns (``fnmatch``) of the modules' names; None: all.
-        lose: Called with a module that is dropped: what came of it in this batch may be half of it.
-        every_pass: Whether passes that add nothing to ``grad`` are read too (those of our own, by
-            ``torch.autograd.grad``).
+        on_drop: Called with a module that is dropped; what it contributed to this batch may be incomplete.
+        every_pass: Whether to read passes that add nothing to ``grad`` too (our own, by ``torch.autograd.grad``).
 
     Attributes:
         active: Hooks do nothing while this is False.
         rows: Number of rows of the current batch.
         deselected: Names of modules that no pattern fits.
-        dropped: Module name -> why its gradients cannot be told apart by rows.
+        dropped: Module name -> why it has no per-sample gradients.
         approximate: Module name -> why single rows are approximate.
         unscale: Factor that undoes the scaling of the loss under mixed precision.
         half: Whether a gradient came in half precision.
-        functions: Functions that the rows' check has found right instead of the one that a type says.
-        twice: Whether a gradient was made differentiable itself (``create_graph=True``) in this batch.
-        observe_call: Set by the probe: called with (name, first input) of each hooked module instead of recording.
+        functions: Layer functions that the check before the first step chose, in place of those of the types.
+        double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
+        on_call: If set, called with (name, first input) of each hooked module instead of recording.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Capture:
         receive: Receiver,
         fail: Callable[[Exception], None],
         layers: Sequence[str] | None = None,
-        lose: Callable[[nn.Module], None] = lambda module: None,
+        on_drop: Callable[[nn.Module], None] = lambda module: None,
         every_pass: bool = False,
     ) -> None:
-        self._receive, self._fail, self._lose, self._every_pass = receive, fail, lose, every_pass
+        self._receive, self._fail, self._on_drop, self._every_pass = receive, fail, on_drop, every_pass
         self.active, self.rows = False, 0
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
@@ -80,24 +80,24 @@ class Capture:
         self.names = {child: name for child, name in known.items() if child not in inside}
         self.dropped = {name: _COMPILED for child, name in known.items() if child in inside}
         self.approximate = {
-            name: f"{type(child).__name__} mixes the rows of a batch: shares add up exactly, single rows do not"
+            name: f"{type(child).__name__} mixes the rows of a batch: their sum is exact, single rows are approximate"
             for child, name in self.names.items()
-            if isinstance(child, ROW_MIXING)
+            if isinstance(child, ROW_MIXING_TYPES)
         }
         self.calls: dict[nn.Module, int] = {}
         self.unscale: Tensor | None = None
-        self.half = self.twice = False
-        self._met: list[tuple[nn.Module, _Call]] = []
-        self._proved: set[nn.Module] = set()
-        self._led = False  # whether some layer's input in this batch is led by its rows: then their number is right
-        self._own: dict[nn.Module, dict[str, nn.Parameter]] = {}
+        self.half = self.double_backward = False
+        self._received: list[tuple[nn.Module, _Call]] = []
+        self._worked: set[nn.Module] = set()  # modules whose layer function has succeeded
+        self._rows_confirmed = False  # some layer's input in this batch has as many rows as were announced
+        self._parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}  # when the recording began
         self.functions: dict[nn.Module, LayerFunction] = {}
         self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         for child in self.names:
-            self._own[child] = own_parameters(child)
+            self._parameters[child] = own_parameters(child)
             self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
 
     def detach(self) -> None:
@@ -107,13 +107,13 @@ class Capture:
         self._handles.clear()
 
     def start_batch(self, rows: int) -> None:
-        self.rows, self.active, self._led, self.twice = rows, True, False, False
+        self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
         self.calls.clear()
-        self._met.clear()
+        self._received.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For passes through the model that are not the training's own."""
+        """Ignores passes through the model that are not the training's own."""
         active, self.active = self.active, False
         try:
             yield
@@ -121,39 +121,40 @@ class Capture:
             self.active = active
 
     def drop(self, module: nn.Module, reason: str) -> None:
-        """Takes nothing more of a module, and forgets what came of it in this batch."""
+        """Ignores a module from now on."""
         if module in self.names:
             self.dropped[self.names.pop(module)] = reason
-            self._lose(module)
+            self._on_drop(module)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        a, held = first_input(args, kwargs), None
-        if isinstance(a, Tensor) and isinstance(output, Tensor) and output.requires_grad and not _transformed():
-            # first, and whatever became of the recording: a recomputation must save what the pass before it saved,
-            # and may end here, with an exception of its own
-            held = _hold(a)
+        x, saved = first_input(args, kwargs), None
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad and not _transformed():
+            # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
+            # the first pass saved, and ends here with an exception of its own when it has all
+            saved = _save(x)
         try:
-            self._see(module, a, held, output)
+            self._on_forward(module, x, saved, output)
         except Exception as error:
             self._give_up(module, error)
 
-    def _see(self, module: nn.Module, a: Any, held: Callable[[], Tensor | None] | None, output: Any) -> None:
+    def _on_forward(self, module: nn.Module, x: Any, saved: Callable[[], Tensor | None] | None, output: Any) -> None:
+        """Waits for the gradient of the output, or drops a module that is called in an unknown way."""
         if module not in self.names:
             return
         if self.on_call is not None:
-            if isinstance(a, Tensor):
-                self.on_call(self.names[module], a if a.layout == torch.strided else a.to_dense())
+            if isinstance(x, Tensor):
+                self.on_call(self.names[module], x if x.layout == torch.strided else x.to_dense())
             return
         if not (self.active and torch.is_grad_enabled()):
             return
-        if not (isinstance(a, Tensor) and isinstance(output, Tensor)):
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
             self.drop(module, "its input or output is not a single tensor")
             return
         if _transformed():
             self.drop(module, "it was called inside of a torch.func transform")
             return
-        self._led |= a.shape[:1] == (self.rows,)
-        if held is None or not any(p.requires_grad for p in own_parameters(module).values()):
+        self._rows_confirmed |= x.shape[:1] == (self.rows,)
+        if saved is None or not any(p.requires_grad for p in own_parameters(module).values()):
             return
         if other := self._other_weights(module):
             if any(p.requires_grad for p in other):
@@ -161,66 +162,68 @@ class Capture:
             return
         self.calls[module] = self.calls.get(module, 0) + 1
         call = _Call()
-        output.register_hook(lambda delta: self._backward(module, call, held, delta))
+        output.register_hook(lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _other_weights(self, module: nn.Module) -> list[Tensor]:
-        """What stands in the place of the parameters that the module had when the recording began."""
-        now, own = own_parameters(module), self._own.get(module, {})
+        """Weights that have replaced the parameters which the module had when the recording began."""
+        now, before = own_parameters(module), self._parameters.get(module, {})
         return [
             now[name]
-            for name, p in own.items()
-            if name in now and now[name] is not p and not hasattr(p, "full_tensor")  # FSDP2 puts whole ones there
+            for name, p in before.items()
+            if name in now and now[name] is not p and not hasattr(p, "full_tensor")  # replaced by FSDP2
         ]
 
     def forget(self) -> None:
-        """What the batch's backward passes read so far was thrown away: the calls in it do not count."""
-        for module, call in self._met:
+        """The gradients of the batch's backward passes so far were removed: the calls in them do not count."""
+        for module, call in self._received:
             self._count(module, call, False)
-        self._met.clear()
+        self._received.clear()
 
     def _count(self, module: nn.Module, call: _Call, counts: bool) -> None:
         if call.counts != counts:
             self.calls[module] += 1 if counts else -1
             call.counts = counts
 
-    def _backward(self, module: nn.Module, call: _Call, held: Callable[[], Tensor | None], delta: Tensor) -> None:
+    def _backward(
+        self, module: nn.Module, call: _Call, saved: Callable[[], Tensor | None], output_grads: Tensor
+    ) -> None:
         if not self.active or module not in self.names:
             return
         try:
-            self.twice |= torch.is_grad_enabled()
-            # by torch.autograd.grad, or backward(inputs=...)
-            passed_by = set() if self._every_pass else unused(module)
-            if passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in _own(module)):
+            self.double_backward |= torch.is_grad_enabled()
+            # of torch.autograd.grad, or backward(inputs=...)
+            passed_by = set() if self._every_pass else parameters_passed_by(module)
+            named = module._parameters.items()
+            if passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in named):
                 self._count(module, call, False)
                 return
             self._count(module, call, True)
-            self._met.append((module, call))
-            a = held()
-            if a is None:
+            self._received.append((module, call))
+            activations = saved()
+            if activations is None:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
-            with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-                self.half |= delta.dtype in (torch.float16, torch.bfloat16)
-                delta = delta.detach()
+            with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+                self.half |= output_grads.dtype in (torch.float16, torch.bfloat16)
+                output_grads = output_grads.detach()
                 if self.unscale is not None:
-                    delta = widened(delta) * self.unscale
-                    # an overflow: the scaler skips the step, and nothing of it may stay in the curvature
-                    delta = torch.where(delta.isfinite().all(), delta, 0.0)
-                grad_samples = grad_samples_of(module, a, delta, self.rows, self.functions.get(module))
-                self._receive(
-                    module, {name: grad_sample for name, grad_sample in grad_samples.items() if name not in passed_by}
-                )
-                self._proved.add(module)
+                    output_grads = widened(output_grads) * self.unscale
+                    # an overflow: the scaler skips the step, so nothing of it may reach the curvature
+                    output_grads = torch.where(output_grads.isfinite().all(), output_grads, 0.0)
+                function = self.functions.get(module)
+                grad_samples = grad_samples_of(module, activations, output_grads, self.rows, function)
+                self._receive(module, {name: g for name, g in grad_samples.items() if name not in passed_by})
+                self._worked.add(module)
         except RowMismatch as error:
-            if module in self._proved and not self._led:
+            if module in self._worked and not self._rows_confirmed:
                 self._fail(RowsError(f"{self.names[module]}: {error}; check row_fn and the collate function"))
             else:
                 self.drop(module, str(error))
-        except Exception as error:  # the training run is sacred: report, never raise into its backward pass
+        except Exception as error:  # never raised into the training's backward pass
             self._give_up(module, error)
 
     def _give_up(self, module: nn.Module, error: Exception) -> None:
-        """After an exception: a layer's own ends its recording, any other everybody's."""
+        """After an exception: drops the layer, or stops the recording if the error is the machine's."""
         if isinstance(error, FATAL):
             self._fail(error)
         else:
@@ -228,7 +231,7 @@ class Capture:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer function calls ``a``."""
+    """The activations of a layer: its first argument."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
@@ -241,34 +244,30 @@ def in_words(error: Exception) -> str:
 
 
 def _transformed() -> bool:
-    """Whether torch.func (vmap, grad) runs the layer, on tensors that do not outlive it."""
+    """Whether a transform of torch.func (vmap, grad) runs the layer, with tensors that do not outlive it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _own(module: nn.Module) -> ItemsView[str, nn.Parameter | None]:
-    return module._parameters.items()
-
-
-class _Keep(torch.autograd.Function):
-    """Saves an input as autograd saves one, so that what is done to saved tensors is done to it too."""
+class _SaveForBackward(torch.autograd.Function):
+    """Saves an input as autograd does, so that hooks on saved tensors apply to it too."""
 
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
+    def forward(ctx: Any, handle: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return handle.clone()
 
 
-def _hold(a: Tensor) -> Callable[[], Tensor | None]:
-    """Returns what gives the input back in the backward pass; None, where it was changed in place since.
+def _save(x: Tensor) -> Callable[[], Tensor | None]:
+    """Saves an input; the returned function gives it in the backward pass, or None if it was changed in place.
 
-    Inside of activation checkpointing, or where activations are moved off the device, holding the input itself would
-    undo what they save.
+    Under activation checkpointing or offloading a reference to the input would undo the saving of memory, so autograd
+    saves it there.
     """
-    a, version = a.detach(), 0 if a.is_inference() else a._version
+    x, version = x.detach(), 0 if x.is_inference() else x._version
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        return lambda: a if a.is_inference() or a._version == version else None
-    kept = _Keep.apply(torch.empty(0, requires_grad=True), a)  # type: ignore[no-untyped-call]
-    return lambda: kept.grad_fn.saved_tensors[0]
+        return lambda: x if x.is_inference() or x._version == version else None
+    node = _SaveForBackward.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
+    return lambda: node.grad_fn.saved_tensors[0]
 
 
 def _capturable(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""Gradients for other labels than the data's, from one forward pass: the loss's own backward step is replaced.
+"""Gradients for other labels than the data's, from one forward pass: the backward step of the loss is replaced.
 
-A Fisher information needs gradients of ``-log p(y | x)`` with labels y drawn from the model's prediction, or all labels
-weighted by their probabilities. Only what the loss hands back to the prediction depends on the label, so a hook on the
-loss's node of the autograd graph exchanges that, and the module's own step stays as the user wrote it.
+A Fisher information needs gradients of ``-log p(y | x)`` with labels y drawn from the model's prediction, or with all
+labels, weighted by their probabilities. Only the gradient that the loss gives the prediction depends on the label. So a
+hook on the loss's node of the autograd graph replaces that gradient, and the user's training step is used unchanged.
 """
 
 from __future__ import annotations
@@ -13,90 +13,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ine_callback.capture.row_losses import loss_node
+from ine_callback.capture.row_losses import loss_node, wide
 from ine_callback.errors import InfluenceError
 
 Cotangent = Callable[[Tensor], Tensor]
 MAX_CLASSES = 64
 
 
-def classes_of(loss: Tensor) -> int:
-    """Passes that :func:`expect` needs to cover a loss's labels: its classes, or 2 signs of a residual.
+def classes_of(loss: Tensor, rows: int) -> int:
+    """Passes that :func:`expect` needs to cover a loss's labels: its classes.
+
+    Args:
+        loss: The scalar that is about to be differentiated.
+        rows: Number of rows of the batch.
 
     Raises:
         InfluenceError: If the loss is of another form, has several terms a row, or too many classes.
     """
-    node = _known(loss)
-    if node.name() == "NllLossBackward0":
-        count = int(node._saved_self.shape[1])
-        if count > MAX_CLASSES:
-            raise InfluenceError(
-                f"labels='expected': {count} classes need as many backward passes a batch, at most {MAX_CLASSES} are "
-                "taken; use labels='sampled'."
-            )
-        return count
-    raise InfluenceError(
-        f"labels='expected': the loss {node.name()} has no list of labels to go through; use labels='sampled'."
-    )
+    node, _ = _known(loss)
+    if node.name() != "NllLossBackward0" or len(node._saved_self) != rows:
+        several = "with several terms a row " if node.name().startswith("NllLoss") else ""
+        raise InfluenceError(
+            f"labels='expected': the loss {node.name()} {several}has no list of labels to go through; use "
+            "labels='sampled'."
+        )
+    count = int(node._saved_self.shape[1])
+    if count > MAX_CLASSES:
+        raise InfluenceError(
+            f"labels='expected': {count} classes need as many backward passes a batch, at most {MAX_CLASSES} are "
+            "taken; use labels='sampled'."
+        )
+    return count
 
 
 def sample(loss: Tensor, generator: torch.Generator | None = None) -> None:
-    """The loss's backward pass will be that of labels drawn from the prediction.
+    """Replaces the labels by ones drawn from the prediction, in the loss's backward pass; weights of labels stay.
 
     Cross entropy draws classes, binary cross entropy bits; a squared error (y - t)² is the negative log likelihood of a
     normal distribution with variance 1/2, and draws from it.
 
     Args:
         loss: A loss of cross entropy, NLL, MSE or binary cross entropy with logits.
-        generator: Where the labels are drawn from; torch's own if None.
+        generator: Source of the random numbers; torch's own if None.
 
     Raises:
         InfluenceError: If the loss is of another form.
     """
-    node = _known(loss)
+    node, side = _known(loss)
     name = node.name()
+    value = (node._saved_target if side else node._saved_self).detach()
     if name.startswith("NllLoss"):
-        log_p = node._saved_self.detach()
-        flat = log_p.movedim(1, -1).flatten(0, -2).float().exp()
-        drawn = torch.multinomial(flat, 1, generator=generator).view(log_p.movedim(1, -1).shape[:-1])
-        _replace(node, lambda grad: _moved(grad, drawn.unsqueeze(1)))
+        classes_last = wide(value).exp().movedim(1, -1)
+        drawn = torch.multinomial(classes_last.flatten(0, -2), 1, generator=generator).view(classes_last.shape[:-1])
+        _replace(node, side, lambda grad: _moved(grad, drawn.unsqueeze(1)))
     elif name == "MseLossBackward0":
-        value = node._saved_self.detach()
         noise = torch.randn(value.shape, generator=generator, device=value.device, dtype=value.dtype)
-        _replace(node, lambda _: noise * (2**0.5) * _coefficient(node, value))
+        _replace(node, side, lambda _: noise * (2**0.5) * _coefficient(node, value))
     else:
-        value = node._saved_self.detach()
-        p = value.float().sigmoid()
+        p = wide(value).sigmoid()
         bits = torch.bernoulli(p, generator=generator)
-        weight = 1.0 if node._saved_weight is None else node._saved_weight
-        _replace(node, lambda _: ((p - bits).to(value.dtype) * weight) * _coefficient(node, value))
+        weight = _bce_weight(node, p)
+        _replace(node, side, lambda _: ((p - bits) * weight).to(value.dtype) * _coefficient(node, value))
 
 
 def expect(loss: Tensor, label: int) -> None:
-    """The loss's backward pass will be that of one class for all rows, times the square root of its probability.
+    """Replaces all labels by one class, times the square root of its probability, in the loss's backward pass.
 
-    The squares of all classes' gradients then add up to their expectation over the predicted distribution.
+    The squares of all classes' gradients then add up to the expectation under the predicted distribution. A row keeps
+    its own label's weight. :func:`classes_of` tells whether the loss can.
     """
-    node = _known(loss)
-    log_p = node._saved_self.detach()
-    weight = (log_p[:, label] / 2).exp()
+    node, side = _known(loss)
+    root = (wide(node._saved_self.detach())[:, label] / 2).exp()
 
     def replaced(grad: Tensor) -> Tensor:
         column = torch.full((len(grad), 1), label, dtype=torch.int64, device=grad.device)
-        moved: Tensor = _moved(grad, column) * weight[:, None]
+        moved: Tensor = _moved(grad, column) * root[:, None].to(grad.dtype)
         return moved
 
-    _replace(node, replaced)
+    _replace(node, side, replaced)
 
 
-def _known(loss: Tensor) -> Any:
+def _known(loss: Tensor) -> tuple[Any, int]:
+    """The loss's node, and which of its inputs is the prediction: a squared error takes them either way round."""
     node = loss_node(loss)
-    if node is None:
+    sides = [] if node is None else [k for k, (function, _) in enumerate(node.next_functions) if function is not None]
+    if len(sides) != 1 or (sides[0] and node.name() != "MseLossBackward0"):
         raise InfluenceError(
-            "labels other than the data's need a loss of cross entropy, NLL, MSE or binary cross entropy with logits; "
-            "this one is of another form: use labels='true'."
+            "labels other than the data's need a loss of cross entropy, NLL, MSE or binary cross entropy with logits, "
+            "without label smoothing, other terms beside it, or labels that have a gradient; this one is of another "
+            "form: use labels='true'."
         )
-    return node
+    return node, sides[0]
 
 
 def _moved(grad: Tensor, labels: Tensor) -> Tensor:
@@ -105,18 +112,25 @@ def _moved(grad: Tensor, labels: Tensor) -> Tensor:
     return moved
 
 
-def _coefficient(node: Any, value: Tensor) -> Tensor | float:
+def _bce_weight(node: Any, like: Tensor) -> Tensor:
+    """Weight of each element's own label."""
+    weight = torch.ones_like(like) if node._saved_weight is None else wide(node._saved_weight)
+    positive = node._saved_pos_weight
+    return weight if positive is None else weight * (1 + (wide(positive) - 1) * wide(node._saved_target.detach()))
+
+
+def _coefficient(node: Any, value: Tensor) -> Tensor:
     """How much an element's loss counts in what is differentiated, from the gradient that reaches the node."""
     found: Tensor = node.metadata["received"]
     return found / value.numel() if node._saved_reduction == 1 else found
 
 
-def _replace(node: Any, cotangent: Cotangent) -> None:
+def _replace(node: Any, side: int, cotangent: Cotangent) -> None:
     def remember(received: tuple[Tensor, ...]) -> None:
         node.metadata["received"] = received[0]
 
     def replaced(given: tuple[Any, ...], received: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(cotangent(grad) if k == 0 and grad is not None else grad for k, grad in enumerate(given))
+        return tuple(cotangent(grad) if k == side else grad for k, grad in enumerate(given))
 
     node.register_prehook(remember)
     node.register_hook(replaced)

@@ -1,8 +1,8 @@
-"""Before the first step: are the functions of layers with code of their own right, row by row?
+"""The check of layer functions, before the first step: do subclasses and registered layers get the right gradients?
 
 A subclass of a known layer may compute something else (ConvNeXt's LayerNorm permutes, a convolution standardises its
-weights), a user's function may have a mistake, and a class of another library may only be called alike. Sums over rows
-can agree by chance where rows do not. So each of these layers runs once more on its own inputs, and for two rows the
+weights), a user's function may be wrong, and a class of another library may only have the same name. Sums over rows can
+agree by chance even if single rows are wrong. So each such layer is run once more on its inputs, and for two rows the
 function's gradients are compared with those of autograd.
 """
 
@@ -17,19 +17,20 @@ from torch.utils._pytree import tree_map
 
 from ine_callback.capture.attributes import plain_parameters
 from ine_callback.capture.hooks import Capture, first_input, in_words
-from ine_callback.capture.layers import ALTERNATIVES, LayerFunction, by_row, grad_samples_of, layer_function
+from ine_callback.capture.layers import LayerFunction, by_row, grad_samples_of, layer_function
+from ine_callback.capture.layers.normalization import ALTERNATIVES
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.utilities.isolation import isolated
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
-def wrong_functions(
+def layer_function_faults(
     module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any, rows: int
 ) -> dict[nn.Module, str]:
-    """Modules whose layer function is wrong for them -> why. Runs the model isolated, if there is a layer to look at.
+    """Modules whose layer function is wrong for them -> why. Runs the model isolated, if there is a layer to check.
 
-    Where an alternative (:data:`.ALTERNATIVES`) is right, the capture is told to use that.
+    If an alternative (:data:`.ALTERNATIVES`) is right, the capture uses that.
 
     Args:
         module: The model.
@@ -38,41 +39,43 @@ def wrong_functions(
         batch: The first training batch.
         rows: Its number of rows.
     """
-    odd = [child for child in capture.names if _is_odd(child)]
-    if not odd or is_sharded(module):
+    custom = [child for child in capture.names if _has_own_code(child)]
+    if not custom or is_sharded(module):
         return {}
-    modes = {part: part.training for child in odd for part in child.modules()}
-    found: dict[nn.Module, str] = {}
-    inside: set[nn.Module] = set()
+    modes = {part: part.training for child in custom for part in child.modules()}
+    faults: dict[nn.Module, str] = {}
+    checked: set[nn.Module] = set()
 
-    def look(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if child in inside or not (isinstance(first_input(args, kwargs), Tensor) and isinstance(output, Tensor)):
-            return  # the hooks drop what has no single input and output
-        inside.add(child)  # its first call is looked at, and no call that the look makes
+    def check(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if child in checked or not (isinstance(first_input(args, kwargs), Tensor) and isinstance(output, Tensor)):
+            return  # layers without a single input and output are dropped by the hooks
+        checked.add(child)  # only the first call is checked, and none that the check itself makes
         for part in child.modules():
             part.training = modes[part]
         try:
-            found[child] = _settle(capture, child, args, kwargs, rows)
+            faults[child] = _choose_function(capture, child, args, kwargs, rows)
         finally:
             for part in child.modules():
                 part.training = False
 
-    handles = [child.register_forward_hook(look, with_kwargs=True) for child in odd]
+    handles = [child.register_forward_hook(check, with_kwargs=True) for child in custom]
     try:
         with isolated(module), capture.paused(), torch.no_grad():
             run(module, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return {child: why for child, why in found.items() if why}
+    return {child: why for child, why in faults.items() if why}
 
 
-def _is_odd(module: nn.Module) -> bool:
+def _has_own_code(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.nn.modules.") or "forward" in module.__dict__
 
 
-def _settle(capture: Capture, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> str:
-    """Chooses the function that fits; why there is none, else an empty string."""
+def _choose_function(
+    capture: Capture, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
+) -> str:
+    """Chooses the function that is right; returns why there is none, else an empty string."""
     known = layer_function(child)
     assert known is not None
     first = ""
@@ -87,7 +90,7 @@ def _settle(capture: Capture, child: nn.Module, args: tuple[Any, ...], kwargs: d
             return ""
         first = first or (
             f"the function for {type(child).__name__} gives rows other gradients than autograd (relative error "
-            f"{error:.1g}): its forward pass is another; register one that fits with @register_layer"
+            f"{error:.1g}): its forward pass differs; register a function for it with @register_layer"
         )
     return first
 
@@ -95,26 +98,25 @@ def _settle(capture: Capture, child: nn.Module, args: tuple[Any, ...], kwargs: d
 def _error(
     child: nn.Module, function: LayerFunction, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
 ) -> tuple[float, float]:
-    """The largest error of two rows' gradients, relative to the largest gradient, and what is allowed."""
+    """The largest error of two rows' gradients relative to the largest gradient, and the allowed error."""
     args, kwargs = tree_map(_fresh, args), tree_map(_fresh, kwargs)
-    a = first_input(args, kwargs)
-    kept = a.clone()  # the layer may write into its input
+    activations = first_input(args, kwargs).clone()  # the layer may write into its input
     parameters = {name: p for name, p in plain_parameters(child).items() if p.requires_grad and p.numel()}
     with torch.enable_grad():
         output = child.forward(*args, **kwargs)
-    delta = torch.randn_like(output)
-    with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-        grad_samples = grad_samples_of(child, kept, delta.clone(), rows, function)
+    output_grads = torch.randn_like(output)
+    with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+        grad_samples = grad_samples_of(child, activations, output_grads.clone(), rows, function)
     names = [name for name in parameters if name in grad_samples]
     worst, size = 0.0, 0.0
     for k in {0, rows - 1}:
-        alone = torch.zeros_like(delta)
-        by_row(alone, rows)[k] = by_row(delta, rows)[k]
+        alone = torch.zeros_like(output_grads)
+        by_row(alone, rows)[k] = by_row(output_grads, rows)[k]
         truth = torch.autograd.grad(output, [parameters[n] for n in names], alone, retain_graph=True, allow_unused=True)
         for name, expected in zip(names, truth, strict=True):
-            got = grad_samples[name].wide().gradient(slice(k, k + 1))
-            expected = torch.zeros_like(got) if expected is None else _dense(expected).to(got.dtype).view_as(got)
-            worst = max(worst, float((got - expected).norm()))
+            found = grad_samples[name].wide().gradient(slice(k, k + 1))
+            expected = torch.zeros_like(found) if expected is None else _dense(expected).to(found.dtype).view_as(found)
+            worst = max(worst, float((found - expected).norm()))
             size = max(size, float(expected.norm()))
     precise = min((output.dtype, *(p.dtype for p in parameters.values())), key=lambda kind: -torch.finfo(kind).eps)
     return (worst / size if size else worst), _TOLERANCE.get(precise, 1e-1)

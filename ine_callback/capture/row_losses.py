@@ -1,7 +1,7 @@
-"""Each row's loss, read off the autograd graph of the loss that the model returned: no patch, no second forward pass.
+"""Each row's loss, read from the autograd graph of the training loss: no patch, no second forward pass.
 
-PyTorch's standard losses leave their input and target on the graph. From them follow every row's own loss (the free
-baseline beside every influence score) and how many terms the loss is a mean of (the scale of the curvature).
+PyTorch's standard losses keep their input and target on the graph. They give every row's loss (a free baseline beside
+every influence score) and the number of terms that the loss is a mean of (the scale of the curvature).
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from torch import Tensor
 
 _NONE, _MEAN, _SUM = 0, 1, 2
 _SEARCH_DEPTH = 8
+_SAME = ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0")
 
 
 @dataclass(frozen=True)
 class LossReading:
-    """What the graph tells.
+    """What the graph of a loss contains.
 
     Attributes:
         rows: Loss of every row [b], the mean over the row's terms.
         terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar.
         scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
+        own: The same for each row [b], whose terms may be more or heavier than others'; 0 for a row without terms.
     """
 
     rows: Tensor
     terms: Tensor
     scale: Tensor
+    own: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Scale:
 
     Attributes:
         terms: Likelihood terms that the loss is a mean of (see :class:`LossReading`).
-        rows: Inverse of the coefficient of one row's loss: the row's own gradient is ``rows * share``.
+        rows: Inverse of the coefficient of a row's loss: its own gradient is ``rows`` times the row's contribution.
     """
 
     terms: Tensor | float
@@ -51,7 +54,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
     Args:
-        loss: The scalar that is about to be differentiated.
+        loss: The scalar to be differentiated.
         rows: Number of rows b of the batch.
 
     Returns:
@@ -66,14 +69,14 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
         (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
     """
     node: Any = loss.grad_fn
-    coefficient: Tensor = _wide(torch.ones_like(loss, requires_grad=False))
+    coefficient: Tensor = wide(torch.ones_like(loss, requires_grad=False))
     mask: Tensor | None = None
     for _ in range(_SEARCH_DEPTH):
         if node is None:
             return None
         name = node.name()
         if name in _LOSSES:
-            return _finish(_LOSSES[name](node), mask, node._saved_reduction, coefficient, rows)
+            return _reading(_LOSSES[name](node), mask, node._saved_reduction, coefficient, rows)
         factor = _constant_factor(node, name)
         if factor is not None and factor.dim() == 0:
             coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
@@ -81,14 +84,14 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
             mask = factor  # a weight for each term: (losses * mask).sum() / mask.sum()
         elif name == "MeanBackward0":
             coefficient = coefficient / node._saved_self_sym_numel
-        elif name not in ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0"):
+        elif name not in _SAME:
             return None
         node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
 
 
 def _constant_factor(node: Any, name: str) -> Tensor | None:
-    """The constant that scales a product or quotient; autograd keeps it only for a side that has a gradient."""
+    """The constant in a product or quotient; autograd saves it only if the other side needs a gradient."""
     if name == "DivBackward0" and node._saved_self is None:
         return node._saved_other  # type: ignore[no-any-return]
     if name == "MulBackward0" and (node._saved_self is None) != (node._saved_other is None):
@@ -96,10 +99,10 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _finish(
+def _reading(
     terms: tuple[Tensor, Tensor], mask: Tensor | None, reduction: int, coefficient: Tensor, rows: int
 ) -> LossReading | None:
-    """Terms and their weights, both [n] with the row as leading part, to row means and the term coefficient."""
+    """Makes the reading from the terms and their weights, both [n], ordered by rows."""
     losses, weights = terms
     if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
         return None
@@ -108,8 +111,10 @@ def _finish(
         weights = weights * mask.reshape(rows, -1)
     if reduction == _MEAN:
         coefficient = coefficient / weights.sum()
-    row_losses = (losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)
-    return LossReading(row_losses, 1 / coefficient, rows / (coefficient * weights.sum()))
+    total = weights.sum(1)
+    row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
+    own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
+    return LossReading(row_losses, 1 / coefficient, rows / (coefficient * weights.sum()), own)
 
 
 def _nll(node: Any) -> tuple[Tensor, Tensor]:
@@ -117,35 +122,35 @@ def _nll(node: Any) -> tuple[Tensor, Tensor]:
     log_p = node._saved_self.detach()
     ignored = target == _signed(node._saved_ignore_index)
     safe = target.masked_fill(ignored, 0)
-    losses = -_wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
+    losses = -wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
     weights = torch.ones_like(losses) if node._saved_weight is None else node._saved_weight[safe].to(losses.dtype)
     return losses, weights.masked_fill(ignored, 0.0)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """float32 or better."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _signed(index: int) -> int:
-    """The graph reports the ignored index as an unsigned 64-bit integer."""
+    """The ignored index, which the graph has as an unsigned 64-bit integer."""
     return index - (1 << 64) if index >= (1 << 63) else index
 
 
 def _mse(node: Any) -> tuple[Tensor, Tensor]:
-    losses = (_wide(node._saved_self.detach()) - _wide(node._saved_target.detach())).square()
+    losses = (wide(node._saved_self.detach()) - wide(node._saved_target.detach())).square()
     return losses, torch.ones_like(losses)
 
 
 def _bce(node: Any) -> tuple[Tensor, Tensor]:
     losses = F.binary_cross_entropy_with_logits(
-        _wide(node._saved_self.detach()),
-        _wide(node._saved_target.detach()),
+        wide(node._saved_self.detach()),
+        wide(node._saved_target.detach()),
         pos_weight=node._saved_pos_weight,
         reduction="none",
     )
     weight = node._saved_weight
-    # the reduction divides by the number of elements whatever the weights are
+    # the reduction divides by the number of elements, not by the sum of weights
     return losses if weight is None else losses * weight, torch.ones_like(losses)
 
 
@@ -158,17 +163,22 @@ _LOSSES = {
 
 
 def loss_node(loss: Tensor) -> Any:
-    """The node of the graph where a loss of a known form takes prediction and target; None for another form."""
+    """The node of the graph where a loss of a known form, scaled by constants or masked, takes prediction and target.
+
+    None for another form, such as a sum of several losses.
+    """
     node: Any = loss.grad_fn
     for _ in range(_SEARCH_DEPTH):
         if node is None or node.name() in _LOSSES:
             return node
+        if node.name() not in (*_SAME, "MeanBackward0") and _constant_factor(node, node.name()) is None:
+            return None
         node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
 
 
 class RowLosses:
-    """Each row's training loss averaged over its visits: the free baseline beside every score.
+    """Each row's training loss, averaged over its observations: a free baseline beside every score.
 
     Args:
         rows: Number of rows N.
@@ -179,7 +189,7 @@ class RowLosses:
         self._sums = torch.zeros(2, rows, device=device)
 
     def add(self, rows: Tensor, losses: Tensor) -> None:
-        """Takes the losses [b] of rows; NaN: unknown."""
+        """Adds the losses [b] of rows; NaN: unknown."""
         known = ~losses.isnan()
         self._sums.index_add_(1, rows, torch.stack([losses.where(known, 0.0), known]).to(self._sums.dtype))
 
@@ -194,7 +204,7 @@ class RowLosses:
         self._sums = state["sums"].to(self._sums, copy=True)
 
     def mean(self) -> NDArray[np.float64]:
-        """Mean loss [N], NaN where it was never read."""
+        """Mean loss [N], NaN for rows without a known loss."""
         total, count = self._sums.cpu().double().numpy()
         mean: NDArray[np.float64] = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
         return mean

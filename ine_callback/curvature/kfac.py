@@ -1,13 +1,13 @@
-r"""Kronecker factors of every block's Fisher, gathered over the run.
+r"""K-FAC: Kronecker factors of every block's Fisher, averaged over the run so far (arXiv 1503.05671).
 
-They are built from the very inputs and output gradients that the hooks hold (K-FAC, arXiv 1503.05671) and averaged
-over the whole run so far. f-INE's discount is made of them: a change of the weights at step t decays under the later
-steps as ``D_t = exp(-R_t H)``, with ``R_t`` the summed learning rate that remains (times the optimizer's own rate) and
-``H`` the Hessian, for which the Fisher stands. :mod:`.spectral` has this and other functions of it.
+The factors are covariances of the activations and output gradients that the hooks capture anyway. f-INE's discount is
+made of them. The discount says what the rest of training leaves of a change made now: a change of the weights at step t
+decays under the later steps as ``D_t = exp(-R_t F)``. ``R_t`` is the summed learning rate that remains, times the
+optimizer's rate. The Fisher ``F`` stands for the Hessian. :mod:`.spectral` has this and other functions of the Fisher.
 
-Factors use the true labels (empirical Fisher). A parameter that several modules share uses the diagonal of the sum of
-their Fishers (the sum's partial traces are kept beside it, for bases and sketches). A dimension over ``max_dim`` falls
-back to its diagonal.
+Factors use the true labels (empirical Fisher). Tied parameters have the diagonal of the sum of their uses' Fishers; the
+sum's partial traces are stored beside it, for bases and sketches. A side with more than ``max_dim`` dimensions has a
+diagonal covariance.
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Factors:
-    """Running sums of a block's second moments; their Kronecker product divided by ``steps`` is the Fisher.
+    """Running sums of a block's covariances; their Kronecker product divided by ``steps`` is the Fisher.
 
-    Of a tied block ``diagonal`` is the Fisher's, and the moments are its partial traces.
+    For a tied block ``diagonal`` is the Fisher's diagonal, and the covariances are its partial traces.
+
+    Attributes:
+        full: Whether the left and right covariances are full, not diagonal.
+        left: Sum of covariances of the output gradients.
+        right: Sum of covariances of the activations.
+        diagonal: Sum of the Fisher's diagonals, for a tied block.
+        uses: Uses of the block in the sums.
+        steps: Optimizer steps in the sums.
+        seen: Rows in the sums.
     """
 
     full: tuple[bool, bool]
@@ -50,7 +59,7 @@ class KFAC:
     """Kronecker factors of every block, averaged over the run so far.
 
     Args:
-        max_dim: Sides larger than this keep only their diagonal.
+        max_dim: Sides with more dimensions have a diagonal covariance.
 
     Example:
         >>> import torch
@@ -58,8 +67,8 @@ class KFAC:
         >>> from ine_callback.curvature.spectral import exponential
         >>> weight = torch.nn.Parameter(torch.zeros(1, 1))
         >>> block, kfac = Block("w", (weight,), (1, 1, 1)), KFAC()
-        >>> record = Outer(torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.5))  # shares of a mean over 4 rows
-        >>> kfac.observe(block, record, terms=4.0)
+        >>> contributions = Outer(torch.ones(4, 1, 1, 1), torch.full((4, 1, 1, 1), 0.5))  # to a mean over 4 rows
+        >>> kfac.observe(block, contributions, terms=4.0)
         >>> kfac.end_step()
         >>> kfac.operator(block, exponential(2.0)).weight  # exp(-2 * 4 * sum of .5^2)
         tensor([[[0.0003]]])
@@ -75,23 +84,23 @@ class KFAC:
 
         Args:
             block: The block.
-            record: Its shares: gradients of the loss as it was differentiated.
+            grad_sample: The rows' gradient contributions s_i, of the loss as it was differentiated.
             terms: Number of likelihood terms in the mean that the loss is (rows, or tokens): the inverse of the
-                coefficient with which each term enters the loss, so that ``H = terms * sum of share share^T``.
-            steps: Optimizer steps that the observation stands for.
+                coefficient with which each term enters the loss, so that ``F = terms * sum_i s_i s_i^T``.
+            steps: Optimizer steps that this update stands for.
         """
         factors = self._factors.get(block.name)
         if factors is None:
             factors = self._factors[block.name] = _Factors(self._full(grad_sample))
-        golden = factors.uses * 0.618034 % 1.0  # spreads the positions looked at evenly over the looks
-        left, right = grad_sample.covariances(factors.full, golden)
+        offset = factors.uses * 0.618034 % 1.0  # the golden ratio spreads the positions used evenly over the updates
+        left, right = grad_sample.covariances(factors.full, offset)
         left = left * terms
         if block.tied and not isinstance(grad_sample, Vector):
             rows, columns = _diagonal(left, block.layout[1]), _diagonal(right, block.layout[2])
             if factors.diagonal is None:
                 factors.diagonal = rows.new_zeros(block.layout)
             factors.diagonal.baddbmm_(rows[..., :, None], columns[..., None, :], alpha=steps)
-            # the partial traces of the sum over uses; a lookup's left moment has no other entries than these
+            # the partial traces of the sum over uses; a lookup's left covariance is its diagonal
             left = torch.diag_embed(left) if factors.full[0] and left.dim() == 2 else left
             left, right = _times(left, columns.sum(-1)), _times(right, rows.sum(-1))
         if factors.left is None:
@@ -110,13 +119,13 @@ class KFAC:
         self._seen.pop(block.name, None)
 
     def end_step(self) -> None:
-        """Closes an optimizer step: the blocks seen since the last one have one more observation."""
+        """Ends an optimizer step: counts it for the blocks that were observed in it."""
         for name, steps in self._seen.items():
             self._factors[name].steps += steps
         self._seen.clear()
 
     def pool(self, processes: Lockstep) -> None:
-        """Averages the sums over processes: what each adds later is averaged the next time."""
+        """Averages the sums over processes; what each process adds later is averaged the next time."""
         if processes.count == 1:
             return
         known = {f"{name} {[t.shape for t in f.tensors()]}": f for name, f in self._factors.items()}
@@ -136,15 +145,15 @@ class KFAC:
         factors = self._factors.get(block.name)
         if factors is None:
             return SpectralOperator()
-        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none is closed yet
+        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none has ended yet
         assert factors.left is not None and factors.right is not None
         left_values, left = _eigen(factors.left / steps, factors.full[0])
         right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
         if factors.left.dim() == 1:  # a vector block has one side
             return SpectralOperator(spectrum(left_values))
-        if factors.diagonal is not None:  # both traces are the Fisher's: the product of the moments has it once
+        if factors.diagonal is not None:  # both covariances have the Fisher's trace: the product should have it once
             right_values = right_values / right_values.sum(-1, keepdim=True).clamp_min(1e-30)
-        sides = (Side.drawn(left_values, left, factors.seen), Side.drawn(right_values, right, factors.seen))
+        sides = (Side.shrunk(left_values, left, factors.seen), Side.shrunk(right_values, right, factors.seen))
         if factors.diagonal is not None:
             return SpectralOperator(spectrum(factors.diagonal / steps), sides, entrywise=True)
         return SpectralOperator(spectrum(left_values[..., :, None], right_values[..., None, :]), sides)
@@ -169,28 +178,28 @@ class KFAC:
         return out <= self.max_dim and not isinstance(grad_sample, Lookup), inputs <= self.max_dim
 
 
-def _times(moment: Tensor, factor: Tensor) -> Tensor:
-    """A moment [G, K, K] or [G, K] times a factor [G]."""
-    return moment * factor.view(-1, *[1] * (moment.dim() - 1))
+def _times(covariance: Tensor, factor: Tensor) -> Tensor:
+    """A covariance [G, K, K] or [G, K] times a factor [G]."""
+    return covariance * factor.view(-1, *[1] * (covariance.dim() - 1))
 
 
-def _diagonal(moment: Tensor, size: int) -> Tensor:
-    """The diagonal [G, K] of a moment that is [G, K, K] or already [G, K]."""
-    return moment.diagonal(dim1=-2, dim2=-1) if moment.dim() == 3 else moment.expand(-1, size)
+def _diagonal(covariance: Tensor, size: int) -> Tensor:
+    """The diagonal [G, K] of a covariance [G, K, K], or of one that is diagonal already."""
+    return covariance.diagonal(dim1=-2, dim2=-1) if covariance.dim() == 3 else covariance.expand(-1, size)
 
 
-def _eigen(moment: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a moment; of a diagonal one its own entries."""
+def _eigen(covariance: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a covariance; None where it is diagonal."""
     if not full:
-        return moment.clamp_min(0), None
-    # LAPACK in single precision has returned NaN for moments of size 1e-7, as vanishing gradients leave them
-    size = moment.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(moment.dtype).tiny)
-    scaled = moment / size
+        return covariance.clamp_min(0), None
+    # LAPACK in single precision has returned NaN for covariances of size 1e-7, as vanishing gradients leave them
+    size = covariance.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(covariance.dtype).tiny)
+    scaled = covariance / size
     try:
         values, vectors = torch.linalg.eigh(scaled)
         converged = bool(values.isfinite().all() & vectors.isfinite().all())
-    except RuntimeError:  # may be where many inputs are always zero
+    except RuntimeError:  # happens where many inputs are always zero
         converged = False
     if not converged:
-        values, vectors = (x.to(moment.dtype) for x in torch.linalg.eigh(scaled.double()))
+        values, vectors = (x.to(covariance.dtype) for x in torch.linalg.eigh(scaled.double()))
     return values.clamp_min(0) * size[..., 0], vectors

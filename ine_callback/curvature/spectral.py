@@ -4,7 +4,7 @@ The Fisher F of a block has Kronecker factors, so a function of it is elementwis
 
     f(F) v = Q_L [f(l_L l_R^T) * (Q_L^T v Q_R)] Q_R^T
 
-    f(x) = exp(-(R x + decay))          what the rest of training leaves of a change: f-INE's discount
+    f(x) = exp(-(R x + decay))          what the rest of training leaves of a change made now: f-INE's discount
     f(x) = 1 / (x + damping)            an influence function
     f(x) = (1 - (1 - rate x)^T) / x     T steps of gradient descent, unrolled
 """
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.per_sample_gradients import GradSample, row_chunks
-from ine_callback.curvature.low_rank import MIXED, Side, Sketch, energies, sketched
+from ine_callback.curvature.low_rank import Side
+from ine_callback.curvature.sketch import MIN_MIXTURES, Sketch, expected_self_influence, sketched
 
-# f of eigenvalues that come as factors to be multiplied: large products are then formed once, by f itself.
+# f of eigenvalues, given as factors to be multiplied: the large product is then formed once, by f itself.
 Spectrum = Callable[..., Tensor]
 
 
@@ -30,8 +31,8 @@ def exponential(exponent: Tensor | float, decay: Tensor | float = 0.0) -> Spectr
     """``exp(-(exponent x + decay))``.
 
     Args:
-        exponent: Remaining learning rate times the optimizer's rate R.
-        decay: Weight decay's own exponent (the same in all directions).
+        exponent: R: the learning rate that remains times the optimizer's rate.
+        decay: The exponent of weight decay, the same in all directions.
 
     Example:
         >>> exponential(2.0)(torch.tensor([0.0, 0.5]))
@@ -82,7 +83,7 @@ class SpectralOperator:
 
     Attributes:
         weight: f of the eigenvalues [*layout]; None: the identity.
-        sides: The moments that it comes from, left and right, where the block is a matrix with both.
+        sides: The covariances that it comes from, left and right, where the block is a matrix with both.
         entrywise: Whether the weight is that of single entries of the block instead.
     """
 
@@ -92,12 +93,12 @@ class SpectralOperator:
 
     @property
     def left(self) -> Tensor | None:
-        """Eigenvectors of the output side [G, O, O], or None where nothing is turned."""
+        """Eigenvectors of the output side [G, O, O], or None where nothing is rotated."""
         return None if self.sides is None or self.entrywise else self.sides[0].vectors
 
     @property
     def right(self) -> Tensor | None:
-        """Eigenvectors of the input side [G, I, I], or None where nothing is turned."""
+        """Eigenvectors of the input side [G, I, I], or None where nothing is rotated."""
         return None if self.sides is None or self.entrywise else self.sides[1].vectors
 
     def apply(self, v: Tensor) -> Tensor:
@@ -114,29 +115,31 @@ class SpectralOperator:
         return v if self.left is None else self.left @ v
 
     def quadratic(self, grad_sample: GradSample) -> Tensor:
-        """<f(F) g_i, g_i> [b] for every row of a record."""
+        """<f(F) g_i, g_i> [b] for every row."""
         return self.norms(grad_sample)[:, 0]
 
     def norms(self, grad_sample: GradSample) -> Tensor:
-        """<f(F) g_i, g_i> and |f(F) g_i|^2, [b, 2], for every row of a record."""
+        """<f(F) g_i, g_i> and |f(F) g_i|^2, [b, 2], for every row."""
         if self.weight is None:
             return grad_sample.squared_norms()[:, None].expand(-1, 2)
         return grad_sample.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
 
-    def energies(self) -> Tensor | None:
-        """See :func:`.low_rank.energies`; None without sides, for such an operator is met as it is."""
-        return None if self.sides is None or self.weight is None else energies(self._turned, *self.sides)
+    def expected_self_influence(self) -> Tensor | None:
+        """See :func:`.sketch.expected_self_influence`; None without sides, which are never sketched."""
+        if self.sides is None or self.weight is None:
+            return None
+        return expected_self_influence(self._rotated, *self.sides)
 
-    def sketched(self, mixed: int = MIXED) -> Sketched | SpectralOperator:
-        """Nearly the same :meth:`norms` by few columns, see :mod:`.low_rank`; of a vector itself."""
+    def sketched(self, mixtures: int = MIN_MIXTURES) -> SketchedOperator | SpectralOperator:
+        """Nearly the same :meth:`norms` by few columns, see :mod:`.sketch`; the operator itself without sides."""
         if self.sides is None or self.weight is None:
             return self
-        rows, columns, weights = sketched(self._turned, *self.sides, mixed)
-        return Sketched(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
+        rows, columns, weights = sketched(self._rotated, *self.sides, mixtures)
+        return SketchedOperator(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
 
     @cached_property
-    def _turned(self) -> Tensor:
-        """The weights in the sides' eigenbases; of an entrywise operator its diagonal there."""
+    def _rotated(self) -> Tensor:
+        """The weights in the sides' eigenbases; for an entrywise operator its diagonal there."""
         assert self.sides is not None and self.weight is not None
         weight, (left, right) = self.weight, (side.vectors for side in self.sides)
         if self.entrywise and left is not None:
@@ -151,21 +154,21 @@ class SpectralOperator:
             g = grad_samples[0].gradient(rows)
             for grad_sample in grad_samples[1:]:
                 g = g + grad_sample.gradient(rows)
-            changed = self.apply(g)
-            out.append(torch.stack([(changed * g).flatten(1).sum(1), changed.flatten(1).square().sum(1)], 1))
+            applied = self.apply(g)
+            out.append(torch.stack([(applied * g).flatten(1).sum(1), applied.flatten(1).square().sum(1)], 1))
         return torch.cat(out)
 
 
 @dataclass
-class Sketched:
-    """An operator for :meth:`norms` alone, by few columns.
+class SketchedOperator:
+    """A :class:`SpectralOperator` approximated by few columns, for :meth:`norms` alone.
 
     Attributes:
         rows: Sketch of the output side, or None.
         columns: Sketch of the input side, or None.
         left: Columns of the output side as drawn last [G, O, n].
         right: Columns of the input side as drawn last [G, I, m].
-        weights: Of the squares in these columns [2, G, n, m], for ``<f(F) g, g>`` and for ``|f(F) g|^2``.
+        weights: Weights of the squares in these columns [2, G, n, m], for ``<f(F) g, g>`` and for ``|f(F) g|^2``.
     """
 
     rows: Sketch | None
@@ -174,17 +177,17 @@ class Sketched:
     right: Tensor | None
     weights: Tensor
 
-    def transposed(self) -> Sketched:
-        """The same of transposed gradients."""
-        return Sketched(self.columns, self.rows, self.right, self.left, self.weights.transpose(-1, -2))
+    def transposed(self) -> SketchedOperator:
+        """The same operator for transposed gradients."""
+        return SketchedOperator(self.columns, self.rows, self.right, self.left, self.weights.transpose(-1, -2))
 
     @property
     def has_columns(self) -> bool:
-        """Whether the input side has columns; a diagonal moment of few dimensions has none."""
+        """Whether the input side has columns; a diagonal covariance of few dimensions has none."""
         return self.columns is not None or self.right is not None
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draws new columns: errors of rows met at several steps average out."""
+        """Draws new mixtures, so that a row's errors average out over the steps."""
         self.left = self.left if self.rows is None else self.rows.draw(generator)
         self.right = self.right if self.columns is None else self.columns.draw(generator)
 

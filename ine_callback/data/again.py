@@ -15,8 +15,8 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
-_REACHED = 500  # objects looked at: a function of a data set reaches the data
-_LONG = 10_000  # longer containers and larger arrays are not remembered
+_MAX_OBJECTS = 500  # objects followed: a function may reach a whole data set
+_MAX_LENGTH = 10_000  # elements of a container or array that is remembered
 _NO_HOLDERS = (int, float, str, bytes, type(None), type, ModuleType, Tensor, nn.Module)
 
 Restore = Callable[[], None]
@@ -45,7 +45,7 @@ class Again:
         self._globals: list[tuple[dict[str, Any], str]] = []
         waiting: deque[Any] = deque([*_methods(function)] if isinstance(function, type) else [function])
         seen = {id(each) for each in waiting}
-        while waiting and len(seen) < _REACHED:
+        while waiting and len(seen) < _MAX_OBJECTS:
             for part in self._reached(waiting.popleft()):
                 if id(part) not in seen and not isinstance(part, _NO_HOLDERS):
                     seen.add(id(part))
@@ -172,7 +172,7 @@ def _global(space: dict[str, Any], name: str) -> Restore:
 
 def _container(value: Any) -> Restore:
     """How to restore what a list, dictionary, set, array or tensor holds; of anything else nothing."""
-    if isinstance(value, list | dict | set | deque) and len(value) <= _LONG:
+    if isinstance(value, list | dict | set | deque) and len(value) <= _MAX_LENGTH:
         before = copy.copy(value)
 
         def refill() -> None:
@@ -181,17 +181,17 @@ def _container(value: Any) -> Restore:
                 (value.extend if isinstance(value, list | deque) else value.update)(before)
 
         return refill
-    if isinstance(value, np.ndarray) and value.size <= _LONG and value.flags.writeable:
+    if isinstance(value, np.ndarray) and value.size <= _MAX_LENGTH and value.flags.writeable:
         array = value.copy()
         return lambda: np.copyto(value, array)
-    if isinstance(value, Tensor) and value.numel() <= _LONG and not value.requires_grad:
+    if isinstance(value, Tensor) and value.numel() <= _MAX_LENGTH and not value.requires_grad:
         tensor, version = value.clone(), value._version
         return lambda: _ignore(None if value._version == version else value.copy_(tensor))
     return lambda: None
 
 
 def _parts(container: Any) -> list[Any]:
-    """By identity: parts may have a comparison of their own."""
+    """By identity: parts may define their own comparison."""
     return (
         [(key, id(value)) for key, value in container.items()] if isinstance(container, dict) else [*map(id, container)]
     )

@@ -15,7 +15,7 @@ from ine_callback.errors import RowsError
 def size_of(batch: Any) -> int:
     """Number of rows: the leading dimension of the first tensor (or the length of the first list) found.
 
-    Graphs of torch_geometric say themselves how many they are.
+    Batches of torch_geometric have their number of graphs as an attribute.
 
     Raises:
         RowsError: If there is neither.

@@ -1,6 +1,6 @@
 """Which items the rows of a collated batch are, for any collate function: it may sort, drop, repeat or mix them.
 
-Three ways, the first that proves it for the batch at hand:
+Three ways; the first that verifies the order for the batch at hand counts:
 
 1. Rows hold the values of the items at their places (no further call), and no two rows could be exchanged.
 2. The function is called again, its random numbers drawn anew, with some items in the place of others: what it makes of
@@ -26,9 +26,9 @@ from ine_callback.data.again import Again, Restore
 from ine_callback.data.columns import Path, mark, same, sizes
 from ine_callback.data.trial import Columns, Trial, copied
 
-_SUFFIXES = 8  # ends of a batch that are exchanged where random numbers are drawn item by item
-_TOO_FEW = 4  # rows below which a batch is looked at with its items twice
-_FEW = 8  # rows up to which each half of the items is exchanged
+_MAX_SUFFIXES = 8  # ends of a batch that are exchanged, where random numbers are drawn item by item
+_MIN_ITEMS = 4  # items below which the function is called with each item twice
+_MAX_BOTH_HALVES = 8  # items up to which both halves are exchanged
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Fate:
     """What became of a batch's items.
 
     Attributes:
-        places: For each row, the place of its item among those given; None where it cannot be told.
+        places: For each row, the place of its item among those given; None where it is unknown.
         reason: Why not.
         always: Whether the reason is the function's, not this batch's.
     """
@@ -79,7 +79,7 @@ class Followed:
         after = self._again.remember()
         try:
             return batch, failed or self._fate(batch, copies, before)
-        except Exception as error:  # ours or a second call's: the training gets its batch all the same
+        except Exception as error:  # of this package or of a second call: the training gets its batch all the same
             return batch, Fate(None, f"{self._name} could not be followed ({type(error).__name__}: {error})")
         finally:
             after()
@@ -118,7 +118,7 @@ class Followed:
             )
         return Fate(None, f"{self._name} {why}: which item a row is cannot be told", rows >= count)
 
-    # -- the order is kept --------------------------------------------------------------------------------------------
+    # -- rows in the items' order -------------------------------------------------------------------------------------
 
     def _in_order(self, trial: Trial, rows: int) -> list[int] | None:
         count = len(trial.items)
@@ -142,7 +142,7 @@ class Followed:
         return None
 
     def _learn(self, trial: Trial, given: Columns) -> None:
-        """In a batch whose order is proved: which parts the items hold themselves."""
+        """In a batch whose order is verified: which parts the items hold themselves."""
         if self._held is not None:
             self._held = {
                 part: own for part, own in self._held.items() if part in given and trial.holds(given[part], own)
@@ -157,19 +157,22 @@ class Followed:
         if not trial.differ(given):
             return False
         dice, count = random.Random(self._batches), len(trial.items)
-        if 1 < count < _TOO_FEW:  # twice, so that items can change places while the batch holds the same ones
+        if 1 < count < _MIN_ITEMS:  # twice, so that items can change places while the batch holds the same ones
             twice = trial.twice()
             again = twice.columns(2 * len(owners)) if len(owners) == count else {}
             swaps = [_swapped(2 * count, i, j) for j in range(2 * count) for i in range(j)]
             if again and all(twice.follows(again, list(range(2 * count)), source) for source in swaps):
                 return True
         halves = list(_halves(count, dice))
-        if all(trial.follows(given, owners, source) for source in (halves if due or count <= _FEW else halves[:2])):
+        if all(
+            trial.follows(given, owners, source)
+            for source in (halves if due or count <= _MAX_BOTH_HALVES else halves[:2])
+        ):
             return True
         # random numbers drawn item by item, as many as an item needs: only the items before are sure to draw the same
         ends = list(range(1, count))
         dice.shuffle(ends)
-        return all(trial.follows(given, owners, _with_end(count, end)) for end in ends[:_SUFFIXES])
+        return all(trial.follows(given, owners, _with_end(count, end)) for end in ends[:_MAX_SUFFIXES])
 
     # -- items alone --------------------------------------------------------------------------------------------------
 
@@ -266,13 +269,13 @@ def _halves(count: int, dice: random.Random) -> Iterator[list[int]]:
     codes = list(range(count))
     dice.shuffle(codes)
     for bit in range(max(1, (count - 1).bit_length())):
-        for side in (0, 1) if count <= _FEW else (1,):
+        for side in (0, 1) if count <= _MAX_BOTH_HALVES else (1,):
             chosen = [k for k in range(count) if (codes[k] >> bit & 1) == side]
             if chosen and count > 1:
-                yield _turned(count, chosen, dice)
+                yield _rotated(count, chosen, dice)
 
 
-def _turned(count: int, chosen: list[int], dice: random.Random) -> list[int]:
+def _rotated(count: int, chosen: list[int], dice: random.Random) -> list[int]:
     source = list(range(count))
     if len(chosen) == 1:
         source[chosen[0]] = (chosen[0] + 1 + dice.randrange(count - 1)) % count

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 Path = tuple[tuple[str, Any], ...]
 _ROUNDING = 1e-6
-_DEEP = 6  # levels of a batch that are looked at
+_MAX_DEPTH = 6  # levels of a batch that are read
 
 ROWS, SECOND, ITEMS, JOINED = "rows", "second dimension", "items", "joined"
 
@@ -49,7 +49,7 @@ def layout(
                 found[path] = SECOND
         elif _is_list(part) and len(part) == rows and not (fields and _are_fields(part, rows, lengths)):
             found[path] = ITEMS
-        elif len(path) < _DEEP:
+        elif len(path) < _MAX_DEPTH:
             for step, inner in _parts(part):
                 walk(inner, (*path, step))
 
@@ -95,7 +95,7 @@ def sizes(batch: Any) -> list[int]:
             found.extend(shape[:1])
         elif _is_list(part) and not any(_shape(each) is not None for each in part):
             found.append(len(part))
-        if shape is None and depth < _DEEP:
+        if shape is None and depth < _MAX_DEPTH:
             for _, inner in _parts(part):
                 walk(inner, depth + 1)
 
@@ -108,7 +108,7 @@ def leaves(item: Any) -> dict[Path, Any]:
     found: dict[Path, Any] = {}
 
     def walk(part: Any, path: Path) -> None:
-        inner = [] if _shape(part) is not None or _is_numbers(part) or len(path) >= _DEEP else _parts(part)
+        inner = [] if _shape(part) is not None or _is_numbers(part) or len(path) >= _MAX_DEPTH else _parts(part)
         if not inner:
             found[path] = part
         for step, each in inner:

@@ -28,7 +28,7 @@ class RowBatch:
     Attributes:
         rows: Dataset indices [b], int64, on the CPU.
         batch: What the user's collate function returned.
-        fate: How the rows follow from the items, or why they cannot be told.
+        fate: How the rows follow from the items, or why they are unknown.
     """
 
     rows: Tensor
@@ -45,7 +45,7 @@ class _Indexed(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        if hasattr(dataset, "__getitems__"):  # the fetcher looks for it on the instance
+        if hasattr(dataset, "__getitems__"):  # the fetcher reads it off the instance
             self.__getitems__ = self._items
 
     def __getitem__(self, index: Any) -> tuple[Any, Any]:
@@ -145,7 +145,7 @@ class RowTracker:
         """The rows of the batch seen last, whichever is given.
 
         Raises:
-            UntoldRows: If they cannot be told.
+            UntoldRows: If they are unknown.
         """
         return self._told(self.rows, self._fate)
 
@@ -153,7 +153,7 @@ class RowTracker:
         """The rows of a batch that was not stripped here.
 
         Raises:
-            UntoldRows: If they cannot be told.
+            UntoldRows: If they are unknown.
         """
         return self._told(carrier.rows, carrier.fate)
 
@@ -175,7 +175,7 @@ class RowCheck:
 
     Args:
         owner: Class named in messages.
-        size: Number of rows of the training set, or None where nobody knows.
+        size: Number of rows of the training set, or None where it is unknown.
 
     Attributes:
         count: Number of rows known to exist.

@@ -1,1 +1,1 @@
-"""Processes that train together, and parameters that they split."""
+"""Processes that train together, and parameters that are sharded over them."""

@@ -1,7 +1,7 @@
-"""Several processes train one model (DDP) or share chains: what they tell each other; or one alone.
+"""Exchanges between the processes that train one model or run chains together; or a single process.
 
-A recorder must never leave a training waiting. Recorders meet before every exchange of data, and only there learn that
-one of them broke down; it tells so without waiting for anybody, and all of them stop recording together.
+A recorder must never leave a training waiting. So recorders exchange two numbers before they exchange data. A process
+whose recording failed says so in such an exchange, without waiting for the others. All of them then stop recording.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Processes:
 
     Args:
         device: Where tensors for collectives live.
-        alone: Whether to leave the others out of it.
+        alone: Whether to act as a single process.
     """
 
-    _host: Any = None  # group for what lives on the host; None: the default group
+    _host: Any = None  # group for data on the host; None: the default group
 
     def __init__(self, device: torch.device, alone: bool = False) -> None:
         self._device = device
@@ -34,7 +34,7 @@ class Processes:
         self.rank = dist.get_rank() if self.count > 1 else 0
 
     def all(self, mine: bool) -> bool:
-        """Whether it is so in every process."""
+        """Whether ``mine`` is true in every process."""
         if self.count == 1:
             return mine
         flag = torch.tensor(int(mine), device=self._device)
@@ -42,7 +42,7 @@ class Processes:
         return bool(flag)
 
     def first(self, value: float) -> float:
-        """The first process's value: rounding must not let step sizes differ."""
+        """The first process's value, so that rounding cannot make values differ between processes."""
         if self.count == 1:
             return value
         agreed = torch.tensor(value, dtype=torch.float64, device=self._device)
@@ -50,7 +50,7 @@ class Processes:
         return float(agreed)
 
     def gather(self, mine: Any) -> list[Any]:
-        """Every process's object, in their order."""
+        """Every process's object, in the order of ranks."""
         if self.count == 1:
             return [mine]
         found: list[Any] = [None] * self.count
@@ -58,7 +58,7 @@ class Processes:
         return found
 
     def join(self, mine: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Rows [sum of sizes, ...] of all processes, this one's being [sizes[rank], ...]."""
+        """Rows [sum of sizes, ...] of all processes; ``mine`` is [sizes[rank], ...]."""
         if self.count == 1:
             return mine
         padded = mine.new_zeros(max(sizes), *mine.shape[1:])
@@ -68,7 +68,7 @@ class Processes:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces each tensor by its mean over the processes, the same to the last bit in all of them."""
+        """Replaces each tensor by its mean over the processes, equal in every bit in all of them."""
         if self.count > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
@@ -80,14 +80,14 @@ class Lockstep(Processes):
 
     Args:
         device: As for :class:`Processes`.
-        alone: As for :class:`Processes`. Otherwise all processes must make theirs at the same time.
+        alone: As for :class:`Processes`. Otherwise all processes must construct theirs at the same time.
 
     Attributes:
-        dissolved: Why they no longer meet; empty while they do.
+        dissolved: Why there are no more exchanges; empty while there are.
 
     Example:
         >>> alone = Lockstep(torch.device("cpu"), alone=True)
-        >>> alone.meet(3), alone.common(["a", "b"]) == {"a", "b"}
+        >>> alone.exchange(3), alone.common(["a", "b"]) == {"a", "b"}
         ([[3, 0]], True)
     """
 
@@ -98,17 +98,19 @@ class Lockstep(Processes):
             self._host = dist.new_group(backend="gloo")
 
     def exchange(self, one: int = 0, other: int = 0) -> list[list[int]]:
-        """Every process's two numbers, in their order. What may fail comes before, the exchange of data right after.
+        """Every process's two numbers, in the order of ranks.
+
+        Whatever may fail comes before this, and the exchange of data comes right after it.
 
         Raises:
-            InfluenceError: If one of them has left; at once, where that is known.
+            InfluenceError: If a process has left; without an exchange, where that is known.
         """
         if self.count == 1:
             return [[one, other]]
         if not self.dissolved:
-            work, told, _ = self._tell([1, one, other])
+            work, received, _ = self._send([1, one, other])
             work.wait()
-            found = [part.tolist() for part in told]
+            found = [part.tolist() for part in received]
             left = [rank for rank, (there, *_) in enumerate(found) if not there]
             if not left:
                 return [numbers for _, *numbers in found]
@@ -116,24 +118,24 @@ class Lockstep(Processes):
         raise InfluenceError(self.dissolved)
 
     def leave(self) -> None:
-        """Tells the others at their next meeting that this process records no more; waits for nobody."""
+        """Tells the others at their next exchange that this process stopped recording; does not wait for them."""
         if self.count > 1 and not self.dissolved:
             self.dissolved = "this process stopped recording."
-            self._parting = self._tell([0, 0, 0])
+            self._parting = self._send([0, 0, 0])
 
     def close(self) -> None:
-        """Gives the group back; where one of them left, words may still be on their way, and it stays."""
+        """Destroys the group; not where a process left, whose last message may still be on its way."""
         if self.count > 1 and not self.dissolved:
             self.dissolved = "the recording is over."
             dist.destroy_process_group(self._host)
 
-    def _tell(self, numbers: list[int]) -> tuple[Any, list[Tensor], Tensor]:
-        """Begins an exchange; all that it returns must live until it is over."""
-        told, mine = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)], torch.tensor(numbers)
-        return dist.all_gather(told, mine, group=self._host, async_op=True), told, mine
+    def _send(self, numbers: list[int]) -> tuple[Any, list[Tensor], Tensor]:
+        """Begins an exchange; what it returns must be held until the exchange is over."""
+        received, mine = [torch.zeros(3, dtype=torch.int64) for _ in range(self.count)], torch.tensor(numbers)
+        return dist.all_gather(received, mine, group=self._host, async_op=True), received, mine
 
     def common(self, names: Iterable[str]) -> set[str]:
-        """The names that all of them have. A meeting."""
+        """The names that all processes have. Includes an exchange."""
         mine = sorted(names)
         digest = int.from_bytes(hashlib.sha256("\0".join(mine).encode()).digest()[:7], "big")
         if len({one for one, _ in self.exchange(digest)}) == 1:

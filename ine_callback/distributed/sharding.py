@@ -1,7 +1,7 @@
-"""Parameters that FSDP2 (``fully_shard``) splits over processes: whole tensors where the mathematics needs them.
+"""Parameters that FSDP2 (``fully_shard``) shards over processes: whole tensors where the mathematics needs them.
 
-A collective that only some processes take part in would mix its data with those of the training. So every one comes
-right after a meeting (:mod:`ine_callback.distributed.processes`), and so does every pass through the model.
+A collective in which only some processes take part would mix its data with the training's. So every collective comes
+right after an exchange (:mod:`ine_callback.distributed.processes`), and so does every pass through the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor of which this process may hold a part.
+    """The whole tensor, of which this process may hold a part. A collective where it is sharded.
 
     Example:
         >>> whole(torch.ones(2))
@@ -27,29 +27,29 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; no collective."""
     part = getattr(tensor, "to_local", None)
-    own: Tensor = tensor if part is None else part()
-    return own
+    mine: Tensor = tensor if part is None else part()
+    return mine
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the processes share the parameters among them."""
+    """Whether the module's parameters are sharded over the processes."""
     return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 def gradients(value: Tensor, module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Gradients of a scalar, with ``.grad`` left as it was.
+    """Gradients of a scalar; ``.grad`` is left as it was.
 
-    Where parameters are split, ``torch.autograd.grad`` finds none of them in the graph: a backward pass puts them
-    together and averages the gradients over processes.
+    ``torch.autograd.grad`` does not find sharded parameters in the graph. There a backward pass gathers them and
+    averages the gradients over processes.
     """
     if not is_sharded(module):
         return list(torch.autograd.grad(value, parameters, allow_unused=True))
-    kept = [(p, p.grad) for p in module.parameters()]
-    for p, _ in kept:
+    before = [(p, p.grad) for p in module.parameters()]
+    for p, _ in before:
         p.grad = None
     try:
         value.backward()
         return [None if p.grad is None else whole(p.grad) for p in parameters]
     finally:
-        for p, grad in kept:
+        for p, grad in before:
             p.grad = grad

@@ -1,1 +1,1 @@
-"""Where the package meets other programs: Lightning, Hugging Face, loggers, the environment."""
+"""Connects the recording to other programs: Lightning, Hugging Face, loggers, the environment."""

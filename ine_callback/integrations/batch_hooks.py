@@ -21,7 +21,7 @@ _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batc
 
 
 class BatchHooks:
-    """Looks once at what the user's batch hooks do to the first training batch.
+    """Checks once what the user's batch hooks do to the first training batch.
 
     Args:
         trainer: Its datamodule may have the hooks.
@@ -53,7 +53,7 @@ class BatchHooks:
                 raise batch
             if not mixes_rows(module, transfer, batch, size_of(batch)):
                 return None
-        except Exception as error:  # a hook that bears no second call
+        except Exception as error:  # a hook that cannot be called twice
             return f"whether {names} mixes rows was not checked ({type(error).__name__}: {error})"
         return (
             f"{names} mixes the rows of a batch, or their order (mixup or the like): a row's score is that of the "
@@ -79,10 +79,10 @@ def mixes_rows(module: nn.Module, transfer: Callable[[Any], Any], batch: Any, ro
     if rows < 2 or not led_by(batch, rows):
         return False
 
-    def changed(source: Tensor, seed: int, kept: int = rows) -> int:
-        """The number of rows up to the first that stayed and changed, among the first ``kept``; 0: there is none."""
+    def changed(source: Tensor, seed: int, count: int = rows) -> int:
+        """The number of rows up to the first that stayed and changed, among the first ``count``; 0: there is none."""
         made = _rows_of(module, transfer, cut(batch, source, rows), rows, seed)
-        stayed = [k for k in range(kept) if source[k] == k]
+        stayed = [k for k in range(count) if source[k] == k]
         if len(made) != len(whole):
             return rows
         return next((k + 1 for k in stayed if not all(same(a[k], b[k]) for a, b in zip(whole, made, strict=True))), 0)

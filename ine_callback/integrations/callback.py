@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ine_callback.curvature.low_rank import RANK
-from ine_callback.data.row_ids import RowTracker
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
-from ine_callback.integrations.batch_hooks import BatchHooks
-from ine_callback.integrations.legacy import former
+from ine_callback.integrations.checkpoints import KEY, resume, save
 from ine_callback.integrations.loggers import RunLog, run_folder
 from ine_callback.integrations.progress import progress_of
+from ine_callback.integrations.row_tracking import TrackedRows
 from ine_callback.integrations.trainer import (
     evaluating,
     is_known,
-    restarts_in_an_epoch,
     schedulers_of,
     splits_tensors,
     steps_ahead,
@@ -35,18 +32,18 @@ from ine_callback.integrations.trainer import (
     unscale,
 )
 from ine_callback.methods import FitContext, FitEndMethod, FitEndMethods, Method, split_methods
+from ine_callback.methods.observation_counts import ObservationCounts
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
-from ine_callback.recording.provenance import SINGLE
+from ine_callback.recording.config import RecordingConfig
+from ine_callback.recording.provenance import SINGLE_ROW
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.report.report import save_with_page
 from ine_callback.scores import Scores, Stage
 from ine_callback.utilities.isolation import unmoved
-from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_options, given
-
-KEY = "ine_callback"  # of the recording in a checkpoint
+from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_count
 
 
 class InfluenceCallback(Callback):
@@ -62,19 +59,20 @@ class InfluenceCallback(Callback):
             row's own loss: finds mislabelled rows), a :class:`~ine_callback.Query`, a callable
             ``(module, batch) -> scalar``, a list of these, or a mapping of names to these, to DataLoaders, batches or
             lists of dataset indices.
-        methods: Methods to run; :class:`~ine_callback.FINE` by default.
+        methods: Methods to run; :class:`~ine_callback.FINE` by default. Without it, as in ``[BIF()]``, no pass of the
+            training is read, and the report has no f-INE score.
         enabled: Switches everything off without removing the callback.
         refresh_every: Optimizer steps between refreshes of the queries' gradients; None: 20 at first, later an eighth
             of the steps so far (docs/methods/fine.md has the measured price of each choice).
-        curvature_every: Optimizer steps between observations of the curvature, which is averaged over the run; None: 4
-            at first, later a 64th of the steps so far.
+        curvature_every: Optimizer steps between curvature updates, which are averaged over the run; None: 4 at first,
+            later a 64th of the steps so far.
         rank: Most dimensions of a layer's inputs, for each query, in which directions are held, where those keep 99 %
             of the signals' variance (else all). None: all, always, and self-influence without sketches (slow).
         discount: Whether the curvature of the rest of training discounts early steps (recommended: it is what makes
             the scores agree with retraining). Off: the paper's first-order signal.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
-        reservoir: Rows whose captured gradients are kept (at most 256 MB) for the part of the discount that sees across
-            layers; 0: none.
+        reservoir: Rows whose per-sample gradients are stored (at most 256 MB) for the part of the discount that sees
+            across layers; 0: none.
         initial_weights: ``random`` (training from scratch) counts the draw of the initial weights as training
             randomness, the scale of mu; ``fixed`` (fine-tuning) only the order of the rows.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
@@ -122,30 +120,24 @@ class InfluenceCallback(Callback):
         | Callable[..., Any] = "val",
         methods: list[Method | FitEndMethod] | None = None,
         enabled: bool = True,
-        refresh_every: int | None = None,
-        curvature_every: int | None = None,
-        rank: int | None = RANK,
-        discount: bool = True,
-        max_dim: int = 1024,
-        reservoir: int = 800,
-        initial_weights: InitialWeights = "random",
+        refresh_every: int | None = RecordingConfig.refresh_every,
+        curvature_every: int | None = RecordingConfig.curvature_every,
+        rank: int | None = RecordingConfig.rank,
+        discount: bool = RecordingConfig.discount,
+        max_dim: int = RecordingConfig.max_dim,
+        reservoir: int = RecordingConfig.reservoir,
+        initial_weights: InitialWeights = RecordingConfig.initial_weights,
         max_query_rows: int = 2000,
         row_fn: Callable[[Any], Tensor] | None = None,
         num_rows: int | None = None,
         layers: list[str] | None = None,
-        uncaptured: Uncaptured = "warn",
+        uncaptured: Uncaptured = RecordingConfig.uncaptured,
         dirpath: str | Path | None = None,
         show_rows: bool = True,
         log_scores: bool = True,
-        on_error: OnError = "warn",
+        on_error: OnError = RecordingConfig.on_error,
     ) -> None:
         owner = self.owner
-        counts = given({"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank})
-        counts |= {"max_dim": max_dim, "max_query_rows": max_query_rows}
-        check_options(owner, on_error, uncaptured, initial_weights, **counts)
-        parse(queries, owner)
-        if methods is not None:
-            split_methods(methods, owner)
         self.queries, self.methods, self.enabled = queries, methods, enabled
         self.refresh_every, self.curvature_every, self.rank = refresh_every, curvature_every, rank
         self.discount, self.max_dim = discount, max_dim
@@ -154,14 +146,23 @@ class InfluenceCallback(Callback):
         self.initial_weights: InitialWeights = initial_weights
         self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
         self.log_scores = log_scores
+        self._config.check(owner)
+        check_count(owner, "max_query_rows", max_query_rows)
+        parse(queries, owner)
+        if methods is not None:
+            split_methods(methods, owner)
         self.report: InfluenceReport | None = None
-        self._tracker: RowTracker | None = None
+        self._rows: TrackedRows | None = None
         self._recorder: Recorder | None = None
         self._fit_end = FitEndMethods([], owner)
         self._log: RunLog | None = None
         self._saved: dict[str, Any] = {}
         self._folder: Path | None = None
-        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def _config(self) -> RecordingConfig:
+        """The options of the recording, as they are now."""
+        return RecordingConfig(**{each.name: getattr(self, each.name) for each in fields(RecordingConfig)})
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
@@ -179,42 +180,16 @@ class InfluenceCallback(Callback):
         if sum(rival.enabled for rival in rivals) > 1:
             raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
         self.report, self._saved = None, {}
-        self._tracker = RowTracker(owner)
-        self._hooks = BatchHooks(trainer, pl_module)
-        self._track_rows(trainer, self._tracker)
-
-    def _track_rows(self, trainer: Trainer, tracker: RowTracker) -> None:
-        """Makes training batches carry their rows, and takes them off before anybody else sees the batch."""
-        process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
-        hooks = self._hooks
-
-        def process_dataloader(loader: object) -> object:
-            loader = process(loader)
-            if trainer.training and self.row_fn is None:
-                tracker.track(loader)
-            return loader
-
-        self._patch(trainer.strategy, "process_dataloader", process_dataloader)
-        self._patch(trainer.precision_plugin, "convert_input", lambda batch: convert(hooks.keep(tracker.strip(batch))))
-
-    def _patch(self, target: object, name: str, function: Callable[..., Any]) -> None:
-        before = {name: target.__dict__[name]} if name in target.__dict__ else {}
-
-        def undo() -> None:
-            target.__dict__.pop(name, None)
-            target.__dict__.update(before)
-
-        self._undo.append(undo)
-        target.__dict__[name] = function
+        self._rows = TrackedRows(trainer, pl_module, owner, self.row_fn)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._tracker is None:
+        if self._rows is None:
             return
         try:
             self._start(trainer, pl_module)
         except InfluenceError:
             raise
-        except Exception as error:  # an accident of ours; the user can train without the recording
+        except Exception as error:  # the user can train without the recording
             if self.on_error == "raise":
                 raise
             if self._recorder is not None:
@@ -223,7 +198,7 @@ class InfluenceCallback(Callback):
             warnings.warn(f"{self.owner}: nothing is recorded: {type(error).__name__}: {error}", stacklevel=2)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._tracker is not None
+        assert self._rows is not None
         owner = self.owner
         if len(trainer.optimizers) != 1:
             raise InfluenceError(
@@ -239,33 +214,26 @@ class InfluenceCallback(Callback):
             raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
         loss = self._loss = ModuleLoss(pl_module, owner)
         training, ending = (None, []) if self.methods is None else split_methods(self.methods, owner)
+        if training == []:
+            training = [ObservationCounts()]
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
         self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
             pl_module,
             trainer.optimizers[0],
-            rows=self.num_rows or self._tracker.size,
+            rows=self.num_rows or self._rows.tracker.size,
             queries=self.queries,
             loss=loss.training,
             methods=training,
             total_steps=steps_ahead(trainer),
             schedulers=schedulers_of(trainer),
-            refresh_every=self.refresh_every,
-            curvature_every=self.curvature_every,
-            rank=self.rank,
-            discount=self.discount,
-            max_dim=self.max_dim,
-            reservoir=self.reservoir,
-            initial_weights=self.initial_weights,
-            layers=self.layers,
-            uncaptured=self.uncaptured,
             accumulate=trainer.accumulate_grad_batches,
             distributed=trainer.world_size > 1,
-            on_error=self.on_error,
             source=self._source,
             to_device=lambda batch: transferred(trainer, batch),
             context=lambda: evaluating(trainer),
             owner=owner,
+            config=self._config,
         )
         self._recorder.clipping.watching = touches_gradients(trainer, pl_module)
         self._recorder.start()
@@ -276,72 +244,36 @@ class InfluenceCallback(Callback):
         self._fit_end.check([query.info for query in bound], is_sharded(pl_module), self._source.is_indexed)
         self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
-            self._go_on(trainer, self._recorder)
+            saved, self._saved = self._saved, {}
+            resume(saved, trainer, self._recorder, self._fit_end, self.on_error)
 
     def _warn_of_single_rows(self, trainer: Trainer, loader: Any) -> None:
         """Before a long training; where batches tell no size, the first step does."""
+        assert self._recorder is not None
         rows = getattr(loader, "batch_size", None) == 1 and trainer.accumulate_grad_batches * trainer.world_size == 1
-        if rows and trainer.lightning_module.automatic_optimization:
-            assert self._recorder is not None
-            self._recorder.warn(SINGLE)
+        if rows and trainer.lightning_module.automatic_optimization and self._recorder.infos:
+            self._recorder.guard.warn(SINGLE_ROW)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     # Not state_dict: with that Lightning lets no second callback into a Trainer, be it switched off.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._recorder is None:
-            return
-        try:
-            checkpoint[KEY] = {"recorder": self._recorder.state_dict(), "fit_end": self._fit_end.state_dict()}
-        except Exception as error:  # a checkpoint must never be lost to us
-            if self.on_error == "raise":
-                raise
-            self._recorder.warn(f"a checkpoint was saved without the recording: {type(error).__name__}: {error}")
+        if self._recorder is not None:
+            save(checkpoint, self._recorder, self._fit_end, self.on_error)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get(KEY, {})
-
-    def _go_on(self, trainer: Trainer, recorder: Recorder) -> None:
-        """Takes up what the checkpoint holds of the recording."""
-        saved, self._saved = self._saved, {}
-        step, why = trainer.global_step, "there is no recording of them"
-        try:
-            if saved:
-                recorder.load_state_dict(saved["recorder"])
-                self._go_on_fit_end(saved, recorder)
-                recorder.note(f"resumed at step {step} from a checkpoint")
-                if restarts_in_an_epoch(trainer):
-                    recorder.note(
-                        "resumed inside of an epoch with a loader that does not know where it was: that epoch's rows "
-                        "count as often as they were trained on, some twice, some never"
-                    )
-                return
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            why = f"{type(error).__name__}: {error}"
-        note = f"recording began at step {step} of a resumed run; earlier steps are missing ({why})"
-        (recorder.warn if trainer.ckpt_path else recorder.note)(note)
-
-    def _go_on_fit_end(self, saved: dict[str, Any], recorder: Recorder) -> None:
-        """Takes up what methods found before the checkpoint; the recording is not lost to it."""
-        try:
-            self._fit_end.load_state_dict(saved["fit_end"] if "fit_end" in saved else former(saved["stages"]))
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            recorder.warn(f"the checkpoint's scores of earlier stages are lost: {type(error).__name__}: {error}")
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._recorder is not None:
-            assert self._tracker is not None
-            if fault := self._hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
-                self._recorder.warn(fault)
+            assert self._rows is not None
+            if fault := self._rows.hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
+                self._recorder.guard.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
-            self._recorder.start_batch(self.row_fn or self._tracker.told, batch)
+            self._recorder.start_batch(self._rows.rows, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._recorder is not None:
@@ -362,7 +294,7 @@ class InfluenceCallback(Callback):
     # -- methods that run on a trained model --------------------------------------------------------------------------
 
     def _run_fit_end(self, trainer: Trainer, pl_module: LightningModule, at: Stage, scores: Scores | None) -> None:
-        """Runs the methods that are due; what fails in them is noted and costs nothing else."""
+        """Runs the methods that are due; one that fails is noted, and the others go on."""
         assert self._recorder is not None
         recorder = self._recorder
         if not self._fit_end.due(at):
@@ -377,9 +309,9 @@ class InfluenceCallback(Callback):
                     lambda batch: transferred(trainer, batch),
                     lambda: evaluating(trainer),
                     progress=progress_of(trainer),
-                    scores=scores,
+                    scores=scores if scores is not None and scores.queries else None,
                     factors=recorder.signals.curvature,
-                    gradient_sample=recorder.signals.reservoir,
+                    gradient_sample=recorder.signals.reservoir if recorder.signals.curvature is not None else None,
                     layers=self.layers,
                     at=at,
                     owner=self.owner,
@@ -404,8 +336,8 @@ class InfluenceCallback(Callback):
             folder = self._folder
             if folder is not None and trainer.is_global_zero:
                 rank_zero_info(f"{self.owner}: writing the influence report to {folder}")
-                loader = self._tracker.loader if self._tracker is not None and self.show_rows else None
-                rows = None if loader is None else loader.dataset  # with row_fn nobody knows which they are
+                loader = self._rows.tracker.loader if self._rows is not None and self.show_rows else None
+                rows = None if loader is None else loader.dataset  # unknown with row_fn
                 with unmoved(rows):
                     save_with_page(self.report, folder, rows)
             if self._log is not None:
@@ -436,18 +368,17 @@ class InfluenceCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._recorder is not None and self._recorder.running:
-            self._recorder.note(f"training was ended by {type(exception).__name__}: the report covers the steps before")
+            self._recorder.guard.note(
+                f"training was ended by {type(exception).__name__}: the report covers the steps before"
+            )
             self.on_train_end(trainer, pl_module)
         self._release()
 
     def _release(self) -> None:
         """Leaves trainer, loaders and module as they were found; the recorder stays for checkpoints still to come."""
-        with contextlib.ExitStack() as stack:  # each of them, whatever fails
-            for undo in self._undo:
-                stack.callback(undo)
-            if self._tracker is not None:
-                stack.callback(self._tracker.release)
+        with contextlib.ExitStack() as stack:  # both, whatever fails
+            if self._rows is not None:
+                stack.callback(self._rows.release)
             if self._recorder is not None:
                 stack.callback(self._recorder.stop)
-        self._undo.clear()
-        self._tracker = None
+        self._rows = None

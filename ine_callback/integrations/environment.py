@@ -8,15 +8,14 @@ from ine_callback.integrations.callback import InfluenceCallback
 
 
 class EnvironmentCallback(InfluenceCallback):
-    """Records what it can without a word from the user; steps back where a Trainer has a callback of its own."""
+    """Records with default options; disables itself where the Trainer has another InfluenceCallback."""
 
     steps_back = True
     owner = "InfluenceCallback (INE_CALLBACK=1; 0 switches it off)"
 
     def __init__(self) -> None:
-        super().__init__(
-            ["val", "self"], log_scores=False
-        )  # a program that knows nothing of us finds its logs as they were
+        # a program that does not know of this package finds its logs unchanged
+        super().__init__(["val", "self"], log_scores=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         others = [c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and c is not self]  # type: ignore[attr-defined]

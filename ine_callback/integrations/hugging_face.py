@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from ine_callback.curvature.low_rank import RANK
 from ine_callback.data.row_ids import RowBatch, RowTracker
 from ine_callback.errors import InfluenceError
+from ine_callback.integrations.patches import replaced_method
 from ine_callback.methods import Method
 from ine_callback.queries.sources import LARGEST_BATCH, DataSource
+from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.report.report import save_with_page
@@ -48,11 +49,11 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         methods: Methods to run; f-INE by default.
         initial_weights: ``fixed`` for fine-tuning, ``random`` for training from scratch.
         refresh_every: This and the next five as for :class:`~ine_callback.InfluenceCallback`.
-        curvature_every: Optimizer steps between looks at the curvature; None: planned.
+        curvature_every: Optimizer steps between curvature updates; None: ever more.
         rank: Most dimensions of a direction; None: exact.
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
-        reservoir: Rows kept for the discount across layers.
+        reservoir: Rows whose gradients are stored for the discount across layers.
         layers: Patterns of the names of the modules to record, e.g. ``["*.h.11.*"]``; None: all.
         max_query_rows: Rows taken of a larger evaluation set, a fixed random sample.
         uncaptured: What to do about parameters without a capture.
@@ -72,24 +73,33 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         queries: Any = "val",
         methods: Sequence[Method] | None = None,
         initial_weights: InitialWeights = "fixed",
-        refresh_every: int | None = None,
-        curvature_every: int | None = None,
-        rank: int | None = RANK,
-        discount: bool = True,
-        max_dim: int = 1024,
-        reservoir: int = 800,
-        layers: Sequence[str] | None = None,
+        refresh_every: int | None = RecordingConfig.refresh_every,
+        curvature_every: int | None = RecordingConfig.curvature_every,
+        rank: int | None = RecordingConfig.rank,
+        discount: bool = RecordingConfig.discount,
+        max_dim: int = RecordingConfig.max_dim,
+        reservoir: int = RecordingConfig.reservoir,
+        layers: Sequence[str] | None = RecordingConfig.layers,
         max_query_rows: int = 2000,
-        uncaptured: Uncaptured = "warn",
+        uncaptured: Uncaptured = RecordingConfig.uncaptured,
         dirpath: str | Path | None = None,
-        on_error: OnError = "warn",
+        on_error: OnError = RecordingConfig.on_error,
     ) -> None:
         self.report: InfluenceReport | None = None
         self._trainer, self._queries, self._max_query_rows = trainer, queries, max_query_rows
-        self._options: dict[str, Any] = {"methods": methods, "initial_weights": initial_weights}
-        self._options |= {"refresh_every": refresh_every, "curvature_every": curvature_every, "rank": rank}
-        self._options |= {"discount": discount, "max_dim": max_dim, "reservoir": reservoir, "layers": layers}
-        self._options |= {"uncaptured": uncaptured, "on_error": on_error}
+        self._methods = methods
+        self._config = RecordingConfig(
+            refresh_every,
+            curvature_every,
+            rank,
+            discount,
+            max_dim,
+            reservoir,
+            initial_weights,
+            layers,
+            uncaptured,
+            on_error,
+        )
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None
         self._tracker = RowTracker(OWNER, "give a training set whose rows have indices")
@@ -106,7 +116,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         except BaseException as error:
             if self._recorder is not None and self._recorder.running:
                 name = type(error).__name__
-                self._recorder.note(f"training was ended by {name}: the report covers the steps before")
+                self._recorder.guard.note(f"training was ended by {name}: the report covers the steps before")
                 self._report()
             raise
         finally:
@@ -130,17 +140,18 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             rows=self._tracker.size,
             queries=self._queries,
             loss=self._loss,
+            methods=self._methods,
             total_steps=state.max_steps - state.global_step,
             schedulers=[(getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"]), 1)],
             accumulate=args.gradient_accumulation_steps,
             source=DataSource(OWNER, self._loss, self._tracker.loader, self._val(), self._max_query_rows),
             to_device=self._trainer._prepare_inputs,
             owner=OWNER,
-            **self._options,
+            config=self._config,
         )
         self._recorder.start()
         if state.global_step:
-            self._recorder.note(
+            self._recorder.guard.note(
                 f"recording began at step {state.global_step} of a resumed run; earlier ones are missing"
             )
         self._rows.clear()
@@ -176,7 +187,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             self.report = self._recorder.report()
             save_with_page(self.report, self._folder)
         except Exception as error:  # a trained model must never be lost to its report
-            if self._options["on_error"] == "raise":
+            if self._config.on_error == "raise":
                 raise
             unsaved = "the report could not be saved; it is in the callback: .report.save(folder)"
             what = "the report was lost" if self.report is None else unsaved
@@ -213,7 +224,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         assert self._recorder is not None
         rows = self._rows.popleft() if self._rows else None
         if rows is None:
-            self._recorder.note("batches of a resumed epoch do not tell their rows and are missing")
+            self._recorder.guard.note("batches of a resumed epoch do not tell their rows and are missing")
             return original(model, inputs, *args, **kwargs)
         self._recorder.start_batch(rows, inputs)
         loss = original(model, inputs, *args, **kwargs)
@@ -229,14 +240,8 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 def _wrap(target: Any, name: str, wrapped: Callable[..., Any]) -> Callable[[], None]:
     """Calls ``wrapped(original, ...)`` in place of a method; what it returns undoes that."""
-    original, before = getattr(target, name), {key: each for key, each in target.__dict__.items() if key == name}
-
-    def undo() -> None:
-        target.__dict__.pop(name, None)
-        target.__dict__.update(before)
-
-    target.__dict__[name] = lambda *args, **kwargs: wrapped(original, *args, **kwargs)
-    return undo
+    original = getattr(target, name)
+    return replaced_method(target, name, lambda *args, **kwargs: wrapped(original, *args, **kwargs))
 
 
 def _plain(loader: Any) -> Any:

@@ -26,8 +26,8 @@ from ine_callback.report.report import save_with_page
 from ine_callback.scores import Scores
 
 PREFIX = "influence"
-SHARE = 0.02  # of the time since the start that the epochs' scalars may take
-FIGURES = 4  # queries, as in the HTML page
+MAX_TIME_FRACTION = 0.02  # of the time since the start that the epochs' scalars may take
+MAX_FIGURES = 4  # queries, as in the HTML page
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -53,7 +53,7 @@ class RunLog:
     Args:
         trainer: The Trainer.
         owner: Class named in messages.
-        strict: Whether a logger's accident is an error, for tests; else it is a warning.
+        strict: Whether an exception of a logger is raised, for tests; else it is a warning.
     """
 
     def __init__(self, trainer: Trainer, owner: str, strict: bool) -> None:
@@ -61,9 +61,9 @@ class RunLog:
         self._began, self._spent = time.monotonic(), 0.0
 
     def epoch(self, scores: Callable[[], Scores]) -> None:
-        """Logs the scalars, unless making scores has taken more than its share of the time so far."""
+        """Logs the scalars, unless making scores has taken too large a fraction of the time so far."""
         began = time.monotonic()
-        if not self._loggers or self._spent > SHARE * (began - self._began):
+        if not self._loggers or self._spent > MAX_TIME_FRACTION * (began - self._began):
             return
         with self._guarded("the scores of an epoch"):
             self._metrics(scalars(scores()))
@@ -138,10 +138,11 @@ def _files(report: InfluenceReport) -> Iterator[str]:
 
 def _show(logger: Any, report: InfluenceReport, step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
-    figures = {_name(q): report.figure(q) for q in report.queries[:FIGURES]} if find_spec("matplotlib") else {}
+    figures = {_name(q): report.figure(q) for q in report.queries[:MAX_FIGURES]} if find_spec("matplotlib") else {}
     if hasattr(logger, "log_table") and hasattr(logger, "log_image"):  # Weights & Biases
-        first = report.top(100, report.recommended_query)
-        logger.log_table(f"{PREFIX}/first_rows", columns=list(first[0]._fields), data=[list(row) for row in first])
+        if report.queries:
+            first = report.top(100, report.recommended_query)
+            logger.log_table(f"{PREFIX}/first_rows", columns=list(first[0]._fields), data=[list(row) for row in first])
         for name, figure in figures.items():
             logger.log_image(f"{PREFIX}/{name}/figure", [_image(figure)])
         with _files(report) as files:

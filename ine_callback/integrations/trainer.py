@@ -95,7 +95,7 @@ def unscale(trainer: Trainer) -> Tensor | None:
 
 
 def steps_ahead(trainer: Trainer) -> int:
-    """Optimizer steps planned from here on; 0 where nobody knows."""
+    """Optimizer steps planned from here on; 0 where it is unknown."""
     steps = trainer.estimated_stepping_batches
     return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
 

@@ -21,7 +21,13 @@ class Method(ABC):
 
     Implementations keep tensors on the run's device, accumulate in float32 or better and never synchronise with the
     host in ``update``.
+
+    Attributes:
+        needs_signals: Whether it uses signals. Without them no hook reads the training's passes, and ``update`` gets
+            none [b, 0].
     """
+
+    needs_signals = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Accepts methods written for earlier versions, with ``fold`` for ``update`` and ``finish`` for ``compute``."""

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, GradSample
 from ine_callback.capture.label_gradients import classes_of, expect, sample
+from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_losses import read_loss
+from ine_callback.capture.row_order import row_order_faults
+from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
@@ -35,30 +38,34 @@ def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
 class RowGradients:
     """Gradients of b rows' own losses, block by block, as the factors that the passes left; formed on demand.
 
+    A row's own loss is the mean over its terms, as in the report's ``mean_loss``: without constants that scale the
+    loss, and whatever the other rows of its batch weigh.
+
     Args:
-        records: Each block's records; several where a batch used it several times.
-        scale: What turns a record into gradients of the rows' own losses.
+        grad_samples: Each block's per-sample gradients as factors; several where a batch used it several times.
+        scale: What turns their rows into gradients of the rows' own losses [b].
     """
 
-    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor | float) -> None:
+    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor) -> None:
         self._grad_samples, self._scale = grad_samples, scale
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._grad_samples)
 
     def grad_samples(self, block: Block) -> list[GradSample]:
-        """A block's records: their sum times :attr:`scale` are the rows' gradients."""
+        """A block's factors: their sum times :attr:`scale`, row by row, are the rows' gradients."""
         return self._grad_samples[block]
 
     @property
-    def scale(self) -> Tensor | float:
-        """What records are multiplied with."""
+    def scale(self) -> Tensor:
+        """What the rows of the factors are multiplied with [b]."""
         return self._scale
 
     def formed(self, block: Block) -> Tensor:
         """The gradients [b, *layout] of a block."""
         first, *rest = (grad_sample.wide().gradient(slice(None)) for grad_sample in self._grad_samples[block])
-        return sum(rest, first) * self._scale
+        total = sum(rest, first)
+        return total * self._scale.to(total.dtype).view(-1, *[1] * (total.dim() - 1))
 
     def products(self, directions: dict[Block, Tensor]) -> Tensor:
         """Inner products [b, Q] with directions, each [Q, *layout]."""
@@ -68,7 +75,7 @@ class RowGradients:
             if block in directions
             for grad_sample in grad_samples
         ]
-        return torch.stack(parts).sum(0) * self._scale
+        return torch.stack(parts).sum(0) * self._scale[:, None]
 
     def squared_norms(self) -> Tensor:
         """Squared norms [b] of the gradients over all blocks."""
@@ -103,6 +110,7 @@ class FitContext:
         at: Finished epochs, or ``"end"``.
         seed: For a method's own random numbers.
         owner: Class named in messages.
+        notes: Sentences for the report, such as which parameters per-sample gradients leave out.
     """
 
     module: nn.Module
@@ -124,6 +132,10 @@ class FitContext:
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module)
+        self._held: list[tuple[Block, GradSample]] = []
+        self._failures: list[Exception] = []
+        self._capture = Capture(self.module, self._receive, self._failures.append, self.layers, every_pass=True)
+        self._dropped: set[str] | None = None  # modules left out when the first batch was verified
 
     @property
     def rows(self) -> int:
@@ -154,28 +166,24 @@ class FitContext:
         what = what or PerSamplePass()
         generator = torch.Generator(next(self.module.parameters()).device).manual_seed(self.seed)
         for rows, batch in self.batches(what.rows, "per-sample gradients"):
-            for draw in range(self._repeats(what, batch)):
+            for draw in range(self._repeats(what, batch, len(rows))):
                 yield rows, self._gradients(what, batch, len(rows), draw, generator)
 
-    def _repeats(self, what: PerSamplePass, batch: Batch) -> int:
+    def _repeats(self, what: PerSamplePass, batch: Batch, size: int) -> int:
         if what.labels != "expected":
             return 1
         with isolated(self.module), self.precision():
-            return classes_of(self.loss(self.module, batch))
+            return classes_of(self.loss(self.module, batch), size)
 
     def _gradients(
         self, what: PerSamplePass, batch: Batch, size: int, draw: int, generator: torch.Generator
     ) -> RowGradients:
-        grad_samples: dict[Block, list[GradSample]] = {}
-        failures: list[Exception] = []
-
-        def receive(module: nn.Module, found: dict[str, GradSample]) -> None:
-            for block, grad_sample in self.table.sort(module, found):
-                grad_samples.setdefault(block, []).append(grad_sample)
-
-        capture = Capture(self.module, receive, failures.append, self.layers, every_pass=True)
+        capture, parameters = self._capture, [p for p in self.module.parameters() if p.requires_grad]
+        self._held.clear()
         capture.attach()
         try:
+            if self._dropped is None:
+                self._check_layers(batch, size)
             with isolated(self.module), self.precision():
                 capture.start_batch(size)
                 loss = self.loss(self.module, batch)
@@ -184,16 +192,71 @@ class FitContext:
                     sample(loss, generator)
                 elif what.labels == "expected":
                     expect(loss, draw)
-                parameters = [p for p in self.module.parameters() if p.requires_grad]
-                torch.autograd.grad(loss, parameters, allow_unused=True)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             capture.detach()
-        if failures:
-            raise failures[0]
+        if self._failures:
+            raise self._failures.pop()
+        if self._dropped is None:
+            self._verify(parameters, found)
+        elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in self._dropped]:
+            raise CaptureError(f"{self.owner}: per-sample gradients ended early: {'; '.join(late)}.")
+        grad_samples: dict[Block, list[GradSample]] = {}
+        for block, grad_sample in self._held:
+            grad_samples.setdefault(block, []).append(grad_sample)
         if not grad_samples:
             reasons = "; ".join(sorted(set(capture.dropped.values()))) or "no layer of a known type was called"
             raise CaptureError(f"{self.owner}: no layer's gradients can be told apart by rows: {reasons}.")
-        return RowGradients(grad_samples, float(size) if reading is None else reading.scale)
+        if reading is None:
+            self._note("per-sample gradients: the loss is of an unknown form, and taken as a mean over a batch's rows")
+        return RowGradients(grad_samples, loss.new_full((size,), size) if reading is None else reading.own)
+
+    def _receive(self, module: nn.Module, found: dict[str, GradSample]) -> None:
+        self._held += self.table.sort(module, found)
+
+    def _check_layers(self, batch: Batch, size: int) -> None:
+        """Drops layers whose inputs are not led by the batch's rows, or whose layer function is wrong."""
+        if size < 2:
+            return
+
+        def loss(module: nn.Module, batch: Batch) -> Tensor:
+            with self.precision():
+                return self.loss(module, batch)
+
+        found = row_order_faults(self.module, self._capture, loss, batch, size)
+        found = layer_function_faults(self.module, self._capture, loss, batch, size) | found
+        for module, reason in found.items():
+            self._capture.drop(module, reason)
+
+    def _verify(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
+        proof = Verification(self._failures.append, None, keep=False)
+        for block, grad_sample in self._held:
+            proof.take(block, grad_sample)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                proof.compare(parameter, parameter, gradient)
+        if self._failures:
+            raise self._failures.pop()
+        wrong, _, _ = proof.judge(self.table, self._capture.half, self._capture.double_backward)
+        names = {p: name for name, p in self.module.named_parameters()}
+        missing = {names[p]: reason for block, reason in wrong.items() for p in block.parameters}
+        for block in wrong:
+            self.table.drop(block)
+        self._held = [(block, grad_sample) for block, grad_sample in self._held if block not in wrong]
+        used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        missing = uncaptured(self.module, self.table.captured(), self._capture.dropped, used) | missing
+        unasked = {name for name in missing if name.rpartition(".")[0] in self._capture.deselected}
+        if unasked:
+            self._note(f"layers= leaves out {fraction_of(self.module, unasked):.1%} of the trainable parameters")
+        for name, why in missing.items():
+            if name not in unasked:
+                self._note(f"per-sample gradients leave out {name}: {why}")
+        self._dropped = set(self._capture.dropped)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def query_gradients(self) -> dict[Block, Tensor]:
         """Gradients [Q, *layout] of the queries at the present weights, by block; after a per-sample pass.
@@ -217,16 +280,20 @@ class FitContext:
         """
         child = self.module.get_submodule(layer)
         for part, batch in self.batches(rows, "features"):
-            found: list[Tensor] = []
-            handle = child.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0].detach()))
+            found: list[Any] = []
+
+            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any] = found) -> None:
+                found.append(args[0] if args else next(iter(kwargs.values()), None))
+
+            handle = child.register_forward_pre_hook(keep, with_kwargs=True)
             try:
                 with isolated(self.module), self.precision(), torch.no_grad():
                     self.loss(self.module, batch)
             finally:
                 handle.remove()
-            if not found or len(found[0]) != len(part):
+            if len(found) != 1 or not isinstance(found[0], Tensor) or len(found[0]) != len(part):
                 raise CaptureError(
-                    f"{self.owner}: layer {layer!r} was not called with one input for each of {len(part)} rows; name "
-                    "another one."
+                    f"{self.owner}: layer {layer!r} was called {len(found)} times for a batch, not once with one input "
+                    f"for each of {len(part)} rows; name another one."
                 )
-            yield part, found[0].flatten(1)
+            yield part, found[0].detach().flatten(1)

@@ -178,6 +178,7 @@ class FitEndMethods:
                     self._begin(one, context)
             while going := [one for one in running if one.steps is not None]:
                 self._round(going, context)
+        self.notes += [note for note in context.notes if note not in self.notes]
 
     def _begin(self, one: _Running, context: FitContext) -> None:
         found = one.method.run(context)

@@ -1,21 +1,18 @@
 """Queries: what rows are measured against, and where their data comes from."""
 
-from ine_callback.queries.queries import (
+from ine_callback.queries.bound import Batch, BoundQuery, QuerySource
+from ine_callback.queries.evaluation import gradients, scalar
+from ine_callback.queries.kinds import (
     SELF,
-    Batch,
-    BoundQuery,
     CallableQuery,
     LossQuery,
     MarginQuery,
     PerClassQuery,
     Query,
-    QuerySource,
     SelfQuery,
-    gradients,
     margins,
-    parse,
-    scalar,
 )
+from ine_callback.queries.parsing import parse
 
 __all__ = [
     "SELF",

@@ -50,7 +50,7 @@ class ModuleLoss:
     def _call(self, module: Any, name: str, batch: Any) -> Any:
         if name == "training_step" and not self._automatic:
             raise QueryError(
-                f"{self._owner}: {type(module).__name__} optimizes by hand: its training_step cannot be asked for "
+                f"{self._owner}: {type(module).__name__} optimizes by hand: its training_step cannot be called for "
                 "a loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
             )
         return call_step(module, name, batch)

@@ -1,4 +1,4 @@
-"""Where queries get their data: the validation loader, any loader or batch, rows of the training set. Read once."""
+"""Where queries get their data: the validation loader, any loader or batch, rows of the training set."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ine_callback.data.batches import count_of, micro_batches
 from ine_callback.errors import QueryError
-from ine_callback.queries import Batch, QuerySource
+from ine_callback.queries.bound import Batch, QuerySource
 
 LARGEST_BATCH = 256
 
 
 class DataSource(QuerySource):
-    """Resolves what a query calls its data.
+    """Finds the data that a query names, and reads it once.
 
     Args:
         owner: Class named in messages.
         loss: Mean loss of a batch, ``(module, batch) -> scalar``.
         train: The training loader, for lists of dataset indices.
         val: The validation loaders, for ``"val"``.
-        limit: Rows taken of a larger loader, a fixed random sample.
+        limit: Rows taken of a larger loader: a fixed random sample.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""The flow of a training step as a state machine, and what is kept of it."""
+"""The flow of a training step, and what is stored of it for every row."""

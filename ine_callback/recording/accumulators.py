@@ -1,4 +1,4 @@
-"""The ledger: everything that is kept for every row of the data set."""
+"""Everything that is stored for every row of the data set: the methods' state, observations, losses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ine_callback.scores import QueryInfo, Scores
 
 
 class RowAccumulators:
-    """Folds the visits of every step into the rows' accumulators; grows where nobody knows how many rows there are.
+    """Updates the rows' accumulators with the observations of a step; grows where the number of rows is unknown.
 
     Args:
         owner: Class named in messages.
-        rows: Number of rows, or None where nobody knows.
+        rows: Number of rows, or None where it is unknown.
         queries: The queries, in column order.
         methods: What accumulates.
         device: Where the accumulators live.
@@ -30,7 +30,8 @@ class RowAccumulators:
         contrasts: Contrasts of every signal.
 
     Attributes:
-        check: What rows may be named.
+        check: Which row ids are valid.
+        queries: The queries, in column order.
     """
 
     def __init__(
@@ -43,14 +44,14 @@ class RowAccumulators:
         random_weights: bool,
         contrasts: int,
     ) -> None:
-        self._owner, self._rows, self._queries, self._methods = owner, rows, queries, methods
+        self._owner, self._rows, self.queries, self._methods = owner, rows, queries, methods
         self.check, self._size = RowCheck(owner, rows), rows or 0
         self._losses = RowLosses(self._size, device)
         for method in methods:
             method.start(self._size, queries, device, random_weights, contrasts)
 
     def update(self, observations: Observations, rate: float, units: Tensor, known: int) -> None:
-        """Takes a step's visits, at its rate and in units [b, Q]; ``known`` rows exist."""
+        """Takes a step's observations, at its rate and in units [b, Q]; ``known`` rows exist."""
         self.check.count = known
         if known > self._size:
             self._grow(max(known, 2 * self._size))
@@ -92,7 +93,7 @@ class RowAccumulators:
                 f"{self._rows or 'any number of'} rows; resume with the same data and settings."
             )
         for method, of_method in zip(self._methods, state["methods"], strict=True):
-            method.load_state_dict(of_method)  # first: it may refuse, and then nothing is taken up
+            method.load_state_dict(of_method)  # first: it may refuse, and then nothing has changed
         self.check.count = max(self.check.count, state["rows"])
         self._losses.load_state_dict(state["losses"])
         self._grow(max(self._size, state["size"]))
@@ -100,4 +101,4 @@ class RowAccumulators:
     def _settings(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the run."""
         kinds = [type(method).__name__ for method in self._methods]
-        return {"queries": [query.name for query in self._queries], "methods": kinds}
+        return {"queries": [query.name for query in self.queries], "methods": kinds}

@@ -1,19 +1,19 @@
-"""Coverage: which parameters the signals speak for. Proved in the first step and again later, told in the report."""
+"""Coverage: which parameters the signals speak for. Verified in the first step and again later, named in the report."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, GradSample, Vector
-from ine_callback.capture.fallback import COMPARED, Sums, row_contributions, separable
-from ine_callback.capture.layer_functions_check import wrong_functions
+from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
+from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_mixing import MIXED
 from ine_callback.capture.row_order import VIEWS, row_order_faults
-from ine_callback.capture.verification import Proof, fraction_of, uncaptured
+from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.data.batches import led_by
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
@@ -23,11 +23,15 @@ from ine_callback.utilities.options import Uncaptured
 if TYPE_CHECKING:
     from ine_callback.scoring.signals import Signals
 
+# What a process asks of the next step, as bits: two numbers travel in one.
+VERIFY = 1  # to verify the capture again
+HOLD = 2  # to hold per-sample gradients back, so that layers that joined get directions
+
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
 
 class Coverage:
-    """Proves the capture and names what it misses.
+    """Verifies the capture and names what it misses.
 
     Args:
         module: The model.
@@ -36,12 +40,11 @@ class Coverage:
         owner: Class named in messages.
 
     Attributes:
-        share: Share of the trainable parameters whose rows' gradients are recorded.
+        share: Fraction of the trainable parameters whose rows' gradients are recorded.
         uncaptured: Parameter name -> why it is left out.
         approximate: Module name -> why its single rows are approximate.
-        asks: Whether this process wants the next step to prove the capture again, and 2 more where layers joined that
-            are to get directions; after a step all processes agree.
-        wanted: What they agreed on, in the same numbers.
+        requests: What this process asks of the next step: ``VERIFY``, ``HOLD`` or both; after a step all agree.
+        wanted: What they agreed on.
     """
 
     def __init__(self, module: nn.Module, capture: Capture, policy: Uncaptured, owner: str) -> None:
@@ -50,33 +53,29 @@ class Coverage:
         self.uncaptured: dict[str, str] = {}
         self.approximate = dict(capture.approximate)
         self.notes: list[str] = []
-        self.asks = self.wanted = 0
+        self.requests = self.wanted = 0
         self._missing: dict[str, str] = {}
         self._slow: dict[str, nn.Parameter] = {}
-        self._factor = 1.0  # of the shares by the fallback, where the loss's form is not known
-        self._probed = False
-        self._proved: set[nn.Parameter] = set()
+        self._factor = 1.0  # of the fallback's contributions, where the loss's form is not known
+        self._verified: set[nn.Parameter] = set()
         self._dormant: list[nn.Parameter] = []
         self._used: set[tuple[nn.Module | str, int]] = set()
-        self._since, self._advisable = "", True
-        self._last: int | None = None  # the step that was proved last
+        self._since, self._advisable = "", True  # words of when; whether to advise uncaptured="fallback"
+        self._last: int | None = None  # the step that was verified last
         self._dropped: set[str] = set()
-        self._fresh = False
+        self._refreshes = False  # whether the coming step refreshes the directions
 
-    def probe(
+    def check_row_order(
         self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, processes: Lockstep
     ) -> None:
-        """Drops the layers whose inputs are not led by the batch's rows; later calls do nothing."""
-        if self._probed:
-            return
-        self._probed = True
-        fewest = min(there for there, _ in processes.exchange(rows))  # all probe, or none
+        """Drops the layers whose inputs are not led by the batch's rows; once, before the first step."""
+        fewest = min(there for there, _ in processes.exchange(rows))  # all processes check, or none
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return
         try:
             faults = row_order_faults(self._module, self._capture, loss, batch, rows)
-            faults = wrong_functions(self._module, self._capture, loss, batch, rows) | faults
+            faults = layer_function_faults(self._module, self._capture, loss, batch, rows) | faults
         except Exception as error:
             self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
             return
@@ -91,11 +90,11 @@ class Coverage:
             self._capture.drop(module, reason)
 
     def thawed(self) -> bool:
-        """Whether parameters are trained that were frozen (or not yet there) when the capture was proved."""
-        return any(p.requires_grad and p not in self._proved for p in self._module.parameters())
+        """Whether parameters are trained that were frozen (or not yet there) when the capture was verified."""
+        return any(p.requires_grad and p not in self._verified for p in self._module.parameters())
 
     def agree(self, processes: Lockstep) -> None:
-        """Drops what another process dropped, so that all rows' scores speak for the same layers. A meeting."""
+        """Drops what another process dropped, so that all rows' scores speak for the same layers. An exchange."""
         if processes.count == 1:
             return
         if not self._capture.names:
@@ -110,42 +109,42 @@ class Coverage:
         """Whether some parameters are recorded by per-row autograd."""
         return bool(self._slow)
 
-    # -- the proof ----------------------------------------------------------------------------------------------------
+    # -- verification -------------------------------------------------------------------------------------------------
 
     def refreshed(self) -> None:
         """The coming step is one that takes its time anyway."""
-        self._fresh = True
+        self._refreshes = True
 
     def due(self, step: int) -> bool:
-        """Whether a step's first batch is to be proved: where asked for, and at refreshes ever more steps apart."""
-        fresh, self._fresh = self._fresh, False
-        return bool(self.wanted) or (fresh and self._last is not None and step >= max(1, 2 * self._last))
+        """Whether to verify a step's first batch: where asked for, and at refreshes ever more steps apart."""
+        refreshes, self._refreshes = self._refreshes, False
+        return bool(self.wanted) or (refreshes and self._last is not None and step >= max(1, 2 * self._last))
 
     def changed(self, passes: int) -> bool:
-        """Whether the backward pass after so many is of a kind that was never proved: other layers, more calls."""
+        """Whether the backward pass after so many is of a kind that was never verified: other layers, more calls."""
         return not self._uses(passes + 1) <= self._used
 
     @property
     def joining(self) -> bool:
-        """Whether layers are called that had no part in any proof."""
-        proved = {module for module, _ in self._used}
-        return any(module not in proved for module, calls in self._capture.calls.items() if calls)
+        """Whether layers are called that had no part in any verification."""
+        verified = {module for module, _ in self._used}
+        return any(module not in verified for module, calls in self._capture.calls.items() if calls)
 
     def _uses(self, passes: int) -> set[tuple[nn.Module | str, int]]:
         """What the batch does: the calls of each layer, to a power of two, and its backward passes."""
         calls: set[tuple[nn.Module | str, int]] = {(m, n.bit_length()) for m, n in self._capture.calls.items() if n}
-        return calls | {("pass", k) for k in range(passes)} | {("twice", int(self._capture.twice))}
+        return calls | {("pass", k) for k in range(passes)} | {("double backward", int(self._capture.double_backward))}
 
-    def begin(self, fail: Callable[[Exception], None]) -> Proof:
-        """Has what the coming backward passes bring each parameter compared with the sums of its records."""
-        proof = Proof(fail, self._capture.unscale, keep=self._policy == "fallback")
+    def begin(self, fail: Callable[[Exception], None]) -> Verification:
+        """Has each parameter's coming gradients compared with the sums of its per-sample gradients."""
+        proof = Verification(fail, self._capture.unscale, keep=self._policy == "fallback")
         if not is_sharded(self._module):
             for parameter in self._module.parameters():
                 proof.watch(parameter, parameter)
         return proof
 
-    def prove(self, proof: Proof, signals: Signals, processes: Lockstep, step: int, passes: int) -> bool:
-        """Drops what the records do not add up for; False where gradients overflowed, which proves nothing.
+    def verify(self, proof: Verification, signals: Signals, processes: Lockstep, step: int, passes: int) -> bool:
+        """Drops parameters whose per-sample gradients do not add up; False where gradients overflowed.
 
         Raises:
             CaptureError: If parameters are uncaptured under the policy ``"raise"``.
@@ -153,15 +152,15 @@ class Coverage:
         self.agree(processes)
         slow = set(self._slow.values())
         blocks = [block for block in signals.table if not slow.intersection(block.parameters)]
-        wrong, met, finite = proof.judge(blocks, self._capture.half, self._capture.twice)
+        wrong, judged, finite = proof.judge(blocks, self._capture.half, self._capture.double_backward)
         if not all(there for there, _ in processes.exchange(int(finite))):
-            self.wanted |= 1
+            self.wanted |= VERIFY
             return False
-        # a block that not all processes used is not looked at; one that is wrong in one of them is dropped in all
-        common = processes.common(block.key for block in met)
-        right = processes.common(block.key for block in met if block.key in common and block not in wrong)
+        # a block that not all processes used is not judged; one that is wrong in one of them is dropped in all
+        common = processes.common(block.key for block in judged)
+        right = processes.common(block.key for block in judged if block.key in common and block not in wrong)
         elsewhere = "its per-row gradients add up in this process, but not in another"
-        failed = {b: wrong.get(b, elsewhere) for b in met if b.key in common and b.key not in right}
+        failed = {b: wrong.get(b, elsewhere) for b in judged if b.key in common and b.key not in right}
         for block in set(signals.table).intersection(failed):  # of a layer lost in this very pass nothing is left
             signals.drop_block(block)
         captured = signals.table.captured()
@@ -170,16 +169,20 @@ class Coverage:
         missing |= {signals.table.names[p]: reason for block, reason in failed.items() for p in block.parameters}
         self._miss(missing, captured)
         self._used |= self._uses(passes)
-        self._proved.update(p for p in self._module.parameters() if p.requires_grad)
+        self._verified.update(p for p in self._module.parameters() if p.requires_grad)
         self._dormant = [p for p in self._module.parameters() if p.requires_grad and p.grad is None]
         self._last, self._dropped = step, set(self._capture.dropped)
         return True
 
-    def look(self, signals: Signals, step: int) -> None:
-        """After a backward pass, without a look at any value: has something joined, was something dropped?"""
+    def agree_on(self, requests: Iterable[int]) -> None:
+        """Takes what all processes asked of the next step."""
+        self.requests, self.wanted = 0, self.wanted | max(requests)
+
+    def watch_changes(self, signals: Signals, step: int) -> None:
+        """After a backward pass: has something joined, was something dropped? Never synchronises with the device."""
         if self._last is None:
             return
-        self.asks |= any(p.grad is not None for p in self._dormant)
+        self.requests |= VERIFY * any(p.grad is not None for p in self._dormant)
         if len(self._dropped) == len(self._capture.dropped):
             return
         reasons = {n: why for n, why in self._capture.dropped.items() if n not in self._dropped}
@@ -192,12 +195,12 @@ class Coverage:
             if p.requires_grad and p not in captured and name.rpartition(".")[0] in reasons
         }
         self._miss(missing, set())
-        self.asks |= 1
+        self.requests |= VERIFY
 
     # -- what is missing ----------------------------------------------------------------------------------------------
 
     def _miss(self, missing: dict[str, str], captured: set[nn.Parameter]) -> None:
-        """Names what was not missing before; the share recorded counts all that is missing."""
+        """Names what was not missing before; the recorded fraction counts all that is missing."""
         for name, parameter in self._module.named_parameters():
             if parameter in captured:
                 self._missing.pop(name, None)
@@ -210,13 +213,13 @@ class Coverage:
             left = fraction_of(self._module, set(new) - set(rest))
             self.notes.append(f"layers= leaves out {left:.1%} of the trainable parameters: scores speak for the others")
         if rest:
-            self._settle(rest)
+            self._apply_policy(rest)
 
     def _begin_naming(self, step: int) -> None:
         """What is named from here on is left out from this step on; at the start nothing need be said of that."""
-        self._since = "" if self._last is None else f"from step {step} on (proved until step {self._last})"
+        self._since = "" if self._last is None else f"from step {step} on (verified until step {self._last})"
 
-    def _settle(self, missing: dict[str, str]) -> None:
+    def _apply_policy(self, missing: dict[str, str]) -> None:
         if self._policy == "raise" and self._last is None:  # later there is no step left to refuse
             raise CaptureError(
                 f"{self._told(missing)} Register a layer function, or pass uncaptured='warn' or 'fallback'."
@@ -232,12 +235,12 @@ class Coverage:
         self._leave_out(missing, _SLOWLY if self._advisable else "")
 
     def _told(self, missing: dict[str, str]) -> str:
-        share = fraction_of(self._module, missing)
+        fraction = fraction_of(self._module, missing)
         listing = "; ".join(
             f"{name} ({fraction_of(self._module, [name]):.1%}): {why}" for name, why in list(missing.items())[:8]
         )
         since = f" {self._since}" if self._since else ""
-        return f"{self._owner}: {share:.1%} of the trainable parameters are not captured{since}: {listing}."
+        return f"{self._owner}: {fraction:.1%} of the trainable parameters are not captured{since}: {listing}."
 
     def _leave_out(self, missing: dict[str, str], remedy: str) -> None:
         since = f", {self._since}" if self._since else ""
@@ -250,10 +253,10 @@ class Coverage:
 
     def nothing_left(self, rows: int) -> str:
         """Why no row can get a signal, and what can be done about it."""
-        shares: dict[str, float] = {}
+        fractions: dict[str, float] = {}
         for name, why in self._missing.items():
-            shares[why] = shares.get(why, 0.0) + fraction_of(self._module, [name])
-        reason = max(shares, key=lambda why: shares[why], default=self.first_reason())
+            fractions[why] = fractions.get(why, 0.0) + fraction_of(self._module, [name])
+        reason = max(fractions, key=lambda why: fractions[why], default=self.first_reason())
         told = f"no layer's gradients could be told apart by the batch's {rows} rows: {reason}."
         if not self._advisable or COMPARED in reason:
             return told + " Scores of rows need a loss that is a mean or a sum over rows."
@@ -277,9 +280,9 @@ class Coverage:
         batch: Any,
         rows: int,
         signals: Signals,
-        proof: Proof | None,
+        proof: Verification | None,
     ) -> list[tuple[Block, GradSample]]:
-        """Records of the uncaptured parameters by one backward pass a row; with a proof only of those that add up.
+        """Gradients of uncaptured parameters by one backward pass a row; with a verification of those that add up.
 
         Raises:
             CaptureError: If there is no loss or batch to differentiate again.
@@ -291,22 +294,25 @@ class Coverage:
         parameters = list(self._slow.values())
         sums = None
         if proof is not None:
-            sums = Sums(self._module, loss, batch, rows, dict(self._slow), signals.scale, proof.kept)
+            slow = dict(self._slow)
+            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, proof.gradients)
 
-        def factor(shares: list[Tensor]) -> float:
-            self._factor = sums.factor(shares, self._factor) if sums is not None else self._factor
+        def factor(contributions: list[Tensor]) -> float:
+            self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor
             return self._factor
 
         found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor)
-        shares = dict(zip(self._slow, found, strict=True))
+        contributions = dict(zip(self._slow, found, strict=True))
         if sums is not None:
-            wrong, approximate = sums.judge(shares)
+            wrong, approximate = sums.judge(contributions)
             self.approximate |= approximate
-            self._unprove(wrong, signals)
-        return [(signals.table.vector(p), Vector(shares[name].reshape(rows, -1))) for name, p in self._slow.items()]
+            self._drop_slow(wrong, signals)
+        return [
+            (signals.table.vector(p), Vector(contributions[name].reshape(rows, -1))) for name, p in self._slow.items()
+        ]
 
-    def _unprove(self, wrong: dict[str, str], signals: Signals) -> None:
-        """Leaves out parameters whose rows' shares, taken one by one, do not add up."""
+    def _drop_slow(self, wrong: dict[str, str], signals: Signals) -> None:
+        """Leaves out parameters whose rows' contributions, taken one by one, do not add up."""
         if not wrong:
             return
         for name in wrong:

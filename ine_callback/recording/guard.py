@@ -1,4 +1,4 @@
-"""Accidents inside the recording never reach the training: the recording stops, and the report says why."""
+"""What a recording shares about itself: its phase, its steps, its notes. An exception in it never reaches training."""
 
 from __future__ import annotations
 
@@ -6,66 +6,82 @@ import warnings
 from collections.abc import Callable
 
 from ine_callback.errors import CaptureError, UntoldRows
+from ine_callback.recording.phases import TAKING, Phase
 from ine_callback.utilities.options import OnError
 
 
 class Guard:
-    """Base of what runs inside of a training.
+    """Runs the parts of a recording; an exception stops the recording, never the training.
 
     Args:
         owner: Class named in messages.
         on_error: ``"warn"`` stops the recording and lets training go on; ``"raise"`` is for tests.
+        leave: Called when the recording stops early, to let go of what others wait for.
+        stop: Removes every hook.
 
     Attributes:
+        phase: Where the recording is.
         notes: Sentences for the report.
         steps: Optimizer steps recorded.
-        recording: Whether records are taken.
-        failed: Whether an accident ended that.
-        reason: What it was.
         taken: Optimizer steps of the training, recorded or not.
+        widest: Most rows in a step.
+        failed: Whether an exception stopped the recording.
+        reason: Which exception.
     """
 
-    def __init__(self, owner: str, on_error: OnError) -> None:
-        self.owner, self.on_error = owner, on_error
+    def __init__(self, owner: str, on_error: OnError, leave: Callable[[], None], stop: Callable[[], None]) -> None:
+        self.owner, self._on_error, self._leave, self._stop = owner, on_error, leave, stop
+        self.phase, self.failed, self.reason = Phase.IDLE, False, ""
         self.notes: list[str] = []
-        self.steps, self.taken, self.recording, self.failed = 0, 0, False, False
-        self.reason = ""
+        self.steps = self.taken = self.widest = 0
 
-    def guarded(self, function: Callable[..., None], *args: object) -> None:
-        """Calls a part of the recording, unless it has stopped."""
+    @property
+    def recording(self) -> bool:
+        """Whether the recording is under way."""
+        return self.phase in TAKING
+
+    def enter(self, phase: Phase) -> None:
+        """Goes on to a phase; what has stopped stays stopped."""
+        if self.phase is not Phase.STOPPED:
+            self.phase = phase
+
+    def run(self, function: Callable[..., None], *args: object) -> None:
+        """Calls a part of the recording, unless it has stopped.
+
+        Raises:
+            CaptureError: Before the first step, where ``uncaptured="raise"`` or ``"fallback"`` asked for it.
+            UntoldRows: Before the first step, where no batch will ever tell its rows.
+        """
         if not self.recording:
             return
         try:
             function(*args)
         except (CaptureError, UntoldRows) as error:
-            if self.steps or not error.always:  # a batch that went missing later must not end the training
+            if self.steps or not error.always:  # a batch that goes missing later must not end the training
                 return self.fail(error)
-            self.stop()  # before the first step: uncaptured="raise" or "fallback" asked for it, or rows never are told
+            self._stop()
             raise
-        except Exception as error:  # the training run is sacred
+        except Exception as error:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Stops the recording because of an accident."""
+        """Stops the recording because of an exception."""
         first = not self.failed
         self.give_up()
         if first:
             self.reason = f"{type(error).__name__}: {error}"
-        if self.on_error == "raise":
+        if self._on_error == "raise":
             raise error
-        if not first:  # what comes after an accident is its consequence
+        if not first:  # a consequence of the first one
             return
         message = f"recording stopped after {self.steps} steps: {self.reason}"
         self.notes.append(message)
         warnings.warn(f"{self.owner}: {message} Training goes on; the report holds what came before.", stacklevel=2)
 
     def give_up(self) -> None:
-        """Takes no more records."""
-        self.recording, self.failed = False, True
-
-    def stop(self) -> None:
-        """Removes every hook."""
-        self.recording = False
+        """Records nothing more; hooks stay attached until the recorder stops."""
+        self.phase, self.failed = Phase.STOPPED, True
+        self._leave()
 
     def note(self, note: str) -> None:
         """Adds a sentence to the report, once."""

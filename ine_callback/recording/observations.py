@@ -1,4 +1,4 @@
-"""What the batches of one optimizer step left, kept until the step is really taken."""
+"""What the backward passes of one optimizer step found, until the step is taken."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ine_callback.optimizers.clipping import Change
 
 @dataclass(frozen=True)
 class Observations:
-    """Rows and what their visit left.
+    """Rows of one step, with their signals and losses.
 
     Attributes:
         rows: Dataset indices [b].
         signals: Signals and contrasts [b, Q, 1 + J].
-        own: Squared units of the rows' own losses [b].
+        own: Squared units of self-influence [b].
         losses: The rows' losses [b], NaN where unknown.
     """
 
@@ -35,11 +35,11 @@ class Observations:
         return Observations(self.rows, self.signals + later.signals, self.own + later.own, self.losses + later.losses)
 
     def times(self, factor: Tensor | float) -> Observations:
-        """With the shares of the step times a factor."""
+        """With the contributions to the step times a factor."""
         return Observations(self.rows, self.signals * factor, self.own, self.losses)
 
     def joined(self, processes: Processes, sizes: Sequence[int]) -> Observations:
-        """Those of all processes, this one's being ``sizes[rank]``; right after a meeting."""
+        """Those of all processes, this one's being ``sizes[rank]``; right after an exchange."""
         if processes.count == 1:
             return self
         own, losses = (x.to(self.signals.dtype)[:, None] for x in (self.own, self.losses))
@@ -50,11 +50,11 @@ class Observations:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one backward pass left, before it is known what becomes of the gradients.
+    """What one backward pass found, before it is known what becomes of the gradients.
 
     Attributes:
         rows: Dataset indices [b].
-        blocks: The K blocks whose signals are apart; none: one sum.
+        blocks: The K blocks whose signals are told apart; none: one sum.
         signals: Signals and contrasts [K, b, Q, 1 + J].
         own: As of :class:`Observations`.
         losses: As of :class:`Observations`.
@@ -87,7 +87,7 @@ class Pending:
         return bool(self._passes)
 
     def add(self, one: Pass) -> None:
-        """Takes what a backward pass left."""
+        """Takes what a backward pass found."""
         self._passes.append(one)
 
     def change(self, change: Change) -> None:
@@ -115,7 +115,7 @@ class Pending:
         return batches
 
     def take(self, columns: int, contrasts: int, device: torch.device) -> Observations:
-        """All of them, as one; they are no longer pending. None at all have signals [0, columns, 1 + contrasts]."""
+        """All of them as one, and none is pending any more; without any, signals are [0, columns, 1 + contrasts]."""
         parts = [reduce(Observations.again, (one.observations() for one in batch)) for batch in self._batches()]
         self._passes = []
         if not parts:

@@ -38,7 +38,7 @@ class Answer:
 
 
 def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
-    """The three of them.
+    """The three of them; the second needs a query.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -46,6 +46,8 @@ def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
         >>> [answer.short for answer in answers(report, report.summary())]
         ['3 rows', '5 help · 3 harm', 'Yes, by its own checks']
     """
+    if not facts["queries"]:
+        return [Answer("What to fix", "No f-INE score", "ok", [advice(report, facts)]), _believe(report, facts)]
     return [_fix(report, facts), _matters(facts), _believe(report, facts)]
 
 
@@ -75,10 +77,11 @@ def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
     known = [query for query in facts["queries"] if query["null_ks_p"] is not None]
     failed, last = len(facts["null_checks_failed"]), [stages[-1] for stages in by_method(report.attributions).values()]
     checks = f"Null check passed for {len(known) - failed} of {len(known)} queries." if known else "No null check."
-    lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."]
+    lines = [checks, f"{100 * facts['captured_share']:.3g} % of the parameters captured."] if facts["queries"] else []
     for found in last:
         passed = sum(check.passed for check in found.checks)
-        lines.append(f"{heading(found)}: {verdict(found)} ({passed} of {len(found.checks)} checks).")
+        count = f" ({passed} of {len(found.checks)} checks)" if found.checks else ""
+        lines.append(f"{heading(found)}: {verdict(found)}{count}.")
     if facts["incomplete"]:
         return Answer("Can I believe it?", "Not of the whole run", "alarm", [plain(facts["incomplete"]), *lines])
     if failed or not all(found.reliable for found in last):

@@ -75,7 +75,7 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         q=tests.benjamini_hochberg(result["p"]),
         observations=observations.sum(0),
         mean_loss=mean_over(loss, np.where(np.isfinite(loss), observations, 0)),
-        null_mu=np.stack(null_mu),
+        null_mu=np.stack(null_mu) if null_mu else np.zeros((0, 0)),
         null_ks_p=null_ks_p,
         **result,
     )

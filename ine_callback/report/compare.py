@@ -126,6 +126,8 @@ class Comparison:
 def compare(one: Contents, other: Contents, q: float) -> Comparison:
     """See :meth:`InfluenceReport.compare`."""
     check_rows([one.scores, other.scores], WHO)
+    for report in (one, other):
+        report.column()  # raises where f-INE scored no query
     limit = threshold(q, WHO)
     theirs = {query.name: query.kind for query in other.scores.queries}
     names = [query.name for query in one.scores.queries if theirs.get(query.name) == query.kind]

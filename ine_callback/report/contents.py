@@ -17,6 +17,7 @@ from ine_callback.report.table import ScoreTable
 from ine_callback.report.validate import checked, checked_attributions
 from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
 from ine_callback.utilities.validate import row_ids
+from ine_callback.utilities.words import NO_QUERY
 
 Rows = NDArray[np.int64]
 
@@ -101,6 +102,8 @@ class Contents:
         Raises:
             KeyError: When there is no such query; the message lists the choices.
         """
+        if not self.queries:
+            raise KeyError(f"InfluenceReport: {NO_QUERY}")
         if query is None:
             return 0
         if query not in self.queries:

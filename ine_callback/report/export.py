@@ -36,6 +36,7 @@ COLUMNS = tuple(name for name in RowScore._fields if name not in ("row", "query"
 
 def to_arrow(report: Contents) -> pa.Table:
     """See :meth:`InfluenceReport.to_arrow`."""
+    report.column()  # raises where there is no query, and so no line
     values = tables.columns(report.scores, *tables.everything(report.scores))
     arrays = {name: doubles(each) if each.dtype == np.float64 else pa.array(each) for name, each in values.items()}
     arrays |= {name: doubles(each) for name, each in _of_methods(report).items()}
@@ -68,6 +69,7 @@ def _of_methods(report: Contents) -> dict[str, NDArray[np.float64]]:
 def to_pandas(report: Contents) -> Any:
     """See :meth:`InfluenceReport.to_pandas`."""
     pandas = need("pandas", "InfluenceReport.to_pandas")
+    report.column()  # raises where there is no query, and so no line
     rows, columns = tables.everything(report.scores)
     values: dict[str, Any] = tables.columns(report.scores, rows, columns)
     values |= _of_methods(report)

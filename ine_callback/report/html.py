@@ -133,7 +133,7 @@ def _samples(
     report: Contents, names: Sequence[str], samples: Any, render: Render | None
 ) -> tuple[dict[int, Shown], list[str]]:
     """The rows that cards show, the suspects first; and in words which of them could not be read."""
-    if samples is None:
+    if samples is None or not report.queries:
         return {}, []
     wanted = report.drop_list()[: MAX_CARDS // 3].tolist()
     for name in sorted(names, key=lambda name: name != report.recommended_query):
@@ -165,7 +165,8 @@ def _with_terms(report: Contents, row: int, one: Shown) -> Shown:
     """Tokens without weights get their scores on the query that a page without script shows."""
     found = _of_tokens(report)
     asked = [] if found is None else [info.name for info in found.queries]
-    query = report.recommended_query if report.recommended_query in asked else "".join(asked[:1])
+    first = report.recommended_query if report.queries else ""
+    query = first if first in asked else "".join(asked[:1])
     scores = _terms(report, row, one, query)
     return one if scores is None or not isinstance(one, Text) else replace(one, weights=scores.tolist())
 

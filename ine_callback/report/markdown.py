@@ -28,8 +28,7 @@ def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
         " · ".join(f"**{value}** {label}" for label, value in headline(facts)),
         escaped(advice(report, facts)),
         *(f"> **{'✗' if line.startswith('NULL') else '!'}** {escaped(line)}" for line in warnings(report, facts)),
-        _overview(facts),
-        escaped(LEGEND),
+        *([_overview(facts), escaped(LEGEND)] if facts["queries"] else []),
         *(part for query in shown for part in _extremes(report, query)),
     ]
     if len(shown) < len(report.queries):

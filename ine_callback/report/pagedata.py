@@ -49,7 +49,7 @@ def payload(report: Contents, facts: dict[str, Any], names: Sequence[str], class
     """All that the page's script reads; texts without control characters, arrays as base64 of little-endian bytes."""
     columns = [report.column(name) for name in names]
     rows = listed_rows(report, columns)
-    first = names.index(report.recommended_query) if report.recommended_query in names else 0
+    first = names.index(facts["recommended_query"]) if facts["recommended_query"] in names else 0
     return {
         "total": report.rows,
         "flag": facts["flagged_at_q"],

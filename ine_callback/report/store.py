@@ -1,6 +1,7 @@
 """A report on disk: two Parquet files and one JSON file. Data only; loading never executes anything.
 
-scores.parquet   one line for every query and row; null where the row was never observed
+scores.parquet   one line for every query and row; null where the row was never observed; without queries one
+                 line for every row, whose query is empty: its observations and mean loss
 null.parquet     draws of mu / null_sd under the permutation null
 meta.json        format, queries, provenance
 """
@@ -24,6 +25,7 @@ from ine_callback.report.validate import MATRICES
 from ine_callback.scores import QueryInfo, QueryKind, Scores
 
 FORMAT, VERSION = "ine_callback.report", 1
+NO_NAME = ""  # stands for the query where f-INE scored none
 FILES = SCORES, NULL, META = "scores.parquet", "null.parquet", "meta.json"
 _DOUBLES = (*MATRICES, "mean_loss")
 SCORES_SCHEMA = pa.schema(
@@ -50,12 +52,13 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
     n = meta["rows"]
     queries = tuple(QueryInfo(**query) for query in meta["queries"])
     names = [query.name for query in queries]
-    table = read_table(folder, SCORES, SCORES_SCHEMA, n * len(names))
-    cell = _cells(folder, table, names, n)
-    matrices = {name: _scatter(table, name, cell, n, len(names)) for name in MATRICES}
-    repeated = {name: _scatter(table, name, cell, n, len(names)) for name in ("observations", "mean_loss")}
+    asked = names or [NO_NAME]
+    table = read_table(folder, SCORES, SCORES_SCHEMA, n * len(asked))
+    cell = _cells(folder, table, asked, n)
+    matrices = {name: _scatter(table, name, cell, n, len(asked))[:, : len(names)] for name in MATRICES}
+    repeated = {name: _scatter(table, name, cell, n, len(asked)) for name in ("observations", "mean_loss")}
     for name, matrix in repeated.items():
-        if not np.array_equal(matrix, np.repeat(matrix[:, :1], len(names), axis=1), equal_nan=True):
+        if not np.array_equal(matrix, np.repeat(matrix[:, :1], len(asked), axis=1), equal_nan=True):
             raise ReportError(folder, f"{SCORES}: {name} of a row differs between queries")
     scores = Scores(
         queries=queries,
@@ -70,12 +73,13 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
 
 def _scores_table(scores: Scores) -> pa.Table:
     n, q = scores.mu.shape
+    matrices = {name: getattr(scores, name) if q else np.full((n, 1), np.nan) for name in MATRICES}
     columns = {
-        "row": pa.array(np.tile(np.arange(n, dtype=np.int64), q)),
-        "query": query_column(scores, n),
-        "observations": pa.array(np.tile(scores.observations, q)),
-        "mean_loss": doubles(np.tile(scores.mean_loss, q)),
-    } | {name: doubles(getattr(scores, name).T.ravel()) for name in MATRICES}
+        "row": pa.array(np.tile(np.arange(n, dtype=np.int64), max(1, q))),
+        "query": query_column(scores, n) if q else pa.array([NO_NAME] * n).dictionary_encode(),
+        "observations": pa.array(np.tile(scores.observations, max(1, q))),
+        "mean_loss": doubles(np.tile(scores.mean_loss, max(1, q))),
+    } | {name: doubles(matrix.T.ravel()) for name, matrix in matrices.items()}
     return pa.table([columns[name] for name in SCORES_SCHEMA.names], schema=SCORES_SCHEMA)
 
 
@@ -138,7 +142,7 @@ def _meta_fault(meta: dict[str, Any]) -> str:
     rows, checks = meta.get("rows"), meta.get("null_ks_p")
     if not is_count(rows):
         return f"rows is {rows!r}, not a count"
-    fault = queries_fault(meta.get("queries"))
+    fault = queries_fault(meta.get("queries")) if meta.get("queries") != [] else ""
     if fault:
         return fault
     if not isinstance(checks, list) or len(checks) != len(meta["queries"]):
@@ -190,6 +194,8 @@ def _scatter(table: pa.Table, name: str, cell: NDArray[np.int64], n: int, q: int
 def _null_draws(folder: Path, names: list[str]) -> NDArray[np.float64]:
     table = read_table(folder, NULL, NULL_SCHEMA)
     codes = _codes(folder, NULL, table.column("query"), names)
+    if not names:
+        return np.zeros((0, 0))
     counts = np.bincount(codes, minlength=len(names))
     if bool((counts != counts[0]).any()):
         raise ReportError(folder, f"{NULL} has a different number of draws per query")

@@ -22,8 +22,8 @@ def checked(scores: Scores) -> Scores:
             was never observed.
     """
     names = [query.name for query in scores.queries]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"InfluenceReport: queries are {names}; give at least one query, each with its own name")
+    if len(set(names)) < len(names):
+        raise ValueError(f"InfluenceReport: queries are {names}; give each its own name")
     seen = readonly(np.asarray(scores.observations).astype(np.int64))
     n, q = seen.size, len(names)
     arrays: dict[str, Any] = {"observations": seen}

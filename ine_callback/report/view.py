@@ -37,7 +37,7 @@ def summary(report: Contents) -> dict[str, Any]:
         "steps": run.steps,
         "captured_share": run.captured_share,
         "flagged_at_q": FLAG_AT,
-        "recommended_query": report.recommended_query,
+        "recommended_query": report.recommended_query if report.queries else None,
         "null_checks_failed": [query["name"] for query in queries if _nan(query["null_ks_p"]) < NULL_ALARM],
         "queries": queries,
         "notes": list(run.notes),
@@ -66,7 +66,9 @@ def headline(facts: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = [("rows", f"{facts['rows']:,}"), ("observed", f"{facts['seen']:,}")]
     if facts["unseen"]:
         pairs.append(("never observed", f"{facts['unseen']:,}"))
-    pairs += [("steps", f"{facts['steps']:,}"), ("parameters captured", f"{100 * facts['captured_share']:.3g} %")]
+    pairs.append(("steps", f"{facts['steps']:,}"))
+    if facts["queries"]:  # else nothing was to be captured
+        pairs.append(("parameters captured", f"{100 * facts['captured_share']:.3g} %"))
     return pairs
 
 
@@ -95,13 +97,15 @@ def _modules(reasons: dict[str, str], state: str, limit: int = 5) -> list[str]:
 
 def advice(report: Contents, facts: dict[str, Any]) -> str:
     """Where to look for label errors, and how strongly that is recommended."""
+    losses = bool(np.isfinite(report.scores.mean_loss).any())
+    labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
     name = facts["recommended_query"]
+    if name is None:
+        return f"No query was scored by f-INE.{f' To look for label errors: {labels}.' if labels else ''}"
     kind = report.info(name).kind
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     found = f"{count:,} row{'' if count == 1 else 's'} at q ≤ {FLAG_AT:g}"
     where = f"report.drop_list(), query {plain(name)!r}: {found}."
-    losses = bool(np.isfinite(report.scores.mean_loss).any())
-    labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
     if kind == "self":
         return f"To look for label errors: {labels + '; where to stop says ' if labels else ''}{where}"
     return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
@@ -110,10 +114,11 @@ def advice(report: Contents, facts: dict[str, Any]) -> str:
 def one_line(report: Contents) -> str:
     """What ``repr`` says."""
     names = ", ".join(repr(plain(name)) for name in report.queries[:5]) + (", …" if len(report.queries) > 5 else "")
+    asked = f"queries: {names}" if names else "no query"
     missing = report.unseen.size
     note = f"; {missing:,} row{'s' if missing > 1 else ''} never observed" if missing else ""
     missed = f"; {plain(report.run.incomplete)}" if report.run.incomplete else ""
-    return f"InfluenceReport({report.rows:,} rows, queries: {names}{note}{missed})"
+    return f"InfluenceReport({report.rows:,} rows, {asked}{note}{missed})"
 
 
 def terminal(report: Contents) -> Group:
@@ -135,8 +140,8 @@ def terminal(report: Contents) -> Group:
         )
     ]
     parts += [_alarm(line) for line in alarms]
-    parts.append(_overview(facts))
-    parts.append(Text(LEGEND, "dim"))
+    if facts["queries"]:
+        parts += [_overview(facts), Text(LEGEND, "dim")]
     for query in facts["queries"][:MAX_DETAILED]:
         parts += _extremes(report, query)
     if len(facts["queries"]) > MAX_DETAILED:

@@ -1,1 +1,1 @@
-"""Directions of queries and their inner products with the rows' gradients."""
+"""Directions of queries, and signals: their inner products with the rows' gradient contributions."""

@@ -1,6 +1,7 @@
-"""What a refresh leaves for one block: how a record is contracted with every query's U and with its own discount D.
+"""One block's direction: how per-sample gradients are contracted with every query's U, and with themselves.
 
-Self-influence is discounted by K-FAC alone: the reservoir's discount would need each row's own projections.
+The discount ``D = exp(-R F)`` is what the rest of training leaves of a change made now. Queries have it in U. In
+self-influence it is K-FAC's alone: the gradient sample's discount would need the projections of each row.
 """
 
 from __future__ import annotations
@@ -14,33 +15,39 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
-from ine_callback.capture.compressed_gradients import FEW_QUERIES, CompressedGradients, turned
-from ine_callback.capture.per_sample_gradients import widened
-from ine_callback.curvature.low_rank import SMALLEST, low_rank
-from ine_callback.curvature.spectral import Sketched, SpectralOperator
+from ine_callback.capture.per_sample_gradients import CompressedGradients, widened
+from ine_callback.capture.per_sample_gradients.compressed import MAX_WEIGHTED_QUERIES, weighted_columns
+from ine_callback.curvature.low_rank import MIN_INPUTS, low_rank
+from ine_callback.curvature.spectral import SketchedOperator, SpectralOperator
 from ine_callback.scoring.sign_contrasts import Contrasts, summed
 
-WHOLE = 1 << 16  # entries up to which the gradient of a shared block is formed for each row
+MAX_FORMED = 1 << 16  # entries of a tied block whose gradient is formed for each row
 
-Use = GradSample | CompressedGradients  # what self-influence needs of one use of a block
+Use = GradSample | CompressedGradients  # one use of a block, as self-influence needs it
 
 
 @dataclass
 class SelfTerms:
-    """A row's own gradient in a block.
+    """Self-influence terms: squared norms of the rows' gradients g_i in one block.
 
     Attributes:
         norms: ``<D g_i, g_i>`` and ``|D g_i|^2`` [b, 2].
-        energies: Of its units [b, 1 + J], see :func:`.signed_by`.
+        unit_energies: Squared norms by units [b, 1 + J], see :func:`.signed_by`.
     """
 
     norms: Tensor
-    energies: Tensor
+    unit_energies: Tensor
 
 
 @dataclass
-class Plan:
-    """What one block's direction is made of: the K-FAC discount, its weight, the exponents of both discounts."""
+class DirectionSpec:
+    """What one block's direction is made of.
+
+    Attributes:
+        discount: K-FAC's discount D.
+        weight: Factor of a gradient contribution in a step, relative to the first parameter group's.
+        exponents: Exponents of the discount by curvature and by weight decay.
+    """
 
     discount: SpectralOperator
     weight: Tensor | float
@@ -49,12 +56,12 @@ class Plan:
 
 @dataclass
 class Direction(ABC):
-    """What a block's records are met with.
+    """Contracts the per-sample gradients of one block.
 
     Attributes:
         block: The block.
         contrasts: Signs of its units.
-        queries: U [Q, *layout], or what is left of it in the basis; None without queries.
+        queries: U [Q, *layout], or U in the columns of a compressed direction; None without queries.
     """
 
     block: Block
@@ -63,19 +70,19 @@ class Direction(ABC):
 
     @abstractmethod
     def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
-        """Signals with their contrasts [b, Q, 1 + J], None without queries, and what :meth:`self_terms_of` needs."""
+        """Signals with their contrasts [b, Q, 1 + J] (None without queries), and what :meth:`self_terms_of` needs."""
 
     @abstractmethod
     def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
-        """The row's own gradient, summed over all uses of the block in a batch."""
+        """Self-influence terms of the gradients summed over all uses of the block in a batch."""
 
-    def draw(self, turn: int) -> None:  # noqa: B027 - most have nothing to draw
-        """Draws new columns for the sketch, where there is one."""
+    def draw(self, count: int) -> None:  # noqa: B027 - only a sketch has columns to draw
+        """Draws new columns for the sketch, where there is one; ``count`` enters their seed."""
 
 
 @dataclass
-class Exact(Direction):
-    """U and D as they are, in float32 or better.
+class ExactDirection(Direction):
+    """The exact U and D, in float32 or better.
 
     Attributes:
         discount: D.
@@ -91,15 +98,14 @@ class Exact(Direction):
 
     def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         grad_samples = [use for use in uses if isinstance(use, GradSample)]
-        norms = (
-            self.discount.norms(grad_samples[0]) if len(grad_samples) == 1 else self.discount.norms_of_sum(grad_samples)
-        )
+        single = len(grad_samples) == 1
+        norms = self.discount.norms(grad_samples[0]) if single else self.discount.norms_of_sum(grad_samples)
         return SelfTerms(norms, self.contrasts.of_self(self.block, grad_samples))
 
 
 @dataclass
-class Flat(Direction):
-    """Of a vector: one product for the signals, one of its squares for all else.
+class VectorDirection(Direction):
+    """For a vector (a bias, a norm's scale): one matrix product for signals, one of squares for self-influence.
 
     Attributes:
         discount: D.
@@ -110,16 +116,16 @@ class Flat(Direction):
     def __post_init__(self) -> None:
         signs = self.contrasts.signs(self.block, self.block.layout)
         weight = torch.ones_like(signs[0]) if self.discount.weight is None else self.discount.weight
-        self._turned: Tensor | None = None
+        self._signed: Tensor | None = None
         if self.queries is not None:
-            self._turned = (self.queries[:, None] * signs).flatten(0, 1).T
+            self._signed = (self.queries[:, None] * signs).flatten(0, 1).T
         self._squares = torch.cat([torch.stack([weight, weight.square()]), signs]).T
 
     def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
         assert isinstance(grad_sample, Vector)
-        if self._turned is None:
+        if self._signed is None:
             return None, grad_sample
-        return (grad_sample.g @ self._turned).view(grad_sample.rows, -1, 1 + self.contrasts.count), grad_sample
+        return (grad_sample.g @ self._signed).view(grad_sample.rows, -1, 1 + self.contrasts.count), grad_sample
 
     def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         squares = summed([use.g for use in uses if isinstance(use, Vector)]).square() @ self._squares
@@ -127,44 +133,43 @@ class Flat(Direction):
 
 
 @dataclass
-class Joint(Direction):
-    """One pass over a record makes each row's gradient in a few columns of its inputs; all else is read off that.
+class CompressedDirection(Direction):
+    """One pass over the per-sample gradients compresses each to a few columns of its inputs, which all else uses.
 
-    The columns are the queries' basis, then those of the sketch's input side if rows' own gradients are asked for.
-    Queries without a basis are given in the sketch's own columns where these are all there are (:attr:`whole`), else
-    they are met apart and exactly. Records may be in bfloat16. It can contract once columns are drawn.
+    The columns are the queries' basis, then those of the sketch's input side for self-influence. Queries without a
+    basis are given in the sketch's columns if these span all inputs (:attr:`in_sketch`); else they are contracted apart
+    and exactly. Per-sample gradients may be in bfloat16. Columns must be drawn before the first contraction.
+
+    Where the block's units are the network's outputs, gradients are transposed, see :class:`Contrasts`.
 
     Attributes:
-        own: The sketch of D; None where rows' own gradients are not asked for.
+        sketch: The sketch of D; None without self-influence.
         basis: The dimensions [G, I, r] that the queries are given in, see :mod:`ine_callback.curvature.low_rank`.
-        whole: Whether the queries are given in the sketch's columns.
-
-    Where the block's units are the network's outputs all of this is of the transposed gradients, see
-    :class:`Contrasts`.
+        in_sketch: Whether the queries are given in the sketch's columns.
     """
 
-    own: Sketched | None
+    sketch: SketchedOperator | None
     basis: Tensor | None = None
-    whole: bool = False
+    in_sketch: bool = False
 
     def __post_init__(self) -> None:
         groups, out, inputs = self.block.layout
         self._signs = self.contrasts.signs(self.block, (groups, inputs if self.block.outputs else out))
         rank = 0 if self.basis is None else self.basis.shape[-1]
-        self._asked, self._rest = slice(0, rank or None), slice(rank, None)
-        self._inside = self.queries is not None and (self.whole or rank > 0)
-        self._turned: Tensor | None = None
-        if self.queries is not None and self._inside and len(self.queries) <= FEW_QUERIES:
-            self._turned = turned(self.queries, self._signs)
-        if self.own is not None:
-            self._weights = self.own.weights.transpose(-1, -2).flatten(1).T
+        self._query_columns, self._sketch_columns = slice(0, rank or None), slice(rank, None)
+        self._compressed = self.queries is not None and (self.in_sketch or rank > 0)  # whether U is given in columns
+        self._signed: Tensor | None = None
+        if self.queries is not None and self._compressed and len(self.queries) <= MAX_WEIGHTED_QUERIES:
+            self._signed = weighted_columns(self.queries, self._signs)
+        if self.sketch is not None:
+            self._weights = self.sketch.weights.transpose(-1, -2).flatten(1).T
 
-    def draw(self, turn: int) -> None:
-        if self.own is not None:
-            # blocks may be met in another order in a resumed run, and have other names in a LightningModule
-            seed = zlib.crc32(f"{self.block.position} {self.block.layout} {turn}".encode())
-            self.own.draw(torch.Generator(self.block.parameters[0].device).manual_seed(seed))
-        right = None if self.own is None else self.own.right
+    def draw(self, count: int) -> None:
+        if self.sketch is not None:
+            # not the block's name or index: names differ in a LightningModule, the order in a resumed run
+            seed = zlib.crc32(f"{self.block.position} {self.block.layout} {count}".encode())
+            self.sketch.draw(torch.Generator(self.block.parameters[0].device).manual_seed(seed))
+        right = None if self.sketch is None else self.sketch.right
         columns = [x for x in (self.basis, right) if x is not None]
         self._columns = torch.cat(columns, -1) if columns else None
 
@@ -174,35 +179,35 @@ class Joint(Direction):
             grad_sample = grad_sample.transposed()
         assert isinstance(grad_sample, Outer)
         signals = None
-        if self.queries is not None and not self._inside:
+        if self.queries is not None and not self._compressed:
             signals = grad_sample.parts(self.queries, self._signs)
         if self._columns is None:
             return signals, grad_sample
-        if grad_sample.delta.shape[2] == 1:
-            return self._one_by_one(grad_sample, signals)
-        small = grad_sample.compressed(self._columns)
-        if self.queries is not None and self._inside:
-            asked = small.part(self._asked)
-            if self._turned is None:
-                signals = asked.parts(self.queries, self._signs)
+        if grad_sample.output_grads.shape[2] == 1:
+            return self._contract_one_position(grad_sample, signals)
+        compressed = grad_sample.compressed(self._columns)
+        if self.queries is not None and self._compressed:
+            for_queries = compressed.part(self._query_columns)
+            if self._signed is None:
+                signals = for_queries.parts(self.queries, self._signs)
             else:
-                signals = asked.met(self._turned).view(grad_sample.rows, len(self.queries), -1)
-        return signals, small.part(self._rest)
+                signals = for_queries.contract(self._signed).view(grad_sample.rows, len(self.queries), -1)
+        return signals, compressed.part(self._sketch_columns)
 
-    def _one_by_one(self, grad_sample: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
-        """Without positions a gradient is one product: its two sides are met one by one."""
+    def _contract_one_position(self, grad_sample: Outer, signals: Tensor | None) -> tuple[Tensor | None, Use]:
+        """With one position a gradient is one outer product, and stays in factors."""
         assert self._columns is not None
-        projected, delta = widened(grad_sample.projected(self._columns)), widened(grad_sample.delta)
-        if self.queries is not None and self._inside:
-            signals = Outer(projected[..., self._asked], delta).parts(self.queries, self._signs)
-        return signals, Outer(projected[..., self._rest], delta)
+        projected, output_grads = widened(grad_sample.projected(self._columns)), widened(grad_sample.output_grads)
+        if self.queries is not None and self._compressed:
+            signals = Outer(projected[..., self._query_columns], output_grads).parts(self.queries, self._signs)
+        return signals, Outer(projected[..., self._sketch_columns], output_grads)
 
     def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
-        assert self.own is not None
+        assert self.sketch is not None
         if len(uses) == 1 and isinstance(use := uses[0], Outer):
-            return SelfTerms(use.rotated(self.own.left, None).norms(self.own.weights), use.energies(self._signs))
-        small = CompressedGradients(summed([_formed(use) for use in uses]))
-        return SelfTerms(small.norms_in(self.own.left, self._weights), small.energies(self._signs))
+            return SelfTerms(use.rotated(self.sketch.left, None).norms(self.sketch.weights), use.energies(self._signs))
+        total = CompressedGradients(summed([_formed(use) for use in uses]))
+        return SelfTerms(total.norms_in(self.sketch.left, self._weights), total.energies(self._signs))
 
 
 def _formed(use: Use) -> Tensor:
@@ -214,45 +219,45 @@ def direction_of(
     block: Block,
     contrasts: Contrasts,
     u: Tensor | None,
-    plan: Plan,
+    spec: DirectionSpec,
     rank: int | None,
-    mixed: int | None,
+    mixtures: int | None,
 ) -> tuple[Direction, Tensor | None]:
-    """A block's direction in the form in which records are met fastest, and the share kept where it is low-rank.
+    """A block's direction in the form that contracts fastest, and the retained variance where it is low-rank.
 
     Args:
         block: The block.
         contrasts: Signs of the blocks' units.
         u: Directions U [Q, *layout], None without queries.
-        plan: What they are made of.
-        rank: Most dimensions of a basis; None: exact.
-        mixed: Mixtures of a sketch of D, see :func:`.lowrank.mixtures`; None: rows' own gradients are not asked for.
+        spec: What they are made of.
+        rank: Most dimensions of a basis for each query; None: exact.
+        mixtures: Mixtures of a sketch of D, see :func:`.sketch.mixtures`; None: without self-influence.
     """
-    discount = plan.discount
+    discount = spec.discount
     if len(block.layout) == 1:
-        return Flat(block, contrasts, u, discount), None
-    exact = Exact(block, contrasts, u, discount)
-    # a shared block's gradient is formed where that is little; if it is not the last layer its units are of two kinds
-    large = block.outputs and block.layout[1] * block.layout[2] > WHOLE
+        return VectorDirection(block, contrasts, u, discount), None
+    exact = ExactDirection(block, contrasts, u, discount)
+    # a small tied block's gradient is formed; if a tied block is not the last layer its units are of two kinds
+    large = block.outputs and block.layout[1] * block.layout[2] > MAX_FORMED
     if rank is None or discount.sides is None or not (large if block.tied else block.matrix):
         return exact, None
-    own = None if mixed is None else discount.sketched(mixed)
-    assert not isinstance(own, SpectralOperator)  # it has sides
+    sketch = None if mixtures is None else discount.sketched(mixtures)
+    assert not isinstance(sketch, SpectralOperator)  # the discount has sides
     sides = discount.sides
     if block.outputs:
         sides = sides[::-1]
         u = None if u is None else u.transpose(-1, -2)
-        own = None if own is None else own.transposed()
-    if own is not None and not own.has_columns:
+        sketch = None if sketch is None else sketch.transposed()
+    if sketch is not None and not sketch.has_columns:
         return exact, None
     found = None if u is None else low_rank(u, *sides, rank)
     if found is not None:
-        basis, u, share = found
-        return Joint(block, contrasts, u, own, basis), share
-    if u is not None and own is not None and own.right is not None and own.columns is None:
-        return Joint(block, contrasts, u @ own.right, own, whole=True), None
-    if u is not None and own is None and u.shape[3] < min(SMALLEST, u.shape[2]):
+        basis, u, retained = found
+        return CompressedDirection(block, contrasts, u, sketch, basis), retained
+    if u is not None and sketch is not None and sketch.right is not None and sketch.columns is None:
+        return CompressedDirection(block, contrasts, u @ sketch.right, sketch, in_sketch=True), None
+    if u is not None and sketch is None and u.shape[3] < min(MIN_INPUTS, u.shape[2]):
         # few inputs: gradients in all of them are smaller than the products of U with the inputs
         every = torch.eye(u.shape[3], device=u.device, dtype=u.dtype).expand(u.shape[1], -1, -1)
-        return Joint(block, contrasts, u, own, every), None
-    return Joint(block, contrasts, u, own), None
+        return CompressedDirection(block, contrasts, u, sketch, every), None
+    return CompressedDirection(block, contrasts, u, sketch), None

@@ -1,4 +1,4 @@
-"""Training randomness that one run cannot show: what other initial weights would leave in a query."""
+"""The unit of signals: the standard deviation that random initial weights leave in a query."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ine_callback.utilities.options import InitialWeights
 
 
 class InitialNoise:
-    """How much of a query's change random initial weights leave: the scale of training randomness.
+    """How far random initial weights move a query: the scale of training randomness, which one run cannot show.
 
-    Each parameter's entries count as independent with the variance that they have at the start of the run (zero for
-    constants such as a norm's ones or zeroed biases). A change of the weights by such noise moves a query by
-    ``unit = ||sigma * U||`` (one standard deviation) along a direction U.
+    The entries of each parameter are taken as independent, with the variance that they have at the start of the run
+    (zero for constants such as a norm's ones or zeroed biases). Such noise in the weights changes a query with the
+    direction U by ``unit = ||sigma * U||`` (one standard deviation).
 
     Args:
         module: The model at the start of the run.
-        weights: ``random`` if another run would draw them anew; ``fixed`` (fine-tuning) if not: every entry then has
-            sigma = 1, a scale without meaning of its own.
+        weights: ``random`` if another run would draw new ones; ``fixed`` (fine-tuning) if not: every entry then has
+            sigma = 1, and the scale has no meaning of its own.
     """
 
     def __init__(self, module: nn.Module, weights: InitialWeights) -> None:
@@ -37,17 +37,17 @@ class InitialNoise:
         self._names = {name: p for name, p in module.named_parameters() if p in self._variances}
 
     def state_dict(self) -> dict[str, Any]:
-        """The variances at the start, by the parameters' names; ``random`` is settled by then."""
+        """The variances at the start, by the parameters' names."""
         return {name: self._variances[p] for name, p in self._names.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned: a resumed run finds trained weights."""
+        """Restores what :meth:`state_dict` returned, since a resumed run starts from trained weights."""
         for name, variance in state.items():
             if name in self._names:
                 self._variances[self._names[name]] = variance.to(self._variances[self._names[name]])
 
     def of_weight(self, block: Block) -> Tensor | float:
-        """sigma^2 of the block's first parameter (a layer's weight), as a common one of all its entries."""
+        """sigma^2 of the block's first parameter (a layer's weight), for all entries of the block."""
         return self._variances.get(block.parameters[0], 0.0) if self.random else 1.0
 
     def variance(self, block: Block, u: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
-"""Contrasts: what a row's shift would be if half of each layer's units counted against it.
+"""Rademacher sign contrasts: a row's shift with the signs of half of each layer's units reversed.
 
-Trainings differ in their initial weights. The units of a layer are draws of those, so a row's shift is a sum of as many
-random parts, and parts of other signs tell how far the sum scatters: for balanced random signs e over the units o
+They measure how far a row's shift scatters between trainings with other initial weights. The units of a layer are
+independent draws of the initial weights, so the shift is a sum of random parts c_o, one for each unit o. Sums with
+balanced random signs e tell how far it scatters:
 
     shift = sum_o c_o        contrast_j = sum_o e_jo c_o        Var(shift) ~ mean_j contrast_j^2
 
-c_o being the sum over the run, so that what stays the same in one training and changes in the next is counted. The
-scatter of a row's own visits cannot show that. The units of the last layer are classes, no draws: there the inputs are
-turned. A layer with a single unit has no contrast and adds nothing.
+c_o is the sum over the run, so this counts what is constant within one training and different in the next. The scatter
+of a row's observations within one run cannot show that. The units of the last layer are classes, not draws of the
+initial weights: there the inputs are signed. A layer with a single unit has no contrast and adds nothing.
 
-Self-influence is quadratic in the row's gradient: a layer's part is shared out among its units by their squared
-gradients.
+Self-influence is quadratic in the row's gradient: a layer's part is divided among its units in proportion to their
+squared gradients, the unit energies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Outer
 
-CONTRASTS = 4  # four degrees of freedom a row and query, shrunk to those of all rows
+CONTRASTS = 4  # degrees of freedom for each row and query; variances are shrunk towards those of all rows
 
 
 class Contrasts:
@@ -44,13 +45,13 @@ class Contrasts:
         self._signs: dict[tuple[Block, tuple[int, ...]], Tensor] = {}
 
     def signs(self, block: Block, units: tuple[int, ...]) -> Tensor:
-        """Ones, then ``count`` rows of balanced signs, [1 + J, units]; the block's place in the model is their seed.
+        """Ones, then J rows of balanced signs, [1 + J, units]; the block's place in the model is their seed.
 
-        A weight shared by an embedding and a linear layer has units of two kinds.
+        A weight tied between an embedding and a linear layer has units of two kinds.
         """
         if (block, units) not in self._signs:
             count = math.prod(units)
-            # processes and resumed runs, which may meet blocks in another order, draw the same
+            # the same signs in all processes and in resumed runs, whatever the order of the blocks
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.position} {units}".encode()))
             keys = torch.rand(self.count, count, generator=generator)
             signs = (keys.argsort(1) % 2) * 2.0 - 1.0 if count > 1 else torch.zeros_like(keys)
@@ -64,36 +65,35 @@ class Contrasts:
 
         Args:
             block: The layer's block.
-            record: Its record.
+            grad_sample: Its per-sample gradients.
             direction: Directions U [Q, *layout].
         """
-        turned = _by_draws(block, grad_sample)
-        direction = direction if turned is grad_sample else direction.transpose(-1, -2)
-        return turned.parts(direction, self.signs(block, turned.units).to(direction.dtype))
+        by_unit = _by_initial_unit(block, grad_sample)
+        direction = direction if by_unit is grad_sample else direction.transpose(-1, -2)
+        return by_unit.parts(direction, self.signs(block, by_unit.units).to(direction.dtype))
 
     def of_self(self, block: Block, grad_samples: Sequence[GradSample]) -> Tensor:
-        """Energies [b, 1 + J] of a layer's units, see :func:`signed_by`, added up over the uses of its parameters."""
-        turned = [_by_draws(block, grad_sample) for grad_sample in grad_samples]
-        parts = [
-            grad_sample.energies(self.signs(block, grad_sample.units).to(grad_sample.dtype)) for grad_sample in turned
-        ]
+        """Unit energies [b, 1 + J] of a layer, see :func:`signed_by`, summed over the uses of its parameters."""
+        by_unit = [_by_initial_unit(block, grad_sample) for grad_sample in grad_samples]
+        parts = [use.energies(self.signs(block, use.units).to(use.dtype)) for use in by_unit]
         return summed(parts)
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape; a single one as it is."""
+    """The sum of tensors of one shape; a single tensor is not copied."""
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
-def signed_by(energies: Tensor) -> Tensor:
-    """Factors [..., 1 + J] that turn a layer's self-influence into itself and its contrasts.
+def signed_by(unit_energies: Tensor) -> Tensor:
+    """Factors [..., 1 + J] that make of a layer's self-influence itself and its contrasts.
 
     Args:
-        energies: Those of all units and, for each contrast, their signed sums.
+        unit_energies: The sum over all units and, for each contrast, their signed sum [..., 1 + J].
     """
-    return energies / energies[..., :1].clamp_min(torch.finfo(energies.dtype).tiny)  # no gradient at all: 0 of 0
+    total = unit_energies[..., :1].clamp_min(torch.finfo(unit_energies.dtype).tiny)  # without any gradient: 0 of 0
+    return unit_energies / total
 
 
-def _by_draws(block: Block, grad_sample: GradSample) -> GradSample:
-    """The record whose units are draws of the initial weights."""
+def _by_initial_unit(block: Block, grad_sample: GradSample) -> GradSample:
+    """The per-sample gradients, transposed if need be so that their units are draws of the initial weights."""
     return grad_sample.transposed() if block.outputs and isinstance(grad_sample, Outer) else grad_sample

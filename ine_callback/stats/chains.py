@@ -1,4 +1,4 @@
-"""Are the chains to be believed? Split R-hat, effective sample size, drift, minibatch bias; tests of a covariance."""
+"""Diagnostics of Markov chains: split R-hat, effective sample size, drift, minibatch bias; tests of a correlation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def effective_size(chains: ArrayLike) -> float:
     """Returns the effective number of draws of all chains [C, T] together, by Geyer's initial positive sequence.
 
     C T / (1 + 2 Σ ρ_k), autocorrelations averaged over the chains and summed in pairs while the pairs are positive
-    (Geyer 1992, *Practical Markov chain Monte Carlo*). At most C T: draws that repel each other are not counted twice.
+    (Geyer 1992, *Practical Markov chain Monte Carlo*). At most C T, also for anticorrelated draws.
 
     >>> rng = np.random.default_rng(0)
     >>> 3000 < effective_size(rng.normal(size=(4, 1000))) <= 4000
@@ -119,7 +119,7 @@ def fisher_z(correlation: ArrayLike, size: ArrayLike) -> Floats:
     """Returns two-sided p-values of "no correlation", from independent chains along the first axis.
 
     Each chain's atanh(r) has variance 1/(n − 3) (Fisher 1921) with the effective size for n; the chains' mean weighted
-    by n − 3 is compared with the normal. Chains with n <= 3 say nothing.
+    by n − 3 is compared with the normal. Chains with n <= 3 have no weight.
 
     Args:
         correlation: Correlation in each chain [C, ...].

@@ -1,4 +1,4 @@
-"""Streaming covariances between the losses of R rows and Q queries over the draws of C chains: no draw is kept."""
+"""Streaming covariances between the losses of R rows and Q queries over the draws of C chains; no draw is stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Comoments:
         self._a = self._b = self._products = torch.zeros(())
 
     def update(self, a: Tensor, b: Tensor) -> None:
-        """Takes n draws of the rows [n, C, R] and of the queries [n, C, Q]."""
+        """Adds n draws of the rows [n, C, R] and of the queries [n, C, Q]."""
         block = Comoments()
         block.count = len(a)
         block._a, block._b = a.mean(0), b.mean(0)
@@ -42,23 +42,23 @@ class Comoments:
         self.merge(block)
 
     def merge(self, other: Comoments) -> None:
-        """Takes all draws that the other has seen."""
+        """Adds all draws of another object."""
         if not other.count:
             return
         if not self.count:
             self.count, self._a, self._b, self._products = other.count, other._a, other._b, other._products
             return
         total = self.count + other.count
-        apart_a, apart_b = other._a - self._a, other._b - self._b
+        gap_a, gap_b = other._a - self._a, other._b - self._b
         weight = self.count * other.count / total
-        self._products = self._products + other._products + weight * apart_a[..., :, None] * apart_b[..., None, :]
-        self._a = self._a + apart_a * (other.count / total)
-        self._b = self._b + apart_b * (other.count / total)
+        self._products = self._products + other._products + weight * gap_a[..., :, None] * gap_b[..., None, :]
+        self._a = self._a + gap_a * (other.count / total)
+        self._b = self._b + gap_b * (other.count / total)
         self.count = total
 
     @classmethod
     def joined(cls, parts: Sequence[Comoments], join: Join) -> Comoments:
-        """Those of other chains over the same number of draws, as one."""
+        """Joins objects of different chains, with equal numbers of draws."""
         found = cls()
         found.count = parts[0].count
         if found.count:
@@ -72,7 +72,7 @@ class Comoments:
 
 
 class Traces:
-    """What there is to know of a single series: mean, variance, lag-1 autocorrelation, trend; each [C, K].
+    """Streaming mean, variance, lag-1 autocorrelation and trend of single series; each [C, K].
 
     Args:
         draws: Draws planned; only the origin of the draw index, which keeps the sums small.
@@ -85,7 +85,7 @@ class Traces:
         self._time = self._time_square = 0.0
 
     def update(self, values: Tensor) -> None:
-        """Takes one draw [C, K]."""
+        """Adds one draw [C, K]."""
         x = values.double()
         if not self.count:
             self._offset = x  # sums of deviations from the first draw do not cancel
@@ -99,7 +99,7 @@ class Traces:
 
     @classmethod
     def joined(cls, parts: Sequence[Traces], join: Join) -> Traces:
-        """Those of other chains over the same number of draws, as one."""
+        """Joins objects of different chains, with equal numbers of draws."""
         found = copy.copy(parts[0])
         for name in ("_offset", "_last", "_sum", "_square", "_lagged", "_trend"):
             setattr(found, name, join([getattr(p, name) for p in parts]))
@@ -117,14 +117,15 @@ class Traces:
         """Correlation of neighbouring draws, 0 for a constant series."""
         mean = self._sum / self.count
         total = self._square - self.count * mean**2
-        # the two ends appear once in the lagged products and twice in the mean's share of them
+        # the two ends appear once in the lagged products and twice in the mean's part of them
         lagged = self._lagged - mean * (2 * self._sum - self._last) + (self.count - 1) * mean**2
         return torch.where(total > 0, lagged / total.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(-1, 1)
 
     def trend(self) -> Tensor:
-        """Covariance with the draw index over the index's standard deviation: squared, the trend's part of a variance.
+        """Covariance with the draw index divided by the index's standard deviation.
 
-        The product of a row's and a query's is what the two have in common by drifting alone.
+        Its square is the trend's part of the variance. The product of a row's and a query's trend is their covariance
+        by drift alone.
         """
         n = max(1, self.count - 1)
         covariance: Tensor = (self._trend - self._sum * self._time / self.count) / n

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 class VariancePrior(NamedTuple):
     """Scaled inverse chi-square prior of the rows' variances: ``d0`` degrees of freedom around ``s2``.
 
-    ``d0 = inf``: all rows share one variance. ``d0 = 0``: too few rows to tell, nothing is borrowed.
+    ``d0 = inf``: all rows share one variance. ``d0 = 0``: too few rows to estimate it, variances are not shrunk.
     """
 
     d0: float
@@ -75,7 +75,7 @@ def fit_variance_prior(variance: ArrayLike, df: ArrayLike) -> VariancePrior:
     """Fits the prior of sample variances [n] with ``df`` degrees of freedom [n] by moments of their logarithms.
 
     limma's ``fitFDist`` (Smyth 2004, *Linear models and empirical Bayes methods*, section 6.2); entries with
-    ``df < 1`` or a NaN variance are left out, zeros are lifted to 1e-5 of the median.
+    ``df < 1`` or a NaN variance are left out, zeros are raised to 1e-5 of the median.
 
     >>> fit_variance_prior([1.0, 1.0, 1.0], [4, 4, 4])
     VariancePrior(d0=inf, s2=1.0)
@@ -87,7 +87,7 @@ def fit_variance_prior(variance: ArrayLike, df: ArrayLike) -> VariancePrior:
         return VariancePrior(0.0, 1.0)
     middle = float(np.median(s2))
     s2 = np.maximum(s2, 1e-5 * (middle if middle > 0 else float(s2.mean())))
-    each, which = np.unique(nu, return_inverse=True)  # rows are many, their degrees of freedom few
+    each, which = np.unique(nu, return_inverse=True)  # many rows, but few different degrees of freedom
     e = np.log(s2) + (np.log(each / 2) - special.digamma(each / 2))[which]
     spread = float(e.var(ddof=1) - special.polygamma(1, each / 2)[which].mean())
     if spread <= 0:
@@ -123,7 +123,7 @@ def moderated_t(effect: ArrayLike, variance: ArrayLike, df: ArrayLike, unscaled:
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """Returns q-values over the first axis of p-values [N] or [N, Q]; NaN entries are no tests and stay NaN.
+    """Returns q-values over the first axis of p-values [N] or [N, Q]; NaN entries do not count as tests and stay NaN.
 
     >>> benjamini_hochberg([0.01, float("nan"), 0.02]).round(6).tolist()
     [0.02, nan, 0.02]

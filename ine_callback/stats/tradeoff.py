@@ -2,7 +2,7 @@
 
 A trade-off curve says how well two distributions can be told apart: ``beta = G_mu(alpha)`` is the smallest type-II
 error of any test at type-I error ``alpha``. For N(0, 1) against N(mu, 1) it is ``Phi(Phi^-1(1 - alpha) - |mu|)`` (Dong,
-Roth and Su, *Gaussian differential privacy*, arXiv 1905.02383). The curve has no sign; the sign of mu is kept apart.
+Roth and Su, *Gaussian differential privacy*, arXiv 1905.02383). The curve has no sign; mu has one.
 
 The estimators take ``o``, observations of steps that contain the row, and ``o_prime``, of steps that do not. An
 observation is the step's decrease of the query, so ``mu > 0`` means that the row lowers the query (helpful).
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 def tradeoff(mu: ArrayLike, alpha: ArrayLike) -> Floats:
     """Returns the type-II error ``G_mu(alpha) = Phi(Phi^-1(1 - alpha) - |mu|)``, broadcast over both arguments.
 
-    Distinguishability has no sign: ``mu`` and ``-mu`` share a curve.
+    Distinguishability has no sign: ``mu`` and ``-mu`` have one curve.
 
     >>> tradeoff([0.0, -1.0, 1.0], 0.05).round(4).tolist()
     [0.95, 0.7405, 0.7405]
@@ -77,7 +77,7 @@ def gaussian_mu(o: ArrayLike, o_prime: ArrayLike) -> float:
 
 
 def auc_mu(o: ArrayLike, o_prime: ArrayLike) -> float:
-    """Returns ``sqrt(2) Phi^-1(AUC)``, ties counted half, AUC kept half a pair away from 0 and 1.
+    """Returns ``sqrt(2) Phi^-1(AUC)``, ties counted half, the AUC clipped half a pair away from 0 and 1.
 
     >>> auc_mu([1.0, 2.0], [1.0, 2.0])
     0.0
@@ -88,10 +88,10 @@ def auc_mu(o: ArrayLike, o_prime: ArrayLike) -> float:
 def max_threshold_mu(o: ArrayLike, o_prime: ArrayLike) -> float:
     """Returns the signed mu_tau of largest magnitude over all thresholds tau (f-INE, arXiv 2510.10510, as published).
 
-    ``alpha`` is the share of ``o_prime`` above tau and ``beta`` that of ``o`` at or below it, both kept half a count of
-    the smaller sample away from 0 and 1 (so one observation gives 0). **Biased**: the maximum feeds on noise. With 50
-    observations a side a true mu of 0 gives a mean magnitude of about 0.8 and a true mu of 1 gives about 1.55. Prefer
-    `gaussian_mu` or `auc_mu`.
+    ``alpha`` is the fraction of ``o_prime`` above tau and ``beta`` that of ``o`` at or below it, both clipped half a
+    count of the smaller sample away from 0 and 1 (so one observation gives 0). **Biased**: the maximum grows with the
+    noise. With 50 observations a side a true mu of 0 gives a mean magnitude of about 0.8, and a true mu of 1 gives
+    about 1.55. Prefer `gaussian_mu` or `auc_mu`.
 
     >>> max_threshold_mu([5.0, 6.0], [1.0, 2.0]) > 0
     True
@@ -123,7 +123,7 @@ def max_threshold_mu_from_counts(o: ArrayLike, o_prime: ArrayLike) -> Floats:
     x, y = np.asarray(o, dtype=np.float64), np.asarray(o_prime, dtype=np.float64)
     size, size_prime = x.sum(-1, keepdims=True), y.sum(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Half a count of the smaller sample on both sides: unequal samples would else score at the empty thresholds.
+        # Half a count of the smaller sample on both sides: else unequal samples would score at empty thresholds.
         half = 0.5 / np.minimum(size, size_prime)
         beta = np.clip(np.cumsum(x, axis=-1) / size, half, 1 - half)
         alpha = np.clip(1 - np.cumsum(y, axis=-1) / size_prime, half, 1 - half)

@@ -1,1 +1,1 @@
-"""Shared tools without a place of their own: isolation, options."""
+"""Tools without a topic: isolation, options, wording."""

@@ -1,4 +1,4 @@
-"""Run a module's own code on the side without leaving a trace in it: the training run is sacred."""
+"""Runs a module's steps on the side without leaving a trace in it: training goes on bit-identically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from ine_callback.utilities.remember import DEEP, Memory, attributes
+from ine_callback.utilities.remember import MAX_LENGTH, Memory, attributes
 from ine_callback.utilities.restores import Restore
 
-_MANY = 100  # parts of a container in which generators are looked for
+_MAX_PARTS = 100  # parts of a container that are searched for generators
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     single parameters can be taken, also through reentrant activation checkpoints.
 
     Tensors that are part of a live graph (a hidden state, a metric's sum of losses) are lent as detached copies: the
-    objects themselves are never written to. An iterator cannot be turned back, so taking from one fails inside. All is
+    objects themselves are never written to. An iterator cannot be reset, so taking from one fails inside. All is
     registered for restoration before the first change.
 
     Args:
@@ -104,19 +104,19 @@ def _generators(holder: Any) -> Iterator[Any]:
     """The random number generators that an object holds, and that what it holds holds."""
     waiting, seen = deque([holder]), {id(holder)}
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    while waiting and len(seen) < DEEP:
+    while waiting and len(seen) < MAX_LENGTH:
         value = waiting.popleft()
         kind = type(value)
         if issubclass(kind, kinds):
             yield value
             continue
         if issubclass(kind, dict):
-            own: Any = dict.values(value)
+            held: Any = dict.values(value)
         elif issubclass(kind, list | tuple):
-            own = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
+            held = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
         else:
-            own = (attributes(value) or {}).values()
-        new = [part for part in islice(own, _MANY) if id(part) not in seen and not _is_code(part)]
+            held = (attributes(value) or {}).values()
+        new = [part for part in islice(held, _MAX_PARTS) if id(part) not in seen and not _is_code(part)]
         seen.update(map(id, new))
         waiting.extend(new)
 
@@ -143,7 +143,7 @@ def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Sets aside what ``parametrize.cached`` holds: the training must find neither our weights there, nor we its."""
+    """Sets aside what ``parametrize.cached`` holds: training and the step beside it must not share cached weights."""
     before = parametrize._cache, parametrize._cache_enabled
     parametrize._cache, parametrize._cache_enabled = {}, 0
     try:

@@ -2,7 +2,7 @@
 
 The walk only reads, and calls nothing that a user's class can define (no ``__eq__``, ``__getattr__``, ``__copy__`` or
 property): identities are compared, and the methods of the base types are called. Putting back writes only what was
-changed, so that what nobody touched may be shared with a live graph, with read-only memory or with another thread.
+changed, so that an untouched value may be shared with a live graph, with read-only memory or with another thread.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from ine_callback.utilities.restores import (
     untouched,
 )
 
-DEEP = 10_000  # containers longer than this (a data set kept as an attribute) are restored one level deep
+MAX_LENGTH = (
+    10_000  # of longer containers (a data set as an attribute) only the elements are restored, not what they hold
+)
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-# What is written to a file is output, as what is printed; a reader's place cannot always be told.
+# What is written to a file is output, like what is printed; the position of a reader is not always known.
 _OUTPUT = (io.IOBase, np.memmap)
-# The machinery of a training goes on while a step runs on the side (and holds our own recording).
+# The machinery of a training goes on while a step runs on the side (and holds the recording itself).
 _MACHINERY = (
     *("lightning.", "pytorch_lightning.", "lightning_fabric.", "ine_callback.", "torch.utils.", "torch.optim."),
     *("torch.distributed.", "torch.profiler.", "torch.amp.", "torch.fx.", "torch._dynamo.", "torch._inductor."),
@@ -45,10 +47,12 @@ _MACHINERY = (
 _LIVE = (threading.Thread, threading.Condition, threading.Event)
 _LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "numpy.", "torchmetrics.", "lightning.", "pytorch_lightning.")
 _CONTAINERS = (list, dict, set, deque, Tensor, np.ndarray)
-_FROZEN_SHARE = 2  # frozen parameters are kept up to so many times the trained ones: copies of the model, no backbone
+_MAX_FROZEN_RATIO = (
+    2  # of frozen to trained bytes up to which frozen parameters are copied: copies of the model, no backbone
+)
 _UNSET = object()
 _BARE = frozenset({tuple, frozenset, dict, OrderedDict, list, set, deque})  # have no attributes of a user's
-_BOOKS = frozenset(nn.Module().__dict__)  # a module's own: most are empty dicts of hooks
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # most are empty dicts of hooks
 
 
 class Memory:
@@ -129,7 +133,7 @@ class Memory:
             return self._set(value)
         else:
             return ()
-        return parts if len(parts) <= DEEP else ()
+        return parts if len(parts) <= MAX_LENGTH else ()
 
     def _mapping(self, value: Any, base: Any) -> list[object]:
         before = list(base.items(value))
@@ -146,7 +150,7 @@ class Memory:
                     base.__setitem__(value, key, other)
 
         self._register(restore)
-        if len(before) <= DEEP:
+        if len(before) <= MAX_LENGTH:
             self._holders.append(lend)
         return parts
 
@@ -164,7 +168,7 @@ class Memory:
                     base.__setitem__(value, k, other)
 
         self._register(restore)
-        if len(before) <= DEEP:
+        if len(before) <= MAX_LENGTH:
             self._holders.append(lend)
         return before
 
@@ -178,7 +182,7 @@ class Memory:
                 set.update(value, before)
 
         self._register(restore)
-        return before if len(before) <= DEEP else ()
+        return before if len(before) <= MAX_LENGTH else ()
 
     def _clear(self) -> None:
         for books in self._empty:
@@ -192,7 +196,7 @@ class Memory:
         slots = list(_slots(value, kind))
         parts = [*(() if own is None else own.values()), *(part for _, part in slots)]
         if not is_module and (_is_machinery(kind) or any(issubclass(type(part), _LIVE) for part in parts)):
-            return ()  # what holds a thread lives beside the step: turning it back would be a change
+            return ()  # what holds a thread lives beside the step: restoring it would be a change
         if slots:
             self._keep_slots(value, slots)
         if id(kind) not in self._seen:
@@ -205,12 +209,12 @@ class Memory:
         self._seen[id(own)] = own
         self._mapping(own, dict)
         if is_module:
-            empty = [d for k, d in own.items() if k in _BOOKS and type(d) in (dict, OrderedDict) and not d]
+            empty = [d for k, d in own.items() if k in _MODULE_ATTRIBUTES and type(d) in (dict, OrderedDict) and not d]
             self._empty += empty
             self._seen.update((id(books), books) for books in empty)
         if issubclass(kind, torch.jit.ScriptModule):  # keeps its buffers elsewhere
             parts.extend(value.buffers(recurse=False))
-        return parts if len(parts) <= DEEP else ()
+        return parts if len(parts) <= MAX_LENGTH else ()
 
     def _of_class(self, kind: type) -> list[object]:
         """Remembers the data that a user's class holds for all its instances."""
@@ -246,7 +250,7 @@ class Memory:
 
     def _tensor(self, value: Tensor) -> None:
         if is_lazy(value) or _is_moved_by_fsdp(value) or value.is_meta:
-            return  # nothing in it, or not ours to move
+            return  # it holds nothing, or FSDP moves it
         if issubclass(type(value), nn.Parameter) and value.is_leaf:
             self._parameters.append(value)  # type: ignore[arg-type]
         elif value.is_inference() or value.grad_fn is not None or not is_plain(value):
@@ -273,7 +277,7 @@ class Memory:
     def _lent(self, value: Any) -> Any:
         """What takes the place of a value meanwhile."""
         other = self._stand_ins[id(value)][1] if id(value) in self._stand_ins else value
-        if other is value and issubclass(type(value), tuple) and self._stand_ins and len(value) <= DEEP:
+        if other is value and issubclass(type(value), tuple) and self._stand_ins and len(value) <= MAX_LENGTH:
             parts = [self._lent(part) for part in tuple.__iter__(value)]
             if not _same(parts, list(tuple.__iter__(value))):
                 new = type(value).__new__ if hasattr(type(value), "n_sequence_fields") else tuple.__new__
@@ -291,14 +295,14 @@ class Memory:
         for p in found:
             sizes[p.requires_grad] += p.numel() * p.element_size()
         for p in found:
-            small = p.requires_grad or sizes[False] <= _FROZEN_SHARE * sizes[True]
+            small = p.requires_grad or sizes[False] <= _MAX_FROZEN_RATIO * sizes[True]
             self._register(tensor_restore(p) if small and is_plain(p) else untouched(p))
             self._register(functools.partial(setattr, p, "grad", p.grad))
         self._graded = [p for p in found if p.grad is not None]
 
 
 class _Sealed:
-    """Stands for an iterator that cannot be turned back: what asks it for more fails, and it loses nothing."""
+    """Stands for an iterator that cannot be reset: taking from it fails, so the iterator loses nothing."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -308,7 +312,7 @@ class _Sealed:
 
     def __next__(self) -> NoReturn:
         raise RuntimeError(
-            f"a step takes from a {self._kind} that the module holds; it cannot be turned back, so the step cannot be "
+            f"a step takes from a {self._kind} that the module holds; it cannot be reset, so the step cannot be "
             "run on the side: pass a callable query (module, batch) -> scalar that leaves it alone"
         )
 
@@ -360,7 +364,7 @@ def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
 
 
 def _is_spent_by_reading(value: object, kind: type) -> bool:
-    """Whether it is an iterator whose place nobody can read: a generator, a loader's iterator, one of itertools."""
+    """Whether it is an iterator whose position is unreadable: a generator, a loader's iterator, one of itertools."""
     return issubclass(kind, Iterator) and (attributes(value) is None or _is_machinery(kind))
 
 

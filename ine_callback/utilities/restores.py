@@ -16,7 +16,7 @@ Restore = Callable[[], None]
 
 
 def generator_restore(value: Any) -> Restore | None:
-    """How to turn a random number generator back; None for anything else."""
+    """How to restore a random number generator; None for anything else."""
     kind = type(value)
     if issubclass(kind, torch.Generator):
         state = value.get_state()
@@ -80,7 +80,7 @@ def _distinct(data: Tensor) -> Tensor:
 
 
 def untouched(value: Tensor) -> Restore:
-    """Says in the end whether a parameter of which no copy was kept was written to."""
+    """Raises at the end if a parameter that was not copied was written to."""
     version = value._version
 
     def check() -> None:

@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe-Ito blue and vermillion: safe for colour-blind readers
 MISSING = "–"
+NO_QUERY = (
+    "no query was scored by f-INE, whose method was left out of this run; read report.attribution(name), or train "
+    "with methods=[FINE(), ...]"
+)
 NULL_ALARM = 0.01  # a null check with a smaller p-value makes the tests of that query untrustworthy
 
 

@@ -155,7 +155,7 @@ def fit(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LAYERS)
-def test_training_is_bit_for_bit_the_plain_one(name: str) -> None:
+def test_training_is_bit_identical_with_and_without_the_callback(name: str) -> None:
     plain, state = fit(lambda: Net(LAYERS[name]), [])
     for options in ({}, {"uncaptured": "fallback"}):
         influence = InfluenceCallback(queries=["self", "val"], refresh_every=2, curvature_every=1, **options)
@@ -168,13 +168,13 @@ def test_training_is_bit_for_bit_the_plain_one(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["parametrizations.spectral_norm", "low rank, with dropout"])
-def test_weights_that_are_cached_stay_the_trainings_own(name: str) -> None:
+def test_cached_parametrizations_leave_training_bit_identical(name: str) -> None:
     plain, _ = fit(lambda: Net(LAYERS[name], cached=True), [])
     found, _ = fit(lambda: Net(LAYERS[name], cached=True), [InfluenceCallback(queries=["self", "val"])])
     assert [key for key in plain if not torch.equal(plain[key], found[key])] == []
 
 
-def train(grad_sample: bool) -> list[Tensor]:
+def train(capture: bool) -> list[Tensor]:
     """A bare loop that holds the cache open around all that the recorder does."""
     torch.manual_seed(0)
     model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
@@ -185,34 +185,34 @@ def train(grad_sample: bool) -> list[Tensor]:
         return F.cross_entropy(module(batch[0]), batch[1])
 
     recorder = Recorder(model, optimizer, 24, {"val": (x, y)}, loss, on_error="raise", refresh_every=1)
-    if grad_sample:
+    if capture:
         recorder.start()
     for rows in torch.arange(24).repeat(3).split(8):
         with parametrize.cached():
-            if grad_sample:
+            if capture:
                 recorder.start_batch(rows, (x[rows], y[rows]))
             loss(model, (x[rows], y[rows])).backward()
-            if grad_sample:
+            if capture:
                 recorder.end_batch()
         optimizer.step()
         optimizer.zero_grad()
     return [p.detach().clone() for p in (*model.parameters(), *model.buffers())]
 
 
-def test_a_cache_held_open_around_our_passes_gets_none_of_our_weights() -> None:
+def test_an_open_parametrization_cache_gets_none_of_the_recorders_weights() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         recorded = train(True)
     assert all(torch.equal(a, b) for a, b in zip(train(False), recorded, strict=True))
 
 
-def test_weights_that_are_not_there_yet_are_refused_with_the_remedy() -> None:
+def test_lazy_weights_are_refused_with_a_remedy() -> None:
     """Lightning's sanity check runs the module before; without it a pass of ours would draw the weights."""
     with pytest.raises(InfluenceError, match=r"a lazy module has no weights yet.*run one batch through the model"):
         fit(lambda: Net(lazy), [InfluenceCallback(queries="val")], sanity=0)
 
 
-def test_reading_runs_no_code() -> None:
+def test_reading_attributes_runs_none_of_the_modules_code() -> None:
     layer = Counts(2, 2)
     before = layer.__dict__.get("asked", 0)
     Capture(nn.Sequential(layer), lambda *_: None, pytest.fail).attach()

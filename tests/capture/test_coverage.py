@@ -1,4 +1,4 @@
-"""What cannot be captured is proved, named with its share, refused or recorded slowly: never silently wrong."""
+"""What cannot be captured is found, and named with its fraction, refused or recorded by the fallback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import BY_NAME, PositionTable, Setting, TimeFirst, check, cross_entropy, mlp, run
 from torch import nn
 
 from ine_callback import Recorder
 from ine_callback.errors import CaptureError, InfluenceError
+from tests.helpers.oracle import BY_NAME, PositionTable, Setting, TimeFirst, check, cross_entropy, mlp, run
 
 NAMED = [
     ("fallback-lstm", "lstm.weight_ih_l0"),
@@ -22,7 +22,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize(("name", "parameter"), NAMED)
-def test_warn_names_what_is_left_out_with_its_share(name: str, parameter: str) -> None:
+def test_warn_names_what_is_left_out_with_its_fraction(name: str, parameter: str) -> None:
     with pytest.warns(UserWarning, match=r"Recorder: .*% of the trainable parameters are not captured"):
         result = run(BY_NAME[name], uncaptured="warn")
     sizes = {n: p.numel() for n, p in result.model.named_parameters()}
@@ -33,7 +33,7 @@ def test_warn_names_what_is_left_out_with_its_share(name: str, parameter: str) -
     assert coverage.share == pytest.approx(1 - missing / sum(sizes.values()))
 
 
-def test_signals_leave_out_what_is_not_captured() -> None:
+def test_signals_are_those_of_the_captured_parameters() -> None:
     with pytest.warns(UserWarning, match="token"):
         check(run(BY_NAME["fallback-bare"], uncaptured="warn", speed=lambda model: {model.token: 0.0}))
 
@@ -46,7 +46,7 @@ def test_raise_raises_in_the_first_step(name: str, parameter: str) -> None:
         run(BY_NAME[name], uncaptured="raise")
 
 
-def test_functional_use_beside_the_module_is_proved_wrong() -> None:
+def test_verification_finds_functional_use_beside_the_module() -> None:
     with pytest.warns(UserWarning, match="add up to something else"):
         result = run(BY_NAME["fallback-borrowed"], uncaptured="warn")
     assert set(result.recorder.coverage.uncaptured) == {"inner.weight", "inner.bias"}
@@ -64,10 +64,10 @@ def test_functional_use_beside_the_module_is_proved_wrong() -> None:
     ],
     ids=["positions", "positions-half", "time-first", "time-first-other", "time-first-flat", "time-first-flat-other"],
 )
-def test_layers_not_led_by_rows_are_found_though_the_sizes_agree(
+def test_layers_not_led_by_rows_are_found_even_if_sizes_agree(
     model: Callable[[], nn.Module], setting_shape: tuple[int, ...], words: bool, parameter: str, rows: int
 ) -> None:
-    setting = Setting("probe", model, setting_shape, words=words, each_token=words)
+    setting = Setting("row order", model, setting_shape, words=words, each_token=words)
     with pytest.warns(UserWarning, match=parameter):
         result = run(setting, batch_size=rows, steps=1, uncaptured="warn")
     assert parameter in result.recorder.coverage.uncaptured
@@ -85,7 +85,7 @@ def _same_names(model: nn.Module, other: nn.Module, factors: dict[nn.Parameter, 
     return {p: 0.0 for n, p in model.named_parameters() if n in names}
 
 
-def test_without_a_loss_the_missing_row_check_is_noted() -> None:
+def test_without_a_loss_a_note_says_that_the_row_order_was_not_checked() -> None:
     model, x, y = mlp(), torch.randn(4, 4), torch.randint(3, (4,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(model, optimizer, 4, "self", on_error="raise")
@@ -96,7 +96,7 @@ def test_without_a_loss_the_missing_row_check_is_noted() -> None:
     assert any("order of rows" in note for note in recorder.coverage.notes)
 
 
-def test_biases_whose_rows_cancel_are_not_taken_for_wrong() -> None:
+def test_biases_whose_rows_cancel_pass_verification() -> None:
     """The gradient of a bias before BatchNorm is zero but for rounding; its rows' gradients are not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 49, 2))
@@ -139,7 +139,7 @@ def test_a_batch_missing_later_ends_the_recording_not_the_training() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 3, 8])
-def test_what_thaws_between_two_looks_has_a_curvature_at_once(at: int) -> None:
+def test_layers_that_thaw_between_curvature_updates_have_a_curvature_at_once(at: int) -> None:
     """Without one its discount was 0 / 0, which ended the recording."""
     model, x, y = mlp(), torch.randn(12, 4), torch.randint(3, (12,))
     model[0].requires_grad_(False)
@@ -168,7 +168,7 @@ def test_the_recorder_checks_its_options(option: dict[str, object]) -> None:
         Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), 4, **option)
 
 
-def test_layers_leave_the_others_out_in_silence() -> None:
+def test_the_layers_option_leaves_others_out_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = run(BY_NAME["mlp"], layers=["0"], uncaptured="raise")
@@ -179,7 +179,7 @@ def test_layers_leave_the_others_out_in_silence() -> None:
     assert any("layers= leaves out" in note for note in result.recorder.coverage.notes)
 
 
-def test_signals_are_those_of_the_layers_recorded() -> None:
+def test_signals_are_those_of_the_selected_layers() -> None:
     def frozen(model: nn.Module) -> dict[nn.Parameter, float]:
         return {p: 0.0 for name, p in model.named_parameters() if not name.startswith("0.")}
 
@@ -187,6 +187,6 @@ def test_signals_are_those_of_the_layers_recorded() -> None:
 
 
 @pytest.mark.parametrize("layers", [["head.*"], [], "nothing"])
-def test_patterns_that_fit_no_layer_are_refused(layers: list[str]) -> None:
+def test_layer_patterns_without_a_match_are_refused(layers: list[str]) -> None:
     with pytest.raises(InfluenceError, match=r"Recorder: layers=.* fits no module"):
         run(BY_NAME["mlp"], layers=layers)

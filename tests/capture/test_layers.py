@@ -149,7 +149,7 @@ CASES = [*_linear(), *_convolutions(), *_embeddings(), *_norms()]
 
 
 def captured(layer: nn.Module, x: Tensor, weights: Tensor, rows: int = ROWS, **call: Any) -> dict[str, GradSample]:
-    """Records of one call of the layer, taken by the real hooks; also leaves ``grad`` on the parameters."""
+    """Per-sample gradients of one call of the layer, by the real hooks; also leaves ``grad`` on the parameters."""
     found: dict[str, GradSample] = {}
     errors: list[Exception] = []
     capture = Capture(layer, lambda module, grad_samples: found.update(grad_samples), errors.append)
@@ -174,8 +174,8 @@ def by_loop(layer: nn.Module, x: Tensor, weights: Tensor, per_row: int = 1) -> d
     return {n: torch.stack(g) for n, g in out.items()}
 
 
-def check_record(grad_sample: GradSample, truth: Tensor) -> None:
-    """All that a record can be asked, against materialised gradients [b, *layout]."""
+def check_grad_sample(grad_sample: GradSample, truth: Tensor) -> None:
+    """All methods of a GradSample against materialised gradients [b, *layout]."""
     rows = len(truth)
     g = truth.reshape(rows, *grad_sample.layout)
     assert grad_sample.rows == rows
@@ -211,30 +211,30 @@ def check_rotation(grad_sample: GradSample, g: Tensor, weights: Tensor) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_records_equal_a_loop_over_rows(case: Case) -> None:
+def test_per_sample_gradients_equal_a_loop_over_rows(case: Case) -> None:
     layer, x = case.make()
     weights = torch.randn_like(layer(x)).detach()
     expected = by_loop(layer, x, weights, case.per_row)
     grad_samples = captured(layer, x, weights)
     assert set(grad_samples) == set(expected)
     for name, grad_sample in grad_samples.items():
-        check_record(grad_sample, expected[name])
+        check_grad_sample(grad_sample, expected[name])
         grad = layer.get_parameter(name).grad
         total = grad_sample.total().reshape(grad.shape)
         torch.testing.assert_close(total, grad.to_dense() if grad.is_sparse else grad, **EXACT)
 
 
-def test_the_cases_see_a_difference() -> None:
+def test_a_relative_error_of_1e_6_is_noticed() -> None:
     """The harness itself fails on wrong gradients."""
     layer, x = CASES[0].make()
     weights = torch.randn_like(layer(x)).detach()
     wrong = by_loop(layer, x, weights)["weight"] * (1 + 1e-6)
     with pytest.raises(AssertionError):
-        check_record(captured(layer, x, weights)["weight"], wrong)
+        check_grad_sample(captured(layer, x, weights)["weight"], wrong)
 
 
-def test_embedding_scaled_by_frequency() -> None:
-    """A row's own pass would count only its own ids: the share divides by the counts of the whole batch."""
+def test_embedding_scaled_by_frequency_divides_by_counts_of_the_batch() -> None:
+    """A pass of the row alone would count only its own ids."""
     layer = nn.Embedding(5, 3, padding_idx=2, scale_grad_by_freq=True).double()
     ids = torch.tensor([[0, 0, 2, 1], [1, 2, 2, 0], [4, 4, 4, 4], [3, 0, 1, 2]])
     weights = torch.randn(4, 4, 3, dtype=torch.float64)
@@ -243,15 +243,15 @@ def test_embedding_scaled_by_frequency() -> None:
         for p in range(4):
             entry = int(ids[i, p])
             if entry != 2:
-                delta = 2 * layer.weight[entry].detach() * weights[i, p]
-                expected[i, entry] += delta / int((ids == entry).sum())
+                output_grads = 2 * layer.weight[entry].detach() * weights[i, p]
+                expected[i, entry] += output_grads / int((ids == entry).sum())
     grad_sample = captured(layer, ids, weights)["weight"]
-    check_record(grad_sample, expected)
+    check_grad_sample(grad_sample, expected)
     torch.testing.assert_close(grad_sample.total()[0], layer.weight.grad, **EXACT)
 
 
 @pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm1d(5), (ROWS, 5)), (nn.BatchNorm2d(5), (ROWS, 5, 3, 2))])
-def test_batch_norm_in_training_adds_up_and_is_flagged(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_batch_norm_in_training_adds_up_and_is_named_as_approximate(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer = layer.double().train()
     nn.init.normal_(layer.weight)
     x = torch.randn(shape, dtype=torch.float64)
@@ -264,22 +264,22 @@ def test_batch_norm_in_training_adds_up_and_is_flagged(layer: nn.Module, shape: 
     assert layer.__class__.__name__ in approximate["0"]
 
 
-def test_input_by_keyword() -> None:
+def test_an_input_by_keyword_is_captured() -> None:
     layer, x = nn.Linear(3, 2).double(), torch.randn(ROWS, 3, dtype=torch.float64)
     weights = torch.randn(ROWS, 2, dtype=torch.float64)
     expected = by_loop(layer, x, weights)
     for name, grad_sample in captured(layer, x, weights, input=x).items():
-        check_record(grad_sample, expected[name])
+        check_grad_sample(grad_sample, expected[name])
 
 
-def test_half_precision_is_lifted_to_single() -> None:
+def test_half_precision_is_widened_to_single() -> None:
     for layer in (nn.Linear(3, 3), nn.LayerNorm(3)):
         layer, x = layer.bfloat16(), torch.randn(ROWS, 3, dtype=torch.bfloat16)
         for name, grad_sample in captured(layer, x, torch.ones(ROWS, 3, dtype=torch.bfloat16)).items():
             assert grad_sample.wide().gradient(slice(0, ROWS)).dtype is torch.float32
             assert (grad_sample.wide() is grad_sample) == (
                 isinstance(layer, nn.LayerNorm)
-            )  # a linear layer's factors wait
+            )  # a linear layer's factors stay in bfloat16
             grad = getattr(layer, name).grad.float().flatten()  # itself rounded to 8 bits, more than once
             torch.testing.assert_close(grad_sample.wide().total().flatten(), grad, rtol=2**-5, atol=1e-6)
 
@@ -301,13 +301,13 @@ def test_registered_layer_is_captured_and_inherited() -> None:
         pass
 
     @register_layer(Custom)
-    def scale(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
-        return {"factor": (a * delta).sum(1)}
+    def scale(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
+        return {"factor": (activations * output_grads).sum(1)}
 
     for kind in (Custom, Child):
         layer, x = kind().double(), torch.randn(ROWS, 2, 3, dtype=torch.float64)
         weights = torch.randn_like(x)
-        check_record(captured(layer, x, weights)["factor"], by_loop(layer, x, weights)["factor"])
+        check_grad_sample(captured(layer, x, weights)["factor"], by_loop(layer, x, weights)["factor"])
 
 
 def test_registered_layer_of_wrong_shape_is_dropped_with_its_reason() -> None:
@@ -315,11 +315,11 @@ def test_registered_layer_of_wrong_shape_is_dropped_with_its_reason() -> None:
         pass
 
     @register_layer(Wrong)
-    def wrong(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
-        return {"factor": a * delta}
+    def wrong(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
+        return {"factor": activations * output_grads}
 
     layer, errors = Wrong(), []
-    capture = Capture(layer, lambda *_: pytest.fail("a wrong record was passed on"), errors.append)
+    capture = Capture(layer, lambda *_: pytest.fail("wrong gradients were passed on"), errors.append)
     capture.attach()
     capture.start_batch(ROWS)
     layer(torch.randn(ROWS, 2, 3)).sum().backward()
@@ -343,7 +343,7 @@ def test_an_error_in_a_layer_function_does_not_reach_the_backward_pass() -> None
         pass
 
     @register_layer(Broken)
-    def broken(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
+    def broken(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
         raise ZeroDivisionError("mine")
 
     layer, errors = Broken(), []

@@ -1,4 +1,4 @@
-"""One odd layer costs itself: it is recorded exactly or left out with its name and reason, and the others go on."""
+"""An unusual layer is recorded exactly, or left out with its name and reason; the others are recorded in any case."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Run, Setting, check, cross_entropy, run
 from torch import Tensor, nn
 
 from ine_callback import Recorder
@@ -16,7 +15,8 @@ from ine_callback.capture import BlockTable, Capture, Lookup, Outer, Vector, reg
 from ine_callback.capture.attributes import LayerError
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.methods import FINE
-from ine_callback.scoring.directions import Flat
+from ine_callback.scoring.directions import VectorDirection
+from tests.helpers.oracle import Run, Setting, check, cross_entropy, run
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -95,8 +95,11 @@ class Temperature(nn.Module):
 
 
 @register_layer(Temperature)
-def _temperature(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
-    return {"scale": (a * delta).flatten(1).sum(1), "nothing": delta.new_zeros(rows, 0, 3)}
+def _temperature(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
+    return {
+        "scale": (activations * output_grads).flatten(1).sum(1),
+        "nothing": output_grads.new_zeros(rows, 0, 3),
+    }
 
 
 class WeightProperty(nn.Linear):
@@ -161,12 +164,12 @@ class Failing(nn.Module):
 
 
 @register_layer(Failing)
-def _failing(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
+def _failing(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
     assert isinstance(module, Failing)
     module.left -= 1
     if module.left < 0:
         raise ZeroDivisionError("mine")
-    return {"factor": a * delta}
+    return {"factor": activations * output_grads}
 
 
 class WritesIntoGradients(Failing):
@@ -174,8 +177,8 @@ class WritesIntoGradients(Failing):
 
 
 @register_layer(WritesIntoGradients)
-def _writes(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
-    return {"factor": a.mul_(delta) + delta.zero_()}
+def _writes(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
+    return {"factor": activations.mul_(output_grads) + output_grads.zero_()}
 
 
 def around(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -201,7 +204,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("setting", EXACT.values(), ids=EXACT)
-def test_is_recorded_exactly(setting: Setting) -> None:
+def test_unusual_layers_are_recorded_exactly(setting: Setting) -> None:
     check(run(setting))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is left out with the curvature either
@@ -230,22 +233,22 @@ ODD = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-@pytest.mark.parametrize(("model", "lost", "why"), ODD.values(), ids=ODD)
-def test_is_left_out_with_its_reason_and_costs_the_others_nothing(
-    model: Callable[[], nn.Module], lost: list[str], why: str
+@pytest.mark.parametrize(("model", "left_out", "why"), ODD.values(), ids=ODD)
+def test_a_layer_that_does_not_fit_is_left_out_with_its_reason_and_the_others_stay_exact(
+    model: Callable[[], nn.Module], left_out: list[str], why: str
 ) -> None:
     def without(module: nn.Module) -> dict[nn.Parameter, float]:
-        return {p: 0.0 for name, p in module.named_parameters() if name in lost}
+        return {p: 0.0 for name, p in module.named_parameters() if name in left_out}
 
     with pytest.warns(UserWarning, match=why):
         result = run(Setting("odd", model), uncaptured="warn", speed=without)
-    assert sorted(result.recorder.coverage.uncaptured) == sorted(lost)
+    assert sorted(result.recorder.coverage.uncaptured) == sorted(left_out)
     check(result)
-    if lost != ["2.factor"]:  # whose function would fail again, but nobody asks it
+    if left_out != ["2.factor"]:  # its function would fail again, but the fallback does not call it
         check(run(Setting("odd", model), uncaptured="fallback"))
 
 
-def test_reads_of_a_computed_weight_are_the_trainings_own() -> None:
+def test_the_capture_never_reads_a_computed_weight() -> None:
     model, x, y = around(lambda: WeightProperty(4, 4))(), torch.randn(4, 4), torch.randint(3, (4,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(model, optimizer, 4, "self", on_error="raise")  # no loss: no pass of ours
@@ -288,7 +291,7 @@ def late(model: Callable[[], nn.Module], **options: object) -> Run:
     return run(Setting("late", model), steps=6, uncaptured="raise", **options)
 
 
-def test_what_fails_later_is_left_out_from_then_on() -> None:
+def test_a_layer_that_fails_later_is_left_out_from_then_on() -> None:
     result = late(around(lambda: Failing(3)))
     torch.manual_seed(0)
     without = late(around(lambda: Failing(3)), speed=lambda module: {module[2].factor: 0.0})
@@ -319,7 +322,7 @@ class TwiceFailing(nn.Module):
 
 
 @pytest.mark.parametrize("after", [1, 2, 5])
-def test_a_batch_holds_no_half_of_a_layer(after: int) -> None:
+def test_a_layer_that_fails_between_two_calls_leaves_nothing_in_the_batch(after: int) -> None:
     """``after``: calls in backward passes until it fails, in the middle of the first, in the third or between them."""
 
     def model() -> nn.Module:
@@ -337,18 +340,18 @@ def test_a_batch_holds_no_half_of_a_layer(after: int) -> None:
     assert not result.recorder.failed
 
 
-def test_parameters_of_a_layer_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_parameters_of_a_layer_are_dropped_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale of a norm had been contracted before its shift fails."""
-    contract, asked = Flat.contract, []
+    contract, asked = VectorDirection.contract, []
 
-    def breaks(self: Flat, grad_sample: Vector) -> object:
+    def breaks(self: VectorDirection, grad_sample: Vector) -> object:
         if self.block.name == "1.bias":
             asked.append(self)
             if len(asked) > 1:
                 raise RuntimeError("no")
         return contract(self, grad_sample)
 
-    monkeypatch.setattr(Flat, "contract", breaks)
+    monkeypatch.setattr(VectorDirection, "contract", breaks)
     model = Setting("norm", lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
     result = run(model, speed=lambda module: dict.fromkeys(module[1].parameters(), 0.0))
     for (_, signals, _), expected in list(zip(result.found, result.expected, strict=True))[1:]:
@@ -357,7 +360,7 @@ def test_parameters_of_a_layer_go_together(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Tied(nn.Module):
-    """Two layers share a weight; the second one's function fails later."""
+    """Two layers have a tied weight; the second one's function fails later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,42 +371,42 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
-def test_a_shared_parameter_goes_with_the_layer_that_fails() -> None:
+def test_a_tied_parameter_is_dropped_with_the_layer_that_fails() -> None:
     result = run(Setting("tied", Tied), steps=4, speed=lambda module: {module.one.factor: 0.0})
     for k, (_, signals, _) in enumerate(result.found):
         close = torch.allclose(signals, result.expected[k], rtol=1e-9, atol=1e-11)
         assert close == (k >= 2)
 
 
-class Turncoat(nn.Linear):
-    """Another kind of record in later steps."""
+class ChangesKind(nn.Linear):
+    """Its function returns another kind of GradSample in later steps."""
 
 
-@register_layer(Turncoat)
-def _turncoat(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, object]:
+@register_layer(ChangesKind)
+def _changes_kind(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, object]:
     module.asked = module.__dict__.get("asked", 0) + 1
     if module.asked <= 3:
-        return {"weight": Outer(a[:, None, None], delta[:, None, None])}
-    return {"weight": Vector((delta[:, :, None] * a[:, None]).flatten(1))}
+        return {"weight": Outer(activations[:, None, None], output_grads[:, None, None])}
+    return {"weight": Vector((output_grads[:, :, None] * activations[:, None]).flatten(1))}
 
 
-def test_another_kind_of_record_than_before_is_said() -> None:
-    result = run(Setting("turncoat", around(lambda: Turncoat(4, 4, bias=False))), steps=4)
+def test_another_kind_of_grad_sample_than_before_drops_the_layer_with_that_reason() -> None:
+    result = run(Setting("changes kind", around(lambda: ChangesKind(4, 4, bias=False))), steps=4)
     (note,) = result.recorder.coverage.notes
     assert "2.weight" in note and "its function returned a Vector of (16,) for '2.weight'" in note
     assert "Outer of (1, 4, 4)" in note and not result.recorder.failed
 
 
-def test_tied_weights_with_records_that_do_not_go_together() -> None:
+def test_tied_weights_with_grad_samples_of_different_kinds_are_refused() -> None:
     embed, head = nn.Embedding(3, 4), nn.Linear(4, 3, bias=False)
     head.weight = embed.weight
     table = BlockTable(nn.Sequential(embed, head))
     table.sort(embed, {"weight": Lookup(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, 4), 3)})
-    with pytest.raises(LayerError, match=r"Vector of \(12,\) for '0.weight'.*record of \(1, 3, 4\)"):
+    with pytest.raises(LayerError, match=r"Vector of \(12,\) for '0.weight'.*gradients of \(1, 3, 4\)"):
         table.sort(head, {"weight": Vector(torch.zeros(2, 12))})
 
 
-# -- what is no layer's ------------------------------------------------------------------------------------------------
+# -- failures that concern more than one layer ------------------------------------------------------------------------
 
 
 def recorded(model: nn.Module, steps: int = 5, **options: object) -> Recorder:
@@ -431,21 +434,21 @@ class OutOfMemory(Failing):
 
 
 @register_layer(OutOfMemory)
-def _out_of_memory(module: nn.Module, a: Tensor, delta: Tensor, rows: int) -> dict[str, Tensor]:
+def _out_of_memory(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, Tensor]:
     assert isinstance(module, OutOfMemory)
     module.left -= 1
     if module.left < 0:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return {"factor": a * delta}
+    return {"factor": activations * output_grads}
 
 
-def test_a_full_device_ends_the_recording() -> None:
+def test_a_full_device_stops_the_recording() -> None:
     recorder = recorded(around(lambda: OutOfMemory(2))())
     assert recorder.failed and recorder.steps == 2 and not recorder.capture.dropped
     assert any("CUDA out of memory" in note for note in recorder.notes)
 
 
-def test_the_last_layer_that_fails_ends_the_recording() -> None:
+def test_the_recording_stops_when_its_last_layer_fails() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Failing(2), nn.Linear(4, 3)).requires_grad_(False)
     model[1].requires_grad_(True)
     recorder = recorded(model)
@@ -455,7 +458,7 @@ def test_the_last_layer_that_fails_ends_the_recording() -> None:
 
 @pytest.mark.parametrize("name", ["observe", "operator"])
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_curvature_that_fails_costs_its_layer(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
+def test_a_curvature_that_fails_drops_its_layer_alone(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
     method, asked = getattr(KFAC, name), []
 
     def breaks(self: KFAC, block: object, *args: object, **kwargs: object) -> object:
@@ -472,7 +475,7 @@ def test_a_curvature_that_fails_costs_its_layer(monkeypatch: pytest.MonkeyPatch,
     assert "LinAlgError: linalg.eigh" in recorder.coverage.uncaptured["2.weight"]
 
 
-def test_a_sequence_of_one_position_later_costs_nothing() -> None:
+def test_sequences_of_one_position_among_longer_ones_are_recorded() -> None:
     """Factors and whole gradients do not go into one place of the reservoir."""
     for lengths in ([3, 3, 1, 3], [1, 1, 3, 1]):
         model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
@@ -489,8 +492,8 @@ def test_a_sequence_of_one_position_later_costs_nothing() -> None:
         assert recorder.steps == 4
 
 
-def test_wrong_rows_still_end_the_recording() -> None:
-    """Where no layer's input is led by the rows that were named, it is not the layers that are odd."""
+def test_wrong_rows_stop_the_recording() -> None:
+    """If no layer's input has the announced number of rows, the rows are wrong and not the layers."""
     model, x, y = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(9, 4), torch.randint(3, (9,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(model, optimizer, 9, "self")
@@ -519,7 +522,7 @@ class Experts(nn.Module):
         return self.head(torch.cat([self.expert(x[: self.sent]), x[self.sent :]]))
 
 
-def test_rows_that_do_not_fit_one_layer_later_cost_that_layer() -> None:
+def test_a_layer_whose_rows_do_not_fit_later_is_dropped_alone() -> None:
     model = Experts()
     x, y = torch.randn(4, 4), torch.randint(3, (4,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -534,7 +537,7 @@ def test_rows_that_do_not_fit_one_layer_later_cost_that_layer() -> None:
     assert set(recorder.capture.dropped) == {"expert"} and recorder.steps == 3
 
 
-def test_inference_tensors_and_transforms_never_reach_the_users_pass() -> None:
+def test_inference_tensors_and_transforms_cause_no_error_in_the_users_pass() -> None:
     layer = nn.Linear(4, 4)
     layer.weight.requires_grad_(False)
     with torch.inference_mode():

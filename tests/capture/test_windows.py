@@ -1,4 +1,4 @@
-"""Windows that are not cut out, against windows that are."""
+"""Convolutions' gradients from the image, against those from windows that are cut out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture import Outer
-from ine_callback.capture import per_sample_gradients as module
-from ine_callback.capture.layers import convolution
-from ine_callback.capture.windows import Windows
+from ine_callback.capture.layers.convolution import convolution
+from ine_callback.capture.per_sample_gradients import Windows, outer
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 LAYERS = {
@@ -25,18 +24,18 @@ LAYERS = {
 
 @pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
 def pair(request: pytest.FixtureRequest) -> tuple[Windows, Outer]:
-    """A convolution's record with its bias, and the same with all windows formed."""
+    """A convolution's per-sample gradients with its bias, and the same with all windows formed."""
     layer, shape = request.param
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(5, *shape, generator=draw, dtype=torch.float64)
-    delta = torch.randn(5, *layer.double()(a).shape[1:], generator=draw, dtype=torch.float64)
-    grad_samples = convolution(layer, a, delta, 5)
+    output_grads = torch.randn(5, *layer.double()(a).shape[1:], generator=draw, dtype=torch.float64)
+    grad_samples = convolution(layer, a, output_grads, 5)
     lazy = grad_samples["weight"].with_bias()
     assert isinstance(lazy, Windows)
-    return lazy, Outer(lazy.formed(), lazy.delta)
+    return lazy, Outer(lazy.formed(), lazy.output_grads)
 
 
-def test_they_answer_alike(pair: tuple[Windows, Outer]) -> None:
+def test_all_methods_agree_with_windows_that_are_cut_out(pair: tuple[Windows, Outer]) -> None:
     lazy, formed = pair
     groups, out, inputs = formed.layout
     assert lazy.layout == formed.layout and lazy.rows == formed.rows and lazy.units == formed.units
@@ -54,14 +53,14 @@ def test_they_answer_alike(pair: tuple[Windows, Outer]) -> None:
     weights = draw(2, *formed.layout)
     torch.testing.assert_close(lazy.norms(weights), formed.norms(weights), **EXACT)
     left, right = draw(groups, out, 2), draw(groups, inputs, 3)
-    turned = lazy.rotated(left, right), formed.rotated(left, right)
-    torch.testing.assert_close(turned[0].gradient(slice(1, 4)), turned[1].gradient(slice(1, 4)), **EXACT)
+    rotated = lazy.rotated(left, right), formed.rotated(left, right)
+    torch.testing.assert_close(rotated[0].gradient(slice(1, 4)), rotated[1].gradient(slice(1, 4)), **EXACT)
     torch.testing.assert_close(lazy.compressed(right).g.mT, formed.gradient(slice(None)) @ right, **EXACT)
     torch.testing.assert_close(
         lazy.transposed().gradient(slice(0, 5)), formed.transposed().gradient(slice(0, 5)), **EXACT
     )
     rows = torch.tensor([3, 0])
-    assert torch.equal(lazy.formed(rows), formed.a[rows])
+    assert torch.equal(lazy.formed(rows), formed.activations[rows])
 
 
 def test_the_windows_are_those_of_unfold() -> None:
@@ -76,19 +75,19 @@ def test_the_windows_are_those_of_unfold() -> None:
 
 
 @pytest.mark.parametrize("full", [(True, True), (False, False)])
-def test_looks_at_some_positions_cover_all_of_them(
+def test_covariances_of_sampled_positions_average_to_those_of_all(
     pair: tuple[Windows, Outer], full: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every position is looked at once in as many phases as there are strides."""
+    """Over the phases of one interval every position is taken once."""
     formed = pair[1]
-    positions = formed.delta.shape[2]
+    positions = formed.output_grads.shape[2]
     truth = formed.covariances(full)
-    monkeypatch.setattr(module, "MOST_POSITIONS", formed.rows * positions // 3)
-    every = -(-positions * formed.rows // module.MAX_POSITIONS)
+    monkeypatch.setattr(outer, "MAX_POSITIONS", formed.rows * positions // 3)
+    interval = -(-positions * formed.rows // outer.MAX_POSITIONS)
     for grad_sample in pair:
-        phases = [(k + 0.5) / every for k in range(every)]
-        looks = [grad_sample.covariances(full, phase) for phase in phases]
-        sizes = [len(range(k, positions, every)) for k in range(every)]
+        phases = [(k + 0.5) / interval for k in range(interval)]
+        found = [grad_sample.covariances(full, phase) for phase in phases]
+        sizes = [len(range(k, positions, interval)) for k in range(interval)]
         for side in range(2):
-            mean = sum(look[side] * size for look, size in zip(looks, sizes, strict=True)) / positions
+            mean = sum(one[side] * size for one, size in zip(found, sizes, strict=True)) / positions
             torch.testing.assert_close(mean, truth[side], **EXACT)

@@ -19,7 +19,7 @@ import pytest
 
 from ine_callback.cli import main, parser
 from ine_callback.report import example_report
-from tests.report.test_rendering import hostile
+from tests.helpers.report.hostile import hostile
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("show", "export", "compare", "html", "completion")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Batch, Keep, Transformer, cross_entropy, mlp
-from test_kfac import dense, draw
 from torch import Tensor, nn
 
 from ine_callback import Recorder
 from ine_callback.curvature.spectral import exponential
+from tests.helpers.factors import dense, draw
+from tests.helpers.oracle import Batch, Keep, Transformer, cross_entropy, mlp
 
 
 class TwoLayers(nn.Module):
@@ -52,7 +52,7 @@ def recorded(
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.2}])
-def test_signals_of_a_reused_layer_are_discounted_densely(options: dict[str, float]) -> None:
+def test_signals_of_a_reused_layer_equal_those_of_the_dense_discount(options: dict[str, float]) -> None:
     """U = exp(-(R F + decay)) v and self-influence g^T D g / b, all from explicit dense matrices."""
     model = TwoLayers().double()
     x, y = draw(6, 3), torch.randint(3, (6,))
@@ -83,7 +83,7 @@ def test_signals_of_a_reused_layer_are_discounted_densely(options: dict[str, flo
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
 
-def test_the_discount_counts_the_steps_that_are_left() -> None:
+def test_the_discount_follows_the_learning_rate_that_remains() -> None:
     """Directions made before step k are discounted by the steps k + 1 to 4."""
 
     def squares(module: nn.Module, batch: Batch) -> Tensor:
@@ -170,7 +170,7 @@ def test_adam_discounts_by_one_scalar_a_layer() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_curvature_is_observed_every_few_steps(every: int) -> None:
+def test_the_curvature_is_updated_every_k_th_step(every: int) -> None:
     """The factors are the mean over steps 0, k, 2k, ..., made here from each step's inputs and output gradients."""
     model, b = nn.Linear(3, 3, bias=False).double(), 4
     keep, sgd = Keep(), torch.optim.SGD(model.parameters(), lr=0.5)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import Keep, cross_entropy, mlp
-from test_kfac import block, draw, outer
 from torch import Tensor
 
 import ine_callback.curvature.gradient_sample as module
@@ -14,6 +12,8 @@ from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
+from tests.helpers.factors import block, draw, outer
+from tests.helpers.oracle import Keep, cross_entropy, mlp
 
 ALONE = Lockstep(torch.device("cpu"), alone=True)
 CLOSE = {"rtol": 2e-4, "atol": 1e-5}  # gradients are kept in float32
@@ -34,11 +34,11 @@ def split(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def filled(grad_samples: dict[Block, GradSample], rows: int = 100, terms: float = 1.0) -> tuple[GradientSample, Tensor]:
-    """A reservoir that kept one whole batch, and the order in which it keeps the batch's rows."""
+    """A sample that stores one whole batch, and the order in which it stores the batch's rows."""
     size = next(iter(grad_samples.values())).rows
     reservoir = GradientSample(rows)
     reservoir.open(list(grad_samples.items()), ALONE)
-    reservoir.draw(size, terms, size)
+    reservoir.select(size, terms, size)
     for own, grad_sample in grad_samples.items():
         reservoir.observe(own, grad_sample)
     reservoir.commit()
@@ -49,7 +49,7 @@ def filled(grad_samples: dict[Block, GradSample], rows: int = 100, terms: float 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small reservoirs count in these tests."""
-    monkeypatch.setattr(module, "FEWEST", 2)
+    monkeypatch.setattr(module, "MIN_ROWS", 2)
 
 
 def test_discount_equals_the_dense_form_over_layers_of_every_kind(few: None) -> None:
@@ -74,7 +74,7 @@ def test_discount_equals_the_dense_form_over_layers_of_every_kind(few: None) -> 
         )
 
 
-def test_nothing_ahead_leaves_the_directions_as_they_are(few: None) -> None:
+def test_without_remaining_learning_rate_directions_are_unchanged(few: None) -> None:
     grad_sample = outer(6)
     own = block(grad_sample)
     v = draw(3, *own.layout)
@@ -121,26 +121,26 @@ def test_rows_are_a_uniform_sample_of_those_seen() -> None:
     reservoir = GradientSample(400)
     reservoir.open([(own, grad_sample)], ALONE)
     for batch in range(40):
-        reservoir.draw(50, 1.0, 1)
+        reservoir.select(50, 1.0, 1)
         reservoir.observe(own, Vector(torch.full((50, 1), float(batch))))
         reservoir.commit()
-    counts = reservoir._kept[own].right.flatten().long().bincount(minlength=40)
+    counts = reservoir._stored[own].right.flatten().long().bincount(minlength=40)
     assert int(counts.sum()) == 400
     assert abs(float(counts[:20].sum()) - 200) < 4 * 10
     assert int(counts.max()) < 10 + 4 * 3.2
 
 
-def test_a_block_left_out_of_a_batch_has_no_gradient_there(few: None) -> None:
+def test_a_block_that_a_batch_does_not_use_has_zero_gradients_there(few: None) -> None:
     one, two = Vector(draw(4, 2)), Vector(draw(4, 3))
     reservoir, _ = filled({block(one): one, block(two): two}, rows=4)
-    first, second = reservoir._kept
+    first, second = reservoir._stored
     reservoir._seen = 4
-    reservoir.draw(4, 1.0, 1)
+    reservoir.select(4, 1.0, 1)
     reservoir.observe(first, Vector(torch.ones(4, 2)))
     reservoir.commit()
-    replaced = (reservoir._kept[first].right == 1).all(1)
+    replaced = (reservoir._stored[first].right == 1).all(1)
     assert 0 < int(replaced.sum()) < 4
-    assert (reservoir._kept[second].right[replaced] == 0).all()
+    assert (reservoir._stored[second].right[replaced] == 0).all()
 
 
 def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
@@ -148,7 +148,7 @@ def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
     own, words = block(one), block(table)
     reservoir = GradientSample(8)
     reservoir.open([(own, one), (words, table)], ALONE)
-    reservoir.draw(4, 1.0, 4)
+    reservoir.select(4, 1.0, 4)
     for _ in range(2):
         reservoir.observe(own, one)
     reservoir.observe(words, table)
@@ -156,7 +156,7 @@ def test_reused_blocks_and_embeddings_are_left_to_kfac(few: None) -> None:
     assert reservoir.apply({own: draw(1, *own.layout), words: draw(1, *words.layout)}, {}, ALONE) == {}
 
 
-def test_gradients_too_large_to_keep_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_too_large_to_store_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 1000)
     grad_sample = Outer(draw(4, 1, 1, 9), draw(4, 1, 1, 9))
     reservoir = GradientSample(100)
@@ -165,6 +165,6 @@ def test_gradients_too_large_to_keep_are_said(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("rows", [-1, 2.5])
-def test_no_count_is_refused(rows: int) -> None:
+def test_a_size_that_is_not_a_count_is_refused(rows: int) -> None:
     with pytest.raises(InfluenceError, match=f"reservoir={rows}"):
         GradientSample(rows)

@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.capture import GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import SpectralOperator, exponential
+from ine_callback.curvature.spectral import exponential
+from tests.helpers.factors import block, dense, draw, observed, outer
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
-
-
-def block(grad_sample: GradSample, tied: bool = False) -> Block:
-    return Block("w", (nn.Parameter(torch.zeros(grad_sample.layout)),), grad_sample.layout, tied=tied)
-
-
-def observed(
-    *steps: GradSample | Sequence[GradSample], terms: float = 1.0, max_dim: int = 1024, tied: bool = False
-) -> tuple[Block, KFAC]:
-    """Factors after one observation (or several uses) a step."""
-    uses = [[step] if isinstance(step, GradSample) else step for step in steps]
-    own, kfac = block(uses[0][0], tied), KFAC(max_dim)
-    for grad_samples in uses:
-        for grad_sample in grad_samples:
-            kfac.observe(own, grad_sample, terms)
-        kfac.end_step()
-    return own, kfac
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def outer(rows: int = 5, groups: int = 1, positions: int = 1, out: int = 2, inputs: int = 3) -> Outer:
-    return Outer(draw(rows, groups, positions, inputs), draw(rows, groups, positions, out))
-
-
-def dense(discount: SpectralOperator, layout: tuple[int, ...]) -> Tensor:
-    """D as a matrix over the flattened layout."""
-    size = int(torch.Size(layout).numel())
-    return discount.apply(torch.eye(size, dtype=torch.float64).reshape(size, *layout)).reshape(size, size).T
 
 
 def moment(x: Tensor) -> Tensor:
@@ -59,7 +28,10 @@ def moment(x: Tensor) -> Tensor:
 
 def kron_of(grad_sample: Outer) -> Tensor:
     """The factors' Kronecker product per group [G, O I, O I]: summed output side, averaged input side."""
-    left, right = moment(grad_sample.delta), moment(grad_sample.a) / (grad_sample.a.shape[0] * grad_sample.a.shape[2])
+    left, right = (
+        moment(grad_sample.output_grads),
+        moment(grad_sample.activations) / (grad_sample.activations.shape[0] * grad_sample.activations.shape[2]),
+    )
     return torch.stack([torch.kron(a, b) for a, b in zip(left, right, strict=True)])
 
 
@@ -92,7 +64,7 @@ def test_grouped_layers_have_one_exponential_a_group() -> None:
     torch.testing.assert_close(found, truth, **EXACT)
 
 
-def test_one_parameter() -> None:
+def test_the_discount_of_one_parameter_is_a_plain_exponential() -> None:
     """A single weight: the Fisher is a number, the discount its exponential."""
     deltas = draw(6, 1, 1, 1) / 6
     own, kfac = observed(Outer(torch.full((6, 1, 1, 1), 3.0).double(), deltas), terms=6.0)
@@ -111,7 +83,7 @@ def test_self_influence_equals_the_dense_form(grad_sample: GradSample | str) -> 
         grad_sample = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
     if isinstance(grad_sample, Lookup):
         counts = grad_sample.ids.flatten().bincount(minlength=4).double() / grad_sample.ids.numel()
-        fisher = torch.kron(torch.diag(counts), moment(grad_sample.delta[:, None])[0])
+        fisher = torch.kron(torch.diag(counts), moment(grad_sample.output_grads[:, None])[0])
     elif isinstance(grad_sample, Vector):
         fisher = torch.diag(sum(g.square() for g in grad_sample.g))
     else:
@@ -127,11 +99,11 @@ def test_self_influence_equals_the_dense_form(grad_sample: GradSample | str) -> 
     torch.testing.assert_close(found.norms_of_sum([grad_sample]), expected, **EXACT)
 
 
-def test_self_influence_of_a_reused_block_sums_first() -> None:
+def test_self_influence_of_a_reused_block_is_that_of_the_summed_gradient() -> None:
     one, two = outer(positions=2), outer(positions=2)
     own, kfac = observed([one, two])
-    left = moment(one.delta)[0] + moment(two.delta)[0]
-    right = (moment(one.a)[0] + moment(two.a)[0]) / (2 * 5 * 2)
+    left = moment(one.output_grads)[0] + moment(two.output_grads)[0]
+    right = (moment(one.activations)[0] + moment(two.activations)[0]) / (2 * 5 * 2)
     d = torch.linalg.matrix_exp(-0.1 * torch.kron(left, right))
     g = (one.gradient(slice(0, 5)) + two.gradient(slice(0, 5))).flatten(1)
     found = kfac.operator(own, exponential(0.1))
@@ -140,13 +112,15 @@ def test_self_influence_of_a_reused_block_sums_first() -> None:
     torch.testing.assert_close(dense(found, own.layout), d, **EXACT)
 
 
-def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
+def test_a_tied_block_has_the_diagonal_of_the_summed_fisher() -> None:
     table = Lookup(torch.randint(4, (5, 6)), draw(5, 6, 2), 4)
     head = Outer(draw(5, 1, 6, 2), draw(5, 1, 6, 4))
     own, kfac = observed([head, table], terms=2.0, tied=True)
     counts = table.ids.flatten().bincount(minlength=4).double() / 30
-    diagonal = torch.outer(counts, moment(table.delta[:, None])[0].diagonal())
-    diagonal = diagonal + torch.outer(moment(head.delta)[0].diagonal(), moment(head.a)[0].diagonal() / 30)
+    diagonal = torch.outer(counts, moment(table.output_grads[:, None])[0].diagonal())
+    diagonal = diagonal + torch.outer(
+        moment(head.output_grads)[0].diagonal(), moment(head.activations)[0].diagonal() / 30
+    )
     found = kfac.operator(own, exponential(0.1, 0.3))
     torch.testing.assert_close(found.weight[0], torch.exp(-(0.1 * 2.0 * diagonal + 0.3)), **EXACT)
     g = (head.gradient(slice(0, 5)) + table.gradient(slice(0, 5)))[:, 0]
@@ -155,10 +129,10 @@ def test_a_tied_block_is_the_diagonal_of_the_sum() -> None:
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(2, 6), (6, 2), (6, 6)])
-def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
+def test_sides_larger_than_max_dim_are_diagonal(out: int, inputs: int) -> None:
     grad_sample = outer(positions=3, out=out, inputs=inputs)
     own, kfac = observed(grad_sample, max_dim=4)
-    left, right = moment(grad_sample.delta)[0], moment(grad_sample.a)[0] / 15
+    left, right = moment(grad_sample.output_grads)[0], moment(grad_sample.activations)[0] / 15
     left = left if out <= 4 else torch.diag(left.diagonal())
     right = right if inputs <= 4 else torch.diag(right.diagonal())
     found = kfac.operator(own, exponential(0.1))
@@ -171,8 +145,8 @@ def test_sides_over_the_cap_are_diagonal(out: int, inputs: int) -> None:
 def test_factors_are_the_plain_mean_since_the_first_step() -> None:
     grad_samples = [outer(positions=2) for _ in range(5)]
     own, kfac = observed(*grad_samples)
-    left = sum(moment(r.delta)[0] for r in grad_samples) / 5
-    right = sum(moment(r.a)[0] / 10 for r in grad_samples) / 5
+    left = sum(moment(r.output_grads)[0] for r in grad_samples) / 5
+    right = sum(moment(r.activations)[0] / 10 for r in grad_samples) / 5
     torch.testing.assert_close(
         dense(kfac.operator(own, exponential(0.1)), own.layout),
         torch.linalg.matrix_exp(-0.1 * torch.kron(left, right)),
@@ -183,7 +157,7 @@ def test_factors_are_the_plain_mean_since_the_first_step() -> None:
 def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
     """Half batches whose losses are halved too: the same shares, the same factors."""
     whole = outer(rows=6, positions=2)
-    halves = [Outer(whole.a[s], whole.delta[s]) for s in (slice(0, 3), slice(3, 6))]
+    halves = [Outer(whole.activations[s], whole.output_grads[s]) for s in (slice(0, 3), slice(3, 6))]
     own, kfac = observed(whole, terms=6.0)
     own_halves, kfac_halves = observed(halves, terms=6.0)
     torch.testing.assert_close(
@@ -193,7 +167,7 @@ def test_micro_batches_of_a_step_add_up_to_the_whole_batch() -> None:
     )
 
 
-def test_nothing_observed_is_the_identity() -> None:
+def test_a_block_that_was_never_observed_has_the_identity() -> None:
     grad_sample = outer()
     discount = KFAC().operator(block(grad_sample), exponential(3.0, 0.0))
     v = draw(2, *grad_sample.layout)
@@ -276,7 +250,7 @@ def test_an_eigendecomposition_that_does_not_converge_is_done_in_double(
     torch.testing.assert_close(kfac.operator(own, exponential(0.3)).apply(torch.ones(1, *own.layout)), expected)
 
 
-def test_vanishing_gradients_have_a_discount_too() -> None:
+def test_vanishing_gradients_give_a_finite_discount() -> None:
     """Gradients a billion times smaller, and so much more learning to come: the discount is the same."""
     a, delta = torch.randn(50, 1, 1, 40), torch.randn(50, 1, 1, 60)
     own, kfac = observed(Outer(a, delta))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_kfac import block, dense, observed, outer
 from torch import Tensor
 
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import Spectrum, exponential, resolvent, unrolled
+from tests.helpers.factors import block, dense, observed, outer
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -43,11 +43,11 @@ def test_a_spectrum_is_the_same_function_of_the_dense_fisher(name: str) -> None:
     torch.testing.assert_close(operator.quadratic(grad_sample), quadratic, **EXACT)
 
 
-def test_no_curvature_leaves_a_rate_for_each_unrolled_step() -> None:
+def test_without_curvature_the_unrolled_spectrum_is_rate_times_steps() -> None:
     torch.testing.assert_close(unrolled(0.5, 3)(torch.zeros(2)), torch.full((2,), 1.5))
 
 
-def test_a_block_that_was_never_observed_is_left_as_it_is() -> None:
+def test_a_block_that_was_never_observed_keeps_its_gradient() -> None:
     grad_sample = outer()
     v = torch.randn(1, *grad_sample.layout, dtype=torch.float64)
     torch.testing.assert_close(KFAC().operator(block(grad_sample), resolvent(0.1)).apply(v), v)

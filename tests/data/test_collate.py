@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_row_ids import Told
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ine_callback import InfluenceCallback
 from ine_callback.data.collate import Followed
 from ine_callback.errors import RowsError
+from tests.helpers.numbered_rows import Told
 
 Item = tuple[int, Tensor, int]  # number (no collate function below puts it into the batch), sequence, label
 TRUE: list[list[int]] = []  # the numbers in each batch's order, as the collate function had them

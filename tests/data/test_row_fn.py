@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_row_ids import DATA, LOADERS, N, Tiny, Told, fit
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ine_callback import InfluenceCallback
 from ine_callback.data.row_ids import RowTracker
 from ine_callback.errors import RowsError
+from tests.helpers.numbered_rows import DATA, LOADERS, N, Tiny, Told, fit
 
 
 class Stream(IterableDataset[Any]):

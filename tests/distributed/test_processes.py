@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from regimes.accidents import accident
-from regimes.identical import unequal
-from regimes.once import spawned
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,21 +23,26 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
 from ine_callback.recording.accumulators import RowAccumulators
+from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.observations import Pending
+from ine_callback.recording.steps import OptimizerSteps
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import accident
+from tests.helpers.identical import unequal
+from tests.helpers.once import spawned
 
 ROWS, BATCH, STEPS = 48, 8, 24
-KEPT_VARIANCE = 40  # rows of a process in the reservoir's own test
+ROWS_STORED = 40  # rows of a process in the test of the sample alone
 PLACES = [
-    (Recorder, "_start_batch"),
-    (Recorder, "_see"),
-    (Recorder, "_receive"),
-    (Recorder, "_settle"),
-    (Recorder, "_after_step"),
+    (BackwardPasses, "start_batch"),
+    (BackwardPasses, "see"),
+    (BackwardPasses, "receive"),
+    (BackwardPasses, "settle"),
+    (OptimizerSteps, "end"),
     (RowAccumulators, "update"),
     (Capture, "start_batch"),
-    (Coverage, "prove"),
+    (Coverage, "verify"),
     (Signals, "refresh"),
     (Signals, "_gradients"),
     (KFAC, "observe"),
@@ -140,15 +142,15 @@ def matrix() -> Block:
 
 def joined(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """A process's rows in a reservoir, and what all of them together make of v."""
-    grad_sample = Vector(torch.randn(KEPT_VARIANCE, 6, generator=torch.Generator().manual_seed(rank)))
+    grad_sample = Vector(torch.randn(ROWS_STORED, 6, generator=torch.Generator().manual_seed(rank)))
     reservoir, own, processes = GradientSample(200), matrix(), Lockstep(torch.device("cpu"), alone=False)
     reservoir.open([(own, grad_sample)], processes)
-    reservoir.draw(KEPT_VARIANCE, 1.0, 1)
+    reservoir.select(ROWS_STORED, 1.0, 1)
     reservoir.observe(own, grad_sample)
     reservoir.commit()
     v = torch.arange(12.0).reshape(2, 6)
     applied = reservoir.apply({own: v}, {own: (0.3, 0.1)}, processes)[own]
-    return reservoir._kept[own].right[:KEPT_VARIANCE], applied, v
+    return reservoir._stored[own].right[:ROWS_STORED], applied, v
 
 
 def process(rank: int, folder: str) -> None:
@@ -169,7 +171,7 @@ def process(rank: int, folder: str) -> None:
         "more, plain": train(2, rank, more=True, recorded=False),
     }
     for owner, name in PLACES:
-        for after in (0,) if name == "prove" else (0, 5):
+        for after in (0,) if name == "verify" else (0, 5):
             with accident(owner, name, after, lambda: rank == 1):
                 found[owner.__name__, name, after] = train(2, rank, saved=True)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -195,7 +197,9 @@ def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[d
     assert off is not None and np.abs(off.scores.mu - alone.scores.mu).max() > 0.1  # so it could have shown
 
 
-def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[dict[Any, Any]]) -> None:
+def test_the_sample_of_all_processes_discounts_like_that_of_one(
+    together: list[dict[Any, Any]],
+) -> None:
     (_, one), (_, other) = (found["default"] for found in together)
     alone = train()[1]
     assert not unequal(one, other) and alone is not None
@@ -204,19 +208,19 @@ def test_a_reservoir_of_all_processes_is_as_good_as_that_of_one(together: list[d
     assert np.abs(one.scores.mu - together[0]["no reservoir"][1].scores.mu).max() > 0.01
 
 
-def test_the_reservoir_is_that_of_all_rows(together: list[dict[Any, Any]]) -> None:
+def test_the_sample_holds_the_rows_of_all_processes(together: list[dict[Any, Any]]) -> None:
     (one, applied, v), (other, again, _) = (found["joined"] for found in together)
     assert torch.equal(applied, again) and not torch.equal(one, other)
     reservoir, own = GradientSample(200), matrix()
     reservoir.open([(own, Vector(torch.cat([one, other])))], Lockstep(one.device, alone=True))
-    reservoir._kept[own].right[: 2 * KEPT_VARIANCE] = torch.cat([one, other])
-    reservoir._filled = 2 * KEPT_VARIANCE
+    reservoir._stored[own].right[: 2 * ROWS_STORED] = torch.cat([one, other])
+    reservoir._filled = 2 * ROWS_STORED
     expected = reservoir.apply({own: v}, {own: (0.3, 0.1)}, Lockstep(one.device, alone=True))[own]
     torch.testing.assert_close(applied, expected)
     assert (applied - v).abs().max() > 0.05
 
 
-def test_training_is_as_without_us(together: list[dict[Any, Any]]) -> None:
+def test_training_is_bit_identical_without_the_recorder(together: list[dict[Any, Any]]) -> None:
     for found in together:
         for kind in found.keys() - {"joined"}:
             start = kind.split(",")[0] if isinstance(kind, str) else ""
@@ -226,12 +230,12 @@ def test_training_is_as_without_us(together: list[dict[Any, Any]]) -> None:
 
 @pytest.mark.parametrize("after", [0, 5])
 @pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner.__name__}.{name}" for owner, name in PLACES])
-def test_a_breakdown_in_one_process_ends_the_recording_in_all(
+def test_an_exception_in_one_process_stops_the_recording_in_all(
     together: list[dict[Any, Any]], owner: type, name: str, after: int
 ) -> None:
     """Nobody waits for it: the training went on, which the test before shows."""
     key = (owner.__name__, name, after)
-    if key not in together[0] or (name == "prove" and after):
+    if key not in together[0] or (name == "verify" and after):
         pytest.skip("called once a run")
     first, second = (found[key][1] for found in together)
     assert any("the roof fell in" in note for note in second.run.notes), second.run.notes
@@ -255,7 +259,7 @@ def test_a_layer_that_fails_in_one_process_is_left_out_in_all(together: list[dic
     assert any("body.2" in line and "ZeroDivisionError: mine" in line for line in told[1]), told[1]
 
 
-def test_one_alone_meets_nobody() -> None:
+def test_a_single_process_exchanges_with_itself() -> None:
     alone = Lockstep(torch.device("cpu"), alone=True)
     assert alone.exchange(2, 3) == [[2, 3]] and alone.common("ab") == {"a", "b"} and alone.gather(1) == [1]
     alone.leave()

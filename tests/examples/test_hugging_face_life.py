@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ine_callback import InfluenceCallback, InfluenceReport
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.hugging_face import InfluenceTrainerCallback
-from tests.examples.texts import ROWS, Journal, Texts, plain_loop, same, small_model, state_of, trainer_of
+from tests.helpers.texts import ROWS, Journal, Texts, plain_loop, same, small_model, state_of, trainer_of
 
 since_5 = pytest.mark.skipif(
     "group_by_length" in TrainingArguments.__dataclass_fields__,

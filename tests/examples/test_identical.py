@@ -10,11 +10,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from regimes.identical import History, compare, fitted, left_behind
 from torch.utils.data import DataLoader
 
 from ine_callback import InfluenceCallback, InfluenceReport, Query
 from ine_callback.report import RunInfo
+from tests.helpers.identical import History, compare, fitted, left_behind
 
 Load = Callable[[str], ModuleType]
 

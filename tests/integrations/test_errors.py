@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from regimes.accidents import Accident, accident
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -26,9 +25,12 @@ from ine_callback import FINE, InfluenceCallback, InfluenceReport, Query, Record
 from ine_callback.capture import Capture
 from ine_callback.errors import RowsError
 from ine_callback.optimizers.clipping import Clipping
+from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.coverage import Coverage
+from ine_callback.recording.steps import OptimizerSteps
 from ine_callback.report import example_report
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import Accident, accident
 
 ROWS, STEPS = 48, 12  # two epochs of six batches of eight
 
@@ -286,20 +288,20 @@ def test_a_row_of_nan_ruins_the_model_but_not_the_report() -> None:
 
 
 HOOKS = [
-    (Recorder, "_start_batch"),
-    (Recorder, "_see"),
-    (Recorder, "_receive"),
-    (Recorder, "_settle"),
-    (Recorder, "_end_batch"),
-    (Recorder, "_begin_pass"),
-    (Recorder, "_pass_ended"),
+    (BackwardPasses, "start_batch"),
+    (BackwardPasses, "see"),
+    (BackwardPasses, "receive"),
+    (BackwardPasses, "settle"),
+    (BackwardPasses, "end_batch"),
+    (BackwardPasses, "_begin_pass"),
+    (BackwardPasses, "_end_pass"),
     (Recorder, "_ready"),
-    (Recorder, "_look"),
-    (Recorder, "_after_step"),
+    (OptimizerSteps, "measure_changes"),
+    (OptimizerSteps, "end"),
     (Clipping, "mark"),
     (Clipping, "change"),
     (Clipping, "forget"),
-    (Coverage, "prove"),
+    (Coverage, "verify"),
     (Coverage, "fallback"),
     (Capture, "start_batch"),
     (Signals, "receive"),
@@ -312,7 +314,7 @@ HOOKS = [
 @pytest.mark.parametrize("after", [0, 1], ids=["first call", "second call"])
 @pytest.mark.parametrize(("owner", "name"), HOOKS, ids=[f"{owner.__name__}.{name}" for owner, name in HOOKS])
 def test_an_accident_in_any_hook_never_ends_training(owner: type, name: str, after: int) -> None:
-    if name == "prove" and after:
+    if name == "verify" and after:
         pytest.skip("called once a run")
     clipped = {"gradient_clip_val": 0.5}
     with accident(owner, name, after):

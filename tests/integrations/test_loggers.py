@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback
 from ine_callback.integrations import loggers
-from ine_callback.integrations.loggers import SHARE, RunLog
+from ine_callback.integrations.loggers import MAX_TIME_FRACTION, RunLog
 from ine_callback.report import example_report
 
 QUERY = 'some <script>"é"'  # of letters that not all loggers take
@@ -27,7 +27,7 @@ NAME = "some _script____"
 @pytest.fixture(autouse=True)
 def _every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """So short an epoch would often go without, by the clock."""
-    monkeypatch.setattr(loggers, "SHARE", math.inf)
+    monkeypatch.setattr(loggers, "MAX_TIME_FRACTION", math.inf)
 
 
 class Net(L.LightningModule):
@@ -136,7 +136,7 @@ def test_nothing_is_logged_when_that_is_switched_off() -> None:
 
 
 def test_scores_of_an_epoch_are_left_out_where_they_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers, "SHARE", SHARE)
+    monkeypatch.setattr(loggers, "MAX_TIME_FRACTION", MAX_TIME_FRACTION)
     bare, asked = Bare(), []
     log = RunLog(
         L.Trainer(logger=bare, accelerator="cpu", enable_checkpointing=False), "InfluenceCallback", strict=True
@@ -148,9 +148,9 @@ def test_scores_of_an_epoch_are_left_out_where_they_are_dear(monkeypatch: pytest
         return scores
 
     log.epoch(made)
-    log._spent, log._began = 1.0, log._began - 0.9 / SHARE  # a second so far, of a little less than fifty
+    log._spent, log._began = 1.0, log._began - 0.9 / MAX_TIME_FRACTION  # a second so far, of a little less than fifty
     log.epoch(made)
-    log._began -= 0.2 / SHARE
+    log._began -= 0.2 / MAX_TIME_FRACTION
     log.epoch(made)
     assert len(asked) == 2 and len(bare.metrics) == 2
     assert bare.metrics[0][1]["influence/self/flagged"] == 3.0

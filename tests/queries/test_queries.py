@@ -106,7 +106,7 @@ def test_large_batches_are_cut() -> None:
 
 
 @pytest.mark.parametrize("data", [(X, Y), DataLoader(DATA, batch_size=4)], ids=["batch", "loader"])
-def test_per_class_is_a_loop_over_classes(data: Any) -> None:
+def test_per_class_equals_a_loop_over_classes(data: Any) -> None:
     model = make_model()
     found = flat_gradients(model, PerClassQuery(data))
     assert list(found) == ["q/0", "q/1", "q/2"]
@@ -134,7 +134,7 @@ def test_per_class_finds_its_label() -> None:
         ((X, Y.double()), 1, "not a vector of integer classes"),
     ],
 )
-def test_per_class_without_labels(batch: Any, label: Any, words: str) -> None:
+def test_per_class_without_labels_is_refused(batch: Any, label: Any, words: str) -> None:
     with pytest.raises(QueryError, match=f"PerClassQuery 'q': .*{words}"):
         PerClassQuery(batch, label=label).bind("q", DataSource("Test", loss))
 
@@ -146,7 +146,7 @@ def margin_value(model: nn.Module, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize("data", [(X, Y), DataLoader(DATA, batch_size=4)], ids=["batch", "loader"])
-def test_margin_is_the_closed_form(data: Any) -> None:
+def test_margin_equals_the_closed_form(data: Any) -> None:
     model = make_model()
     expected = torch.stack([gradient(model, margin_value(model, k)) for k in range(11)])
     torch.testing.assert_close(flat_gradients(model, MarginQuery(data))["q"], expected.mean(0), **EXACT)
@@ -167,7 +167,7 @@ def test_margins_of_tokens_and_of_saturated_rows() -> None:
     ]
 
 
-def test_margin_with_its_own_forward() -> None:
+def test_margin_uses_the_given_forward() -> None:
     model = make_model()
     query = MarginQuery({"x": X, "y": Y}, forward=lambda module, batch: (module(batch["x"]), batch["y"]))
     torch.testing.assert_close(
@@ -234,7 +234,7 @@ def test_batches_are_moved_by_the_given_function() -> None:
         ({"class": Query.per_class((X, Y))}, {"class": PerClassQuery}),
     ],
 )
-def test_accepted_forms(queries: Any, expected: dict[str, type[Query]]) -> None:
+def test_accepted_forms_become_named_queries(queries: Any, expected: dict[str, type[Query]]) -> None:
     assert {name: type(query) for name, query in parse(queries, "Test").items()} == expected
 
 
@@ -260,7 +260,7 @@ def test_accepted_forms(queries: Any, expected: dict[str, type[Query]]) -> None:
         ([confidence, confidence], "two queries are called 'confidence'"),
     ],
 )
-def test_refused_forms(queries: Any, words: str) -> None:
+def test_other_forms_are_refused(queries: Any, words: str) -> None:
     with pytest.raises(QueryError, match=f"(?s)Test: .*{words}"):
         parse(queries, "Test")
 
@@ -279,7 +279,7 @@ def recorder(queries: Any, loss: Any = loss) -> Recorder:
     return Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), 11, queries, loss, on_error="raise")
 
 
-def test_names_that_meet_after_binding_are_refused() -> None:
+def test_equal_names_after_binding_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Recorder: two queries are called \['a/0'\]; name them differently"):
         recorder({"a": Query.margin((X[:1], Y[:1]), per_row=True), "a/0": (X, Y)}).start()
 

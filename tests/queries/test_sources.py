@@ -64,7 +64,7 @@ def test_two_loaders_of_one_shape_are_not_mixed_up() -> None:
     [[], (), {}, DataLoader(TensorDataset(torch.zeros(0, 2))), torch.zeros(0, 3), (X[:0], Y[:0]), iter(())],
     ids=["list", "tuple", "dict", "loader", "tensor", "pair", "iterator"],
 )
-def test_empty_data(data: Any) -> None:
+def test_empty_data_is_refused(data: Any) -> None:
     with pytest.raises(QueryError, match=r"Test: the query's data .* is empty; pass at least one batch"):
         LossQuery(data).bind("q", DataSource("Test", loss))
 
@@ -84,12 +84,12 @@ def test_empty_data(data: Any) -> None:
         ([0, 1], DataSource("Test", loss, train=DataLoader(Stream())), "cannot be indexed|not in the training set"),
     ],
 )
-def test_data_that_is_not_there(data: Any, source: DataSource, words: str) -> None:
+def test_missing_data_is_refused(data: Any, source: DataSource, words: str) -> None:
     with pytest.raises(QueryError, match=f"Test: .*({words})"):
         source.batches(data)
 
 
-def test_a_missing_loss_is_asked_for() -> None:
+def test_a_missing_loss_is_refused_with_a_remedy() -> None:
     (bound,) = LossQuery((X, Y)).bind("q", DataSource("Test", None))
     with pytest.raises(QueryError, match="Test: a query needs the model's loss; pass loss="):
         bound.value(nn.Linear(4, 3), (X, Y))

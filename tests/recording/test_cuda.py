@@ -46,13 +46,13 @@ def precision(half: bool) -> contextlib.AbstractContextManager[None]:
     return torch.autocast("cuda", torch.bfloat16, enabled=half)
 
 
-def train(grad_sample: bool, half: bool) -> tuple[nn.Module, Recorder | None]:
+def train(record: bool, half: bool) -> tuple[nn.Module, Recorder | None]:
     module = model()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(256, 3, 8, 8, generator=g), torch.randint(0, 10, (256,), generator=g)
     recorder = None
-    if grad_sample:
+    if record:
         queries = {"val": (x[:64], y[:64]), "self": "self"}
         options = {"rows": 256, "total_steps": 32, "refresh_every": 8, "on_error": "raise"}
         options |= {"context": lambda: precision(half)}

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
-from oracle import Keep
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +24,7 @@ from ine_callback import InfluenceCallback, InfluenceReport, Recorder
 from ine_callback.report.html import page
 from ine_callback.report.markdown import markdown
 from ine_callback.report.table import as_text
+from tests.helpers.oracle import Keep
 
 ROWS, SIZE = 24, 6
 QUIET: dict[str, Any] = {
@@ -614,7 +614,7 @@ def test_passes_that_no_step_takes_do_not_pile_up() -> None:
         optimizer.zero_grad()  # as where a scaler skips the step
 
     _, recorder, _ = bare(step)
-    assert len(recorder._pending._passes) <= 1
+    assert len(recorder._steps.pending._passes) <= 1
 
 
 # -- steps of one row, and the report's first line ---------------------------------------------------------------------
@@ -672,7 +672,7 @@ class Stops(Net):
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         if index == 2:
-            self.trainer.callbacks[0]._recorder.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
+            self.trainer.callbacks[0]._recorder.guard.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -686,7 +686,7 @@ def test_a_recording_that_stopped_says_so_first() -> None:
 class Refused(Net):
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         if index == 0:
-            self.trainer.callbacks[0]._recorder.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
+            self.trainer.callbacks[0]._recorder.guard.fail(ValueError("the roof fell in; mend it"))  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -713,3 +713,19 @@ class Elsewhere(Net):
 @pytest.mark.filterwarnings("ignore")
 def test_steps_of_another_optimizer_are_told() -> None:
     in_every_view(report_of(Elsewhere, loader()), "Nothing was recorded: no optimizer step was taken")
+
+
+def test_a_recorder_that_was_never_started_does_nothing() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, optimizer, rows=4)
+    with recorder.batch(torch.arange(4)):
+        loss = model(torch.ones(4, 2)).square().mean()
+        recorder.see(loss)
+        loss.backward()
+        recorder.after_backward()
+    optimizer.step()
+    recorder.measure_clipping()
+    recorder.discard()
+    recorder.stop()
+    assert not recorder.recording and not recorder.running and recorder.steps == 0

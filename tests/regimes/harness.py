@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ine_callback import InfluenceCallback, InfluenceReport
+from tests.helpers.identical import History, differing, fitted
 
-from .identical import History, differing, fitted
 from .reference import Event, replay
 from .regime import EPOCHS, Classifier, Data, Regime
 

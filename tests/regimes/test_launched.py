@@ -12,8 +12,8 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 
 from ine_callback import InfluenceReport
 from ine_callback.integrations.trainer import is_known
+from tests.helpers.identical import differing
 
-from .identical import differing
 from .regime import EPOCHS
 from .together import BROKEN, LAUNCHED, ROOT, TOGETHER, loaded, trained
 

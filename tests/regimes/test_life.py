@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ine_callback import InfluenceCallback, InfluenceReport
+from tests.helpers.identical import differing
 
 from .harness import QUIET, fit
-from .identical import differing
 from .regime import EPOCHS, Classifier, Regime, vectors
 
 

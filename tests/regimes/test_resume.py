@@ -18,11 +18,11 @@ from benchmarks.resume import Remembers
 from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport
 from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.scores import QueryInfo
+from tests.helpers.accidents import accident
+from tests.helpers.identical import differing, left_behind, unequal
 
-from .accidents import accident
 from .data import Stream
 from .harness import QUIET
-from .identical import differing, left_behind, unequal
 from .options import with_adamw
 from .regime import BATCH, ROWS, Data, Regime, vectors
 from .together import loaded, trained

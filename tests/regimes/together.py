@@ -21,23 +21,24 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ine_callback import InfluenceCallback, Recorder
+from ine_callback import InfluenceCallback
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.sharding import whole
+from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.observations import Pending
 from ine_callback.scoring.signals import Signals
+from tests.helpers.accidents import accident
+from tests.helpers.identical import History, differing, fitted, unequal
+from tests.helpers.once import once
 
-from .accidents import accident
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
-from .identical import History, differing, fitted, unequal
-from .once import once
 from .options import with_adamw
 from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors
 
 ROOT = Path(__file__).parents[2]
 # before a pass of the model's own, after one, before the joining of visits, and in the first pass of a batch
-BROKEN = [(Recorder, "_start_batch"), (Signals, "settle"), (Pending, "take"), (KFAC, "observe")]
+BROKEN = [(BackwardPasses, "start_batch"), (Signals, "settle"), (Pending, "take"), (KFAC, "observe")]
 
 
 class Shares(Sampler[list[int]]):

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from ine_callback.report import Text
-from tests.report import pages
-from tests.report.test_hostile_text import PAYLOADS
+from tests.helpers.report import pages
+from tests.helpers.report.hostile import PAYLOADS
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
 HOSTILE = "".join(PAYLOADS.values())
@@ -45,11 +45,14 @@ def write(path: Path) -> None:
     elif path.name == "all.html":
         images = np.random.default_rng(0).random((ROWS, 1, 8, 8))
         pages.report_of(ROWS).write_html(path, samples=images, labels=pages.labels_of(ROWS))
+    elif path.name == "methods.html":
+        pages.report_of(ROWS).with_attributions(pages.other(ROWS)).write_html(path)
     elif path.name == "many.html":
         pages.report_of(20_000, chains=False).write_html(path, labels=pages.labels_of(20_000))
     else:
         texts = [(HOSTILE, {HOSTILE: HOSTILE})[row % 2] for row in range(ROWS)]
-        pages.report_of(ROWS, HOSTILE).write_html(path, samples=texts, labels=pages.labels_of(ROWS, HOSTILE))
+        report = pages.report_of(ROWS, HOSTILE).with_attributions(pages.other(ROWS, HOSTILE))
+        report.write_html(path, samples=texts, labels=pages.labels_of(ROWS, HOSTILE))
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +244,42 @@ def test_tokens_have_the_colours_of_the_chosen_query(opened: Open) -> None:
         np.testing.assert_allclose(found, scores / np.abs(scores).max(), atol=2e-3)
     page.get_by_role("tab", name="class/dog").click()  # no chains asked this query
     assert page.locator("#detail [data-w].helps, #detail [data-w].harms").count() == 0
+
+
+def test_each_method_has_a_tab_and_its_plots(opened: Open) -> None:
+    page, report = opened("methods.html"), pages.report_of(ROWS).with_attributions(pages.other(ROWS))
+    tabs, sections = page.locator("#methods [role=tab]"), page.locator("#methods > section")
+    assert tabs.all_inner_texts() == ["BIF", "other"]
+
+    def shown() -> tuple[list[bool], str, str]:
+        open_tab = page.locator("#methods [role=tab][aria-selected=true]").inner_text()
+        return [one.is_visible() for one in sections.all()], open_tab, page.locator("#method").input_value()
+
+    def drawn() -> list[float]:
+        found: list[float] = page.evaluate("[...sources.get('methods.both').data.y]")
+        return found
+
+    page.locator("#rows").get_by_role("tab", name="margin").click()
+    assert shown() == ([True, False], "BIF", "0") and page.locator("#plot-course").is_visible()
+    assert page.locator("#course-by").inner_text() == "BIF"
+    np.testing.assert_allclose(drawn(), report.bif.scores[:, report.bif.column("margin")], rtol=1e-6)
+    page.locator("#method").select_option("1")
+    assert shown() == ([False, True], "other", "1") and page.locator("#plot-course").is_hidden()  # it ran once
+    np.testing.assert_allclose(drawn(), pages.other(ROWS).columns["halves"][:, 0], rtol=1e-6)
+    assert page.evaluate("plots.get('methods').left[0].axis_label") == "other"
+    assert "other against μ, rank agreement" in page.locator("#plot-methods").get_attribute("aria-label")
+    tabs.nth(1).focus()
+    page.keyboard.press("ArrowLeft")
+    assert shown() == ([True, False], "BIF", "0") and tabs.nth(0).evaluate("tab => tab === document.activeElement")
+    heads = [head.strip(" ▲▼") for head in page.locator("#table thead th").all_inner_texts()]
+    assert heads[-2:] == ["BIF", "other"]
+    line = page.locator("#table tbody tr", has=page.get_by_text(re.compile(r"^1$"))).first.locator("td, th")
+    assert line.all_inner_texts()[-1] == "–"  # it scored even rows alone
+    page.locator("#rows").get_by_role("tab", name="self").click()
+    tabs.nth(1).click()
+    assert page.locator("#agreement").inner_text() == "not asked this query" and drawn() == []
+    page.locator("#rows").get_by_role("tab", name="class/dog").click()
+    assert page.locator("#plot-methods").is_hidden()  # nobody was asked it
 
 
 def test_tooltips_follow_the_scheme(page: Any) -> None:

@@ -23,9 +23,9 @@ import pytest
 import ine_callback
 from ine_callback.report import InfluenceReport, ReportError, attribution_store, example_report, legacy, store
 from ine_callback.report.attribution_store import FIELDS
-from tests.report import saver
-from tests.report.damage import bomb_bytes, save_chains, save_former, save_plain
-from tests.report.fuzz import CLEAN, run, table
+from tests.helpers.report import saver
+from tests.helpers.report.damage import bomb_bytes, save_chains, save_former, save_plain
+from tests.helpers.report.fuzz import CLEAN, run, table
 
 ROOT = Path(next(iter(ine_callback.__path__))).parent
 
@@ -54,7 +54,7 @@ def test_the_judge_sees_what_it_is_there_to_see(tmp_path: Path) -> None:
 import os, socket, subprocess, sys
 from pathlib import Path
 from ine_callback.report import InfluenceReport, ReportError, example_report
-from tests.report.fuzz import Watch, judge
+from tests.helpers.report.fuzz import Watch, judge
 folder = example_report(12).save(Path(sys.argv[1]) / "report")
 (folder.parent / "outside").touch()
 watch, load = Watch(), InfluenceReport.load

@@ -18,28 +18,14 @@ from rich.console import Console
 
 from ine_callback.methods.bif.scores import example_bif_scores
 from ine_callback.report import InfluenceReport, RunInfo, example_report
-from ine_callback.scores import Check, QueryInfo
+from ine_callback.scores import Check, LayerScores, QueryInfo
+from tests.helpers.report.hostile import PAYLOADS
 
-OWNED = "document.documentElement.setAttribute('data-owned','1')"
-PAYLOADS = {
-    "element": f"<script>{OWNED}</script>",
-    "handler": f"<img src=x onerror={OWNED}>",
-    "out of a double-quoted attribute": f'x" onload="{OWNED}" autofocus onfocus="{OWNED}',
-    "out of a quoted attribute": f"x' onmouseover='{OWNED}'><svg onload={OWNED}>",
-    "out of a raw element": f"</title></style></textarea></script><script>{OWNED}</script>",
-    "out of a comment": f"--><script>{OWNED}</script><!-- ]]><script>{OWNED}</script>",
-    "link": f"<a href=\"javascript:{OWNED}\">x</a><iframe srcdoc='<script>parent.{OWNED}</script>'>",
-    "document": f'<base href="data:text/html,"><meta http-equiv="refresh" content="0;url=javascript:{OWNED}">',
-    "style": "<style>*{display:none}</style>red;--bar:1%}</style><link rel=stylesheet href=data:,x>",
-    "template": "{{ 7*7 }}{% for x in [] %}{{ self.__init__.__globals__ }}{# #}",
-    "encoded": f"&lt;script&gt;{OWNED}&lt;/script&gt;&#60;b&#62;\\u003cscript\\u003e",
-    "mathematics": "$\\frac{ $ \\input{/etc/passwd}",
-}
 ESCAPES = "\x1b[31mred\x1b[2J\x1b]0;owned\x07\x9b31m\x1b]8;;http://evil\x1b\\link\r\b\x00\u202egnp\u2028[red]x[/red][link=http://evil]y[/]"
 
 
 def report_of(text: str) -> InfluenceReport:
-    """A report with ``text`` wherever a report, its run and its chains have text."""
+    """A report with ``text`` wherever a report, its run and other methods have text."""
     example, found = example_report(), example_bif_scores()
     queries = tuple(QueryInfo(f"{k}{text}", kind, text) for k, kind in enumerate(("self", "loss", "margin")))  # type: ignore[arg-type]
     named = {text: text}
@@ -54,7 +40,13 @@ def report_of(text: str) -> InfluenceReport:
         settings={text: text},
         notes=(text,),
     )
-    stages = [replace(end, at=3), end]
+    words = dict.fromkeys(("title", "headline", "legend"), text)
+    column = np.arange(5.0)[:, None]
+    other = replace(
+        end, method=f"other{text}", columns={text: column, f"{text}_se": column}, ranked_by=text, arrays={text: column},
+        layers=LayerScores((text, f"2{text}"), np.zeros((5, 2, 1))), **words,
+    )  # fmt: skip
+    stages = [replace(end, at=3), end, replace(other, at=1), other]
     return InfluenceReport(replace(example.scores, queries=queries, null_ks_p=np.zeros(3)), run, stages)
 
 

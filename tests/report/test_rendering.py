@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 
 import ine_callback
 from ine_callback.methods.bif.scores import example_bif_scores
-from ine_callback.report import InfluenceReport, RunInfo, example_report, plots
-from ine_callback.scores import Check, QueryInfo
+from ine_callback.report import InfluenceReport, example_report, plots
+from ine_callback.scores import Check
 from ine_callback.utilities.words import BLUE, ORANGE
+from tests.helpers.report.hostile import HOSTILE, hostile
 
 ROOT = Path(next(iter(ine_callback.__path__))).parent  # so that a fresh interpreter finds an uninstalled package
-HOSTILE = "<script>alert('x')</script><img src=x onerror=y>\" $\\frac{$ {{ 7*7 }} {% raw %}"
 
 
 class Tags(HTMLParser):
@@ -39,15 +39,6 @@ class Tags(HTMLParser):
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.found if name == tag]
-
-
-def hostile(text: str = HOSTILE) -> InfluenceReport:
-    """The example with foreign text wherever a report has text."""
-    report = example_report()
-    queries = tuple(QueryInfo(f"{text}{kind}", kind, text) for kind in ("self", "loss", "margin"))  # type: ignore[arg-type]
-    named = {text: text}
-    run = RunInfo(config=named, versions=named, approximate=named, uncaptured=named, nonfinite={text: 3}, notes=[text])
-    return InfluenceReport(replace(report.scores, queries=queries, null_ks_p=np.zeros(3)), run)
 
 
 def test_html_is_one_file_with_its_own_scripts_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ine_callback.report import Image, InfluenceReport, Text, Values, example_re
 from ine_callback.report.html import page
 from ine_callback.report.samples import Samples, classes_of
 from ine_callback.utilities.isolation import unmoved
-from tests.report import pages
+from tests.helpers.report import pages
 
 
 def pixels(shown: Any) -> np.ndarray:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import BY_NAME, Keep, cross_entropy, mlp
 from torch import Tensor, nn
 
 from ine_callback import Recorder
 from ine_callback.queries import CallableQuery
 from ine_callback.utilities.options import InitialWeights
+from tests.helpers.oracle import BY_NAME, Keep, cross_entropy, mlp
 
 
 def unit_of(model: nn.Module, weights: InitialWeights, query: object, width: int = 4) -> tuple[Tensor, Recorder]:
@@ -34,7 +34,7 @@ def unit_of(model: nn.Module, weights: InitialWeights, query: object, width: int
     return keep.units[0], recorder
 
 
-def test_unit_is_the_spread_over_initial_weights() -> None:
+def test_the_unit_is_the_standard_deviation_over_initial_weights() -> None:
     """A query linear in the weights: its standard deviation over 4,000 drawn networks, to 12 %."""
     x = torch.randn(1, 64)
     query = CallableQuery(lambda module, batch: module(batch[0]).sum(), (x, x))
@@ -44,7 +44,7 @@ def test_unit_is_the_spread_over_initial_weights() -> None:
     assert float(unit[0, 0]) == pytest.approx(float(drawn.std()), rel=0.12)
 
 
-def test_unit_by_hand() -> None:
+def test_the_unit_equals_the_hand_computed_one() -> None:
     model = mlp()
     variances = {p: p.detach().var(unbiased=False) for p in model.parameters()}
     x, y = torch.randn(2, 4), torch.tensor([0, 1])
@@ -55,7 +55,7 @@ def test_unit_by_hand() -> None:
     assert recorder.signals.notes() == []
 
 
-def test_fixed_weights_leave_a_plain_norm() -> None:
+def test_fixed_weights_give_the_plain_norm() -> None:
     model, x, y = mlp(), torch.randn(2, 4), torch.tensor([0, 1])
     gradients = torch.autograd.grad(cross_entropy(model, (x, y)), list(model.parameters()))
     unit, _ = unit_of(model, "fixed", (x, y))
@@ -65,7 +65,7 @@ def test_fixed_weights_leave_a_plain_norm() -> None:
 @pytest.mark.parametrize("name", ["mlp", "transformer", "resnet", "bag", "fallback-lstm"])
 @pytest.mark.parametrize("weights", ["random", "fixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_own_units_by_a_loop_over_rows(name: str, weights: InitialWeights, accumulate: int) -> None:
+def test_self_influences_units_equal_a_loop_over_rows(name: str, weights: InitialWeights, accumulate: int) -> None:
     """|sigma g_i| of every row's own loss, the sigma of a layer's weight standing for its bias too."""
     setting = BY_NAME[name]
     model, (x, y) = setting.model().double(), setting.data()
@@ -97,7 +97,7 @@ def test_own_units_by_a_loop_over_rows(name: str, weights: InitialWeights, accum
     torch.testing.assert_close(keep.units[0][:, -1], expected.sqrt(), rtol=1e-6, atol=1e-9)
 
 
-def test_weights_that_start_alike_are_no_noise() -> None:
+def test_weights_that_are_all_alike_give_no_noise() -> None:
     model = nn.Linear(4, 3)
     nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
     _, recorder = unit_of(model, "random", (torch.randn(2, 4), torch.tensor([0, 1])))

@@ -81,7 +81,7 @@ def test_the_last_layer_is_the_first_of_the_backward_pass() -> None:
     assert {block.name: block.outputs for block in recorder.signals.table} == {"2.weight": True, "0.weight": False}
 
 
-def test_signs_are_balanced_drawn_once_and_the_same_in_every_run() -> None:
+def test_signs_are_balanced_and_the_same_in_every_run() -> None:
     contrasts, ten = Contrasts(4), block(10)
     signs = contrasts.signs(ten, (10,))
     assert signs.abs().eq(1).all() and signs[0].eq(1).all() and signs[1:].sum(1).eq(0).all()
@@ -100,7 +100,7 @@ def each_unit(grad_sample: GradSample) -> Tensor:
     ("grad_sample", "others"),
     [(outer(1), 3), (outer(1, groups=2), 3), (Vector(torch.randn(5, 3).double()), ())],
 )
-def test_energies_are_the_squared_gradients_of_each_unit(
+def test_unit_energies_are_the_squared_gradients_of_each_unit(
     grad_sample: GradSample, others: int | tuple[int, ...]
 ) -> None:
     squared = grad_sample.gradient(slice(0, 5)).square()
@@ -108,17 +108,17 @@ def test_energies_are_the_squared_gradients_of_each_unit(
     torch.testing.assert_close(each_unit(grad_sample), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_energies_leave_out_products_of_positions() -> None:
+def test_unit_energies_of_lazy_gradients_leave_out_products_of_positions() -> None:
     whole = outer(6, groups=2)
-    each = [each_unit(Outer(whole.a[:, :, [k]], whole.delta[:, :, [k]])) for k in range(6)]
+    each = [each_unit(Outer(whole.activations[:, :, [k]], whole.output_grads[:, :, [k]])) for k in range(6)]
     torch.testing.assert_close(each_unit(whole), torch.stack(each).sum(0), rtol=1e-10, atol=1e-10)
     table = Lookup(torch.randint(4, (5, 6)), torch.randn(5, 6, 3).double(), 4)
-    single = [Lookup(table.ids[:, [k]], table.delta[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
+    single = [Lookup(table.ids[:, [k]], table.output_grads[:, [k]], 4).gradient(slice(0, 5)) for k in range(6)]
     expected = torch.stack(single).square().sum((0, 2, 3))
     torch.testing.assert_close(each_unit(table), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_self_influence_is_turned_by_energies() -> None:
+def test_self_influence_is_signed_by_unit_energies() -> None:
     one, two = outer(1), outer(1)
     contrasts, three = Contrasts(4), block(3)
     signs = contrasts.signs(three, (1, 3)).double()
@@ -126,7 +126,7 @@ def test_self_influence_is_turned_by_energies() -> None:
     found = signed_by(contrasts.of_self(three, [one, two]))
     torch.testing.assert_close(found, energies @ signs.T / energies.sum(1, keepdim=True), rtol=1e-10, atol=1e-10)
     assert found[:, 0].eq(1).all() and found[:, 1:].abs().max() <= 1
-    assert signed_by(contrasts.of_self(three, [Outer(one.a, torch.zeros_like(one.delta))])).eq(0).all()
+    assert signed_by(contrasts.of_self(three, [Outer(one.activations, torch.zeros_like(one.output_grads))])).eq(0).all()
 
 
 def test_a_single_unit_has_no_contrast() -> None:
@@ -180,7 +180,7 @@ def one_run(seed: int, weights: InitialWeights) -> Scores:
 
 
 def test_an_interval_holds_the_mean_of_other_trainings() -> None:
-    """Few visits, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
+    """Few observations, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
     runs = [one_run(seed, "random") for seed in range(8)]
     mu = np.stack([run.mu for run in runs])
     held = np.mean([np.abs(mu[k] - np.delete(mu, k, 0).mean(0)) <= 1.96 * run.se for k, run in enumerate(runs)], (0, 1))

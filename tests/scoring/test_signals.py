@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
+from torch import Tensor, nn
+
+from ine_callback import Recorder
+from ine_callback.errors import RowsError
+from tests.helpers.oracle import (
     BY_NAME,
     EXACT,
     SETTINGS,
@@ -27,10 +31,6 @@ from oracle import (
     squares,
     summed,
 )
-from torch import Tensor, nn
-
-from ine_callback import Recorder
-from ine_callback.errors import RowsError
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
@@ -43,18 +43,18 @@ def test_signals_equal_a_loop_over_rows(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "transformer", "twice", "fallback-bare"])
-def test_gradient_accumulation(name: str) -> None:
+def test_signals_under_gradient_accumulation_equal_a_loop(name: str) -> None:
     check(run(BY_NAME[name], accumulate=2), accumulate=2)
     check(run(BY_NAME[name], accumulate=2, see=False), accumulate=2)
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet", "twice", "bag", "fallback-bare"])
-def test_sum_reduction(name: str) -> None:
+def test_signals_of_a_sum_reduction_equal_a_loop(name: str) -> None:
     check(run(BY_NAME[name], loss=summed, mean=False))
 
 
 @pytest.mark.parametrize("name", ["mlp", "twice", "fallback-bare"])
-def test_sum_over_several_terms_a_row(name: str) -> None:
+def test_signals_of_a_sum_over_several_terms_a_row_equal_a_loop(name: str) -> None:
     """A row's own loss is the mean of its terms: its share of the sum is three times its gradient."""
     result = run(BY_NAME[name], loss=squares, mean=False)
     for expected in result.expected:
@@ -63,7 +63,7 @@ def test_sum_over_several_terms_a_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", [Transformer, PositionTable])
-def test_rows_with_unequal_numbers_of_terms(model: Callable[[], nn.Module]) -> None:
+def test_signals_of_rows_with_unequal_numbers_of_terms_equal_a_loop(model: Callable[[], nn.Module]) -> None:
     """A row's share is its part of the sum over all tokens, also where it has none, captured or by the fallback."""
     net, keep = model().double(), Keep()
     ids = torch.randint(3, (4, 5))
@@ -88,17 +88,17 @@ def test_rows_with_unequal_numbers_of_terms(model: Callable[[], nn.Module]) -> N
     assert keep.steps[0][1][2] == 0
 
 
-def test_last_batch_is_smaller() -> None:
+def test_signals_of_a_smaller_last_batch_equal_a_loop() -> None:
     result = run(BY_NAME["transformer"], steps=8, batch_size=6)
     assert {len(rows) for rows in result.rows} == {6, 4}
     check(result)
 
 
-def test_batches_of_one_row() -> None:
+def test_signals_of_batches_of_one_row_equal_a_loop() -> None:
     check(run(BY_NAME["mlp"], batch_size=1))
 
 
-def test_parameter_groups_with_their_own_learning_rates() -> None:
+def test_parameter_groups_count_by_their_learning_rates() -> None:
     def groups(model: nn.Module) -> Any:
         return [
             {"params": model[0].parameters()},
@@ -112,8 +112,8 @@ def test_parameter_groups_with_their_own_learning_rates() -> None:
     check(run(BY_NAME["mlp"], groups=groups, speed=speed), tolerance={"rtol": 1e-6, "atol": 1e-9})
 
 
-def test_weight_and_bias_with_their_own_learning_rates() -> None:
-    """A layer's weight and bias share one record, but not always one learning rate."""
+def test_weight_and_bias_count_by_their_learning_rates() -> None:
+    """A layer's weight and bias have one per-sample gradient, but not always one learning rate."""
 
     def groups(model: nn.Module) -> Any:
         weights = [p for p in model.parameters() if p.dim() > 1]
@@ -132,7 +132,7 @@ def test_parameters_that_the_optimizer_does_not_hold_get_no_signal() -> None:
     )
 
 
-def test_refreshing_seldom_keeps_the_directions() -> None:
+def test_directions_stay_until_the_next_refresh() -> None:
     """Between refreshes the direction is the one of the last refresh (step 0 and step 2)."""
     setting = BY_NAME["mlp"]
     result = run(setting, steps=4, refresh_every=2)
@@ -151,7 +151,7 @@ def test_two_backward_passes_of_one_batch_add_up(told: bool) -> None:
     options: dict[str, Any] = {"refresh_every": 1, "on_error": "raise", "discount": False}
     recorder = Recorder(model, optimizer, 4, queries, cross_entropy, [keep], **options)
     with recorder:
-        for step in range(2):  # the records of the first step are held back
+        for step in range(2):  # the first step is held back
             expected = by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 0.25)
             with recorder.batch(torch.arange(4), (x, y)):
                 value = cross_entropy(model, (x, y))
@@ -166,7 +166,7 @@ def test_two_backward_passes_of_one_batch_add_up(told: bool) -> None:
             torch.testing.assert_close(keep.steps[step][1], expected, **EXACT)
 
 
-def test_the_exact_mode_sums_bfloat16_up_in_float32() -> None:
+def test_the_exact_mode_sums_bfloat16_in_float32() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(32, 3, bias=False), torch.randn(6, 40, 32), torch.randn(6, 40, 3)
     sgd, keep, seen = torch.optim.SGD(model.parameters(), lr=0.1), Keep(), {}
@@ -200,7 +200,7 @@ def test_the_exact_mode_sums_bfloat16_up_in_float32() -> None:
     torch.testing.assert_close(keep.steps[1][1].double(), signals, rtol=1e-4, atol=1e-6)
 
 
-def test_a_skipped_step_leaves_nothing() -> None:
+def test_a_skipped_step_is_not_recorded() -> None:
     model, x, y = mlp().double(), torch.randn(4, 4).double(), torch.randint(3, (4,))
     optimizer, keep = torch.optim.SGD(model.parameters(), lr=0.1), Keep()
     recorder = Recorder(model, optimizer, 4, "self", cross_entropy, [keep], on_error="raise", discount=False)

@@ -30,7 +30,7 @@ def test_effective_size_of_an_autoregression(rho: float) -> None:
     assert np.mean(sizes) == pytest.approx(8000 * (1 - rho) / (1 + rho), rel=0.12)
 
 
-def test_split_rhat_sees_a_chain_apart_a_trend_and_a_spread() -> None:
+def test_split_rhat_detects_a_distant_chain_a_trend_and_a_spread() -> None:
     good = RNG.normal(size=(4, 400))
     assert split_rhat(good) < 1.02
     assert split_rhat(good + np.array([0, 0, 0, 2.0])[:, None]) > 1.2
@@ -39,7 +39,7 @@ def test_split_rhat_sees_a_chain_apart_a_trend_and_a_spread() -> None:
     assert math.isnan(split_rhat(good[:, :3])) and split_rhat(np.ones((2, 10))) == 1.0
 
 
-def test_drift() -> None:
+def test_drift_is_the_correlation_with_the_draw_index() -> None:
     assert abs(drift(RNG.normal(size=(4, 500)))) < 0.2
     assert drift(RNG.normal(size=(4, 500)) - np.linspace(0, 9, 500)) < -0.9
     assert math.isnan(drift(np.ones((2, 9)))) and math.isnan(drift([[1.0, np.nan, 2.0]]))
@@ -67,7 +67,7 @@ def test_fisher_z_is_uniform_under_the_null(one: float, other: float) -> None:
         assert stats.kstest(fisher_z(r, 300), "uniform").pvalue < 1e-6
 
 
-def test_fisher_z_sees_a_correlation_and_ignores_chains_that_say_nothing() -> None:
+def test_fisher_z_detects_a_correlation_and_ignores_too_short_chains() -> None:
     assert float(fisher_z([0.3] * 4, 100)) < 1e-6
     assert float(fisher_z([0.3, 0.99], [100, 2])) == pytest.approx(float(fisher_z([0.3], [100])))
     assert np.isnan(fisher_z([0.5], [3]))
@@ -84,7 +84,7 @@ def test_comoments_do_not_depend_on_the_blocks(sizes: list[int]) -> None:
     assert moments.count == 7 and torch.allclose(moments.covariance(), direct, atol=1e-10)
 
 
-def test_traces_are_those_of_the_kept_series() -> None:
+def test_traces_equal_those_of_the_stored_series() -> None:
     x = torch.randn(50, 2, 3, dtype=torch.float64).cumsum(0) + 1000
     trace = Traces(50)
     for draw in x:

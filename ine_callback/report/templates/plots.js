@@ -105,17 +105,18 @@ function drawNull(now) {
 }
 
 function drawMethod(now, drawn) {
+  if (!page.methods.length) return;
   const found = other(), both = found ? drawn.filter((k) => finite(found.scores[k])) : [];
-  shown("methods", both.length > 0);
+  shown("methods", now.methods.some(Boolean));
   shown("course", Boolean(found?.course));
+  fill("methods.both", points(both, (k) => found.scores[k], "x y row class"));
+  at("agreement").textContent = both.length ? found.agreement : "not asked this query";
   if (both.length) {
     const plot = plots.get("methods");
-    fill("methods.both", points(both, (k) => found.scores[k], "x y row class"));
     const reach = span(both.map((k) => now.mu[k])), tall = span(both.map((k) => found.scores[k]));
     range(plot.x_range, -reach, reach);
     range(plot.y_range, -tall, tall);
     plot.left[0].axis_label = found.name;
-    at("agreement").textContent = found.agreement;
   }
   if (found?.course) {
     const { stages, lines, low, high, unit } = found.course, plot = plots.get("course"), side = colors();

@@ -159,7 +159,7 @@ const COLUMNS = {
 page.methods.forEach((title, index) => { // a column of each fit-end method's scores
   const scores = () => query().methods[index].scores;
   COLUMNS[`method ${index}`] = {
-    title, value: (k) => scores()[k], text: (k) => (finite(scores()[k]) ? sign(scores()[k].toPrecision(3)) : "–"),
+    title, value: (k) => scores()[k], text: (k) => (finite(scores()[k]) ? `${scores()[k] > 0 ? "+" : ""}${sign(scores()[k].toPrecision(3))}` : "–"),
     there: () => Boolean(query().methods[index]),
   };
 });
@@ -309,6 +309,8 @@ function method(index, redraw = true) { // the fit-end method to show
     tab.tabIndex = k === index ? 0 : -1;
   });
   document.querySelectorAll("#methods > section").forEach((section, k) => { section.hidden = k !== index; });
+  if (at("method")) at("method").value = String(index);
+  at("course-by").textContent = page.methods[index];
   if (!redraw) return;
   describe();
   draw();
@@ -319,6 +321,7 @@ function start() {
   if (at("gallery")) at("gallery").hidden = true; // cards and the chosen row show copies
   tabbed("#rows [role=tab]", open);
   tabbed("#methods [role=tab]", method);
+  at("method")?.addEventListener("change", (event) => method(Number(event.target.value)));
   if (page.methods.length) method(0, false);
   if (page.classes) {
     at("class").append(...page.classes.names.map((text, index) => element("option", { value: index }, text)));

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from regimes.once import spawned
 
 from ine_callback import BIF, BIFScores, EachRow, bif_scores
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.statistics import Scatter
-from tests.methods.bif.test_run import PLAIN, WHOLE, exact, forms, quadratic_problem
+from tests.helpers.bif.quadratic import PLAIN, WHOLE, exact, forms, quadratic_problem
+from tests.helpers.once import spawned
 
 COMMON: dict[str, Any] = {"n_beta": 10.0, "localization": 4.0, "batch_size": WHOLE, "draws": 120, "thinning": 6}
 REDUCED = BIF(32, step_size=0.8, **COMMON)

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport, bif_scores, run_bif
 from ine_callback.errors import InfluenceError
-from tests.attributions import assert_same
-from tests.methods.bif.test_stage import FEW, QUIET, ROWS, Model, fit
+from tests.helpers.attributions import assert_same
+from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, fit
 
 STAGES: dict[str, Any] = {**FEW, "at": [1, 2, "end"]}
 

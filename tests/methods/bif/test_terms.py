@@ -21,7 +21,7 @@ from ine_callback.methods.bif.scores import attribution, example_bif_scores
 from ine_callback.report import example_report
 from ine_callback.report.attribution_view import ends, legend
 from ine_callback.utilities.isolation import isolated
-from tests.methods.bif.test_run import Point
+from tests.helpers.bif.quadratic import Point
 
 ROWS, TERMS, VOCABULARY = 9, 4, 5
 

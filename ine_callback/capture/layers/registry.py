@@ -1,0 +1,159 @@
+"""Which function computes the per-sample gradients of a module, and the checks around its call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture.attributes import LayerError, plain_parameters
+from ine_callback.capture.per_sample_gradients import GradSample, Vector, widened
+
+LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, GradSample | Tensor]]
+
+_BY_TYPE: dict[type[nn.Module], LayerFunction] = {}
+_BY_NAME: list[tuple[Callable[[nn.Module], bool], LayerFunction]] = []
+
+# functions whose per-sample gradients take factors in bfloat16; all others get float32
+_BFLOAT16: set[LayerFunction] = set()
+
+_OWN_PACKAGE = __name__.rpartition(".")[0]
+
+
+class RowMismatch(LayerError):
+    """A layer's input cannot be split into the batch's rows."""
+
+
+def register_layer(*types: type[nn.Module]) -> Callable[[LayerFunction], LayerFunction]:
+    """Registers the function that computes the per-sample gradients of one or several layer types.
+
+    A module uses the function of the nearest class in its MRO. The function gets the module, its first input, the
+    gradient of the loss with respect to its output (both detached, in one dtype) and the number of rows. It returns for
+    each trainable parameter the per-sample gradients ``[rows, *parameter.shape]``, or a :class:`~.GradSample`.
+
+    Args:
+        types: Subclasses of ``torch.nn.Module``.
+
+    Returns:
+        A decorator that leaves the function as it is.
+
+    Raises:
+        TypeError: If a type is not a module class.
+
+    Example:
+        >>> import torch
+        >>> from ine_callback import register_layer
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.scale = torch.nn.Parameter(torch.ones(width))
+        ...
+        ...     def forward(self, x):
+        ...         return x * self.scale
+        >>> @register_layer(Scale)
+        ... def scale(module, activations, output_grads, rows):
+        ...     return {"scale": (activations * output_grads).reshape(rows, -1, activations.shape[-1]).sum(1)}
+    """
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise TypeError(f"register_layer: {kind!r} is not a class of torch.nn.Module; pass the layer's class.")
+
+    def register(function: LayerFunction) -> LayerFunction:
+        for kind in types:
+            _BY_TYPE[kind] = function
+        return function
+
+    return register
+
+
+def register_by_name(matches: Callable[[nn.Module], bool]) -> Callable[[LayerFunction], LayerFunction]:
+    """Registers a function for types of other libraries, which are recognised without being imported.
+
+    What only has the name is dropped by the check of layer functions before the first step.
+
+    Args:
+        matches: Whether a module is of such a type. Types registered by class come first.
+    """
+
+    def register(function: LayerFunction) -> LayerFunction:
+        _BY_NAME.append((matches, function))
+        return function
+
+    return register
+
+
+def takes_bfloat16(function: LayerFunction) -> LayerFunction:
+    """Marks a function that may get bfloat16: it only reshapes, and sums in float32."""
+    _BFLOAT16.add(function)
+    return function
+
+
+def layer_function(module: nn.Module) -> LayerFunction | None:
+    """The function for a module, or None if its type is not known."""
+    registered = next((_BY_TYPE[kind] for kind in type(module).__mro__ if kind in _BY_TYPE), None)
+    return registered or next((function for matches, function in _BY_NAME if matches(module)), None)
+
+
+def by_row(x: Tensor, rows: int) -> Tensor:
+    """Splits the leading dimension: [b, ...] stays, [b * k, d] (rows flattened with their tokens) becomes [b, k, d].
+
+    Raises:
+        RowMismatch: If the leading dimension is neither the batch size nor, for a flattened matrix, a multiple of it.
+    """
+    if x.dim() > 0 and x.shape[0] == rows:
+        return x
+    if x.dim() == 2 and x.shape[0] % rows == 0 and x.shape[0] > 0:
+        return x.view(rows, -1, x.shape[1]) if x.is_contiguous() else x.reshape(rows, -1, x.shape[1])
+    raise RowMismatch(f"leading dimension {x.shape[0] if x.dim() else 'of a scalar'} is not the batch size {rows}")
+
+
+def grad_samples_of(
+    module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int, function: LayerFunction | None = None
+) -> dict[str, GradSample]:
+    """Per-sample gradients of a module's trainable parameters, by its layer function (or by another one).
+
+    Raises:
+        LayerError: If the input cannot be split into rows, or the function returned something else than gradients.
+    """
+    function = function or layer_function(module)
+    assert function is not None
+    activations = activations if activations.layout == torch.strided else activations.to_dense()
+    if function not in _BFLOAT16 or output_grads.dtype != torch.bfloat16 or activations.dtype == torch.float16:
+        activations, output_grads = _in_one_precision(activations, output_grads)
+    if not function.__module__.startswith(f"{_OWN_PACKAGE}."):
+        # a user's function may write into its arguments, which are the training's tensors
+        activations, output_grads = activations.clone(), output_grads.clone()
+    parameters, out = plain_parameters(module), {}
+    for name, value in function(module, activations, output_grads, rows).items():
+        parameter = parameters.get(name)  # None: the parameter is computed from others, which are named as left out
+        if parameter is not None and parameter.requires_grad and parameter.numel():
+            out[name] = _checked(value, name, parameter, rows, type(module).__name__)
+    return out
+
+
+def _checked(value: GradSample | Tensor, name: str, parameter: nn.Parameter, rows: int, kind: str) -> GradSample:
+    """What a function returned for a parameter, as a GradSample of the right shape and number of rows."""
+    if isinstance(value, Tensor):
+        if value.shape != (rows, *parameter.shape):
+            raise RowMismatch(
+                f"the function registered for {kind} returned {tuple(value.shape)} for "
+                f"'{name}', which must be (rows, *parameter.shape) = {(rows, *parameter.shape)}"
+            )
+        value = Vector(value.reshape(rows, parameter.numel()))
+    if not isinstance(value, GradSample):
+        raise LayerError(f"the function registered for {kind} returned a {type(value).__name__} for '{name}'")
+    if value.rows != rows or math.prod(value.layout) != parameter.numel():
+        raise RowMismatch(
+            f"the function registered for {kind} returned {value.rows} rows of {value.layout} for '{name}', which must "
+            f"be {rows} rows of {tuple(parameter.shape)}"
+        )
+    if not value.dtype.is_floating_point:
+        raise LayerError(f"the gradients of '{name}' are of {value.dtype}, which no score is made of")
+    return value
+
+
+def _in_one_precision(activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+    output_grads = widened(output_grads)
+    return (activations.to(output_grads.dtype) if activations.is_floating_point() else activations), output_grads

@@ -1,0 +1,20 @@
+"""Per-sample gradients of one use of a parameter, as the factors that the forward and backward pass left behind."""
+
+from ine_callback.capture.per_sample_gradients.base import GradSample, row_chunks, widened
+from ine_callback.capture.per_sample_gradients.compressed import CompressedGradients
+from ine_callback.capture.per_sample_gradients.lookup import Lookup
+from ine_callback.capture.per_sample_gradients.outer import Outer
+from ine_callback.capture.per_sample_gradients.vector import Vector
+from ine_callback.capture.per_sample_gradients.windows import Kernel, Windows
+
+__all__ = [
+    "CompressedGradients",
+    "GradSample",
+    "Kernel",
+    "Lookup",
+    "Outer",
+    "Vector",
+    "Windows",
+    "row_chunks",
+    "widened",
+]

@@ -1,0 +1,120 @@
+"""What every kind of per-sample gradient can compute, and what the kinds have in common.
+
+A :class:`GradSample` stands for the gradients of ``b`` rows by one use of a parameter, without forming them. Its
+*layout* is the parameter seen as a batch of matrices ``[G, O, I]`` (:class:`~.Outer`, :class:`~.Lookup`) or as a vector
+``[D]`` (:class:`~.Vector`). All kinds have the same methods, so the rest of the package rarely asks for the kind.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Largest number of elements formed at once where per-sample gradients must be materialised (64 MB in float32).
+CHUNK_ELEMENTS = 1 << 24
+
+
+def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
+    """Slices that cover ``rows`` rows so that a chunk of materialised gradients stays under ``CHUNK_ELEMENTS``."""
+    size = max(1, CHUNK_ELEMENTS // max(1, elements_per_row))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is; integers stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def covariance(x: Tensor, full: bool) -> Tensor:
+    """Second moment over rows and positions of x [b, G, P, K], as [G, K, K] or its diagonal [G, K]."""
+    if full:
+        flat = x.transpose(0, 1).flatten(1, 2)
+        return flat.transpose(-1, -2) @ flat
+    return x.square().sum((0, 2))
+
+
+class GradSample(ABC):
+    """The per-sample gradients ``g`` of one use of one parameter (or of a weight joined with its bias)."""
+
+    def wide(self) -> GradSample:
+        """The same in float32 or better. All methods need that, except where a class says otherwise."""
+        return self
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Number of rows b."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> tuple[int, ...]:
+        """Shape of one row's gradient: ``(G, O, I)`` or ``(D,)``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the gradients."""
+
+    @property
+    @abstractmethod
+    def units(self) -> tuple[int, ...]:
+        """The part of :attr:`layout` that counts output units: ``(G, O)``, ``(E,)`` or ``(D,)``."""
+
+    @abstractmethod
+    def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
+        """Inner products by output unit, weighted: ``sum_o w_co <U_qo, g_io>`` [b, Q, C].
+
+        Args:
+            direction: Directions U [Q, *layout].
+            weights: C weights for each unit [C, units].
+        """
+
+    def signals(self, direction: Tensor) -> Tensor:
+        """Inner products <U_q, g_i> [b, Q] with directions U [Q, *layout]."""
+        return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
+
+    @abstractmethod
+    def energies(self, weights: Tensor) -> Tensor:
+        """Weighted squared gradients of output units [b, C], without products of different positions.
+
+        Args:
+            weights: C weights for each unit [C, units].
+        """
+
+    @abstractmethod
+    def gradient(self, rows: slice) -> Tensor:
+        """The materialised gradients of a slice of rows [len, *layout]."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """The sum of all rows' gradients [*layout]: what autograd adds to the parameter's ``grad``."""
+
+    @abstractmethod
+    def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Covariances whose Kronecker product approximates ``sum_i g_i g_i^T`` (K-FAC's factors).
+
+        Args:
+            full: Whether the left (output) and the right (input) covariance is a matrix or only its diagonal.
+            phase: In [0, 1): which positions are sampled where not all are.
+
+        Returns:
+            left ``[G, O, O]`` or ``[G, O]``, summed over rows and positions, and right ``[G, I, I]`` or ``[G, I]``,
+            averaged over them. For a vector: left ``[D]`` (summed squares) and right the scalar 1.
+        """
+
+    @abstractmethod
+    def rotated(self, left: Tensor | None, right: Tensor | None) -> GradSample:
+        """The same gradients in the bases with columns ``left`` [G, O, O] and ``right`` [G, I, I] (None: as is)."""
+
+    @abstractmethod
+    def norms(self, weights: Tensor) -> Tensor:
+        """``sum weight * g_i^2`` [b, C] with C elementwise weights [C, *layout]."""
+
+    @abstractmethod
+    def squared_norms(self) -> Tensor:
+        """``|g_i|^2`` [b]."""

@@ -1,0 +1,169 @@
+"""What a step does with a gradient: the rule of each optimizer, and how to register one for another optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Group = dict[str, Any]  # one of an optimizer's param_groups
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast one block of parameters moves.
+
+    The rest of training multiplies a change of the weights by the discount ``exp(-R F)``, with the Fisher F and the
+    summed learning rate R that remains. ``curvature`` and ``decay`` say how R and weight decay enter that exponent.
+
+    Attributes:
+        lr: Learning rate of the parameter group.
+        step: Effective learning rate of the coming step: the sum of a gradient's future effects through the momentum
+            buffer, lr / (1 - momentum) for SGD, lr for Adam.
+        curvature: What a unit of summed learning rate contributes to the discount's exponent: 1 / (1 - momentum) for
+            SGD, one scalar 1 / (rms(v) + eps) for each block under Adam (element-wise scaling destroys the ranking,
+            see docs/methods/fine.md).
+        decay: What a unit of summed learning rate contributes to it through weight decay.
+        weight: Factor of a gradient contribution in a step of size ``step``: Adam's scalar, 1 for SGD.
+    """
+
+    lr: float
+    step: float
+    curvature: Tensor | float
+    decay: Tensor | float
+    weight: Tensor | float = 1.0
+
+
+class UpdateRule:
+    """What an optimizer's step does with a gradient. This class itself is plain SGD without weight decay.
+
+    Subclass it, override what differs and register the subclass with :func:`register_optimizer`.
+
+    Attributes:
+        rate_options: Options of a parameter group that decide how fast its parameters move. Weight decay is not among
+            them: biases are often left out of it.
+    """
+
+    rate_options: tuple[str, ...] = ("lr", "initial_lr", "momentum", "betas")
+
+    def rate(
+        self, optimizer: Optimizer, group: Group, parameters: Sequence[nn.Parameter], unscale: Tensor | float
+    ) -> Rate:
+        """The rate of one block's parameters.
+
+        Args:
+            optimizer: The optimizer, for its state.
+            group: The parameter group of the block's first parameter.
+            parameters: The block's parameters.
+            unscale: Factor that undoes the scaling of the present gradients under mixed precision.
+        """
+        return Rate(float(group["lr"]), self.step(group), 1.0, 0.0)
+
+    def step(self, group: Group) -> float:
+        """Effective learning rate of a parameter group's coming step, see :attr:`Rate.step`."""
+        return signed_lr(group)
+
+    def same_rate(self, first: Group, second: Group) -> bool:
+        """Whether the parameters of two groups move at one rate."""
+        return all(first.get(option) == second.get(option) for option in self.rate_options)
+
+
+PLAIN_SGD = UpdateRule()
+_RULES: dict[type[Optimizer], UpdateRule] = {}
+
+
+def register_optimizer(*types: type[Optimizer]) -> Callable[[type[UpdateRule]], type[UpdateRule]]:
+    """Registers the decorated :class:`UpdateRule` for optimizer classes and their subclasses.
+
+    The rule of the nearest class counts. An optimizer without a rule is treated as plain SGD, and the report says so.
+
+    Raises:
+        TypeError: If one of ``types`` is not an optimizer class, or the decorated object is not an ``UpdateRule``.
+
+    Example:
+        >>> import torch
+        >>> from ine_callback import register_optimizer
+        >>> from ine_callback.optimizers import Rate, UpdateRule
+        >>> class SignSGD(torch.optim.Optimizer):
+        ...     def __init__(self, parameters, lr):
+        ...         super().__init__(parameters, {"lr": lr})
+        >>> @register_optimizer(SignSGD)
+        ... class SignRule(UpdateRule):
+        ...     def rate(self, optimizer, group, parameters, unscale):
+        ...         # sign(g) is taken as g / mean |g|, one scalar for the block
+        ...         scale = 1 / (torch.cat([p.grad.flatten() for p in parameters]) * unscale).abs().mean()
+        ...         return Rate(group["lr"], self.step(group), curvature=scale, decay=0.0, weight=scale)
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([0.5, -1.5])
+        >>> rate_of(SignSGD([weight], lr=0.1), [weight])
+        Rate(lr=0.1, step=0.1, curvature=tensor(1.), decay=0.0, weight=tensor(1.))
+    """
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+            raise TypeError(f"register_optimizer: {kind!r} is not a class of torch.optim.Optimizer; pass its class.")
+
+    def decorate(rule: type[UpdateRule]) -> type[UpdateRule]:
+        if not (isinstance(rule, type) and issubclass(rule, UpdateRule)):
+            raise TypeError(f"register_optimizer: {rule!r} is not a subclass of UpdateRule.")
+        for kind in types:
+            _RULES[kind] = rule()
+        return rule
+
+    return decorate
+
+
+def known(optimizer: Optimizer) -> bool:
+    """Whether a rule is registered for the optimizer; others are treated as plain SGD."""
+    return any(kind in _RULES for kind in optimizer.__class__.__mro__)
+
+
+def rule_of(optimizer: Optimizer) -> UpdateRule:
+    """The rule of the nearest registered class; plain SGD where there is none."""
+    return next((_RULES[kind] for kind in optimizer.__class__.__mro__ if kind in _RULES), PLAIN_SGD)
+
+
+def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter], unscale: Tensor | float = 1.0) -> Rate:
+    """The rate of a block's parameters (its first parameter decides the parameter group).
+
+    Args:
+        optimizer: Any torch optimizer.
+        parameters: The block's parameters.
+        unscale: Factor that undoes the scaling of the present gradients under mixed precision.
+    """
+    group = _group_of(optimizer, parameters[0])
+    if group is None:
+        return Rate(0.0, 0.0, 0.0, 0.0)
+    return rule_of(optimizer).rate(optimizer, group, parameters, unscale)
+
+
+def same_rate(optimizer: Optimizer, a: nn.Parameter, b: nn.Parameter) -> bool:
+    """Whether two parameters move at one rate; parameters that the optimizer does not have all do."""
+    first, second = _group_of(optimizer, a), _group_of(optimizer, b)
+    if first is None or second is None:
+        return first is second
+    return rule_of(optimizer).same_rate(first, second)
+
+
+def step_rate(optimizer: Optimizer) -> float:
+    """Effective learning rate of the first parameter group's coming step, see :attr:`Rate.step`."""
+    return rule_of(optimizer).step(optimizer.param_groups[0])
+
+
+def signed_lr(group: Group) -> float:
+    """The group's learning rate; negative if it climbs, which raises what a gradient contribution would have lowered.
+
+    Example:
+        >>> signed_lr({"lr": 0.1}), signed_lr({"lr": 0.1, "maximize": True})
+        (0.1, -0.1)
+    """
+    return (-1.0 if group.get("maximize") else 1.0) * float(group["lr"])
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> Group | None:
+    for group in optimizer.param_groups:
+        if any(p is parameter for p in group["params"]):
+            return group
+    return None

@@ -1,0 +1,224 @@
+"""Kinds of queries: scalars of the model, better when lower, whose gradients rows are measured against."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.data.batches import cut, size_of
+from ine_callback.errors import QueryError
+from ine_callback.queries.bound import Batch, BoundQuery, QuerySource, Value
+from ine_callback.scores import QueryInfo
+
+Forward = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+
+
+class Query(ABC):
+    """A question about the trained model. Subclasses define its scalar; the factories below make the common ones.
+
+    Every query is better when lower, so a positive score means that training on the row *lowers* it (helpful).
+    """
+
+    name: str | None = None
+
+    @abstractmethod
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        """Finds the data and returns one or several bound queries."""
+
+    @staticmethod
+    def loss(data: Any = "val", name: str | None = None) -> LossQuery:
+        """Mean loss of the module on ``data`` (``"val"``, a DataLoader, a batch, a list of dataset indices)."""
+        return LossQuery(data, name)
+
+    @staticmethod
+    def per_class(data: Any = "val", name: str | None = None) -> PerClassQuery:
+        """One query for each class: the mean loss on the rows of ``data`` with that label."""
+        return PerClassQuery(data, name)
+
+    @staticmethod
+    def margin(data: Any = "val", per_row: bool = False, name: str | None = None) -> MarginQuery:
+        """Negated mean margin ``-log(p / (1 - p))`` of the true class on ``data``; ``per_row`` asks for each row."""
+        return MarginQuery(data, per_row, name)
+
+
+class LossQuery(Query):
+    """Mean loss of the module's own step on some data.
+
+    Args:
+        data: ``"val"`` (the trainer's validation loader), a DataLoader, a batch, or a list of dataset indices.
+        name: Column name; by default the key it is given under, or a name made from ``data``.
+    """
+
+    def __init__(self, data: Any = "val", name: str | None = None) -> None:
+        self.data, self.name = data, name
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        batches = _weighted(source.batches(self.data), source.size)
+        info = QueryInfo(name, "loss", f"Does training on this row lower the mean loss on {_describe(self.data)}?")
+        return [BoundQuery(info, source.loss, batches)]
+
+
+class PerClassQuery(Query):
+    """One query for each class: the mean loss on that class's rows.
+
+    Args:
+        data: As for :class:`LossQuery`.
+        name: Prefix of the columns ``name/class``; by default "class".
+        label: Key or position of the label in a batch (for the common ``(x, y)``: 1).
+    """
+
+    def __init__(self, data: Any = "val", name: str | None = None, label: int | str = 1) -> None:
+        self.data, self.name, self.label = data, name, label
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        of_class: dict[int, list[Batch]] = {}
+        for batch in source.batches(self.data):
+            labels = _labels(batch, self.label, name)
+            for label in labels.unique().tolist():
+                of_class.setdefault(int(label), []).append(cut(batch, torch.where(labels == label)[0], len(labels)))
+        where = _describe(self.data)
+        return [
+            BoundQuery(
+                QueryInfo(
+                    f"{name}/{label}", "loss", f"Does training on this row lower the loss on class {label} of {where}?"
+                ),
+                source.loss,
+                _weighted(of_class[label]),
+            )
+            for label in sorted(of_class)
+        ]
+
+
+class MarginQuery(Query):
+    """Negated margin ``-log(p / (1 - p))`` of the true class: the better question on rows that the model has learnt.
+
+    A saturated loss has no gradient left, but its log-odds still change. Lower is better, as for every query, so a
+    positive score means that training on the row raises the margin.
+
+    Args:
+        data: As for :class:`LossQuery`.
+        per_row: One query for each row of ``data`` instead of their mean.
+        name: Column name, or the prefix of ``name/k`` with ``per_row``.
+        forward: Maps (module, batch) to (logits [b, C, ...], labels [b, ...]); by default ``module(x), y`` for a
+            batch ``(x, y)``.
+    """
+
+    def __init__(
+        self, data: Any = "val", per_row: bool = False, name: str | None = None, forward: Forward | None = None
+    ) -> None:
+        self.data, self.per_row, self.name, self.forward = data, per_row, name, forward or _logits_and_labels
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        batches = source.batches(self.data)
+        info = QueryInfo(
+            name, "margin", f"Does training on this row raise the margin of the true class on {_describe(self.data)}?"
+        )
+        if not self.per_row:
+            return [BoundQuery(info, self._value, _weighted(batches, source.size))]
+        rows = [cut(batch, torch.tensor([k]), size_of(batch)) for batch in batches for k in range(size_of(batch))]
+        question = "Does training on this row raise the margin of query row {} of {}?"
+        return [
+            BoundQuery(
+                replace(info, name=f"{name}/{k}", question=question.format(k, _describe(self.data))),
+                self._value,
+                ((1.0, row),),
+            )
+            for k, row in enumerate(rows)
+        ]
+
+    def _value(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits, labels = self.forward(module, batch)
+        return -margins(logits, labels).mean()
+
+
+class CallableQuery(Query):
+    """Any scalar: ``function(module, batch) -> tensor``, averaged over the batches of ``data``; lower is better.
+
+    Args:
+        function: Returns a scalar tensor with a gradient.
+        data: As for :class:`LossQuery`.
+        name: Column name; by default the function's name.
+    """
+
+    def __init__(self, function: Value, data: Any = "val", name: str | None = None) -> None:
+        self.function, self.data = function, data
+        self.name = name or getattr(function, "__name__", None)
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        info = QueryInfo(name, "custom", f"Does training on this row lower '{name}' on {_describe(self.data)}?")
+        return [BoundQuery(info, self.function, _weighted(source.batches(self.data), source.size))]
+
+
+class SelfQuery(Query):
+    """The loss on the row itself: self-influence, the score that finds mislabelled rows (docs/methods/fine.md)."""
+
+    name = "self"
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        return []
+
+
+SELF = QueryInfo(
+    "self",
+    "self",
+    "Does this row pull on its own loss harder (positive) than its batch-mates? High: mislabelled, rare or hard.",
+)
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log(p / (1 - p))`` of the true class, for logits [b, C, ...] and labels [b, ...].
+
+    Example:
+        >>> import torch
+        >>> margins(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor([2.])
+    """
+    target = labels.unsqueeze(1)
+    others = logits.scatter(1, target, float("-inf"))
+    return logits.gather(1, target).squeeze(1) - others.logsumexp(1)
+
+
+def _describe(data: Any) -> str:
+    if isinstance(data, str):
+        return "the validation set"
+    if isinstance(data, list) and all(isinstance(row, int) for row in data):
+        return f"{len(data)} chosen training rows"
+    return "the query's data"
+
+
+def _weighted(batches: Sequence[Batch], size: Callable[[Batch], int] = size_of) -> tuple[tuple[float, Batch], ...]:
+    sizes = [size(batch) for batch in batches]
+    total = sum(sizes)
+    return tuple((size / total, batch) for size, batch in zip(sizes, batches, strict=True))
+
+
+def _labels(batch: Batch, label: int | str, name: str) -> Tensor:
+    try:
+        labels = batch[label]
+    except (KeyError, IndexError, TypeError) as error:
+        raise QueryError(
+            f"PerClassQuery '{name}': a batch of type {type(batch).__name__} has no label at {label!r} ({error}); "
+            "pass label= the position or key of the class labels."
+        ) from error
+    if not (isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()):
+        raise QueryError(
+            f"PerClassQuery '{name}': the labels at {label!r} are not a vector of integer classes; "
+            "pass label= the position or key of the class labels."
+        )
+    return labels
+
+
+def _logits_and_labels(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    try:
+        x, y = batch
+    except (TypeError, ValueError) as error:
+        raise QueryError(
+            f"MarginQuery: a batch of type {type(batch).__name__} is not a pair (x, y); pass "
+            "forward=lambda module, batch: (logits, labels)."
+        ) from error
+    return module(x), y

@@ -1,0 +1,259 @@
+"""The backward passes of a batch: per-sample gradients become signals, which wait for the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture import GradSample
+from ine_callback.capture.attributes import own_parameters
+from ine_callback.capture.passes import Passes
+from ine_callback.capture.row_losses import Scale, read_loss
+from ine_callback.capture.verification import Verification
+from ine_callback.errors import RowsError, UntoldRows
+from ine_callback.recording.coverage import HOLD, VERIFY
+from ine_callback.recording.guard import Guard
+from ine_callback.recording.observations import Pass
+from ine_callback.recording.phases import BEFORE_DIRECTIONS, RECEIVED, BatchPhase, Phase
+from ine_callback.recording.setup import Parts
+from ine_callback.recording.steps import OptimizerSteps
+from ine_callback.recording.updates import Updates
+
+Rows = Tensor | Sequence[int] | Callable[[Any], Any]  # or a function that finds them in the batch
+
+
+class BackwardPasses:
+    """Follows one batch at a time, from its rows to the signals of its backward passes.
+
+    Args:
+        guard: Holds the recording's phase.
+        parts: What the recording works with.
+        updates: When directions are refreshed and the curvature is updated.
+        steps: Takes the signals of each pass.
+    """
+
+    def __init__(self, guard: Guard, parts: Parts, updates: Updates, steps: OptimizerSteps) -> None:
+        self._guard, self._parts, self._updates, self._steps = guard, parts, updates, steps
+        self._signals, self._coverage = parts.signals, parts.coverage
+        self._capture, self._clipping = parts.capture, parts.clipping
+        self._batch: tuple[Tensor, Any] | None = None
+        self._row_losses: Tensor | None = None
+        self._phase = BatchPhase.WAITING
+        self._passes, self._lost = Passes(self._pass_over), 0
+
+    @property
+    def _holding(self) -> bool:
+        return self._guard.phase in BEFORE_DIRECTIONS
+
+    # -- a batch begins -----------------------------------------------------------------------------------------------
+
+    def start_batch(self, rows: Rows, data: Any) -> None:
+        """Announces the rows of the coming forward pass."""
+        parts, step = self._parts, self._guard.steps
+        try:
+            rows = parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
+            if self._steps.has_gap and self._holding:  # its gradients are not this step's alone
+                raise UntoldRows("the first step's rows must all be known")
+        except UntoldRows as error:
+            return self._steps.leave_out(error)
+        rows = rows.to(parts.device, torch.int64, non_blocking=True)
+        self._batch, self._row_losses = (rows, data), None
+        if self._phase is BatchPhase.SETTLED:
+            self._phase = BatchPhase.WAITING
+        due = False
+        if not self._steps.pending:
+            self.prepare_step(rows, data)
+            due = self._coverage.due(step)
+            if self._coverage.wanted & HOLD:
+                self._guard.enter(Phase.HOLDING)
+            self._coverage.wanted = 0
+        self._signals.curvature_steps = self._updates.curvature_steps(step)
+        self._capture.start_batch(len(rows))
+        self._lost = self._passes.discarded
+        self._passes.start_batch()
+        if self._holding or due:
+            self._begin_verification()
+        window = len(rows) * parts.training.accumulate
+        self._signals.start_batch(len(rows), parts.device, window)
+        self._signals.scale = Scale(float(window), float(window))
+
+    def prepare_step(self, rows: Tensor, data: Any) -> None:
+        """Before a step's first batch: checks the row order, holds back where parameters are new, or refreshes."""
+        guard, coverage, processes = self._guard, self._coverage, self._parts.processes
+        if guard.phase is Phase.PROBING:
+            guard.enter(Phase.HOLDING)
+            coverage.check_row_order(self._parts.training.loss, data, len(rows), processes)
+        elif guard.phase is Phase.RECORDING and coverage.thawed():
+            guard.enter(Phase.HOLDING)
+            self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
+        elif guard.phase is Phase.HOLDING:
+            return
+        elif self._updates.refresh_due(guard.steps):
+            coverage.agree(processes)
+            self._signals.refresh()
+            self._updates.refreshed_at = guard.steps
+            coverage.refreshed()
+        elif self._updates.curvature_due(guard.steps):
+            self._signals.draw()
+
+    def see(self, loss: Tensor) -> None:
+        """Reads each row's loss and the loss's scale off the loss about to be differentiated."""
+        if self._batch is None:
+            return
+        with torch.no_grad():
+            reading = read_loss(loss, len(self._batch[0]))
+            if reading is None:
+                self._guard.note(
+                    "the training loss is of no standard form: taken as a mean over rows, row losses unknown"
+                )
+                return
+            self._row_losses = reading.rows
+            scale = 1.0 if self._capture.unscale is None else self._capture.unscale
+            self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+
+    # -- a backward pass ----------------------------------------------------------------------------------------------
+
+    def receive(self, module: nn.Module, grad_samples: dict[str, GradSample]) -> None:
+        """Takes the per-sample gradients of one call of a layer, in the backward pass."""
+        own = self._signals.table.trainable(module)
+        self._passes.touch((known for _, known in own), self._begin_pass)
+        self._phase = BatchPhase.RUNNING
+        if self._signals.proof is not None and self._parts.sharded:
+            for p, known in own:
+                self._signals.proof.watch(p, known)
+        self._signals.receive(module, grad_samples, self._capture.calls.get(module, 1), self._holding)
+
+    def lose(self, module: nn.Module) -> None:
+        """A layer was dropped: the others go on, if there are any."""
+        self._signals.lose(module)
+        if self._guard.phase is Phase.RECORDING and not any(True for _ in self._signals.table):
+            self._guard.fail(RowsError(f"no layer is left to record: {self._coverage.first_reason()}"))
+
+    def _begin_pass(self) -> None:
+        """The first gradient of a pass: forgets passes whose gradients are gone; verifies what was never verified."""
+        received, passes = self._phase in RECEIVED, self._passes
+        if (received or self._steps.pending) and not self._parts.sharded and passes.gone():
+            self._signals.discard_received()
+            self._capture.forget()
+            self._steps.discard()
+            self._phase, passes.discarded = BatchPhase.WAITING, passes.count
+        elif self._clipping.marked and not self._holding and self._signals.proof is None:
+            self.settle(False)
+            # other layers' parameters may have got this pass's gradients already
+            if self._clipping.touched({p for m in self._capture.names for p in own_parameters(m).values()}):
+                self._steps.measure_changes()
+        received, self._phase = self._phase in RECEIVED, BatchPhase.RUNNING
+        self._signals.aside = passes.count < self._lost
+        if self._holding:  # what is held back is verified
+            if self._signals.proof is None:
+                self._begin_verification()
+            return
+        if self._coverage.changed(passes.count):
+            self._verify_change(received)
+
+    def _verify_change(self, received: bool) -> None:
+        """A pass of a kind that was never verified: verifies it at once, or asks for that in the next step."""
+        coverage, verifying = self._coverage, self._signals.proof is not None
+        if self._parts.processes.count > 1 or received:  # all processes verify, and hold back, in the same step
+            if coverage.joining:
+                coverage.requests |= VERIFY | HOLD
+            elif not verifying:
+                coverage.requests |= VERIFY
+            return
+        if not verifying:
+            self._begin_verification()
+        if coverage.joining:
+            self._guard.enter(Phase.HOLDING)
+
+    def _pass_over(self) -> None:
+        """Told by autograd; under DDP gradients are still to be averaged then."""
+        if not self._parts.training.distributed:
+            self._guard.run(self._end_pass)
+
+    def _end_pass(self) -> None:
+        """Measures the gradients, before anybody else sees them."""
+        if self._phase is BatchPhase.RUNNING:
+            self._phase = BatchPhase.OVER
+        with torch.no_grad():
+            self._clipping.mark()
+
+    def settle(self, backward: bool) -> None:
+        """Moves the signals of the backward passes so far to those that wait for the optimizer's step.
+
+        Args:
+            backward: Whether there was a pass, also where no hook was called in it.
+        """
+        if self._batch is None or not (self._phase in RECEIVED or backward):
+            return
+        if self._phase is not BatchPhase.OVER:
+            self._end_pass()
+        rows, data = self._batch
+        with self._capture.paused():
+            self._coverage.watch_changes(self._signals, self._guard.steps)
+            if self._holding:
+                self._make_first_directions(rows, data)
+            elif self._signals.proof is not None:
+                self._verify(rows, data)
+            else:
+                self._fall_back(rows, data)
+        with torch.no_grad():
+            blocks, signals, own = self._signals.settle(self._clipping.watching)
+            losses = torch.full_like(own, torch.nan) if self._row_losses is None else self._row_losses.to(own.dtype)
+            self._steps.add(Pass(rows, blocks, signals, own, losses))
+        self._phase = BatchPhase.SETTLED
+
+    # -- verification -------------------------------------------------------------------------------------------------
+
+    def _begin_verification(self) -> None:
+        """Has the coming gradients compared with the sums of the per-sample gradients."""
+        self._signals.proof = self._coverage.begin(self._guard.fail)
+
+    def _verify(self, rows: Tensor, data: Any) -> bool:
+        """Drops what the verification finds wrong, also by per-row autograd; False where gradients overflowed."""
+        proof, self._signals.proof = self._signals.proof, None
+        assert proof is not None
+        proof.close()
+        finite = self._coverage.verify(
+            proof, self._signals, self._parts.processes, self._guard.steps, self._passes.count
+        )
+        if finite:
+            self._fall_back(rows, data, proof)
+            if not any(True for _ in self._signals.table):
+                raise RowsError(f"{self._guard.owner}: {self._coverage.nothing_left(len(rows))}")
+        return finite
+
+    def _make_first_directions(self, rows: Tensor, data: Any) -> None:
+        """Ends holding back: verifies the capture, makes directions, and contracts what was held back with them."""
+        self._parts.processes.exchange()
+        if not self._verify(rows, data):  # an overflow, whose step is skipped: the next pass comes in its place
+            self._signals.held.clear()
+            return
+        self._guard.enter(Phase.RECORDING)
+        self._signals.release(1.0 if self._capture.unscale is None else self._capture.unscale)
+        self._updates.refreshed_at = self._guard.steps
+
+    def _fall_back(self, rows: Tensor, data: Any, proof: Verification | None = None) -> None:
+        """Takes the gradients of parameters without a capture by one backward pass a row."""
+        loss = self._parts.training.loss
+        for block, grad_sample in self._coverage.fallback(loss, data, len(rows), self._signals, proof):
+            self._signals.take(block, grad_sample, self._holding)
+
+    # -- a batch ends -------------------------------------------------------------------------------------------------
+
+    def end_batch(self) -> None:
+        """Ends the batch; its signals wait for the optimizer's step."""
+        # nothing received: no backward pass at all, or one that no hook could read; only the latter leaves gradients
+        unread = (self._holding or self._coverage.slow) and self._phase is BatchPhase.WAITING
+        self.settle(unread and any(p.grad is not None for p in self._parts.training.module.parameters()))
+        self._capture.active = False
+        self._batch = None
+        self.end_verification()
+
+    def end_verification(self) -> None:
+        """Leaves a verification that no backward pass came to."""
+        proof, self._signals.proof = self._signals.proof, None
+        if proof is not None:
+            proof.close()

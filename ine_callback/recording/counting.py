@@ -1,0 +1,67 @@
+"""Batches of a fit whose methods need no signals: rows and their losses are noted, no hook reads the passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ine_callback.capture.row_losses import read_loss
+from ine_callback.errors import UntoldRows
+from ine_callback.recording.backward import Rows
+from ine_callback.recording.guard import Guard
+from ine_callback.recording.observations import Pass
+from ine_callback.recording.setup import Parts
+from ine_callback.recording.steps import OptimizerSteps
+
+
+class CountedBatches:
+    """Stands in for :class:`~ine_callback.recording.backward.BackwardPasses`.
+
+    Args:
+        guard: Takes notes.
+        parts: What the recording works with.
+        steps: Takes the rows of each backward pass.
+    """
+
+    def __init__(self, guard: Guard, parts: Parts, steps: OptimizerSteps) -> None:
+        self._guard, self._parts, self._steps = guard, parts, steps
+        self._rows: Tensor | None = None
+        self._losses: Tensor | None = None
+
+    def start_batch(self, rows: Rows, data: Any) -> None:
+        """Announces the rows of the coming forward pass."""
+        try:
+            found = self._parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
+        except UntoldRows as error:
+            return self._steps.leave_out(error)
+        self._rows, self._losses = found.to(self._parts.device, torch.int64, non_blocking=True), None
+
+    def see(self, loss: Tensor) -> None:
+        """Reads each row's loss off the loss about to be differentiated."""
+        if self._rows is None:
+            return
+        with torch.no_grad():
+            reading = read_loss(loss, len(self._rows))
+        if reading is None:
+            self._guard.note("the training loss is of no standard form: row losses unknown")
+        else:
+            self._losses = reading.rows
+
+    def settle(self, backward: bool) -> None:
+        """Moves the rows of a backward pass, if there was one, to those that wait for the optimizer's step."""
+        if self._rows is None or not backward:
+            return
+        count, device = len(self._rows), self._parts.device
+        signals = torch.zeros(1, count, 0, 1 + self._parts.signals.contrasts.count, device=device)
+        own = torch.zeros(count, device=device)
+        losses = torch.full_like(own, torch.nan) if self._losses is None else self._losses.to(own.dtype)
+        self._steps.add(Pass(self._rows, (), signals, own, losses))
+
+    def end_batch(self) -> None:
+        """Ends the batch; its rows wait for the optimizer's step."""
+        self._rows = None
+
+    def end_verification(self) -> None:
+        """Nothing is verified."""

@@ -1,0 +1,198 @@
+"""Before the first step: what cannot be recorded is refused, and the parts of a recording are built."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from ine_callback.capture import Capture
+from ine_callback.curvature.gradient_sample import GradientSample
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.distributed.sharding import is_sharded
+from ine_callback.errors import InfluenceError
+from ine_callback.methods import Method
+from ine_callback.optimizers.clipping import Clipping
+from ine_callback.optimizers.schedule import Schedule, planned_schedule
+from ine_callback.queries import SELF, BoundQuery, Query, QuerySource, SelfQuery
+from ine_callback.recording.accumulators import RowAccumulators
+from ine_callback.recording.config import RecordingConfig
+from ine_callback.recording.coverage import Coverage
+from ine_callback.scores import QueryInfo
+from ine_callback.scoring.initial_noise import InitialNoise
+from ine_callback.scoring.sign_contrasts import CONTRASTS, Contrasts
+from ine_callback.scoring.signals import Signals
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a recorder is told of the training that it records; see :class:`~ine_callback.Recorder`."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    rows: int | None
+    loss: Callable[[nn.Module, Any], Tensor] | None
+    source: QuerySource
+    total_steps: int
+    schedulers: Sequence[tuple[Any, int]]
+    accumulate: int
+    distributed: bool
+    to_device: Callable[[Any], Any]
+    context: Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recording works with, from its start to its end.
+
+    Attributes:
+        training: The training that is recorded.
+        methods: What accumulates over the steps.
+        bound: The queries on data, with their batches.
+        device: Where signals and accumulators live.
+        sharded: Whether FSDP2 splits the parameters.
+        processes: Those that train together.
+        schedule: The learning rate that remains.
+        capture: Hooks that read per-sample gradients.
+        coverage: Which parameters the signals cover.
+        clipping: What becomes of gradients between backward pass and step.
+        signals: Directions, and the per-sample gradients' inner products with them.
+        accumulators: Everything kept for every row.
+    """
+
+    training: Training
+    methods: Sequence[Method]
+    bound: list[BoundQuery]
+    device: torch.device
+    sharded: bool
+    processes: Lockstep
+    schedule: Schedule
+    capture: Capture
+    coverage: Coverage
+    clipping: Clipping
+    signals: Signals
+    accumulators: RowAccumulators
+
+
+def records_signals(methods: Sequence[Method]) -> bool:
+    """Whether a method needs signals; else rows are counted, and no hook reads the training's passes."""
+    return any(method.needs_signals for method in methods)
+
+
+def refuse(training: Training, config: RecordingConfig, capture: Capture, coverage: Coverage, owner: str) -> None:
+    """Refuses a training whose signals cannot be recorded.
+
+    Raises:
+        InfluenceError: With the remedy.
+    """
+    module = training.module
+    if isinstance(training.optimizer, torch.optim.LBFGS):
+        raise InfluenceError(
+            f"{owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
+            "Adam or AdamW, or leave the recording out."
+        )
+    if capture.dropped and not capture.names and config.uncaptured != "fallback":
+        raise InfluenceError(
+            f"{owner}: no layer can be recorded: {coverage.first_reason()}; train without torch.compile, "
+            "or pass uncaptured='fallback' (slow: one backward pass a row)."
+        )
+    if any(is_lazy(p) for p in module.parameters()):
+        raise InfluenceError(
+            f"{owner}: a lazy module has no weights yet, and a pass of the recording would draw others "
+            "than the training does; run one batch through the model first (in configure_model or before the fit)."
+        )
+    if config.uncaptured == "fallback" and is_sharded(module):
+        raise InfluenceError(
+            f"{owner}: uncaptured='fallback' cannot take single rows' gradients of parameters that processes "
+            "share; pass 'warn' or 'raise', or train with strategy='ddp'."
+        )
+
+
+def bind(queries: Mapping[str, Query], source: QuerySource, owner: str) -> list[BoundQuery]:
+    """Gives the queries their data.
+
+    Raises:
+        InfluenceError: If two have one name.
+    """
+    bound = [each for name, query in queries.items() for each in query.bind(name, source)]
+    names = [each.info.name for each in bound]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise InfluenceError(f"{owner}: two queries are called {sorted(twice)}; name them differently.")
+    return bound
+
+
+def build(
+    training: Training,
+    config: RecordingConfig,
+    queries: Mapping[str, Query],
+    methods: Sequence[Method],
+    capture: Capture,
+    coverage: Coverage,
+    clipping: Clipping,
+    owner: str,
+) -> Parts:
+    """Builds the parts of a recording, and evaluates each query once.
+
+    Raises:
+        InfluenceError: If a query has no data, or its value has no gradient.
+    """
+    module = training.module
+    device = next(module.parameters()).device
+    processes = Lockstep(device, alone=not training.distributed)
+    bound, scored = bind(queries, training.source, owner), records_signals(methods)
+    has_self = scored and any(isinstance(query, SelfQuery) for query in queries.values())
+    schedule = planned_schedule(training.optimizer, training.total_steps, training.schedulers, keep=[module])
+    discount = config.discount and scored
+    noise = InitialNoise(module, config.initial_weights if scored else "fixed")
+    signals = Signals(
+        module,
+        bound if scored else [],
+        has_self,
+        training.optimizer,
+        schedule,
+        KFAC(config.max_dim) if discount else None,
+        GradientSample(config.reservoir if discount else 0),
+        noise,
+        Contrasts(CONTRASTS if noise.random else 0),
+        processes,
+        config.rank,
+        training.to_device,
+        training.context,
+        capture.drop,
+    )
+    signals.check()
+    accumulators = RowAccumulators(
+        owner,
+        training.rows,
+        _infos(bound, has_self) if scored else (),
+        methods,
+        device,
+        noise.random,
+        signals.contrasts.count,
+    )
+    return Parts(
+        training,
+        methods,
+        bound,
+        device,
+        is_sharded(module),
+        processes,
+        schedule,
+        capture,
+        coverage,
+        clipping,
+        signals,
+        accumulators,
+    )
+
+
+def _infos(bound: Sequence[BoundQuery], has_self: bool) -> tuple[QueryInfo, ...]:
+    return (*(query.info for query in bound), *((SELF,) if has_self else ()))

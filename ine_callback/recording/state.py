@@ -1,0 +1,57 @@
+"""A recording in a checkpoint: tensors and plain types. The keys are those of all earlier versions."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from typing import Any
+
+from ine_callback.recording.guard import Guard
+from ine_callback.recording.provenance import Clock
+from ine_callback.recording.setup import Parts
+from ine_callback.recording.steps import OptimizerSteps
+from ine_callback.recording.updates import Updates
+
+
+def saved_state(guard: Guard, clock: Clock, parts: Parts, updates: Updates, steps: OptimizerSteps) -> dict[str, Any]:
+    """What :func:`restore_state` goes on from; with several processes, all must call it."""
+    together = guard.recording or parts.processes.count == 1  # after the end others may be gone
+    if together:
+        parts.processes.exchange()
+    updates.saved_at = guard.steps
+    return {
+        "steps": guard.steps,
+        "look": updates.next_curvature_update,
+        "failed": guard.failed,
+        "reason": guard.reason,
+        "taken": guard.taken,
+        "widest": guard.widest,
+        "notes": list(guard.notes),
+        "left_out": dict(steps.left_out),
+        "started": clock.started.isoformat(),
+        "seconds": clock.seconds,
+        "ledger": parts.accumulators.state_dict(),
+        "signals": parts.signals.state_dict(together) if guard.steps and not guard.failed else None,
+    }
+
+
+def restore_state(
+    state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, updates: Updates, steps: OptimizerSteps
+) -> None:
+    """Goes on from what :func:`saved_state` returned.
+
+    Raises:
+        InfluenceError: If it was recorded with other queries or methods, or with more rows.
+    """
+    parts.accumulators.load_state_dict(state["ledger"])
+    guard.steps, updates.next_curvature_update = state["steps"], state["look"]
+    # checkpoints of 0.1 have no more than the steps
+    guard.reason, guard.taken = state.get("reason", ""), state.get("taken", state["steps"])
+    guard.widest = state.get("widest", 0)
+    guard.notes = [*state["notes"], *guard.notes]
+    steps.left_out = Counter(state.get("left_out", {}))
+    clock.resume(datetime.datetime.fromisoformat(state["started"]), state["seconds"])
+    if state["failed"]:
+        guard.give_up()
+    elif state["signals"] is not None:
+        parts.signals.load_state_dict(state["signals"])

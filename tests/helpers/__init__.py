@@ -1,0 +1,1 @@
+"""What several suites share: no test module imports from another one, but from here."""

@@ -1,0 +1,30 @@
+"""A checkpoint written before the package was divided resumes as it did then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fixtures import make
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_the_former_version_resumes_with_its_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for the Trainer's own checkpoints
+    report = make.resume(FIXTURES / "recording.ckpt").report
+    former = np.load(FIXTURES / "resumed.npz")
+
+    # to 1e-4 of the largest: another machine's matrix products round differently
+    for found, before in (
+        (report.scores.mu, "mu"),
+        (report.scores.se, "se"),
+        (report.attribution("BIF").scores, "bif"),
+    ):
+        np.testing.assert_allclose(found, former[before], rtol=1e-3, atol=1e-4 * np.nanmax(np.abs(former[before])))
+    assert [stage.at for stage in report.stages("BIF")] == [1, "end"], "the chains of before the checkpoint are kept"
