@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
 
+from ine_callback.utilities.restores import Restore, array_restore, generator_restore
+
 _MAX_OBJECTS = 500  # objects followed: a function may reach a whole data set
 _MAX_LENGTH = 10_000  # elements of a container or array that is remembered
 _NO_HOLDERS = (int, float, str, bytes, type(None), type, ModuleType, Tensor, nn.Module)
-
-Restore = Callable[[], None]
 
 
 class Again:
@@ -54,7 +53,7 @@ class Again:
     def remember(self) -> Restore:
         """Returns what brings the present state back."""
         states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
-        restores = [_generator(each) for each in self._generators]
+        restores = [back for each in self._generators if (back := generator_restore(each)) is not None]
         restores += [_namespace(space) for space in self._spaces]
         restores += [_cell(cell) for cell in self._cells]
         restores += [_global(space, name) for space, name in self._globals]
@@ -68,7 +67,7 @@ class Again:
 
     def _reached(self, value: Any) -> Iterator[Any]:
         """What a value holds; notes what of it can change."""
-        if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+        if generator_restore(value) is not None:
             self._generators.append(value)
         elif isinstance(value, functools.partial):
             yield from (value.func, *value.args, *value.keywords.values())
@@ -115,20 +114,6 @@ def _contents(cell: CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:  # still empty
         return []
-
-
-def _generator(value: Any) -> Restore:
-    if isinstance(value, torch.Generator):
-        torchs = value.get_state()
-        return lambda: _ignore(value.set_state(torchs))
-    if isinstance(value, np.random.Generator):
-        bits = copy.deepcopy(value.bit_generator.state)
-        return lambda: setattr(value.bit_generator, "state", bits)
-    if isinstance(value, random.Random):
-        python = value.getstate()
-        return lambda: value.setstate(python)
-    legacy = value.get_state()
-    return lambda: value.set_state(legacy)
 
 
 def _namespace(space: dict[str, Any]) -> Restore:
@@ -182,8 +167,7 @@ def _container(value: Any) -> Restore:
 
         return refill
     if isinstance(value, np.ndarray) and value.size <= _MAX_LENGTH and value.flags.writeable:
-        array = value.copy()
-        return lambda: np.copyto(value, array)
+        return array_restore(value)
     if isinstance(value, Tensor) and value.numel() <= _MAX_LENGTH and not value.requires_grad:
         tensor, version = value.clone(), value._version
         return lambda: _ignore(None if value._version == version else value.copy_(tensor))

@@ -22,9 +22,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import default_collate, default_convert
 
-from ine_callback.data.again import Again, Restore
+from ine_callback.data.again import Again
 from ine_callback.data.columns import Path, mark, same, sizes
 from ine_callback.data.trial import Columns, Trial, copied
+from ine_callback.utilities.restores import Restore
 
 _MAX_SUFFIXES = 8  # ends of a batch that are exchanged, where random numbers are drawn item by item
 _MIN_ITEMS = 4  # items below which the function is called with each item twice

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ine_callback.data.again import Restore
 from ine_callback.data.columns import JOINED, ROWS, Path, all_same, column, layout, leaves, same, sizes
+from ine_callback.utilities.restores import Restore
 
 Columns = dict[Path, list[Any]]
 
