@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ine_callback.report.files import find
-from ine_callback.report.reading import FAULTS, ReportError, is_count, read_json, read_table
+from ine_callback.report.reading import FAULTS, ReportError, is_count, read_format, read_table
 from ine_callback.report.store import doubles, queries_fault, write_table
 from ine_callback.scores import Attribution, Check, Floats, LayerScores, QueryInfo, TokenScores
 from ine_callback.utilities.jsonable import jsonable
@@ -154,9 +154,7 @@ def load(folder: Path) -> tuple[Attribution, ...]:
     """
     if find(folder, META) is None:
         return ()
-    meta = read_json(folder, META)
-    if meta.get("format") != FORMAT or meta.get("format_version") != VERSION:
-        raise ReportError(folder, f"{META}: its format is not {FORMAT!r} {VERSION}")
+    meta = read_format(folder, META, FORMAT, VERSION)
     metas = meta.get("attributions")
     fault = _fault(metas)
     if fault:
@@ -181,6 +179,16 @@ def fields_fault(found: Any, kinds: dict[str, Any], what: str) -> str:
     return f"{wrong[0]} of {what} is {found[wrong[0]]!r}" if wrong else ""
 
 
+def part_fault(found: Any, kinds: dict[str, Any], what: str, checks: str) -> str:
+    """Why a JSON value is no object with these fields, queries, checks under this name and a stage; empty if it is."""
+    fault = fields_fault(found, kinds, what) or queries_fault(found["queries"])
+    for check in [] if fault else found[checks]:
+        fault = fault or fields_fault(check, OF_CHECKS, "a check")
+    if not fault and found["at"] != "end" and not is_count(found["at"]):
+        return f"at is {found['at']!r}, neither 'end' nor a number of epochs"
+    return fault
+
+
 def _fault(metas: Any) -> str:
     """Why a JSON value does not describe attributions; empty if it does."""
     if not isinstance(metas, list) or not metas:
@@ -193,13 +201,8 @@ def _fault(metas: Any) -> str:
 
 
 def _one_fault(found: Any) -> str:
-    fault = fields_fault(found, FIELDS, "an attribution") or queries_fault(found["queries"])
-    for check in [] if fault else found["checks"]:
-        fault = fault or fields_fault(check, OF_CHECKS, "a check")
-    if fault:
+    if fault := part_fault(found, FIELDS, "an attribution", "checks"):
         return fault
-    if found["at"] != "end" and not is_count(found["at"]):
-        return f"at is {found['at']!r}, neither 'end' nor a number of epochs"
     if not is_count(found["rows"]) or not found["rows"]:
         return f"an attribution has {found['rows']!r} rows"
     lists = [found[name] for name in ("columns", "notes", "known", "layers")]

@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ine_callback.report.attribution_store import OF_CHECKS, fields_fault, number
+from ine_callback.report.attribution_store import number, part_fault
 from ine_callback.report.files import find
-from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number, read_json, read_table
-from ine_callback.report.store import queries_fault
+from ine_callback.report.reading import FAULTS, ReportError, is_count, is_number, read_format, read_table
 from ine_callback.scores import Attribution, Check, QueryInfo, TokenScores
 
 METHOD = "BIF"
@@ -69,9 +68,7 @@ def load(folder: Path) -> tuple[Attribution, ...]:
     """
     if find(folder, META) is None:
         return ()
-    meta = read_json(folder, META)
-    if meta.get("format") != FORMAT or meta.get("format_version") != VERSION:
-        raise ReportError(folder, f"{META}: its format is not {FORMAT!r} {VERSION}")
+    meta = read_format(folder, META, FORMAT, VERSION)
     fault = _fault(meta.get("stages"))
     if fault:
         raise ReportError(folder, f"{META}: {fault}")
@@ -91,13 +88,8 @@ def _fault(stages: Any) -> str:
     if not isinstance(stages, list) or not stages:
         return "stages is not a list of stages"
     for stage in stages:
-        fault = fields_fault(stage, FIELDS, "a stage") or queries_fault(stage["queries"])
-        for screen in [] if fault else stage["screens"]:
-            fault = fault or fields_fault(screen, OF_CHECKS, "a check")
-        if fault:
+        if fault := part_fault(stage, FIELDS, "a stage", "screens"):
             return fault
-        if stage["at"] != "end" and not is_count(stage["at"]):
-            return f"at is {stage['at']!r}, neither 'end' nor a number of epochs"
         if not is_count(stage["rows"]) or not is_count(stage["terms"]) or not stage["rows"]:
             return f"a stage has {stage['rows']!r} rows and {stage['terms']!r} terms"
         if not all(isinstance(note, str) for note in stage["notes"]):

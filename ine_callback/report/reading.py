@@ -80,6 +80,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def read_format(folder: Path, name: str, kind: str, version: int) -> dict[str, Any]:
+    """The object in a JSON file, whose ``format`` and ``format_version`` must be these.
+
+    Raises:
+        ReportError: When they are not, or the file is no readable JSON object.
+    """
+    found = read_json(folder, name)
+    if found.get("format") != kind or found.get("format_version") != version:
+        raise ReportError(folder, f"{name}: its format is not {kind!r} {version}")
+    return found
+
+
 def _finite(text: str) -> float:
     """A number, as JSON has them: Python reads NaN, Infinity and 1e999 too."""
     value = float(text)
