@@ -89,16 +89,16 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer, self._queries, self._max_query_rows = trainer, queries, max_query_rows
         self._methods = methods
         self._config = RecordingConfig(
-            refresh_every,
-            curvature_every,
-            rank,
-            discount,
-            max_dim,
-            reservoir,
-            initial_weights,
-            layers,
-            uncaptured,
-            on_error,
+            refresh_every=refresh_every,
+            curvature_every=curvature_every,
+            rank=rank,
+            discount=discount,
+            max_dim=max_dim,
+            reservoir=reservoir,
+            initial_weights=initial_weights,
+            layers=layers,
+            uncaptured=uncaptured,
+            on_error=on_error,
         )
         self._folder = Path(dirpath or Path(trainer.args.output_dir) / "influence")
         self._recorder: Recorder | None = None

@@ -11,7 +11,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordingConfig:
     """How signals are recorded.
 

@@ -129,16 +129,16 @@ class Recorder:
         config: RecordingConfig | None = None,
     ) -> None:
         single = RecordingConfig(
-            refresh_every,
-            curvature_every,
-            rank,
-            discount,
-            max_dim,
-            reservoir,
-            initial_weights,
-            layers,
-            uncaptured,
-            on_error,
+            refresh_every=refresh_every,
+            curvature_every=curvature_every,
+            rank=rank,
+            discount=discount,
+            max_dim=max_dim,
+            reservoir=reservoir,
+            initial_weights=initial_weights,
+            layers=layers,
+            uncaptured=uncaptured,
+            on_error=on_error,
         )
         if config is not None and single != RecordingConfig():
             raise InfluenceError(f"{owner}: options come both in config= and one by one; give them in config= alone.")
