@@ -134,7 +134,7 @@ def network(g: torch.Generator) -> nn.Sequential:
 def train(kind: str, seed: int, problem: g1.Problem, setting: Setting | None) -> Run:
     """Trains once; without a setting nothing is recorded and only the CPU seconds count (other processes do not)."""
     g = torch.Generator().manual_seed(seed)
-    model = network(g)
+    model = network(g).to(problem.x.dtype)
     optimizer, scheduler = g1.make_optimizer(kind, model.parameters(), g1.STEPS)
     recorder = None if setting is None else make_recorder(model, optimizer, scheduler, problem, setting)
     started = time.process_time()

@@ -1,6 +1,6 @@
 """Whether two commits give the same scores: every number of G1, LDS, the overhead workloads, a demo run and BIF.
 
-A move or a rename must not change a bit. Run it at both commits (at the earlier one with this file copied into it),
+A move or a rename must not change a bit. Another order of a sum changes float32 by 1e-7, float64 by less than 1e-12. Run it at both commits (at the earlier one with this file copied into it),
 then compare:
 
     python -m benchmarks.same_scores --write before.npz
@@ -39,9 +39,11 @@ def of_report(report: InfluenceReport) -> Arrays:
     return {name: np.asarray(value) for name, value in fields.items() if name != "queries"}
 
 
-def protocol(kind: str) -> Arrays:
-    """G1 with self-influence."""
-    run = fidelity.train(kind, 0, g1.load(None), fidelity.Setting(self_query=True))
+def protocol(kind: str, dtype: torch.dtype = torch.float32) -> Arrays:
+    """G1 with self-influence; in float64 it tells another order of a sum from another sum."""
+    problem = g1.load(None)
+    problem = dataclasses.replace(problem, x=problem.x.to(dtype), xq=problem.xq.to(dtype))
+    run = fidelity.train(kind, 0, problem, fidelity.Setting(self_query=True))
     return {"mu": run.mu, **run.suspicion}
 
 
@@ -99,6 +101,8 @@ def chains() -> Arrays:
 TASKS: dict[str, Callable[[], Arrays]] = {
     "G1, SGD": lambda: protocol("sgd"),
     "G1, AdamW": lambda: protocol("adamw"),
+    "G1, SGD, float64": lambda: protocol("sgd", torch.float64),
+    "G1, AdamW, float64": lambda: protocol("adamw", torch.float64),
     "LDS, logistic": lds,
     "overhead, mlp": lambda: overhead("mlp"),
     "overhead, cnn": lambda: overhead("cnn"),
