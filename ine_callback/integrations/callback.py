@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,8 @@ class InfluenceCallback(Callback):
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._fit_end = FitEndMethods(ending, owner, self.on_error)
         bound = self._recorder.bound
-        self._fit_end.check([query.info for query in bound], is_sharded(pl_module), self._source.is_indexed)
+        infos, unreadable = [query.info for query in bound], partial(self._source.unreadable, self.row_fn)
+        self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size)
         self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             saved, self._saved = self._saved, {}

@@ -83,6 +83,16 @@ class FitEndMethod(ABC):
             Interrupted: Where Ctrl-C ended it early.
         """
 
+    def check(self, processes: int) -> None:  # noqa: B027  # most methods have nothing to refuse
+        """Refuses, before training, settings that cannot work.
+
+        Args:
+            processes: How many train together.
+
+        Raises:
+            InfluenceError: Naming the setting and the remedy.
+        """
+
     def settings(self) -> dict[str, Any]:
         """The settings as plain types, for the report."""
         return {}
@@ -117,13 +127,22 @@ class FitEndMethods:
         self.notes: list[str] = []
         self._reached: set[Stage] = set()
 
-    def check(self, queries: Sequence[QueryInfo], sharded: bool, training_rows: bool) -> None:
+    def check(
+        self, queries: Sequence[QueryInfo], sharded: bool, unreadable: Callable[[], str], processes: int = 1
+    ) -> None:
         """Refuses before training what a method would lack at its end.
+
+        Args:
+            queries: Those with a loss of their own.
+            sharded: Whether processes hold parts of the weights.
+            unreadable: Why training rows cannot be read by their index; nothing where they can.
+            processes: How many train together.
 
         Raises:
             InfluenceError: Naming the method, what it lacks and the remedy.
         """
         for method in self.methods:
+            method.check(processes)
             if "queries" in method.needs and not queries:
                 raise InfluenceError(
                     f"{self._owner}: {method.name} has no query: 'self' is f-INE's alone; add 'val' or another one."
@@ -133,10 +152,10 @@ class FitEndMethods:
                     f"{self._owner}: {method.name} needs the whole weights in each process; leave it out here, and run "
                     "it on a checkpoint with devices=1."
                 )
-            if "training_rows" in method.needs and not training_rows:
+            if "training_rows" in method.needs and (why := unreadable()):
                 raise InfluenceError(
-                    f"{self._owner}: {method.name} reads training rows by their index, which this training set does "
-                    "not have; leave it out, or train on a dataset with __getitem__ and __len__."
+                    f"{self._owner}: {method.name} reads training rows by their index, but {why}; leave it out, or "
+                    "train on a dataset with __getitem__ and __len__, whose indices row_fn returns if it is given."
                 )
 
     def due(self, at: Stage) -> list[FitEndMethod]:

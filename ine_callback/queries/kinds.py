@@ -166,7 +166,7 @@ class SelfQuery(Query):
 SELF = QueryInfo(
     "self",
     "self",
-    "Does this row pull on its own loss harder (positive) than its batch-mates? High: mislabelled, rare or hard.",
+    "Does this row lower its own loss more (positive) than its batch-mates do? High: mislabelled, rare or hard.",
 )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ine_callback.data.again import Again
 from ine_callback.data.batches import count_of, micro_batches
 from ine_callback.errors import QueryError
 from ine_callback.queries.bound import Batch, QuerySource
+from ine_callback.utilities.isolation import unmoved
 
 LARGEST_BATCH = 256
 
@@ -75,7 +77,7 @@ class DataSource(QuerySource):
         for known, batches in self._read_before:
             if len(known) == len(loaders) and all(a is b for a, b in zip(known, loaders, strict=True)):
                 return batches
-        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+        with _without_trace(loaders):
             batches = [batch for loader in loaders for batch in self._sample(name, loader)]
         self._read_before.append((loaders, self._checked(batches, loaders[0])))
         return batches
@@ -111,7 +113,7 @@ class DataSource(QuerySource):
 
     def _rows(self, rows: list[int]) -> list[Batch]:
         dataset = self._indexed(rows)
-        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+        with _without_trace([self._train]):
             return self._loaded(dataset, rows, self._train)
 
     def _indexed(self, rows: list[int]) -> Any:
@@ -150,8 +152,25 @@ class DataSource(QuerySource):
             QueryError: If the training set cannot be indexed, or has no such rows.
         """
         dataset = self._indexed(list(rows))
-        with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+        with _without_trace([self._train]):
             return next(iter(_load(dataset, rows, self._train, len(rows))))
+
+    def unreadable(self, row_fn: Callable[[Batch], Any] | None) -> str:
+        """Why the training set's rows cannot be read by the ids that are recorded; nothing where they can.
+
+        Args:
+            row_fn: Names the rows of a batch; without it they are dataset indices.
+        """
+        if not self.is_indexed:
+            return "this training set has no __getitem__ and __len__"
+        some = sorted({0, self.training_rows // 2, self.training_rows - 1})
+        if row_fn is None or self.training_rows == 0:
+            return ""
+        try:
+            named = torch.as_tensor(row_fn(self.training(some))).tolist()
+        except Exception as error:
+            return f"row_fn fails for a batch of the items {some} ({type(error).__name__}: {error})"
+        return "" if named == some else f"row_fn names the rows {named} for the items {some}"
 
     def _checked(self, batches: list[Batch], data: Any) -> list[Batch]:
         if not batches:
@@ -159,6 +178,18 @@ class DataSource(QuerySource):
                 f"{self._owner}: the query's data ({type(data).__name__}) is empty; pass at least one batch."
             )
         return batches
+
+
+@contextlib.contextmanager
+def _without_trace(loaders: list[Any]) -> Iterator[None]:
+    """Rows may be read inside: what datasets and collate functions draw or change is undone, for training goes on."""
+    restores = [Again(loader.collate_fn).remember() for loader in loaders if hasattr(loader, "collate_fn")]
+    try:
+        with unmoved(loaders):
+            yield
+    finally:
+        for restore in restores:
+            restore()
 
 
 def _load(dataset: Any, rows: Iterable[int], loader: DataLoader[Any], size: int = LARGEST_BATCH) -> list[Batch]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import BIF, FINE, InfluenceCallback, InfluenceReport
 from ine_callback.cli import main
+from ine_callback.errors import InfluenceError
 from ine_callback.methods import FitContext, FitEndMethod
 from ine_callback.recording.phases import Phase
 from ine_callback.scores import Attribution
@@ -88,6 +89,99 @@ def test_training_is_bit_identical_and_no_hook_reads_it(method: Callable[[], Fit
         assert torch.equal(one, other)
     assert recorded.hooks == plain.hooks == [0] * len(plain.hooks)
     assert callback.report is not None and callback.report.attributions[0].scores.shape == (ROWS, 1)
+
+
+class Numbered(Net):
+    """Its batches hold the rows' numbers too; the same network whatever reads them."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch[:2], batch_idx)
+
+    validation_step = training_step
+
+
+def fit_numbered(row_fn: Callable[[Any], Tensor] | None, methods: list[Any]) -> InfluenceReport:
+    items = TensorDataset(*data(), torch.arange(ROWS))
+    callback = InfluenceCallback("val", methods, row_fn=row_fn, num_rows=ROWS, on_error="raise")
+    torch.manual_seed(7)
+    trainer = L.Trainer(callbacks=[callback], **QUIET)
+    trainer.fit(Numbered(), DataLoader(items, BATCH, shuffle=True), DataLoader(items, BATCH))
+    assert callback.report is not None
+    return callback.report
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_row_fn_that_returns_dataset_indices_changes_nothing() -> None:
+    methods = [Squares(), bif()]
+    named, read = fit_numbered(lambda batch: batch[2], methods), fit_numbered(None, methods)
+    for one, other in zip(named.attributions, read.attributions, strict=True):
+        assert np.array_equal(one.scores, other.scores) and np.array_equal(one.rows, other.rows)
+    assert np.array_equal(named.scores.mean_loss, read.scores.mean_loss)
+
+
+@pytest.mark.parametrize(
+    ("row_fn", "why"),
+    [
+        (lambda batch: ROWS - 1 - batch[2], r"row_fn names the rows \[23, 11, 0\] for the items \[0, 12, 23\]"),
+        (lambda batch: batch["id"], r"row_fn fails for a batch of the items \[0, 12, 23\] \(TypeError"),
+    ],
+    ids=["other ids", "fails"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_row_fn_that_returns_other_ids_is_refused_before_training(row_fn: Callable[[Any], Tensor], why: str) -> None:
+    """A method reads items by their index, and its scores would be those of other rows."""
+    with pytest.raises(InfluenceError, match=f"squares reads training rows by their index, but {why}"):
+        fit_numbered(row_fn, [Squares()])
+
+
+class Augmented(TensorDataset):
+    """Rows with noise from a generator of the dataset's."""
+
+    def __init__(self) -> None:
+        super().__init__(*data())
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.tensors[0][row] + torch.rand(4, generator=self.generator), self.tensors[1][row]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_methods_and_queries_leave_no_trace_in_a_datasets_generator() -> None:
+    weights = []
+    for callbacks in ([], [InfluenceCallback({"rows": [0, 1]}, [BIF(draws=4, chains=2, at=[1, "end"])])]):
+        torch.manual_seed(7)
+        module, items = Net(), Augmented()
+        L.Trainer(callbacks=callbacks, **QUIET).fit(module, DataLoader(items, BATCH), DataLoader(items, BATCH))
+        weights.append([parameter.detach() for parameter in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_processes_that_train_together_score_like_one(tmp_path: Path) -> None:
+    reports = []
+    for devices in (1, 2):
+        module, items = Net(), TensorDataset(*data())
+        module.net[2] = nn.Identity()  # dropout: other numbers in other processes
+        options = {**QUIET, **({"strategy": "ddp_fork", "devices": 2} if devices == 2 else {})}
+        folder = tmp_path / str(devices)
+        callback = InfluenceCallback(
+            "val", methods=[Squares(), BIF(draws=20, chains=4)], dirpath=folder, on_error="raise"
+        )
+        trainer = L.Trainer(callbacks=[callback], **options)
+        trainer.fit(module, DataLoader(items, ROWS // devices), DataLoader(items, BATCH))  # all rows a step
+        reports.append(InfluenceReport.load(folder))
+    one, two = reports
+    assert [each.method for each in two.attributions] == ["squares", "BIF"]
+    np.testing.assert_allclose(two.attributions[0].scores, one.attributions[0].scores, rtol=1e-4)
+    assert two.attributions[1].scores.shape == (ROWS, 1)  # their chains draw other numbers than those of one process
+    assert np.array_equal(one.observations, two.observations)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_chains_that_processes_cannot_share_are_refused_before_training(tmp_path: Path) -> None:
+    callback = InfluenceCallback("val", methods=[bif()], dirpath=tmp_path)
+    with pytest.raises(Exception, match="BIF: chains=2 cannot be divided among 2 processes; take a multiple of 4"):
+        fit([callback], strategy="ddp_fork", devices=2)
 
 
 @pytest.mark.filterwarnings("ignore")

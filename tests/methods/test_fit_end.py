@@ -437,11 +437,11 @@ def test_what_a_method_lacks_is_told_before_training() -> None:
         fit([FINE(), Norms()], raises=True, queries="self")
     methods = FitEndMethods([Norms()], "Test")
     with pytest.raises(InfluenceError, match="gradient norm needs the whole weights in each process; leave it out"):
-        methods.check([INFO], True, True)
-    with pytest.raises(InfluenceError, match="gradient norm reads training rows by their index"):
-        methods.check([INFO], False, False)
+        methods.check([INFO], True, lambda: "")
+    with pytest.raises(InfluenceError, match="gradient norm reads training rows by their index, but they are secret; "):
+        methods.check([INFO], False, lambda: "they are secret")
     free = type("Free", (Norms,), {"needs": ()})()
-    FitEndMethods([free], "Test").check([], True, False)
+    FitEndMethods([free], "Test").check([], True, lambda: "they are secret")
 
 
 def test_an_iterable_training_set_has_no_rows_by_index() -> None:
@@ -454,7 +454,7 @@ def test_an_iterable_training_set_has_no_rows_by_index() -> None:
         "val", [FINE(), Norms()], row_fn=lambda batch: torch.arange(16), num_rows=96, on_error="raise"
     )
     trainer = L.Trainer(max_epochs=1, callbacks=[influence], logger=False, enable_checkpointing=False, **QUIET)
-    with pytest.raises(InfluenceError, match="reads training rows by their index, which this training set does"):
+    with pytest.raises(InfluenceError, match="reads training rows by their index, but this training set has no"):
         trainer.fit(Model(), loader, loaders()[1])
 
 

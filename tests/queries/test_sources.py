@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ine_callback.errors import QueryError
 from ine_callback.queries import LossQuery
@@ -50,6 +50,38 @@ def test_reading_data_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     DataSource("Test", loss).batches(DataLoader(DATA, batch_size=2, shuffle=True))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Noisy(Dataset[Any]):
+    """Augments with a generator of its own, as its collate function does."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return X[row] + torch.rand(4, generator=self.generator), Y[row]
+
+
+@pytest.mark.parametrize("read", ["val", [0, 3], "training"])
+def test_reading_data_leaves_no_trace_in_generators_of_datasets_and_collate_functions(read: Any) -> None:
+    generator, calls = torch.Generator().manual_seed(1), [0]
+
+    def collate(items: list[Any]) -> Any:
+        calls[0] += 1
+        x, y = (torch.stack(part) for part in zip(*items, strict=True))
+        return x + torch.rand(4, generator=generator), y
+
+    dataset = Noisy()
+    loader = DataLoader(dataset, batch_size=4, collate_fn=collate)
+    before = generator.get_state(), dataset.generator.get_state()
+    source = DataSource("Test", loss, loader, [loader])
+    batch = source.training([0, 3]) if read == "training" else source.batches(read)[0]
+    assert not torch.equal(batch[0][0], X[0])
+    assert torch.equal(generator.get_state(), before[0]) and torch.equal(dataset.generator.get_state(), before[1])
+    assert calls == [0]
 
 
 def test_two_loaders_of_one_shape_are_not_mixed_up() -> None:

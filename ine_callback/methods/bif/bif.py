@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ine_callback.methods.bif.scores import NAME
 from ine_callback.methods.bif.settings import BIFSettings
+from ine_callback.methods.bif.split_chains import check_divisible
 from ine_callback.methods.fit_end import FitEndMethod
 from ine_callback.scores import Attribution
 
@@ -65,6 +66,10 @@ class BIF(BIFSettings, FitEndMethod):
     def name(self) -> str:  # type: ignore[override]  # no setting of a dataclass
         """Name of the method in reports."""
         return NAME
+
+    def check(self, processes: int) -> None:
+        """Refuses chains that cannot be divided among the processes."""
+        check_divisible(self, processes)
 
     def run(self, context: FitContext) -> Attribution:
         """Runs chains around the present weights."""

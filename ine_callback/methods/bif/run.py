@@ -105,7 +105,7 @@ def chains(
         groups = QueryReader(flat, losses, owner).groups(queries)
         evaluator = DrawEvaluator(flat, losses, rows.take(index), groups, bif.eval_rows, terms)
         processes = Processes(flat.weights.device)
-        posterior = LocalPosterior(flat, losses, rows, split_chains(bif, processes, owner))
+        posterior = LocalPosterior(flat, losses, rows, split_chains(bif, processes))
         sampler = posterior.sampler()
         sampler = replace(sampler, step_size=processes.first(sampler.step_size))
         if processes.rank:

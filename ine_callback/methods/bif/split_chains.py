@@ -13,18 +13,22 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.bif.settings import BIFSettings
 
 
-def split_chains(bif: BIFSettings, processes: Processes, owner: str) -> BIFSettings:
-    """The settings of one process: its part of the chains.
+def check_divisible(bif: BIFSettings, processes: int) -> None:
+    """Refuses chains (or mirrored pairs of them) that cannot be divided evenly.
 
     Raises:
-        InfluenceError: If the chains (or mirrored pairs of them) cannot be divided evenly.
+        InfluenceError: Naming the next number that can.
     """
-    unit = 2 if bif.reduced else 1
-    if bif.chains % (processes.count * unit):
+    unit = processes * (2 if bif.reduced else 1)
+    if bif.chains % unit:
         raise InfluenceError(
-            f"{owner}: chains={bif.chains} cannot be divided among {processes.count} processes; take a multiple of "
-            f"{processes.count * unit}."
+            f"BIF: chains={bif.chains} cannot be divided among {processes} processes; take a multiple of {unit}."
         )
+
+
+def split_chains(bif: BIFSettings, processes: Processes) -> BIFSettings:
+    """The settings of one process: its part of the chains; :func:`check_divisible` comes first."""
+    check_divisible(bif, processes.count)
     return replace(bif, chains=bif.chains // processes.count)
 
 
