@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.hooks import Capture
-from ine_callback.capture.row_mixing import row_mixing_faults
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
 
@@ -57,7 +56,7 @@ def row_order_faults(
                 faults[by_name[name]] = f"{views} (torch.cat), not each row's own one after another"
             else:
                 faults[by_name[name]] = _not_led_by_rows(x, rows)
-    return {**row_mixing_faults(module, capture, run, batch, rows), **faults}
+    return faults
 
 
 def _not_led_by_rows(x: Tensor, rows: int) -> str:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, GradSample
+from ine_callback.capture.first_batch import first_batch_faults
 from ine_callback.capture.label_gradients import classes_of, expect, sample
-from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_losses import read_loss
-from ine_callback.capture.row_order import row_order_faults
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
@@ -223,22 +222,24 @@ class FitContext:
             with self.precision():
                 return self.loss(module, batch)
 
-        found = row_order_faults(self.module, self._capture, loss, batch, size)
-        found = layer_function_faults(self.module, self._capture, loss, batch, size) | found
-        for module, reason in found.items():
+        # these passes are in evaluation mode, so what a training step does to its rows is no fault here
+        faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, training=False)
+        for note in unchecked:
+            self._note(f"per-sample gradients: {note}")
+        for module, reason in faults.items():
             self._capture.drop(module, reason)
 
     def _verify(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
-        proof = Verification(self._failures.append, None, keep=False)
+        verification = Verification(self._failures.append, None, keep=False)
         for block, grad_sample in self._held:
-            proof.take(block, grad_sample)
+            verification.take(block, grad_sample)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                proof.compare(parameter, parameter, gradient)
+                verification.compare(parameter, parameter, gradient)
         if self._failures:
             raise self._failures.pop()
-        wrong, _, _ = proof.judge(self.table, self._capture.half, self._capture.double_backward)
+        wrong, _, _ = verification.judge(self.table, self._capture.half, self._capture.double_backward)
         names = {p: name for name, p in self.module.named_parameters()}
         missing = {names[p]: reason for block, reason in wrong.items() for p in block.parameters}
         for block in wrong:

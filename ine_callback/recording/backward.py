@@ -13,7 +13,7 @@ from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
 from ine_callback.capture.verification import Verification
-from ine_callback.errors import RowsError, UntoldRows
+from ine_callback.errors import RowsError, UnknownRows
 from ine_callback.recording.coverage import HOLD, VERIFY
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pass
@@ -56,8 +56,8 @@ class BackwardPasses:
         try:
             rows = parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
             if self._steps.has_gap and self._holding:  # its gradients are not this step's alone
-                raise UntoldRows("the first step's rows must all be known")
-        except UntoldRows as error:
+                raise UnknownRows("the first step's rows must all be known")
+        except UnknownRows as error:
             return self._steps.leave_out(error)
         rows = rows.to(parts.device, torch.int64, non_blocking=True)
         self._batch, self._row_losses = (rows, data), None
@@ -85,7 +85,7 @@ class BackwardPasses:
         guard, coverage, processes = self._guard, self._coverage, self._parts.processes
         if guard.phase is Phase.PROBING:
             guard.enter(Phase.HOLDING)
-            coverage.check_row_order(self._parts.training.loss, data, len(rows), processes)
+            coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
         elif guard.phase is Phase.RECORDING and coverage.thawed():
             guard.enter(Phase.HOLDING)
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
@@ -118,12 +118,12 @@ class BackwardPasses:
 
     def receive(self, module: nn.Module, grad_samples: dict[str, GradSample]) -> None:
         """Takes the per-sample gradients of one call of a layer, in the backward pass."""
-        own = self._signals.table.trainable(module)
-        self._passes.touch((known for _, known in own), self._begin_pass)
+        trainable = self._signals.table.trainable(module)
+        self._passes.touch((known for _, known in trainable), self._begin_pass)
         self._phase = BatchPhase.RUNNING
-        if self._signals.proof is not None and self._parts.sharded:
-            for p, known in own:
-                self._signals.proof.watch(p, known)
+        if self._signals.verification is not None and self._parts.sharded:
+            for p, known in trainable:
+                self._signals.verification.watch(p, known)
         self._signals.receive(module, grad_samples, self._capture.calls.get(module, 1), self._holding)
 
     def lose(self, module: nn.Module) -> None:
@@ -140,7 +140,7 @@ class BackwardPasses:
             self._capture.forget()
             self._steps.discard()
             self._phase, passes.discarded = BatchPhase.WAITING, passes.count
-        elif self._clipping.marked and not self._holding and self._signals.proof is None:
+        elif self._clipping.marked and not self._holding and self._signals.verification is None:
             self.settle(False)
             # other layers' parameters may have got this pass's gradients already
             if self._clipping.touched({p for m in self._capture.names for p in own_parameters(m).values()}):
@@ -148,7 +148,7 @@ class BackwardPasses:
         received, self._phase = self._phase in RECEIVED, BatchPhase.RUNNING
         self._signals.aside = passes.count < self._lost
         if self._holding:  # what is held back is verified
-            if self._signals.proof is None:
+            if self._signals.verification is None:
                 self._begin_verification()
             return
         if self._coverage.changed(passes.count):
@@ -156,7 +156,7 @@ class BackwardPasses:
 
     def _verify_change(self, received: bool) -> None:
         """A pass of a kind that was never verified: verifies it at once, or asks for that in the next step."""
-        coverage, verifying = self._coverage, self._signals.proof is not None
+        coverage, verifying = self._coverage, self._signals.verification is not None
         if self._parts.processes.count > 1 or received:  # all processes verify, and hold back, in the same step
             if coverage.joining:
                 coverage.requests |= VERIFY | HOLD
@@ -195,32 +195,36 @@ class BackwardPasses:
             self._coverage.watch_changes(self._signals, self._guard.steps)
             if self._holding:
                 self._make_first_directions(rows, data)
-            elif self._signals.proof is not None:
+            elif self._signals.verification is not None:
                 self._verify(rows, data)
             else:
                 self._fall_back(rows, data)
         with torch.no_grad():
-            blocks, signals, own = self._signals.settle(self._clipping.watching)
-            losses = torch.full_like(own, torch.nan) if self._row_losses is None else self._row_losses.to(own.dtype)
-            self._steps.add(Pass(rows, blocks, signals, own, losses))
+            blocks, signals, self_variance = self._signals.settle(self._clipping.watching)
+            losses = (
+                torch.full_like(self_variance, torch.nan)
+                if self._row_losses is None
+                else self._row_losses.to(self_variance.dtype)
+            )
+            self._steps.add(Pass(rows, blocks, signals, self_variance, losses))
         self._phase = BatchPhase.SETTLED
 
     # -- verification -------------------------------------------------------------------------------------------------
 
     def _begin_verification(self) -> None:
         """Has the coming gradients compared with the sums of the per-sample gradients."""
-        self._signals.proof = self._coverage.begin(self._guard.fail)
+        self._signals.verification = self._coverage.begin(self._guard.fail)
 
     def _verify(self, rows: Tensor, data: Any) -> bool:
         """Drops what the verification finds wrong, also by per-row autograd; False where gradients overflowed."""
-        proof, self._signals.proof = self._signals.proof, None
-        assert proof is not None
-        proof.close()
+        verification, self._signals.verification = self._signals.verification, None
+        assert verification is not None
+        verification.close()
         finite = self._coverage.verify(
-            proof, self._signals, self._parts.processes, self._guard.steps, self._passes.count
+            verification, self._signals, self._parts.processes, self._guard.steps, self._passes.count
         )
         if finite:
-            self._fall_back(rows, data, proof)
+            self._fall_back(rows, data, verification)
             if not any(True for _ in self._signals.table):
                 raise RowsError(f"{self._guard.owner}: {self._coverage.nothing_left(len(rows))}")
         return finite
@@ -235,10 +239,10 @@ class BackwardPasses:
         self._signals.release(1.0 if self._capture.unscale is None else self._capture.unscale)
         self._updates.refreshed_at = self._guard.steps
 
-    def _fall_back(self, rows: Tensor, data: Any, proof: Verification | None = None) -> None:
+    def _fall_back(self, rows: Tensor, data: Any, verification: Verification | None = None) -> None:
         """Takes the gradients of parameters without a capture by one backward pass a row."""
         loss = self._parts.training.loss
-        for block, grad_sample in self._coverage.fallback(loss, data, len(rows), self._signals, proof):
+        for block, grad_sample in self._coverage.fallback(loss, data, len(rows), self._signals, verification):
             self._signals.take(block, grad_sample, self._holding)
 
     # -- a batch ends -------------------------------------------------------------------------------------------------
@@ -254,6 +258,6 @@ class BackwardPasses:
 
     def end_verification(self) -> None:
         """Leaves a verification that no backward pass came to."""
-        proof, self._signals.proof = self._signals.proof, None
-        if proof is not None:
-            proof.close()
+        verification, self._signals.verification = self._signals.verification, None
+        if verification is not None:
+            verification.close()

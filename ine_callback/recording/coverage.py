@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, GradSample, Vector
 from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
-from ine_callback.capture.layer_functions_check import layer_function_faults
+from ine_callback.capture.first_batch import first_batch_faults
 from ine_callback.capture.row_mixing import MIXED
-from ine_callback.capture.row_order import VIEWS, row_order_faults
+from ine_callback.capture.row_order import VIEWS
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
-from ine_callback.data.batches import led_by
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import CaptureError, RowsError
@@ -65,25 +64,17 @@ class Coverage:
         self._dropped: set[str] = set()
         self._refreshes = False  # whether the coming step refreshes the directions
 
-    def check_row_order(
+    def check_first_batch(
         self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, processes: Lockstep
     ) -> None:
-        """Drops the layers whose inputs are not led by the batch's rows; once, before the first step."""
+        """Drops the layers that cannot be recorded row by row; once, before the first step."""
         fewest = min(there for there, _ in processes.exchange(rows))  # all processes check, or none
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return
-        try:
-            faults = row_order_faults(self._module, self._capture, loss, batch, rows)
-            faults = layer_function_faults(self._module, self._capture, loss, batch, rows) | faults
-        except Exception as error:
-            self.notes.append(f"the order of rows inside the layers was not checked ({type(error).__name__}: {error})")
-            return
+        faults, unchecked = first_batch_faults(self._module, self._capture, loss, batch, rows, training=True)
+        self.notes += unchecked
         self.approximate.update(self._capture.approximate)
-        if not led_by(batch, rows):
-            self.notes.append(
-                f"the order of rows inside the layers was not checked (no part of a batch has its {rows} rows)"
-            )
         if any(VIEWS in reason for reason in faults.values()):
             self._advisable = separable(self._module, loss, batch, rows)
         for module, reason in faults.items():
@@ -137,13 +128,13 @@ class Coverage:
 
     def begin(self, fail: Callable[[Exception], None]) -> Verification:
         """Has each parameter's coming gradients compared with the sums of its per-sample gradients."""
-        proof = Verification(fail, self._capture.unscale, keep=self._policy == "fallback")
+        verification = Verification(fail, self._capture.unscale, keep=self._policy == "fallback")
         if not is_sharded(self._module):
             for parameter in self._module.parameters():
-                proof.watch(parameter, parameter)
-        return proof
+                verification.watch(parameter, parameter)
+        return verification
 
-    def verify(self, proof: Verification, signals: Signals, processes: Lockstep, step: int, passes: int) -> bool:
+    def verify(self, verification: Verification, signals: Signals, processes: Lockstep, step: int, passes: int) -> bool:
         """Drops parameters whose per-sample gradients do not add up; False where gradients overflowed.
 
         Raises:
@@ -152,7 +143,7 @@ class Coverage:
         self.agree(processes)
         slow = set(self._slow.values())
         blocks = [block for block in signals.table if not slow.intersection(block.parameters)]
-        wrong, judged, finite = proof.judge(blocks, self._capture.half, self._capture.double_backward)
+        wrong, judged, finite = verification.judge(blocks, self._capture.half, self._capture.double_backward)
         if not all(there for there, _ in processes.exchange(int(finite))):
             self.wanted |= VERIFY
             return False
@@ -280,7 +271,7 @@ class Coverage:
         batch: Any,
         rows: int,
         signals: Signals,
-        proof: Verification | None,
+        verification: Verification | None,
     ) -> list[tuple[Block, GradSample]]:
         """Gradients of uncaptured parameters by one backward pass a row; with a verification of those that add up.
 
@@ -293,9 +284,9 @@ class Coverage:
             raise CaptureError(f"{self._owner}: uncaptured='fallback' needs loss= and the batch of every step.")
         parameters = list(self._slow.values())
         sums = None
-        if proof is not None:
+        if verification is not None:
             slow = dict(self._slow)
-            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, proof.gradients)
+            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, verification.gradients)
 
         def factor(contributions: list[Tensor]) -> float:
             self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor

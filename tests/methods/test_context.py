@@ -267,7 +267,6 @@ def state_of(module: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_passes_leave_no_trace(name: str) -> None:
     context = context_of(name)
-    context.module.train()
     for p in context.module.parameters():
         p.grad = torch.ones_like(p)
     before, gradients = state_of(context.module), [p.grad for p in context.module.parameters()]
@@ -355,6 +354,40 @@ def test_a_loss_of_an_unknown_form_is_noted() -> None:
         torch.testing.assert_close(gradients.formed(block), expected, **EXACT)
     (note,) = context.notes
     assert "the loss is of an unknown form, and taken as a mean over a batch's rows" in note
+
+
+class MixedInTraining(nn.Module):
+    """Mixup in training mode, as nobody's evaluation does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out((x + x.flip(0)) / 2 if self.training else x)
+        return out
+
+
+def test_mixup_in_training_mode_is_no_fault_of_passes_in_evaluation_mode() -> None:
+    context = bound(MixedInTraining().double(), entropy, (VECTORS, LABELS))
+    truth = explicit(context.module, entropy, (VECTORS, LABELS), ["out.weight", "out.bias"])
+    for part, gradients in context.per_sample():
+        (block,) = gradients
+        expected = block.to_layout([truth["out.weight"][part], truth["out.bias"][part]])
+        torch.testing.assert_close(gradients.formed(block), expected, **EXACT)
+    assert not context.notes and context.module.training
+
+
+def test_a_loss_that_needs_whole_batches_is_noted_and_read() -> None:
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        if len(batch[0]) not in (TOGETHER, len(VECTORS) % TOGETHER):
+            raise ValueError("whole batches only")
+        return entropy(module, batch)
+
+    context = bound(nn.Linear(WIDTH, CLASSES).double(), loss, (VECTORS, LABELS))
+    assert sum(len(part) for part, _ in context.per_sample()) == len(VECTORS)
+    (note,) = context.notes
+    assert "the order of rows inside the layers was not checked (ValueError: whole batches only)" in note
 
 
 def test_nothing_to_tell_apart_is_an_error() -> None:

@@ -1,0 +1,43 @@
+"""All checks of the first batch, before the first step: which layers cannot be recorded row by row, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ine_callback.capture.hooks import Capture
+from ine_callback.capture.layer_functions_check import layer_function_faults
+from ine_callback.capture.row_mixing import row_mixing_faults
+from ine_callback.capture.row_order import row_order_faults
+from ine_callback.data.batches import led_by
+
+
+def first_batch_faults(
+    module: nn.Module,
+    capture: Capture,
+    loss: Callable[[nn.Module, Any], object],
+    batch: Any,
+    rows: int,
+    training: bool,
+) -> tuple[dict[nn.Module, str], list[str]]:
+    """Modules to be left out -> why, and sentences for the report about what was not checked.
+
+    Args:
+        module: The model; it is run isolated.
+        capture: Its hooks.
+        loss: Computes the loss of a batch.
+        batch: A training batch.
+        rows: Its number of rows (at least 2).
+        training: Whether the passes to be captured are in training mode, where mixup and shuffles happen.
+    """
+    unchecked = "the order of rows inside the layers was not checked"
+    by_rows = led_by(batch, rows)
+    try:
+        order = row_order_faults(module, capture, loss, batch, rows)
+        mixing = row_mixing_faults(module, capture, loss, batch, rows) if training and by_rows else {}
+        functions = layer_function_faults(module, capture, loss, batch, rows)
+    except Exception as error:  # of the user's code, run on a part of a batch
+        return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
+    return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]
