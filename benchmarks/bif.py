@@ -71,7 +71,7 @@ def measure(found: BIFScores, seconds: float, truth: g1.Truth, problem: g1.Probl
         "laplace": judge(found.laplace, truth, problem),
         "auroc_flipped": auroc(-found.scores.mean(1), problem.flipped.numpy()),
         "se": float(np.median(found.se)) if found.se is not None else float("nan"),
-        "failed_screens": float(len(found.reasons)),
+        "failed_checks": float(len(found.reasons)),
         "step_size": float(found.settings["step_size"]),
         "seconds": seconds,
     }

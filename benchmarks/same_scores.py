@@ -1,7 +1,7 @@
 """Whether two commits give the same scores: every number of G1, LDS, the overhead workloads, a demo run and BIF.
 
-A move or a rename must not change a bit. Another order of a sum changes float32 by 1e-7, float64 by less than 1e-12. Run it at both commits (at the earlier one with this file copied into it),
-then compare:
+A move or a rename must not change a bit. Another order of a sum changes float32 by 1e-7, and float64 by less than
+1e-12. Run it at both commits (at the earlier one with this file copied into it), then compare:
 
     python -m benchmarks.same_scores --write before.npz
     python -m benchmarks.same_scores --write after.npz

@@ -21,7 +21,7 @@ class CaptureError(InfluenceError):
     always = True  # no batch will be different
 
 
-class UntoldRows(RowsError):
+class UnknownRows(RowsError):
     """A batch whose rows cannot be told: it is left out, or the recording refused where no batch's ever could.
 
     Args:

@@ -86,7 +86,7 @@ class Check:
         value: What was found (NaN: could not be told).
         limit: What it may be, as text.
         passed: Whether it is.
-        remedy: Which knob to turn if not.
+        remedy: Which setting to change if not.
     """
 
     name: str
@@ -216,7 +216,7 @@ class Attribution:
 
     @property
     def reasons(self) -> list[str]:
-        """What failed, and which knob to turn."""
+        """What failed, and which setting to change."""
         return [f"{c.name} is {c.value:.3g} (should be {c.limit}): {c.remedy}" for c in self.checks if not c.passed]
 
     @property

@@ -112,7 +112,7 @@ def row(name: str, models: int, found: Measured[Floats], judge: Callable[[Floats
 
 
 def bayesian(problem: Problem, bif: BIF, judge: Callable[[Floats], dict[str, float]]) -> Iterator[dict[str, Any]]:
-    """Rows of the table for BIF, its scores' with the screens' verdict; one run around one network makes both."""
+    """Rows of the table for BIF, its scores with the checks' verdict; one run around one network makes both."""
     started = time.process_time()
     end = retrain.last(retrain.train(problem, torch.arange(len(problem.x))[None], SEED))
     training = time.process_time() - started

@@ -43,7 +43,7 @@ def scores(problem: Problem, stacked: Stacked, bif: BIF) -> Chains:
         {
             "reliable": found.reliable,
             "reasons": found.reasons,
-            "screens": {check.name: check.value for check in found.checks},
+            "checks": {check.name: check.value for check in found.checks},
             "settings": found.settings,
         },
     )

@@ -18,7 +18,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from ine_callback.data.batches import size_of
 from ine_callback.data.collate import Fate, Followed
-from ine_callback.errors import RowsError, UntoldRows
+from ine_callback.errors import RowsError, UnknownRows
 
 
 @dataclass
@@ -141,25 +141,25 @@ class RowTracker:
             return batch if all(stripped[key] is batch[key] for key in batch) else stripped
         return batch
 
-    def told(self, batch: Any = None) -> Tensor:
+    def rows_of_last(self, batch: Any = None) -> Tensor:
         """The rows of the batch seen last, whichever is given.
 
         Raises:
-            UntoldRows: If they are unknown.
+            UnknownRows: If they are unknown.
         """
-        return self._told(self.rows, self._fate)
+        return self._known(self.rows, self._fate)
 
-    def told_of(self, carrier: RowBatch, batch: Any = None) -> Tensor:
+    def rows_of(self, carrier: RowBatch, batch: Any = None) -> Tensor:
         """The rows of a batch that was not stripped here.
 
         Raises:
-            UntoldRows: If they are unknown.
+            UnknownRows: If they are unknown.
         """
-        return self._told(carrier.rows, carrier.fate)
+        return self._known(carrier.rows, carrier.fate)
 
-    def _told(self, rows: Tensor, fate: Fate) -> Tensor:
+    def _known(self, rows: Tensor, fate: Fate) -> Tensor:
         if fate.places is None:
-            raise UntoldRows(f"{self._owner}: {fate.reason}; {self._remedy}.", fate.always)
+            raise UnknownRows(f"{self._owner}: {fate.reason}; {self._remedy}.", fate.always)
         return rows
 
     def release(self) -> None:
@@ -194,7 +194,7 @@ class RowCheck:
 
         Raises:
             RowsError: If they are no vector of indices, or lie outside of the training set.
-            UntoldRows: If there are not as many as rows in the batch.
+            UnknownRows: If there are not as many as rows in the batch.
         """
         rows: Tensor = torch.as_tensor(found)
         if rows.dim() != 1 or rows.is_floating_point() or not len(rows):
@@ -224,7 +224,7 @@ class RowCheck:
         if self._leading is None:
             self._leading = size == rows
         elif self._leading and size != rows:
-            raise UntoldRows(
+            raise UnknownRows(
                 f"{self._owner}: {rows} rows were named for a batch of {size}; name one index for each row."
             )
 

@@ -212,7 +212,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _stripped(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             known = isinstance(batch, RowBatch)
-            self._rows.append(partial(self._tracker.told_of, batch) if known else None)
+            self._rows.append(partial(self._tracker.rows_of, batch) if known else None)
             yield batch.batch if known else batch
 
     def _loss(self, module: Any, batch: Any) -> Tensor:

@@ -32,7 +32,7 @@ class TrackedRows:
         self, trainer: Trainer, module: LightningModule, owner: str, row_fn: Callable[[Any], Any] | None
     ) -> None:
         self.tracker = tracker = RowTracker(owner)
-        self.rows: Callable[[Any], Any] = row_fn or tracker.told
+        self.rows: Callable[[Any], Any] = row_fn or tracker.rows_of_last
         self.hooks = hooks = BatchHooks(trainer, module)
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.row_losses import read_loss
-from ine_callback.errors import UntoldRows
+from ine_callback.errors import UnknownRows
 from ine_callback.recording.backward import Rows
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pass
@@ -34,7 +34,7 @@ class CountedBatches:
         """Announces the rows of the coming forward pass."""
         try:
             found = self._parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
-        except UntoldRows as error:
+        except UnknownRows as error:
             return self._steps.leave_out(error)
         self._rows, self._losses = found.to(self._parts.device, torch.int64, non_blocking=True), None
 
@@ -55,9 +55,11 @@ class CountedBatches:
             return
         count, device = len(self._rows), self._parts.device
         signals = torch.zeros(1, count, 0, 1 + self._parts.signals.contrasts.count, device=device)
-        own = torch.zeros(count, device=device)
-        losses = torch.full_like(own, torch.nan) if self._losses is None else self._losses.to(own.dtype)
-        self._steps.add(Pass(self._rows, (), signals, own, losses))
+        self_variance = torch.zeros(count, device=device)
+        losses = (
+            torch.full_like(self_variance, torch.nan) if self._losses is None else self._losses.to(self_variance.dtype)
+        )
+        self._steps.add(Pass(self._rows, (), signals, self_variance, losses))
 
     def end_batch(self) -> None:
         """Ends the batch; its rows wait for the optimizer's step."""

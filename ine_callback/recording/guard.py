@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from ine_callback.errors import CaptureError, UntoldRows
+from ine_callback.errors import CaptureError, UnknownRows
 from ine_callback.recording.phases import TAKING, Phase
 from ine_callback.utilities.options import OnError
 
@@ -50,13 +50,13 @@ class Guard:
 
         Raises:
             CaptureError: Before the first step, where ``uncaptured="raise"`` or ``"fallback"`` asked for it.
-            UntoldRows: Before the first step, where no batch will ever tell its rows.
+            UnknownRows: Before the first step, where no batch will ever tell its rows.
         """
         if not self.recording:
             return
         try:
             function(*args)
-        except (CaptureError, UntoldRows) as error:
+        except (CaptureError, UnknownRows) as error:
             if self.steps or not error.always:  # a batch that goes missing later must not end the training
                 return self.fail(error)
             self._stop()

@@ -21,30 +21,35 @@ class Observations:
     Attributes:
         rows: Dataset indices [b].
         signals: Signals and contrasts [b, Q, 1 + J].
-        own: Squared units of self-influence [b].
+        self_variance: Squared units of self-influence [b].
         losses: The rows' losses [b], NaN where unknown.
     """
 
     rows: Tensor
     signals: Tensor
-    own: Tensor
+    self_variance: Tensor
     losses: Tensor
 
     def again(self, later: Observations) -> Observations:
         """The same rows with a further backward pass."""
-        return Observations(self.rows, self.signals + later.signals, self.own + later.own, self.losses + later.losses)
+        return Observations(
+            self.rows,
+            self.signals + later.signals,
+            self.self_variance + later.self_variance,
+            self.losses + later.losses,
+        )
 
     def times(self, factor: Tensor | float) -> Observations:
         """With the contributions to the step times a factor."""
-        return Observations(self.rows, self.signals * factor, self.own, self.losses)
+        return Observations(self.rows, self.signals * factor, self.self_variance, self.losses)
 
     def joined(self, processes: Processes, sizes: Sequence[int]) -> Observations:
         """Those of all processes, this one's being ``sizes[rank]``; right after an exchange."""
         if processes.count == 1:
             return self
-        own, losses = (x.to(self.signals.dtype)[:, None] for x in (self.own, self.losses))
+        self_variance, losses = (x.to(self.signals.dtype)[:, None] for x in (self.self_variance, self.losses))
         rows = processes.join(self.rows, sizes)
-        packed = processes.join(torch.cat([self.signals.flatten(1), own, losses], 1), sizes)
+        packed = processes.join(torch.cat([self.signals.flatten(1), self_variance, losses], 1), sizes)
         return Observations(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
 
 
@@ -56,7 +61,7 @@ class Pass:
         rows: Dataset indices [b].
         blocks: The K blocks whose signals are told apart; none: one sum.
         signals: Signals and contrasts [K, b, Q, 1 + J].
-        own: As of :class:`Observations`.
+        self_variance: As of :class:`Observations`.
         losses: As of :class:`Observations`.
         changes: What was done to the gradients since.
     """
@@ -64,7 +69,7 @@ class Pass:
     rows: Tensor
     blocks: tuple[Block, ...]
     signals: Tensor
-    own: Tensor
+    self_variance: Tensor
     losses: Tensor
     changes: list[Change] = field(default_factory=list)
 
@@ -74,7 +79,7 @@ class Pass:
         for change in self.changes:
             factors = change.factors(self.blocks) if self.blocks else change.total()[None]
             signals = signals * factors.to(signals.dtype)[:, None, None, None]
-        return Observations(self.rows, signals.sum(0), self.own, self.losses)
+        return Observations(self.rows, signals.sum(0), self.self_variance, self.losses)
 
 
 class Pending:
@@ -121,5 +126,5 @@ class Pending:
         if not parts:
             none = torch.zeros(0, device=device)
             return Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)
-        names = ("rows", "signals", "own", "losses")
+        names = ("rows", "signals", "self_variance", "losses")
         return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ine_callback.errors import InfluenceError, UntoldRows
+from ine_callback.errors import InfluenceError, UnknownRows
 from ine_callback.optimizers.registry import step_rate
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.observations import Pass, Pending
@@ -38,7 +38,7 @@ class OptimizerSteps:
         self.has_gap = False
         self.left_out: Counter[str] = Counter()
 
-    def leave_out(self, error: UntoldRows) -> None:
+    def leave_out(self, error: UnknownRows) -> None:
         """Goes on without a batch whose rows are unknown, unless none ever will be known or others wait for it."""
         guard = self._guard
         if self._parts.processes.count > 1 or (error.always and not guard.steps and not self.left_out):
@@ -106,7 +106,9 @@ class OptimizerSteps:
             if not any(sizes):
                 return
             observations = observations.joined(processes, sizes).times(1 / processes.count)
-            parts.accumulators.update(observations, step_rate(optimizer), signals.units(observations.own), max(known))
+            parts.accumulators.update(
+                observations, step_rate(optimizer), signals.units(observations.self_variance), max(known)
+            )
         self._count_rows(sum(sizes))
         self._updates.end_step(guard.steps)
         guard.steps += 1

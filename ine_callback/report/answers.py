@@ -56,7 +56,7 @@ def _fix(report: Contents, facts: dict[str, Any]) -> Answer:
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     short = f"{count:,} row{'' if count == 1 else 's'}"
     self_query = report.info(name).kind == "self"
-    what = "pull on their own loss, so look at their labels" if self_query else "harm, so look at them"
+    what = "self-influence, so look at their labels" if self_query else "harm, so look at them"
     lines = [plain(f"Those that stand out (q ≤ {facts['flagged_at_q']:g} on {name!r}) by their {what}.")]
     lines = ["No row stands out."] if not count else lines
     return Answer("What to fix", short, "suspect" if count else "ok", [*lines, advice(report, facts)], name)

@@ -139,7 +139,7 @@ class Contents:
     def drop_list(self, q: float = 0.05, query: str | None = None) -> NDArray[np.int64]:
         """Rows to look at, and perhaps drop: those with q-value at most ``q`` at the suspect end, worst first.
 
-        The suspect end of a ``"self"`` query is the upper one (the row keeps pulling hard on its own loss:
+        The suspect end of a ``"self"`` query is the upper one (the row lowers its own loss more than others do:
         mislabelled or hard), that of any other query the lower one (harmful, ``mu < 0``).
 
         Args:

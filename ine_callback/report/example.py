@@ -28,7 +28,7 @@ def example_report(rows: int = 60, seed: int = 0, planted: tuple[int, ...] = PLA
 
     random = np.random.default_rng(seed)
     queries = (
-        QueryInfo("self", "self", "Which rows pull hard on their own loss: mislabelled or hard?"),
+        QueryInfo("self", "self", "Which rows lower their own loss the most: mislabelled or hard?"),
         QueryInfo("val", "loss", "Which rows lower the mean loss of my validation set?"),
         QueryInfo("val margin", "margin", "Which rows help or hurt the predictions on my validation set?"),
     )

@@ -1,7 +1,7 @@
 """Three plots of one query. They draw on the axes they are given: no pyplot, no global style, no backend.
 
 Colours are safe for colour-blind readers: orange marks the end to inspect (harmful rows; for a ``"self"`` query the
-rows that pull hard on their own loss), blue the other end, grey the null and everything that is not flagged.
+rows of large self-influence), blue the other end, grey the null and everything that is not flagged.
 """
 
 from __future__ import annotations

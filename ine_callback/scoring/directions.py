@@ -205,9 +205,11 @@ class CompressedDirection(Direction):
     def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         assert self.sketch is not None
         if len(uses) == 1 and isinstance(use := uses[0], Outer):
-            return SelfTerms(use.rotated(self.sketch.left, None).norms(self.sketch.weights), use.energies(self._signs))
+            return SelfTerms(
+                use.rotated(self.sketch.left, None).norms(self.sketch.weights), use.unit_energies(self._signs)
+            )
         total = CompressedGradients(summed([_formed(use) for use in uses]))
-        return SelfTerms(total.norms_in(self.sketch.left, self._weights), total.energies(self._signs))
+        return SelfTerms(total.norms_in(self.sketch.left, self._weights), total.unit_energies(self._signs))
 
 
 def _formed(use: Use) -> Tensor:

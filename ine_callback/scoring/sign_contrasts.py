@@ -75,7 +75,7 @@ class Contrasts:
     def of_self(self, block: Block, grad_samples: Sequence[GradSample]) -> Tensor:
         """Unit energies [b, 1 + J] of a layer, see :func:`signed_by`, summed over the uses of its parameters."""
         by_unit = [_by_initial_unit(block, grad_sample) for grad_sample in grad_samples]
-        parts = [use.energies(self.signs(block, use.units).to(use.dtype)) for use in by_unit]
+        parts = [use.unit_energies(self.signs(block, use.units).to(use.dtype)) for use in by_unit]
         return summed(parts)
 
 

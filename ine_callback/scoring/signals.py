@@ -29,7 +29,7 @@ class Signals(Directions):
         self.held: list[tuple[Block, GradSample, Scale]] = []  # while there are no directions
         self.curvature_steps = 1  # how many steps a curvature update stands for; 0: none now
         self._restored = False  # whether a checkpoint's curvature waits for its first directions
-        self.proof: Verification | None = None
+        self.verification: Verification | None = None
         self.aside = False
 
     def start_batch(self, rows: int, device: torch.device, window: int) -> None:
@@ -50,8 +50,8 @@ class Signals(Directions):
 
     def take(self, block: Block, grad_sample: GradSample, hold: bool) -> None:
         """Takes one block's per-sample gradients, or holds them back until :meth:`release` makes directions."""
-        if self.proof is not None:
-            self.proof.take(block, grad_sample)
+        if self.verification is not None:
+            self.verification.take(block, grad_sample)
         if hold:
             self.held.append((block, grad_sample, self.scale))
             return
@@ -111,8 +111,8 @@ class Signals(Directions):
         for block in self.table:
             block.waiting.clear()
         self.held.clear()
-        if self.proof is not None:
-            self.proof.forget()
+        if self.verification is not None:
+            self.verification.forget()
 
     def release(self, unscale: Tensor | float) -> None:
         """Makes the first directions from everything held back, then contracts that.

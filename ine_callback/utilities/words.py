@@ -43,9 +43,7 @@ class Tails:
 
 
 _HELP = Tails("Most helpful", "Most harmful", "helpful", "harmful", -1)
-_SELF = Tails(
-    "Hardest pull on its own loss", "Weakest pull on its own loss", "atypical", "typical", 1, "self-influence μ"
-)
+_SELF = Tails("Largest self-influence", "Smallest self-influence", "atypical", "typical", 1, "self-influence μ")
 
 
 def tails(kind: str) -> Tails:

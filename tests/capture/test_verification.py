@@ -388,7 +388,7 @@ def test_a_bare_parameter_that_joins_is_named_with_its_fraction() -> None:
 
 
 def test_a_bare_parameter_that_joins_is_recorded_by_the_fallback() -> None:
-    class Told(Curriculum):
+    class RecordedRows(Curriculum):
         """The fallback asks for single rows with ``batch_idx`` 0: the stage stays that of the step."""
 
         def training_step(self, batch: Any, index: int) -> Any:
@@ -396,7 +396,9 @@ def test_a_bare_parameter_that_joins_is_recorded_by_the_fallback() -> None:
                 self.net.stage = int(index >= self.begins)
             return self.differentiate(*batch)
 
-    module, recorder, keep = recorded(lambda: Told(Joining("bare")), trainer={"max_epochs": 2}, uncaptured="fallback")
+    module, recorder, keep = recorded(
+        lambda: RecordedRows(Joining("bare")), trainer={"max_epochs": 2}, uncaptured="fallback"
+    )
     assert not recorder.coverage.uncaptured and recorder.coverage.share == 1.0
     torch.testing.assert_close(keep.steps[-1][1][:, 0], truth(module, -1), **EXACT)
 

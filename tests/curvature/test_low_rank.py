@@ -234,7 +234,7 @@ def test_a_transposed_lookup_equals_one_hot_inputs() -> None:
         torch.testing.assert_close(
             lazy.parts(draw(queries, 1, 4, 9), signs), formed.parts(draw(queries, 1, 4, 9), signs)
         )
-    torch.testing.assert_close(lazy.energies(signs), formed.energies(signs))
+    torch.testing.assert_close(lazy.unit_energies(signs), formed.unit_energies(signs))
     torch.testing.assert_close(lazy.compressed(columns).g, formed.compressed(columns).g)
     torch.testing.assert_close(lazy.norms(weights), formed.norms(weights))
     torch.testing.assert_close(lazy.total(), formed.total())

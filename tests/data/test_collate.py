@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ine_callback import InfluenceCallback
 from ine_callback.data.collate import Followed
 from ine_callback.errors import RowsError
-from tests.helpers.numbered_rows import Told
+from tests.helpers.numbered_rows import RecordedRows
 
 Item = tuple[int, Tensor, int]  # number (no collate function below puts it into the batch), sequence, label
 TRUE: list[list[int]] = []  # the numbers in each batch's order, as the collate function had them
@@ -296,13 +296,13 @@ def test_batches_that_are_mixed_now_and_then(accumulate: int) -> None:
         calls[0] += 1
         return (x + x.flip(0), y, lengths) if calls[0] % 4 == 3 else (x, y, lengths)
 
-    told_rows = Told()
-    callback = InfluenceCallback("self", methods=[told_rows], on_error="raise")
+    recorded = RecordedRows()
+    callback = InfluenceCallback("self", methods=[recorded], on_error="raise")
     with pytest.warns(UserWarning, match="sometimes gives rows that depend on other items"):
         fit(Net(0.1), DataLoader(Sequences(), 4, collate_fn=sometimes), [callback], accumulate_grad_batches=accumulate)
     whole = [[*range(k, k + 4)] for k in range(0, 24, 4)] * 2
     kept = [row for k, rows in enumerate(whole) for row in rows if k % 4 != 2]
-    assert [row for rows in told_rows.told for row in rows] == kept
+    assert [row for rows in recorded.batches for row in rows] == kept
     assert callback.report is not None and any("3 batches left out" in note for note in callback.report.run.notes)
 
 
@@ -315,11 +315,11 @@ def test_the_proof_waits_for_a_step_whose_batches_are_all_known() -> None:
         calls[0] += 1
         return (x[1:] + x[:-1], y[1:], lengths[1:]) if calls[0] == 1 else (x, y, lengths)
 
-    told_rows = Told()
-    callback = InfluenceCallback("self", methods=[told_rows], on_error="raise", uncaptured="raise")
+    recorded = RecordedRows()
+    callback = InfluenceCallback("self", methods=[recorded], on_error="raise", uncaptured="raise")
     with pytest.warns(UserWarning, match="joins_two_at_first makes 3 rows of 4 items"):
         fit(Net(0.1), DataLoader(Sequences(), 4, collate_fn=joins_two_at_first), [callback], accumulate_grad_batches=2)
-    assert told_rows.told[0] == [*range(8, 16)] and len(told_rows.told) == 5
+    assert recorded.batches[0] == [*range(8, 16)] and len(recorded.batches) == 5
 
 
 @pytest.mark.parametrize("collate", [mixup, cutmix], ids=lambda f: f.__name__)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ine_callback import InfluenceCallback
 from ine_callback.data.row_ids import RowTracker
 from ine_callback.errors import RowsError
-from tests.helpers.numbered_rows import DATA, LOADERS, N, Tiny, Told, fit
+from tests.helpers.numbered_rows import DATA, LOADERS, N, RecordedRows, Tiny, fit
 
 
 class Stream(IterableDataset[Any]):
@@ -22,18 +22,20 @@ class Stream(IterableDataset[Any]):
 
 
 def test_row_fn_names_the_rows_of_a_stream() -> None:
-    told = Told()
-    callback = InfluenceCallback("self", methods=[told], row_fn=lambda batch: batch[1], num_rows=10, on_error="raise")
+    recorded = RecordedRows()
+    callback = InfluenceCallback(
+        "self", methods=[recorded], row_fn=lambda batch: batch[1], num_rows=10, on_error="raise"
+    )
     module, _ = fit(DataLoader(Stream(), batch_size=4), callback=callback)
-    assert module.numbers == told.told == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] * 2
+    assert module.numbers == recorded.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] * 2
     assert callback.report is not None and callback.report.rows == 10
 
 
 def test_row_fn_comes_before_the_loader() -> None:
-    told = Told()
-    callback = InfluenceCallback("self", methods=[told], row_fn=lambda batch: N - 1 - batch[1], on_error="raise")
+    recorded = RecordedRows()
+    callback = InfluenceCallback("self", methods=[recorded], row_fn=lambda batch: N - 1 - batch[1], on_error="raise")
     module, _ = fit(LOADERS["shuffle"](), callback=callback)
-    assert [[N - 1 - k for k in numbers] for numbers in module.numbers] == told.told
+    assert [[N - 1 - k for k in numbers] for numbers in module.numbers] == recorded.batches
 
 
 @pytest.mark.parametrize(
@@ -70,16 +72,16 @@ def test_indices_that_are_no_integers_are_refused() -> None:
 
 
 def test_rows_that_do_not_fit_a_batch_leave_only_this_batch_out() -> None:
-    told, calls = Told(), []
+    recorded, calls = RecordedRows(), []
 
     def row_fn(batch: Any) -> Tensor:
         calls.append(1)
         return batch[1][:2] if len(calls) == 3 else batch[1]
 
-    callback = InfluenceCallback("self", methods=[told], row_fn=row_fn, on_error="raise")
+    callback = InfluenceCallback("self", methods=[recorded], row_fn=row_fn, on_error="raise")
     with pytest.warns(UserWarning, match="2 rows were named for a batch of 4"):
         module, _ = fit(DataLoader(DATA, batch_size=4), callback=callback)
-    assert told.told == module.numbers[:2] + module.numbers[3:]
+    assert recorded.batches == module.numbers[:2] + module.numbers[3:]
     assert callback.report is not None
     assert any(note.startswith("1 batch left out: 2 rows were named") for note in callback.report.run.notes)
 
@@ -92,8 +94,8 @@ def test_two_views_of_each_row_are_visits_of_the_same_row() -> None:
         return [torch.cat([x, -x]), torch.tensor([k for _, k in items]).repeat(2)]
 
     loader = DataLoader(DATA, batch_size=4, collate_fn=views, shuffle=True)
-    module, told = fit(loader)
-    assert module.numbers == told.told
+    module, recorded = fit(loader)
+    assert module.numbers == recorded.batches
 
 
 class Graphs:
@@ -117,12 +119,12 @@ class OnObjects(Tiny):
 @pytest.mark.parametrize("named", [True, False])
 def test_batches_of_an_unknown_class(named: bool) -> None:
     loader = DataLoader(DATA, batch_size=4, collate_fn=Graphs, shuffle=True)
-    told = Told()
+    recorded = RecordedRows()
     options: dict[str, Any] = {"row_fn": lambda batch: batch.number} if named else {}
     queries: Any = {"self": "self", "data": loader}
-    callback = InfluenceCallback(queries, methods=[told], on_error="raise", **options)
+    callback = InfluenceCallback(queries, methods=[recorded], on_error="raise", **options)
     module, _ = fit(loader, module=OnObjects(), callback=callback)
-    assert module.numbers == told.told
+    assert module.numbers == recorded.batches
     assert callback.report is not None
     assert any("no part of a batch has its" in note for note in callback.report.run.notes)
 

@@ -1,4 +1,4 @@
-"""Row identities through a real Trainer: what the recorder is told is what ``training_step`` saw."""
+"""Row identities through a real Trainer: what the recorder gets is what ``training_step`` saw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import (
 )
 
 from ine_callback import InfluenceCallback
-from tests.helpers.numbered_rows import LOADERS, AtOnce, Numbered, Tiny, Told, fit
+from tests.helpers.numbered_rows import LOADERS, AtOnce, Numbered, RecordedRows, Tiny, fit
 
 
 class Attributed(Numbered):
@@ -24,10 +24,10 @@ class Attributed(Numbered):
     classes = ("a", "b")
 
 
-def check(loader: DataLoader[Any], module: Tiny, told: Told) -> None:
-    """Every row told names the item that the step saw; the loader is the user's again."""
-    assert module.numbers and len(module.numbers) == len(told.told)
-    for numbers, rows in zip(module.numbers, told.told, strict=True):
+def check(loader: DataLoader[Any], module: Tiny, recorded: RecordedRows) -> None:
+    """Every recorded row names the item that the step saw; the loader is the user's again."""
+    assert module.numbers and len(module.numbers) == len(recorded.batches)
+    for numbers, rows in zip(module.numbers, recorded.batches, strict=True):
         assert [int(loader.dataset[row][1]) for row in rows] == numbers
     check_released(loader)
 
@@ -50,8 +50,8 @@ def shut_down(loader: DataLoader[Any]) -> None:
 def test_rows_told_are_the_rows_seen(make: Callable[[], DataLoader[Any]]) -> None:
     loader = make()
     dataset, collate = loader.dataset, loader.collate_fn
-    module, told = fit(loader)
-    check(loader, module, told)
+    module, recorded = fit(loader)
+    check(loader, module, recorded)
     assert loader.dataset is dataset and loader.collate_fn is collate
     assert all(shown is dataset for shown in module.datasets)
 
@@ -76,8 +76,8 @@ def test_data_order_is_that_of_a_plain_run(name: str) -> None:
 @pytest.mark.parametrize("name", ["shuffle", "persistent"])
 def test_one_loader_for_training_and_validation(name: str) -> None:
     loader = LOADERS[name]()
-    module, told = fit(loader, val=loader)
-    check(loader, module, told)
+    module, recorded = fit(loader, val=loader)
+    check(loader, module, recorded)
     assert set(module.val) == {list}
 
 
@@ -98,13 +98,13 @@ def test_a_loader_whose_workers_already_run() -> None:
 
 
 def test_a_second_fit_with_the_same_callback() -> None:
-    told = Told()
-    callback = InfluenceCallback("self", methods=[told], on_error="raise")
+    recorded = RecordedRows()
+    callback = InfluenceCallback("self", methods=[recorded], on_error="raise")
     for make in (LOADERS["shuffle"], LOADERS["subset"]):
         loader = make()
-        told.told.clear()
+        recorded.batches.clear()
         module, _ = fit(loader, callback=callback)
-        check(loader, module, told)
+        check(loader, module, recorded)
         assert callback.report is not None and callback.report.rows == len(loader.dataset)
 
 
@@ -143,8 +143,8 @@ def test_two_loaders_are_refused_and_given_back() -> None:
 )
 def test_trainer_options(options: dict[str, Any]) -> None:
     loader = LOADERS["shuffle"]()
-    module, told = fit(loader, val=LOADERS["sequential"](), **options)
-    numbers, rows = [*itertools.chain(*module.numbers)], [*itertools.chain(*told.told)]
+    module, recorded = fit(loader, val=LOADERS["sequential"](), **options)
+    numbers, rows = [*itertools.chain(*module.numbers)], [*itertools.chain(*recorded.batches)]
     assert numbers and numbers == rows
     check_released(loader)
 
@@ -157,9 +157,9 @@ def test_loaders_made_anew_every_epoch() -> None:
             made.append(LOADERS["shuffle"]())
             return made[-1]
 
-    module, told = fit(Data(), epochs=3, reload_dataloaders_every_n_epochs=1)
+    module, recorded = fit(Data(), epochs=3, reload_dataloaders_every_n_epochs=1)
     assert len(made) == 3
-    assert module.numbers == told.told
+    assert module.numbers == recorded.batches
     for loader in made:
         check_released(loader)
 

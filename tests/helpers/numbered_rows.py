@@ -78,15 +78,15 @@ def as_dict(items: list[tuple[Tensor, int]]) -> dict[str, Any]:
     return {"x": torch.stack([x for x, _ in items]), "number": torch.tensor([k for _, k in items])}
 
 
-class Told(FINE):
-    """f-INE that also keeps the rows it is told."""
+class RecordedRows(FINE):
+    """f-INE that also keeps the rows of every recorded batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[list[int]] = []
+        self.batches: list[list[int]] = []
 
     def update(self, rows: Tensor, *args: Any, **kwargs: Any) -> None:
-        self.told.append(rows.tolist())
+        self.batches.append(rows.tolist())
         super().update(rows, *args, **kwargs)
 
 
@@ -120,9 +120,9 @@ class Tiny(L.LightningModule):
 
 def fit(
     loader: Any, epochs: int = 2, module: Tiny | None = None, callback: InfluenceCallback | None = None, **options: Any
-) -> tuple[Tiny, Told]:
-    module, told = module or Tiny(), Told()
-    callback = callback or InfluenceCallback("self", methods=[told], on_error="raise")
+) -> tuple[Tiny, RecordedRows]:
+    module, recorded = module or Tiny(), RecordedRows()
+    callback = callback or InfluenceCallback("self", methods=[recorded], on_error="raise")
     val = options.pop("val", None)
     trainer = L.Trainer(
         max_epochs=epochs,
@@ -135,7 +135,7 @@ def fit(
         **options,
     )
     trainer.fit(module, loader, val)
-    return module, told
+    return module, recorded
 
 
 DATA = Numbered()

@@ -126,7 +126,7 @@ class OtherRMSNorm(nn.Module):
 
 
 class MisnamedRMSNorm(OtherRMSNorm):
-    """Is none: the first step's proof must drop it."""
+    """Is none: verification in the first step must drop it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1.0 + self.weight)

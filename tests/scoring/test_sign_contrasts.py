@@ -93,7 +93,7 @@ def test_signs_are_balanced_and_the_same_in_every_run() -> None:
 
 def each_unit(grad_sample: GradSample) -> Tensor:
     """Energies of every single unit."""
-    return grad_sample.energies(torch.eye(math.prod(grad_sample.units)).double())
+    return grad_sample.unit_energies(torch.eye(math.prod(grad_sample.units)).double())
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class GradSample(ABC):
         return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
     @abstractmethod
-    def energies(self, weights: Tensor) -> Tensor:
+    def unit_energies(self, weights: Tensor) -> Tensor:
         """Weighted squared gradients of output units [b, C], without products of different positions.
 
         Args:

@@ -43,7 +43,7 @@ class CompressedGradients:
         """Products [b, n] of the flattened gradients with columns [G k O, n]."""
         return self.g.flatten(1) @ columns
 
-    def energies(self, weights: Tensor) -> Tensor:
+    def unit_energies(self, weights: Tensor) -> Tensor:
         """Weighted squared gradients of output units [b, C], weights [C, G O]."""
         return self.g.square().sum(2).flatten(1) @ weights.T
 

@@ -72,7 +72,7 @@ class Lookup(GradSample):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.output_grads).sum(1) for u in direction], 1) @ weights.T
 
-    def energies(self, weights: Tensor) -> Tensor:
+    def unit_energies(self, weights: Tensor) -> Tensor:
         return self.output_grads.square().sum(1) @ weights.T
 
     def gradient(self, rows: slice) -> Tensor:

@@ -106,7 +106,7 @@ class Outer(GradSample):
         """Whether a row's [P, O] is smaller than its gradient [O, I]."""
         return self.output_grads.shape[2] < self.inputs
 
-    def energies(self, weights: Tensor) -> Tensor:
+    def unit_energies(self, weights: Tensor) -> Tensor:
         squares = self.output_grads.square() @ weights.view(-1, *self.units).permute(1, 2, 0)  # [b, G, P, C]
         return (squares * self.input_squares()[..., None]).sum((1, 2))
 

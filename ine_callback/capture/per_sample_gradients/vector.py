@@ -35,7 +35,7 @@ class Vector(GradSample):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("bd,qcd->bqc", self.g, direction[:, None] * weights)
 
-    def energies(self, weights: Tensor) -> Tensor:
+    def unit_energies(self, weights: Tensor) -> Tensor:
         return self.g.square() @ weights.T
 
     def gradient(self, rows: slice) -> Tensor:
