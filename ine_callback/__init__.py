@@ -10,31 +10,38 @@ if TYPE_CHECKING:
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif
-    from ine_callback.methods import BIF, FINE
+    from ine_callback.methods import BIF, FINE, FitContext, FitEndMethod, PerSamplePass
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
     from ine_callback.optimizers import register_optimizer
     from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
+    from ine_callback.recording.config import RecordingConfig
     from ine_callback.recording.recorder import Recorder
     from ine_callback.report import InfluenceReport
+    from ine_callback.scores import Attribution
 
 __all__ = [
     "BIF",
     "FINE",
+    "Attribution",
     "BIFScores",
     "Calibration",
     "CallableQuery",
     "EachRow",
+    "FitContext",
+    "FitEndMethod",
     "InfluenceCallback",
     "InfluenceReport",
     "InfluenceSampler",
     "LossQuery",
     "MarginQuery",
     "PerClassQuery",
+    "PerSamplePass",
     "Query",
     "Recorder",
+    "RecordingConfig",
     "SelfQuery",
     "__version__",
     "bif_scores",
@@ -53,11 +60,13 @@ _MODULES = {
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
-    "methods": ["BIF", "FINE"],
+    "methods": ["BIF", "FINE", "FitContext", "FitEndMethod", "PerSamplePass"],
     "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
+    "recording.config": ["RecordingConfig"],
     "recording.recorder": ["Recorder"],
     "report": ["InfluenceReport"],
+    "scores": ["Attribution"],
     "applications.sampler": ["InfluenceSampler"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -194,7 +194,7 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
     written = text(path)
     letters = {c: k for k, c in enumerate(sorted(set(written)))}
     codes = torch.tensor([letters[c] for c in written])
-    rows = min(QUICK_ROWS if quick else rows, len(codes) // context * 2 // 3)
+    rows, queries = (QUICK_ROWS // 2, 10) if quick else (min(rows, len(codes) // context * 2 // 3), queries)
     g = torch.Generator().manual_seed(12)
     starts = torch.randperm(len(codes) // context - 1, generator=g)[: rows + queries] * context
     pieces = codes[starts[:, None] + torch.arange(context + 1)]
