@@ -25,7 +25,7 @@ from ine_callback.methods.fit_end import Interrupted
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import Attribution, LayerScores, QueryInfo
 from tests.helpers.attributions import assert_same
-from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, loaders
+from tests.helpers.bif.training import QUIET, ROWS, SHORT_CHAINS, Model, loaders
 
 INFO = QueryInfo("val", "loss", "Does it help?")
 
@@ -123,7 +123,7 @@ def alone() -> tuple[Model, Any]:
 @pytest.fixture(scope="module")
 def together() -> tuple[Model, Any]:
     """All methods in one fit."""
-    model, influence, _ = fit([FINE(), Norms([1, "end"]), Dots(), BIF(**FEW), Plain()], raises=True)  # type: ignore[arg-type]
+    model, influence, _ = fit([FINE(), Norms([1, "end"]), Dots(), BIF(**SHORT_CHAINS), Plain()], raises=True)  # type: ignore[arg-type]
     return model, influence.report
 
 
@@ -153,7 +153,7 @@ def test_methods_are_in_the_report_with_their_settings(together: tuple[Model, An
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[1::6])
 def test_their_order_makes_no_difference(order: tuple[int, ...], together: tuple[Model, Any]) -> None:
-    methods = [FINE(), Norms([1, "end"]), Dots(), BIF(**FEW)]  # type: ignore[arg-type]
+    methods = [FINE(), Norms([1, "end"]), Dots(), BIF(**SHORT_CHAINS)]  # type: ignore[arg-type]
     _, influence, _ = fit([methods[k] for k in order], raises=True)
     found, expected = by_method(influence.report), by_method(together[1])
     assert set(found) == set(expected) - {("plain", "end")}
@@ -350,7 +350,7 @@ def test_stages_that_never_came_are_told(alone: tuple[Model, Any]) -> None:
 
 def test_a_resumed_fit_has_the_stages_before(tmp_path: Path) -> None:
     def methods() -> list[Any]:
-        return [FINE(), Norms([1, 2, "end"]), Dots(), BIF(**FEW, at=[1, "end"])]  # type: ignore[arg-type]
+        return [FINE(), Norms([1, 2, "end"]), Dots(), BIF(**SHORT_CHAINS, at=[1, "end"])]  # type: ignore[arg-type]
 
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     _, whole, _ = fit(methods(), raises=True, epochs=2, callbacks=[saving], enable_checkpointing=True)
