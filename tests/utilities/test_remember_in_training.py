@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -73,10 +74,14 @@ class Template(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def fitted(callbacks: list[Any], sanity: int, make: Callable[[], Template]) -> tuple[Template, dict[str, Tensor]]:
+Make = Callable[[str], Template]
+Fitted = tuple[Template, dict[str, Tensor]]
+
+
+def fitted(callbacks: list[Any], sanity: int, make: Make, kind: str) -> Fitted:
     L.seed_everything(0, verbose=False)
     x, y = torch.randn(48, 6), torch.randint(3, (48,))
-    module = make()
+    module = make(kind)
     trainer = L.Trainer(
         **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
         **{"enable_model_summary": False, "enable_checkpointing": False, "num_sanity_val_steps": sanity},
@@ -87,11 +92,17 @@ def fitted(callbacks: list[Any], sanity: int, make: Callable[[], Template]) -> t
     return module, dict(trainer.callback_metrics)
 
 
-def assert_same_fit(callback: InfluenceCallback, sanity: int, make: Callable[[], Template]) -> None:
-    plain, expected = fitted([], sanity, make)
+@cache
+def fitted_plainly(sanity: int, make: Make, kind: str) -> Fitted:
+    """Without the callback, which comes out the same each time."""
+    return fitted([], sanity, make, kind)
+
+
+def assert_same_fit(callback: InfluenceCallback, sanity: int, make: Make, kind: str) -> None:
+    plain, expected = fitted_plainly(sanity, make, kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module, found = fitted([callback], sanity, make)
+        module, found = fitted([callback], sanity, make, kind)
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     states = module.state_dict()
@@ -106,7 +117,7 @@ def assert_same_fit(callback: InfluenceCallback, sanity: int, make: Callable[[],
 @pytest.mark.parametrize("queries", [["self"], ["self", "val"]], ids=["self", "both"])
 def test_the_templates_training_is_the_same(queries: list[str], first: str, sanity: int) -> None:
     callback = InfluenceCallback(queries=queries, on_error="raise")  # type: ignore[arg-type]
-    assert_same_fit(callback, sanity, lambda: Template(first))
+    assert_same_fit(callback, sanity, Template, first)
     assert callback.report is not None and bool(np.isfinite(callback.report.scores.mu).all())
 
 
@@ -122,26 +133,21 @@ class Bomb(random.Random):
         return super().getstate()
 
 
-def with_bomb(place: str) -> Iterator[Callable[[], Template]]:
-    def make() -> Template:
-        module = Template()
-        holder: Any = module if place == "module" else module.train_acc if place == "metric" else module.total
-        holder.__dict__["bomb"] = Bomb()
-        return module
-
-    yield make
+def with_bomb(place: str) -> Template:
+    module = Template()
+    holder: Any = module if place == "module" else module.train_acc if place == "metric" else module.total
+    holder.__dict__["bomb"] = Bomb()
+    return module
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fuse", range(5))
 @pytest.mark.parametrize("place", ["module", "metric", "object"])
 def test_a_training_goes_on_where_isolation_fails(place: str, fuse: int) -> None:
-    (make,) = with_bomb(place)
-    Bomb.fuse = fuse
     callback = InfluenceCallback(queries=["self", "val"])
+    plain, expected = fitted_plainly(2, with_bomb, place)
     Bomb.fuse = fuse
-    plain, expected = fitted([], 2, make)
-    module, found = fitted([callback], 2, make)
+    module, found = fitted([callback], 2, with_bomb, place)
     assert Bomb.fuse < 0
     assert expected.keys() == found.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
     states = module.state_dict()
