@@ -1,4 +1,4 @@
-"""Attributions to compare part by part, bit by bit."""
+"""An attribution with everything, and attributions compared part by part, bit by bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
+
+from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo, TokenScores
+
+VAL, OTHER = QueryInfo("val", "loss", "Does it help?"), QueryInfo("other", "margin", "And this?")
+
+
+def whole(method: str = "my method", **changed: Any) -> Attribution:
+    """Three rows on two queries, with everything."""
+    g = np.random.default_rng(0)
+    scores = g.standard_normal((3, 2))
+    held: dict[str, Any] = {
+        "se": np.abs(scores), "p": scores**2 % 1, "q": scores**4 % 1,
+        "columns": {"": scores, "se": scores + 1, "column é\n\0": scores + 2, "column é\n\0_se": scores + 3},
+        "ranked_by": "column é\n\0", "doubtful": scores > 0,
+        "layers": LayerScores(("net.0", "", "net.0"), g.standard_normal((3, 3, 2))),
+        "tokens": TokenScores(np.array([0, 2, 2, 5]), g.standard_normal((5, 2)), None, g.random((5, 2))),
+        "checks": (Check("finite", np.nan, "below 1", False, "wait"), Check("large", -np.inf, "above", True, "go")),
+        "settings": {"a": {"b": [1, None, "x"]}}, "arrays": {"trace": g.random((2, 0, 3)), "scalar": np.array(3.0)},
+        "notes": ("one", "two"), "title": "My method", "headline": "fast", "legend": "read", "at": 3,
+    }  # fmt: skip
+    scores[1, 0], scores[2, 1] = np.nan, -np.inf
+    return Attribution(method, np.array([7, 2, 9]), (VAL, OTHER), scores, **held | changed)
 
 
 def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,10 +6,10 @@ and told in the report, and the weights are bit-identical to those of a run with
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from ine_callback.optimizers.clipping import Clipping
 from ine_callback.recording.backward import BackwardPasses
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.steps import OptimizerSteps
-from ine_callback.report import example_report
 from ine_callback.scoring.signals import Signals
 from tests.helpers.accidents import Accident, accident
 
@@ -83,12 +82,18 @@ def fit(*callbacks: L.Callback, train: Any = None, **options: Any) -> Net:
     return model
 
 
+@cache
+def plain(train: Callable[[], Any], **options: Any) -> Net:
+    """Trained without the callback, which comes out the same each time."""
+    return fit(train=train(), **options)
+
+
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-# -- what can be known beforehand -------------------------------------------------------------------------------------
+# -- what can be known beforehand --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_after_a_refusal_the_same_trainer_parts_train_as_if_nothing_had_been() -
     assert same(fit(train=train), fit())
 
 
-# -- what goes wrong during the run ---------------------------------------------------------------------------------
+# -- what goes wrong during the run ------------------------------------------------------------------------------------
 
 
 def survives(
@@ -205,7 +210,7 @@ def survives(
         recorded = fit(callback, train=train(), **options)
     own = [str(w.message) for w in caught if "InfluenceCallback" in str(w.message)]
     assert any(re.search(told, message) for message in own), own
-    assert recorded.steps == STEPS and same(recorded, fit(train=train(), **options))
+    assert recorded.steps == STEPS and same(recorded, plain(train, **options))
     return callback.report
 
 
@@ -240,7 +245,7 @@ WRONG_ROWS = {
 @pytest.mark.parametrize("case", WRONG_ROWS)
 def test_rows_that_are_named_wrongly(case: str, after: int) -> None:
     rows, told = WRONG_ROWS[case]
-    if after and case in ("too few", "too many"):  # only these batches are left out (tests/test_row_fn.py)
+    if after and case in ("too few", "too many"):  # only these batches are left out (tests/data/test_row_fn.py)
         pytest.skip("does not end the recording")
     callback = InfluenceCallback("self", row_fn=wrong_rows(after, rows), num_rows=ROWS)
     report = survives(callback, told, train=stream)
@@ -379,47 +384,3 @@ def test_an_interrupted_run_leaves_a_partial_report_and_everything_as_it_was(err
     x, y = next(iter(train))
     assert x.shape == (8, 5) and y.shape == (8,)
     assert same(fit(train=train), fit())  # both the loader and the package can be used again
-
-
-# -- reports ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_row_in_a_group_is_named() -> None:
-    report = example_report()
-    with pytest.raises(KeyError, match=r"InfluenceReport\.group: no row 60, -1; the report has rows 0 to 59"):
-        report.group([3, 60, -1])
-    with pytest.raises(ValueError, match=r"InfluenceReport\.group: row 59 never observed.*report\.unseen"):
-        report.group([59])
-    with pytest.raises(KeyError, match=r"InfluenceReport: no query 'vall'; choose one of .*'val'"):
-        report.group([3], query="vall")
-
-
-def _edit(folder: Path, **values: Any) -> None:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    (folder / "meta.json").write_text(json.dumps(meta | values), encoding="utf-8")
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty": (lambda f: [p.unlink() for p in f.iterdir()], "missing"),
-    "no scores": (lambda f: (f / "scores.parquet").unlink(), "scores.parquet missing"),
-    "truncated scores": (lambda f: (f / "scores.parquet").write_bytes(b"PAR1"), "scores.parquet"),
-    "not JSON": (lambda f: (f / "meta.json").write_text("{"), "not JSON"),
-    "foreign": (lambda f: (f / "meta.json").write_text('{"format": "of another program"}'), "does not belong"),
-    "newer": (lambda f: _edit(f, format_version=99), "99.*upgrade"),
-    "wrong rows": (lambda f: _edit(f, rows=61), "180 lines, expected 183"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_or_foreign_folder_is_refused(case: str, tmp_path: Path) -> None:
-    damage, told = DAMAGES[case]
-    folder = example_report().save(tmp_path / "report")
-    damage(folder)
-    with pytest.raises(ValueError, match=rf"(?s)InfluenceReport\.load: .*report.*{told}") as caught:
-        InfluenceReport.load(folder)
-    assert ";" in str(caught.value)  # then comes the remedy
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"InfluenceReport\.load: .*nowhere: no such folder; give the folder"):
-        InfluenceReport.load(tmp_path / "nowhere")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,22 +13,26 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback.errors import CaptureError, InfluenceError
 from ine_callback.methods import FitContext, PerSamplePass
-from ine_callback.methods.context import TOGETHER
-from ine_callback.queries import CallableQuery, LossQuery
+from ine_callback.queries import LossQuery
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
+from tests.helpers.contexts import (
+    CLASSES,
+    EXACT,
+    LABELS,
+    ROWS,
+    VECTORS,
+    WIDTH,
+    Loss,
+    bound,
+    choices,
+    entropy,
+    explicit,
+    names_of,
+    numbers,
+)
 
-ROWS, WIDTH, CLASSES, TERMS = TOGETHER + 5, 4, 3, 5
-EXACT = {"rtol": 1e-10, "atol": 1e-13}
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def numbers(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
-
-
-def choices(high: int, *shape: int) -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(sum(shape)))
+TERMS = 5
 
 
 class Tied(nn.Module):
@@ -67,10 +70,6 @@ class Image(nn.Sequential):
         norm.running_mean.copy_(numbers(3))
 
 
-def entropy(module: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
 def of_tokens(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].flatten())
 
@@ -97,8 +96,7 @@ def ragged() -> Tensor:
     return targets
 
 
-IMAGES, VECTORS, LABELS = numbers(ROWS, 2, 5, 5), numbers(ROWS, WIDTH), choices(CLASSES, ROWS)
-IDS = choices(7, ROWS, TERMS)
+IMAGES, IDS = numbers(ROWS, 2, 5, 5), choices(7, ROWS, TERMS)
 PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]] = {
     "linear": (
         lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
@@ -120,36 +118,6 @@ def context_of(name: str, **options: Any) -> FitContext:
     make, loss, data = PROBLEMS[name]
     torch.manual_seed(0)
     return bound(make().double(), loss, data, **options)
-
-
-def bound(module: nn.Module, loss: Loss, data: tuple[Tensor, ...], **options: Any) -> FitContext:
-    loader = DataLoader(TensorDataset(*data), batch_size=16)
-    source = DataSource("Test", loss, loader, [loader], 10**6)
-    queries = {
-        "some": CallableQuery(loss, tuple(part[:9] for part in data)),
-        "own": CallableQuery(lambda module, batch: loss(module, batch) * 2, tuple(part[9:20] for part in data)),
-    }
-    found = [query for name, each in queries.items() for query in each.bind(name, source)]
-    return FitContext(module, found, source, loss, owner="Test", **options)
-
-
-def explicit(module: nn.Module, loss: Loss, data: tuple[Tensor, ...], names: list[str]) -> dict[str, Tensor]:
-    """Each row's gradient [N, *shape] of its loss alone, in evaluation mode; 0 where it has none."""
-    parameters, rows = dict(module.named_parameters()), []
-    training = module.training
-    module.eval()
-    for row in range(len(data[0])):
-        value = loss(module, tuple(part[row : row + 1] for part in data))
-        gradients = torch.autograd.grad(value, [parameters[name] for name in names], allow_unused=True)
-        rows.append(
-            [torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, gradients, strict=True)]
-        )
-    module.train(training)
-    return {n: torch.stack([row[k] for row in rows]).nan_to_num() for k, n in enumerate(names)}
-
-
-def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in module.named_parameters()}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -279,121 +247,6 @@ def test_passes_leave_no_trace(name: str) -> None:
         assert torch.equal(here, there)
     assert before[3:] == after[3:]
     assert all(a is b and bool((a == 1).all()) for a, b in zip(gradients, after[1], strict=True))
-
-
-class Scale(nn.Module):
-    """No layer function knows it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class TimeFirst(nn.Module):
-    """Its inner layer sees [time, rows, width], and there are as many times as rows of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.inner(x.transpose(0, 1)).transpose(0, 1).tanh().mean(1))
-        return out
-
-
-class Outside(nn.Module):
-    """A weight that is also used outside of its own module's call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.inner(x).tanh() + x @ self.inner.weight)
-        return out
-
-
-LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], str]] = {
-    "unknown layer": (
-        lambda: nn.Sequential(Scale(), nn.Linear(WIDTH, CLASSES)), VECTORS, {"1.weight", "1.bias"},
-        r"leave out 0\.factor: no layer function for Scale",
-    ),
-    "time first": (
-        TimeFirst, numbers(TOGETHER, TOGETHER, WIDTH), {"out.weight", "out.bias"},
-        r"leave out inner\.weight: .*is not led by the batch's 64 rows",
-    ),
-    "used outside": (
-        Outside, VECTORS, {"out.weight", "out.bias"}, r"leave out inner\.weight: its per-sample gradients add up",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_cannot_be_told_apart_by_rows_is_left_out_and_named(case: str) -> None:
-    make, x, kept, told = LEFT_OUT[case]
-    torch.manual_seed(0)
-    context = bound(make().double(), entropy, (x, LABELS[: len(x)]))
-    names = names_of(context.module)
-    for _, gradients in context.per_sample():
-        assert {names[p] for block in gradients for p in block.parameters} == kept
-    assert any(re.search(told, note) for note in context.notes), context.notes
-
-
-def test_a_loss_of_an_unknown_form_is_noted() -> None:
-    def loss(module: nn.Module, batch: Any) -> Tensor:
-        return F.l1_loss(module(batch[0])[:, 0], batch[0][:, 0])
-
-    context = bound(nn.Linear(WIDTH, 1).double(), loss, (VECTORS, LABELS))
-    truth = explicit(context.module, loss, (VECTORS,), ["weight", "bias"])
-    for part, gradients in context.per_sample():
-        (block,) = gradients
-        expected = block.to_layout([truth["weight"][part], truth["bias"][part]])
-        torch.testing.assert_close(gradients.formed(block), expected, **EXACT)
-    (note,) = context.notes
-    assert "the loss is of an unknown form, and taken as a mean over a batch's rows" in note
-
-
-class MixedInTraining(nn.Module):
-    """Mixup in training mode, as nobody's evaluation does it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out((x + x.flip(0)) / 2 if self.training else x)
-        return out
-
-
-def test_mixup_in_training_mode_is_no_fault_of_passes_in_evaluation_mode() -> None:
-    context = bound(MixedInTraining().double(), entropy, (VECTORS, LABELS))
-    truth = explicit(context.module, entropy, (VECTORS, LABELS), ["out.weight", "out.bias"])
-    for part, gradients in context.per_sample():
-        (block,) = gradients
-        expected = block.to_layout([truth["out.weight"][part], truth["out.bias"][part]])
-        torch.testing.assert_close(gradients.formed(block), expected, **EXACT)
-    assert not context.notes and context.module.training
-
-
-def test_a_loss_that_needs_whole_batches_is_noted_and_read() -> None:
-    def loss(module: nn.Module, batch: Any) -> Tensor:
-        if len(batch[0]) not in (TOGETHER, len(VECTORS) % TOGETHER):
-            raise ValueError("whole batches only")
-        return entropy(module, batch)
-
-    context = bound(nn.Linear(WIDTH, CLASSES).double(), loss, (VECTORS, LABELS))
-    assert sum(len(part) for part, _ in context.per_sample()) == len(VECTORS)
-    (note,) = context.notes
-    assert "the order of rows inside the layers was not checked (ValueError: whole batches only)" in note
-
-
-def test_nothing_to_tell_apart_is_an_error() -> None:
-    context = bound(nn.Sequential(Scale()).double(), lambda m, batch: F.mse_loss(m(batch[0]), batch[0] * 2), (VECTORS,))
-    with pytest.raises(CaptureError, match=r"Test: no layer's gradients can be told apart by rows"):
-        next(context.per_sample())
 
 
 def test_the_layers_asked_for_alone() -> None:

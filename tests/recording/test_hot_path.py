@@ -2,8 +2,8 @@
 
 And it adds few operations for each layer.
 
-``tests/test_cuda.py`` asks a GPU itself; here the questions are caught where there is none: operations whose result or
-shape depends on values, and the ways in which Python reads a tensor.
+``tests/recording/test_cuda.py`` asks a GPU itself; here the questions are caught where there is none: operations whose
+result or shape depends on values, and the ways in which Python reads a tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whatever a module holds, and wherever the preparation fails: nothing is left changed, and a training goes on."""
+"""Whatever a module holds, and wherever the preparation fails: nothing is left changed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import random
 import sys
 import threading
 import types
-import warnings
 import weakref
 from collections import Counter, OrderedDict, defaultdict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -24,27 +23,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection, MetricTracker, MinMaxMetric, SumMetric
 from torchmetrics.aggregation import CatMetric, RunningMean
-from torchmetrics.classification import Accuracy, MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper
 
 from ine_callback import InfluenceCallback
 from ine_callback.utilities.isolation import isolated, unmoved
+from tests.helpers.meter import Meter
 
 Hidden = namedtuple("Hidden", "h c")
-
-
-class Meter:
-    """A plain object that counts."""
-
-    total: ClassVar[list[int]] = [0]
-
-    def __init__(self) -> None:
-        self.sum, self.values, self.lock = 0.0, [1.0], threading.Lock()
-
-    def update(self, value: float) -> None:
-        self.sum += value
-        self.values.append(value)
-        self.total[0] += 1
 
 
 class Slotted:
@@ -355,134 +341,3 @@ def test_unmoved_bears_hostile_data_sets() -> None:
     with unmoved(rows):
         rows.dice.random(), torch.rand(1)
     assert (rows.dice.getstate(), torch.get_rng_state().tolist()) == before
-
-
-# -- under a real Trainer ---------------------------------------------------------------------------------------------
-
-
-class Template(L.LightningModule):
-    """The module of a popular template: metrics of losses, logged as objects."""
-
-    def __init__(self, first: str = "accuracy") -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-        if first == "accuracy":
-            self.train_acc, self.val_acc = (Accuracy(task="multiclass", num_classes=3) for _ in range(2))
-        self.train_loss, self.val_loss, self.val_best = MeanMetric(), MeanMetric(), MaxMetric()
-        if first == "loss":
-            self.train_acc, self.val_acc = (Accuracy(task="multiclass", num_classes=3) for _ in range(2))
-        self.many = MetricCollection({"f": MulticlassF1Score(3), "a": MulticlassAccuracy(3)}, prefix="many/")
-        self.more = nn.ModuleDict({"sum": SumMetric()})
-        self.total = Meter()
-        self.hidden: Any = None
-
-    def on_train_start(self) -> None:
-        self.val_loss.reset()
-        self.val_best.reset()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits = self.net(batch[0])
-        loss = F.cross_entropy(logits, batch[1])
-        self.train_loss(loss)
-        self.train_acc(logits, batch[1])
-        self.many.update(logits, batch[1])
-        self.more["sum"].update(loss)
-        self.total.update(float(loss))
-        self.hidden = (loss, logits)
-        for name, metric in (("loss", self.train_loss), ("acc", self.train_acc), ("sum", self.more["sum"])):
-            self.log(f"train/{name}", metric, on_step=False, on_epoch=True)
-        self.log_dict(self.many, on_step=False, on_epoch=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits = self.net(batch[0])
-        loss = F.cross_entropy(logits, batch[1])
-        self.val_loss(loss)
-        self.val_acc(logits, batch[1])
-        self.total.update(float(loss))
-        self.log("val/loss", self.val_loss)
-        self.log("val/acc", self.val_acc)
-        return loss
-
-    def on_validation_epoch_end(self) -> None:
-        self.val_best(self.val_acc.compute())
-        self.log("val/best", self.val_best.compute())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-def fitted(callbacks: list[Any], sanity: int, make: Callable[[], Template]) -> tuple[Template, dict[str, Tensor]]:
-    L.seed_everything(0, verbose=False)
-    x, y = torch.randn(48, 6), torch.randint(3, (48,))
-    module = make()
-    trainer = L.Trainer(
-        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
-        **{"enable_model_summary": False, "enable_checkpointing": False, "num_sanity_val_steps": sanity},
-        callbacks=callbacks,
-    )
-    train = DataLoader(TensorDataset(x[:32], y[:32]), batch_size=8, shuffle=True)
-    trainer.fit(module, train, DataLoader(TensorDataset(x[32:], y[32:]), batch_size=8))
-    return module, dict(trainer.callback_metrics)
-
-
-def assert_same_fit(callback: InfluenceCallback, sanity: int, make: Callable[[], Template]) -> None:
-    plain, expected = fitted([], sanity, make)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module, found = fitted([callback], sanity, make)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    states = module.state_dict()
-    assert all(torch.equal(value, states[name]) for name, value in plain.state_dict().items())
-    assert module.total.values == plain.total.values
-    assert len(vars(module)) == len(vars(plain))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("sanity", [0, 2])
-@pytest.mark.parametrize("first", ["accuracy", "loss"])
-@pytest.mark.parametrize("queries", [["self"], ["self", "val"]], ids=["self", "both"])
-def test_the_templates_training_is_the_same(queries: list[str], first: str, sanity: int) -> None:
-    callback = InfluenceCallback(queries=queries, on_error="raise")  # type: ignore[arg-type]
-    assert_same_fit(callback, sanity, lambda: Template(first))
-    assert callback.report is not None and bool(np.isfinite(callback.report.scores.mu).all())
-
-
-class Bomb(random.Random):
-    """A generator whose state cannot be read from some time on."""
-
-    fuse = 0
-
-    def getstate(self) -> Any:
-        type(self).fuse -= 1
-        if self.fuse < 0:
-            raise OSError("no state")
-        return super().getstate()
-
-
-def with_bomb(place: str) -> Iterator[Callable[[], Template]]:
-    def make() -> Template:
-        module = Template()
-        holder: Any = module if place == "module" else module.train_acc if place == "metric" else module.total
-        holder.__dict__["bomb"] = Bomb()
-        return module
-
-    yield make
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("fuse", range(5))
-@pytest.mark.parametrize("place", ["module", "metric", "object"])
-def test_a_training_goes_on_where_isolation_fails(place: str, fuse: int) -> None:
-    (make,) = with_bomb(place)
-    Bomb.fuse = fuse
-    callback = InfluenceCallback(queries=["self", "val"])
-    Bomb.fuse = fuse
-    plain, expected = fitted([], 2, make)
-    module, found = fitted([callback], 2, make)
-    assert Bomb.fuse < 0
-    assert expected.keys() == found.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
-    states = module.state_dict()
-    assert all(torch.equal(value, states[name]) for name, value in plain.state_dict().items())
-    assert module.total.sum == plain.total.sum

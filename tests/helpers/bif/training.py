@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ine_callback import InfluenceCallback
 
-ROWS, FEW = 96, {"draws": 24, "chains": 4, "batch_size": 32}
+ROWS, SHORT_CHAINS = 96, {"draws": 24, "chains": 4, "batch_size": 32}
 
 
 class Model(L.LightningModule):

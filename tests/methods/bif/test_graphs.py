@@ -23,7 +23,7 @@ from ine_callback.utilities.isolation import isolated
 GRAPHS = 12
 G = torch.Generator().manual_seed(0)
 DATA = [(torch.randn(2 + k % 4, 6, generator=G, dtype=torch.float64), k % 3) for k in range(GRAPHS)]
-FEW = BIF(draws=16, chains=4)
+SHORT_CHAINS = BIF(draws=16, chains=4)
 
 
 @dataclass
@@ -94,7 +94,11 @@ def test_graphs_are_read_from_one_pass(kind: Any) -> None:
         far = torch.ones(1, len(posterior.weights), dtype=torch.float64)  # all rows a step: no noise of minibatches
         assert torch.equal(posterior.gradient(far), posterior.gradient(far)) and posterior.whole
     found = bif_scores(
-        model, batch, {"q": collate(kind, DATA[:5]), "r": EachRow(collate(kind, DATA[:2]))}, FEW, progress=False
+        model,
+        batch,
+        {"q": collate(kind, DATA[:5]), "r": EachRow(collate(kind, DATA[:2]))},
+        SHORT_CHAINS,
+        progress=False,
     )
     assert found.scores.shape == (GRAPHS, 3) and np.isfinite(found.scores).all()
     assert any("cannot be cut out of their batch" in note for note in found.notes)
@@ -136,10 +140,10 @@ def test_lists_of_images_by_a_function_of_the_users(offered: str) -> None:
         model.influence_loss = lambda batch: losses(model, batch)  # type: ignore[assignment]
     function = losses if offered == "loss_fn" else None
     query = CallableQuery(lambda module, batch: losses(module, batch).mean(), (images[:3], targets[:3]))
-    found = bif_scores(model, (images, targets), {"q": query}, FEW, function, progress=False)
+    found = bif_scores(model, (images, targets), {"q": query}, SHORT_CHAINS, function, progress=False)
     assert found.scores.shape == (8, 1) and np.isfinite(found.scores).all()
     with pytest.raises(InfluenceError, match=r"returned \(8,\) for a batch of 9 rows"):
-        bif_scores(model, (images, targets), {"q": query}, FEW, function, progress=False, count=9)
+        bif_scores(model, (images, targets), {"q": query}, SHORT_CHAINS, function, progress=False, count=9)
 
 
 def test_bags_with_offsets() -> None:
@@ -154,7 +158,7 @@ def test_bags_with_offsets() -> None:
 
     ids, offsets, y = torch.arange(30) % 9, torch.tensor([0, 4, 6, 11, 13, 20, 25, 28]), torch.arange(8) % 3
     model = Bags()
-    found = bif_scores(model, (ids, offsets, y), {"q": (ids[:6], offsets[:2], y[:2])}, FEW, progress=False)
+    found = bif_scores(model, (ids, offsets, y), {"q": (ids[:6], offsets[:2], y[:2])}, SHORT_CHAINS, progress=False)
     assert found.scores.shape == (8, 1) and np.isfinite(found.scores).all()
     assert found.loss.shape == (4, 16)
 
@@ -176,8 +180,8 @@ def test_a_validation_loader_of_graphs(kind: Any) -> None:
     data = [(torch.randn(60, 6, generator=G, dtype=torch.float64), k % 3) for k in range(8)]
     loader = DataLoader(data, batch_size=4, collate_fn=lambda items: collate(kind, items))  # type: ignore[arg-type]
     trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", precision="64-true")
-    found = run_bif(trainer, GNN(), FEW, "val", train_dataloaders=loader, val_dataloaders=loader)
-    direct = bif_scores(GNN(), collate(kind, data), {"val": collate(kind, data)}, FEW, progress=False, count=8)
+    found = run_bif(trainer, GNN(), SHORT_CHAINS, "val", train_dataloaders=loader, val_dataloaders=loader)
+    direct = bif_scores(GNN(), collate(kind, data), {"val": collate(kind, data)}, SHORT_CHAINS, progress=False, count=8)
     assert np.allclose(found.scores, direct.scores, rtol=1e-9)
 
 
@@ -201,4 +205,4 @@ def test_labels_of_nodes_are_refused_before_the_chains() -> None:
         validation_step = training_step
 
     with pytest.raises(InfluenceError, match=r"has 42 terms for 12 rows.*loss_fn="):
-        bif_scores(Nodes(), collate(Data, DATA), {"q": collate(Data, DATA)}, FEW, progress=False, count=GRAPHS)
+        bif_scores(Nodes(), collate(Data, DATA), {"q": collate(Data, DATA)}, SHORT_CHAINS, progress=False, count=GRAPHS)

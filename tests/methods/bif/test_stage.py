@@ -16,12 +16,12 @@ from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceR
 from ine_callback.errors import InfluenceError
 from ine_callback.report import ReportError
 from tests.helpers.attributions import assert_same
-from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, fit
+from tests.helpers.bif.training import QUIET, ROWS, SHORT_CHAINS, Model, fit
 
 
 def test_chains_change_nothing_else() -> None:
     alone, report, one = fit([FINE()], **QUIET)
-    model, both, other = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
+    model, both, other = fit([FINE(), BIF(**SHORT_CHAINS)], **QUIET)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), model.state_dict().values(), strict=True))
     assert torch.equal(torch.rand(3), torch.rand(3)) is False and alone.seen == model.seen
     assert one.callback_metrics.keys() == other.callback_metrics.keys()
@@ -34,11 +34,11 @@ def test_chains_change_nothing_else() -> None:
 
 def test_rows_are_dataset_indices_and_queries_the_callbacks() -> None:
     queries = {"val": "val", "m": Query.margin("val"), "self": "self"}
-    _, report, _ = fit([FINE(), BIF(**FEW, rows=[90, 4, 17])], queries=queries, **QUIET)  # type: ignore[arg-type]
-    _, whole, _ = fit([FINE(), BIF(**FEW)], queries=queries, **QUIET)  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS, rows=[90, 4, 17])], queries=queries, **QUIET)  # type: ignore[arg-type]
+    _, whole, _ = fit([FINE(), BIF(**SHORT_CHAINS)], queries=queries, **QUIET)  # type: ignore[arg-type]
     assert report.bif.rows.tolist() == [90, 4, 17] and [q.name for q in report.bif.queries] == ["val", "m"]
     assert np.allclose(report.bif.scores, whole.bif.scores[[90, 4, 17]], atol=1e-5)
-    _, some, _ = fit([FINE(), BIF(**FEW, rows=10)], **QUIET)  # type: ignore[arg-type]
+    _, some, _ = fit([FINE(), BIF(**SHORT_CHAINS, rows=10)], **QUIET)  # type: ignore[arg-type]
     extreme = np.argsort(-np.abs(some.scores.mu[:, 0]), kind="stable")[:5]
     assert len(some.bif.rows) == 10 and set(extreme) <= set(some.bif.rows)
     assert "10 of 96 rows" in some.bif.notes[0]
@@ -46,7 +46,7 @@ def test_rows_are_dataset_indices_and_queries_the_callbacks() -> None:
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 def test_progress_is_shown_in_the_trainers_bar(bar: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    _, report, _ = fit([FINE(), BIF(**FEW)], callbacks=[bar()])  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS)], callbacks=[bar()])  # type: ignore[arg-type]
     assert len(report.attributions) == 1
     if bar is TQDMProgressBar:
         assert "BIF chains" in "".join(capfd.readouterr())
@@ -54,13 +54,13 @@ def test_progress_is_shown_in_the_trainers_bar(bar: Any, capfd: pytest.CaptureFi
 
 def test_what_cannot_run_leaves_the_rest_of_the_report() -> None:
     with pytest.raises(InfluenceError, match=r"losses of single rows are unknown.*loss_fn="):
-        fit([FINE(), BIF(**FEW)], Model(0.01, 0.01), **QUIET)  # type: ignore[arg-type]
-    _, report, _ = fit([FINE(), BIF(**FEW)], Model(0.01), **QUIET)  # type: ignore[arg-type]
+        fit([FINE(), BIF(**SHORT_CHAINS)], Model(0.01, 0.01), **QUIET)  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS)], Model(0.01), **QUIET)  # type: ignore[arg-type]
     assert "row losses are those of validation_step" in report.bif.notes[0]
     with pytest.raises(InfluenceError, match=r"\['BIF', 'BIF'\] would have one name in the report"):
         InfluenceCallback(methods=[FINE(), BIF(), BIF()])
     with pytest.raises(InfluenceError, match="BIF has no query"):
-        fit([FINE(), BIF(**FEW)], queries="self", **QUIET)  # type: ignore[arg-type]
+        fit([FINE(), BIF(**SHORT_CHAINS)], queries="self", **QUIET)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("val_extra", [0.0, 0.1])
@@ -68,7 +68,7 @@ def test_the_validation_query_is_validation_steps_own_loss(val_extra: float) -> 
     """Not training_step's, though that can be read row by row where validation_step adds something."""
     step = CallableQuery(lambda module, batch: module.validation_step(batch, 0), "val")
     queries = {"val": "val", "step": step}
-    _, report, _ = fit([FINE(), BIF(**FEW)], Model(0.0, val_extra), queries, **QUIET)  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS)], Model(0.0, val_extra), queries, **QUIET)  # type: ignore[arg-type]
     assert np.allclose(report.bif.scores[:, 0], report.bif.scores[:, 1], atol=1e-6)
 
 
@@ -83,7 +83,7 @@ def test_an_interrupted_training_runs_no_chains() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    _, report, _ = fit([FINE(), BIF(**FEW)], dirpath=tmp_path / "it", **QUIET)  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS)], dirpath=tmp_path / "it", **QUIET)  # type: ignore[arg-type]
     again = InfluenceReport.load(tmp_path / "it").bif
     assert_same(again, report.bif)
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))

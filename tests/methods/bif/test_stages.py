@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport, bif_scores, run_bif
 from ine_callback.errors import InfluenceError
 from tests.helpers.attributions import assert_same
-from tests.helpers.bif.training import FEW, QUIET, ROWS, Model, data, fit, loaders
+from tests.helpers.bif.training import QUIET, ROWS, SHORT_CHAINS, Model, data, fit, loaders
 
-STAGES: dict[str, Any] = {**FEW, "at": [1, 2, "end"]}
+STAGES: dict[str, Any] = {**SHORT_CHAINS, "at": [1, 2, "end"]}
 
 
 class Keep(L.Callback):
@@ -64,13 +64,13 @@ def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     assert lines[0].get_ydata()[-1] == report.bif.correlation[best, 0]
     page = (tmp_path / "it" / "report.html").read_text()
     assert '"stages":["epoch 1","epoch 2","end"]' in page and "After epoch 2" in page
-    _, single, _ = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
+    _, single, _ = fit([FINE(), BIF(**SHORT_CHAINS)], **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the method ran at 1 stages; .*at=\[2, 5, 'end'\]"):
         single.plot.stages()
 
 
 def test_a_stage_that_never_came_is_told() -> None:
-    _, report, _ = fit([FINE(), BIF(**FEW, at=[99])], **QUIET)  # type: ignore[arg-type]
+    _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS, at=[99])], **QUIET)  # type: ignore[arg-type]
     assert not report.attributions and "training ended before epochs [99]" in " ".join(report.run.notes)
 
 
@@ -121,14 +121,14 @@ def test_a_stage_that_fails_costs_nothing_else() -> None:
 
 
 def test_chains_can_be_run_after_the_fit(tmp_path: Path) -> None:
-    model, report, trainer = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
+    model, report, trainer = fit([FINE(), BIF(**SHORT_CHAINS)], **QUIET)  # type: ignore[arg-type]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = run_bif(trainer, model, BIF(**FEW))  # type: ignore[arg-type]
+    found = run_bif(trainer, model, BIF(**SHORT_CHAINS))  # type: ignore[arg-type]
     assert_same(report.bif, found)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     both = InfluenceReport(report.scores, report.run).with_attributions(found)
     assert_same(InfluenceReport.load(both.save(tmp_path)).bif, found)
-    few = run_bif(trainer, model, BIF(**FEW, rows=10), report=report)  # type: ignore[arg-type]
+    few = run_bif(trainer, model, BIF(**SHORT_CHAINS, rows=10), report=report)  # type: ignore[arg-type]
     assert set(np.argsort(-np.abs(report.scores.mu[:, 0]), kind="stable")[:4]) <= set(few.rows)
 
 
@@ -144,14 +144,14 @@ class Data(L.LightningDataModule):
 
 
 def test_chains_can_be_run_from_a_checkpoint(tmp_path: Path) -> None:
-    _, report, trainer = fit([FINE(), BIF(**FEW)], **QUIET)  # type: ignore[arg-type]
+    _, report, trainer = fit([FINE(), BIF(**SHORT_CHAINS)], **QUIET)  # type: ignore[arg-type]
     trainer.save_checkpoint(tmp_path / "it.ckpt")
     fresh = L.Trainer(logger=False, enable_checkpointing=False, **QUIET)
     again = Model.load_from_checkpoint(tmp_path / "it.ckpt")
-    assert_same(report.bif, run_bif(fresh, again, BIF(**FEW), datamodule=Data()))  # type: ignore[arg-type]
+    assert_same(report.bif, run_bif(fresh, again, BIF(**SHORT_CHAINS), datamodule=Data()))  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match="0 training loaders were found; pass train_dataloaders="):
-        run_bif(L.Trainer(logger=False, enable_checkpointing=False, **QUIET), again, BIF(**FEW))  # type: ignore[arg-type]
+        run_bif(L.Trainer(logger=False, enable_checkpointing=False, **QUIET), again, BIF(**SHORT_CHAINS))  # type: ignore[arg-type]
     train, val = loaders()
-    explicit = run_bif(fresh, again, BIF(**FEW), train_dataloaders=train, val_dataloaders=val)  # type: ignore[arg-type]
+    explicit = run_bif(fresh, again, BIF(**SHORT_CHAINS), train_dataloaders=train, val_dataloaders=val)  # type: ignore[arg-type]
     assert_same(report.bif, explicit)
     assert again._trainer is None
