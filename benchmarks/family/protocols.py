@@ -87,7 +87,7 @@ class Protocol:
         _, inputs, outputs = DATA[self.data]
         w, n = self.width, self.depth
         if self.network == "mlp":
-            each = w * (inputs + (n - 1) * w + outputs)
+            each: float = w * (inputs + (n - 1) * w + outputs)
         elif self.network == "cnn":
             each = 64 * w * (9 + 9 * w / 4 * (n - 1)) + 16 * w * outputs
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -160,5 +161,5 @@ _SOURCES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "images": _images,
     "motifs": _motifs,
     "characters": _characters,
-    **{name: (lambda name=name: _sklearn(name)) for name in ("cancer", "diabetes", "friedman", "synthetic")},
+    **{name: functools.partial(_sklearn, name) for name in ("cancer", "diabetes", "friedman", "synthetic")},
 }

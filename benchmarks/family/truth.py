@@ -141,18 +141,20 @@ def retrain(
             if scheduler is not None:
                 scheduler.step()
     asked = [torch.cat([q, own[task.singles]]) for q, own in ((task.xq, task.x), (task.yq, task.y))]
+    x, y = (v.to(dtype) if v.is_floating_point() else v for v in asked)
     with torch.no_grad():
-        return losses(*(v.to(dtype) if v.is_floating_point() else v for v in asked), shared=True)
+        return losses(x, y, shared=True)
 
 
 def compute(protocol: Protocol, task: Task, runs: int) -> Truth:
     """Retrains on all rows and without each group."""
     started = time.process_time()
-    base, losses = retrain(protocol, task, runs, SEED), {}
+    base = retrain(protocol, task, runs, SEED)
+    losses: dict[str, list[Tensor]] = {}
     every = [(size, group) for size, groups in task.groups.items() for group in groups]
     for size, group in track(every, description=f"truth, {protocol.name}, {runs} runs a group"):
-        removal = {"muted": int(group)} if size == "single" else {"left_out": group}
-        losses.setdefault(size, []).append(retrain(protocol, task, runs, SEED, **removal))
+        left_out, muted = (None, int(group)) if size == "single" else (group, None)
+        losses.setdefault(size, []).append(retrain(protocol, task, runs, SEED, left_out, muted))
     return Truth({size: torch.stack(found) for size, found in losses.items()}, base, time.process_time() - started)
 
 
