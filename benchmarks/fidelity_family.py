@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--truth", type=Path, help="folder that keeps the truth, a file for each protocol")
     parser.add_argument("--half", choices=("develop", "report"), default="develop", help="half of the family")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="protocols of the half, by name")
-    parser.add_argument("--runs", type=int, default=truth.RUNS, help="trainings a group, where no file has them")
+    parser.add_argument("--runs", type=int, help="trainings a group, where no file has them (64 or 32)")
     parser.add_argument("--seeds", type=int, default=3, help="recorded runs of each protocol")
     parser.add_argument("--truth-only", action="store_true", help="retrain, and show nothing but how long it took")
     parser.add_argument("--quick", action="store_true", help="one epoch of 2 protocols, 4 trainings: to see it work")
@@ -69,12 +69,13 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     protocols = [p for p in draw()[args.half] if args.only is None or p.name in args.only]
     if args.only and len(protocols) < len(set(args.only)):
         raise SystemExit(f"--only: the half {args.half} has {', '.join(p.name for p in draw()[args.half])}")
-    runs, seeds = args.runs, args.seeds
+    seeds = args.seeds
     if args.quick:
-        protocols, runs, seeds = [replace(p, epochs=1, rows=300) for p in protocols[:2]], 4, 2
+        protocols, args.runs, seeds = [replace(p, epochs=1, rows=300) for p in protocols[:2]], 4, 2
     results: dict[str, Any] = {"protocol": "family", "half": args.half, "seed": SEED, "machine": machine()}
     results |= {"seeds": seeds, "protocols": {}}
     for protocol in protocols:
+        runs = args.runs or protocol.runs
         if args.truth_only:
             found = truth.load(protocol, tasks.load(protocol), runs, args.truth)
             report(f"{protocol.name}: {found.seconds:.0f} s")

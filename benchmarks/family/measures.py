@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from benchmarks.family.recorded import Run
 from benchmarks.family.tasks import QUERIES, Task
 from benchmarks.family.truth import Truth
-from benchmarks.metrics import agreement
+from benchmarks.metrics import Floats, agreement
 from benchmarks.randomness import Z95
 
 # What is shown of a protocol: heading, path into its results, and what a perfect score has.
@@ -35,12 +35,12 @@ COLUMNS: dict[str, tuple[tuple[str, ...], float]] = {
     "known": (("truth", "small", "reliability"), 1),
 }
 LEGEND = """\
-rank: Spearman over groups, mean over 50 held-out losses (large: groups of 50-100 rows, small: 10-25 rows, half of them
-clusters; single rows; own: single rows on their own loss). slope: of the true mu on the score, raw: of the true raw
-shift on the predicted one, both through the origin and below 1 where the score is too large. unit: true standard
-deviation over retrainings over the predicted one, geometric mean over queries. cover: 95 % intervals that hold the
-other runs' mean. first order: the same without the discount; fall: predicted fall of the mean query over the run, over
-the real one. known: reliability of the truth for small groups. worst: farthest from what is perfect, slopes as ratios.
+rank: Spearman over groups, mean over 50 held-out losses (large: groups of 50-100 rows; small: 10-25 rows, half of them
+clusters; single rows; own: single rows on their own loss). slope: of the true mu on the score, through all queries,
+below 1 where the score is too large; raw: of the true raw shift on the predicted one, median over queries. unit: true
+standard deviation over retrainings by the predicted one, geometric mean over queries. cover: 95 % intervals that hold
+the other runs' mean. first order: ranks without the discount; fall: predicted fall of the mean query over the run by
+the real one. known: reliability of the truth for small groups. worst: farthest from perfect, slopes as ratios.
 """
 
 
@@ -54,8 +54,8 @@ def judge(runs: Sequence[Run], truth: Truth, task: Task) -> dict[str, Any]:
         found = []
         for run in runs:
             row = agreement(run.mu[:, :QUERIES], mu, groups)
-            sd = truth.sd[:QUERIES]
-            row["raw_slope"] = agreement(run.raw[:, :QUERIES] / sd, shift / sd, groups)["slope"]
+            row["slope_median_query"] = median_slope(run.mu[:, :QUERIES], mu, groups)
+            row["raw_slope"] = median_slope(run.raw[:, :QUERIES], shift, groups)
             of_mean = agreement(run.mu[:, QUERIES:], mean, groups)
             row |= {"spearman_mean_query": of_mean["spearman_per_query"], "slope_mean_query": of_mean["slope"]}
             found.append(row)
@@ -64,6 +64,15 @@ def judge(runs: Sequence[Run], truth: Truth, task: Task) -> dict[str, Any]:
     out |= _mean([_sizes(run, truth) for run in runs])
     out["coverage"] = coverage(runs)
     return out
+
+
+def median_slope(scores: Floats, truth: Floats, groups: Sequence[NDArray[np.int64]]) -> float:
+    """Slope of the truth [groups, Q] on group sums of the scores [N, Q] through the origin, median over queries.
+
+    Each query has its own scale here, so that those with large losses do not decide for all.
+    """
+    estimate = np.stack([scores[group].sum(0) for group in groups])
+    return float(np.median((estimate * truth).sum(0) / (estimate**2).sum(0)))
 
 
 def coverage(runs: Sequence[Run]) -> float:

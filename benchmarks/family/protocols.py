@@ -94,6 +94,11 @@ class Protocol:
             each = 10 * (n * 8 * w * w + w * outputs)
         return float(self.rows * self.epochs * each)
 
+    @property
+    def runs(self) -> int:
+        """Retrainings for each group: 64, or 32 where one costs much (their ranking of groups is known to .95)."""
+        return 64 if self.network == "mlp" and self.work <= 3e7 else 32
+
     def facts(self) -> str:
         """The protocol in a line."""
         norm = " LayerNorm" if self.norm and self.network == "mlp" else ""

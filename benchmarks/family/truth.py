@@ -28,7 +28,6 @@ from benchmarks.family.tasks import QUERIES, Task, row_losses
 from benchmarks.g1 import true_mu
 from benchmarks.metrics import Floats, per_query_spearman
 
-RUNS = 64
 SEED = 5000  # of the retrainings; recorded runs have seeds below
 
 
