@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.family import measures
+from benchmarks.family import measures, truth
 from benchmarks.family.networks import build, make_optimizer
 from benchmarks.family.protocols import MAX_WORK, Protocol, draw
 from benchmarks.family.recorded import Run
@@ -118,3 +119,27 @@ def test_unit_turns_the_raw_shift_into_mu() -> None:
     raw, unit = g.standard_normal((30, 51)), g.uniform(0.1, 2, 51)
     run = Run(raw / unit, raw, raw, raw[:, 0], raw[0], raw[0], 0.0)
     np.testing.assert_allclose(run.unit, unit)
+
+
+def test_truth_is_kept_and_another_protocols_is_refused(tmp_path: Path) -> None:
+    protocol = replace(SMALL, epochs=1)
+    task = small_task(protocol)
+    task = replace(task, x=task.x.float(), groups={"small": task.groups["single"][:3], "single": task.groups["single"]})
+    found, kept = (truth.load(protocol, task, 2, tmp_path) for _ in range(2))
+    assert torch.equal(found.base, kept.base) and torch.equal(found.losses["small"], kept.losses["small"])
+    assert kept.mu("small").shape == (3, 58)
+    with pytest.raises(SystemExit, match="another truth"):
+        truth.load(replace(protocol, epochs=2), task, 2, tmp_path)
+    with pytest.raises(SystemExit, match="another truth"):
+        truth.load(protocol, replace(task, groups=task.groups | {"small": task.groups["single"][1:4]}), 2, tmp_path)
+    with pytest.raises(SystemExit, match="another truth"):
+        truth.load(protocol, replace(task, groups=task.groups | {"small": task.groups["single"][:2]}), 2, tmp_path)
+
+
+def test_worst_protocol_is_the_one_farthest_from_perfect() -> None:
+    rows = [{"default": {"unit": u, "coverage": c}} for u, c in ((0.5, 0.99), (3.0, 0.7), (1.2, 0.94))]
+    found = measures.summary(rows)
+    assert (found["median"]["unit"], found["worst"]["unit"]) == (1.2, 3.0)
+    assert (found["median"]["cover"], found["worst"]["cover"]) == (0.94, 0.7)
+    negative = measures.summary([*rows, {"default": {"unit": -0.1}}])
+    assert negative["worst"]["unit"] == -0.1  # of the wrong sign: worse than any size

@@ -161,19 +161,18 @@ def load(protocol: Protocol, task: Task, runs: int, folder: Path | None) -> Trut
     """The truth from its file if it is there, else computed and, with a folder, kept there.
 
     Raises:
-        SystemExit: If the file holds the truth of another protocol or of another shape.
+        SystemExit: If the file holds the truth of another protocol, of other groups or of another shape.
     """
     file = None if folder is None else folder / f"{protocol.name}.pt"
     if file is None or not file.is_file():
         found = compute(protocol, task, runs)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            kept = {"protocol": protocol.facts(), "losses": found.losses, "base": found.base, "seconds": found.seconds}
-            torch.save(kept, file)
+            torch.save({"protocol": protocol.facts(), "groups": task.fingerprint, **vars(found)}, file)
         return found
     kept = torch.load(file)
     width = QUERIES + len(task.singles)
     fits = all(tuple(kept["losses"][s].shape[::2]) == (len(groups), width) for s, groups in task.groups.items())
-    if not fits or kept["protocol"] != protocol.facts():
+    if not fits or kept["protocol"] != protocol.facts() or kept["groups"] != task.fingerprint:
         raise SystemExit(f"{file} holds another truth ({kept['protocol']}); name another folder with --truth")
     return Truth(kept["losses"], kept["base"], kept["seconds"])
