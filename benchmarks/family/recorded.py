@@ -44,8 +44,8 @@ class Run:
 
     @property
     def unit(self) -> Floats:
-        """What mu takes for a query's standard deviation over trainings [Q]: raw shift over mu, by least squares."""
-        found: Floats = (self.raw * self.mu).sum(0) / (self.mu**2).sum(0)
+        """What mu takes for a query's standard deviation over trainings [Q]: size of raw shifts over that of mu."""
+        found: Floats = np.sqrt((self.raw**2).sum(0) / (self.mu**2).sum(0))
         return found
 
 
