@@ -4,7 +4,8 @@
 
 A bare PyTorch loop with a Recorder, 200 queries (each the loss of one held-out row), SGD and AdamW: the default beside
 its alternatives, and self-influence against leaving single rows out; or with ``--sweep`` how often the directions are
-refreshed and how often the curvature is observed.
+refreshed and how often the curvature is observed. ``--family`` leads to benchmarks.fidelity_family: the same question,
+asked of many trainings instead of one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import itertools
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from ine_callback import Recorder
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.methods.fine.fine import FINE
 from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
+from ine_callback.queries.bound import Value
 from ine_callback.scores import QueryInfo
 from ine_callback.utilities.options import InitialWeights
 
@@ -42,16 +45,17 @@ REFRESHES = (1, 5, 10, 20, 40)
 
 
 class RowLosses(Query):
-    """One query for each row of a batch: its own cross entropy."""
+    """One query for each row of a batch: its own loss, by default the cross entropy."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
+    def __init__(self, x: Tensor, y: Tensor, loss: Value | None = None) -> None:
         self.x, self.y = x, y
+        self.value: Value = loss or cross_entropy
 
     def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
         return [
             BoundQuery(
                 QueryInfo(f"{name}/{k}", "loss", f"Does training on this row lower the loss of query row {k}?"),
-                cross_entropy,
+                self.value,
                 ((1.0, (self.x[k : k + 1], self.y[k : k + 1])),),
             )
             for k in range(len(self.y))
@@ -290,6 +294,13 @@ def machine() -> str:
 
 
 def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = print) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--family" in arguments:
+        from benchmarks import fidelity_family
+
+        arguments.remove("--family")
+        fidelity_family.main(arguments)
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else scikit-learn's digits")
@@ -301,7 +312,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument(
         "--quick", action="store_true", help="8 trainings a group, 2 seeds, few settings: to see it work"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
     seeds, runs = (min(args.seeds, 2), min(args.runs, 8)) if args.quick else (args.seeds, args.runs)
     where = folder(args.data)

@@ -31,6 +31,7 @@ def run(module: str, *arguments: str) -> str:
         ("runs", "## Several runs"),
         ("mislabel", "## Wrong labels"),
         ("cleanup", "## Acting on it"),
+        ("fidelity --family", "## A family of protocols"),
         ("randomness", "## Stability"),
         ("bif --variants 'plain SGLD' 'reduced (default)'", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),

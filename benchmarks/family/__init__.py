@@ -1,0 +1,1 @@
+"""A family of protocols with retrained truth: one training setting is no evidence for another."""
