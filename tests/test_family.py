@@ -114,6 +114,14 @@ def test_coverage_is_right_for_right_intervals_of_any_number_of_runs() -> None:
         assert measures.coverage(found) == pytest.approx(0.95, abs=0.01)
 
 
+def test_equal_training_takes_away_what_is_proportional_to_the_size() -> None:
+    groups = [np.arange(n) for n in (50, 70, 100)]
+    size = np.array([[50.0], [70.0], [100.0]])
+    orthogonal = np.array([[7.0], [-5.0], [0.0]])
+    found = measures.equal_training(orthogonal + size * [[0.1, -2.0]], groups)
+    np.testing.assert_allclose(found, np.hstack([orthogonal, orthogonal]), atol=1e-12)
+
+
 def test_unit_turns_the_raw_shift_into_mu() -> None:
     g = np.random.default_rng(0)
     raw, unit = g.standard_normal((30, 51)), g.uniform(0.1, 2, 51)

@@ -54,6 +54,8 @@ def judge(runs: Sequence[Run], truth: Truth, task: Task) -> dict[str, Any]:
         found = []
         for run in runs:
             row = agreement(run.mu[:, :QUERIES], mu, groups)
+            equal = agreement(run.mu[:, :QUERIES], equal_training(mu, groups), groups)
+            row |= {f"{key}_equal_training": equal[key] for key in ("spearman_per_query", "slope")}
             row["slope_median_query"] = median_slope(run.mu[:, :QUERIES], mu, groups)
             row["raw_slope"] = median_slope(run.raw[:, :QUERIES], shift, groups)
             of_mean = agreement(run.mu[:, QUERIES:], mean, groups)
@@ -64,6 +66,17 @@ def judge(runs: Sequence[Run], truth: Truth, task: Task) -> dict[str, Any]:
     out |= _mean([_sizes(run, truth) for run in runs])
     out["coverage"] = coverage(runs)
     return out
+
+
+def equal_training(truth: Floats, groups: Sequence[NDArray[np.int64]]) -> Floats:
+    """The truth [groups, Q] less what it has in common for all groups: fewer rows are also fewer steps.
+
+    That part is proportional to a group's size, and scores, which compare rows with their batch-mates, leave it out.
+    Its factor is fitted to the groups, for each query.
+    """
+    size = np.array([len(group) for group in groups], dtype=float)[:, None]
+    less: Floats = truth - size * (size * truth).sum(0) / (size**2).sum(0)
+    return less
 
 
 def median_slope(scores: Floats, truth: Floats, groups: Sequence[NDArray[np.int64]]) -> float:
