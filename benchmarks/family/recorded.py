@@ -16,6 +16,7 @@ from benchmarks.fidelity import RowLosses
 from benchmarks.metrics import Floats
 from ine_callback import Query, Recorder
 from ine_callback.methods import FINE
+from ine_callback.methods.closing import Closing
 from ine_callback.queries import SelfQuery
 from ine_callback.scores import QueryInfo
 
@@ -52,6 +53,8 @@ class Run:
 class Measured(FINE):
     """f-INE that also keeps the shifts without their units, and the sum of all predicted changes."""
 
+    closed: Closing | None = None
+
     def start(
         self,
         rows: int,
@@ -62,6 +65,10 @@ class Measured(FINE):
     ) -> None:
         super().start(rows, queries, device, random_weights, contrasts)
         self.raw, self.total = torch.zeros(rows, len(queries)), torch.zeros(len(queries))
+
+    def close(self, closing: Closing) -> None:
+        super().close(closing)
+        self.closed = closing
 
     @torch.no_grad()
     def update(
@@ -83,7 +90,7 @@ def record(protocol: Protocol, task: Task, seed: int, discount: bool = True) -> 
         "mean": Query.loss((task.xq, task.yq)),
         "self": SelfQuery(),
     }
-    method, before = Measured(), query_losses(model, task)
+    method, before = Measured(closing=discount), query_losses(model, task)
     started = time.process_time()
     with Recorder(
         *(model, optimizer, protocol.rows, queries, mean_loss),
@@ -107,6 +114,7 @@ def record(protocol: Protocol, task: Task, seed: int, discount: bool = True) -> 
     scores = recorder.report().scores
     seconds = time.process_time() - started
     raw, predicted = (a[..., : QUERIES + 1].double().numpy() for a in (method.raw, method.total))
+    raw = raw if method.closed is None else method.closed.shift
     fall = before - query_losses(model, task)
     return Run(scores.mu[:, :-1], scores.se[:, :-1], raw, scores.mu[:, -1], predicted, fall, seconds)
 

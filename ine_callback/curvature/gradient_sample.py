@@ -22,11 +22,14 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.curvature.spectral import identity
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 
 MAX_BYTES = 2**28  # memory for the stored gradients
 MIN_ROWS = 64  # fewer rows span too little
+_FORMED = 16  # rows whose gradients are formed at once
 MIN_RELATIVE_EIGENVALUE = 1e-7  # smaller ones, relative to the largest, are rounding
 
 
@@ -64,6 +67,16 @@ class _StoredGradients:
         if self.left is None:
             return self.right.flatten(1) @ v.flatten(1).T
         return Outer(self.right[:, :, None], self.left[:, :, None]).signals(v)
+
+    def part(self, start: int) -> _StoredGradients:
+        """Some rows from ``start`` on: few enough to be formed."""
+        return self.map(lambda x: x[start : start + _FORMED])
+
+    def formed(self) -> Tensor:
+        """The gradients [n, *layout]."""
+        if self.left is None:
+            return self.right
+        return self.left[..., :, None] * self.right[..., None, :]
 
     def combined(self, coefficients: Tensor) -> Tensor:
         """Sums of the gradients with coefficients [n, Q], as [Q, *layout]."""
@@ -240,6 +253,53 @@ class GradientSample:
         self._new.clear()
         self._selection = None
 
+    def damped(self, v: Mapping[Block, Tensor], rates: Mapping[Block, Tensor | float]) -> dict[Block, Tensor]:
+        """``(1 + R F)^-1 v`` [Q, *layout] of every stored block; F is the Fisher of the stored rows, across layers.
+
+        By Woodbury's identity, with G the m rows' gradients: ``v - G^T (m + R G G^T)^-1 R G v``.
+
+        Args:
+            v: Vectors [Q, *layout] of each block.
+            rates: R of each block.
+        """
+        stored = {block: rows.map(lambda x: x[: self._filled]) for block, rows in self._stored.items() if block in v}
+        if not stored:
+            return {}
+        gram = torch.stack([rows.gram(rows) * rates[block] for block, rows in stored.items()]).sum(0)
+        products = torch.stack([rows.products(v[b].float()) * rates[b] for b, rows in stored.items()]).sum(0)
+        system = gram.double()
+        system.diagonal().add_(self._filled)
+        coefficients = torch.cholesky_solve(products.double(), torch.linalg.cholesky(system)).float()
+        return {block: v[block] - rows.combined(coefficients).to(v[block].dtype) for block, rows in stored.items()}
+
+    def curvature_scale(self, kfac: KFAC, rates: Mapping[Block, Tensor | float]) -> float:
+        """How many times larger the curvature across layers is than that of the layers' Kronecker factors.
+
+        Layers act together, which factors of single layers do not know. Let K be the sample's Gram matrix over all
+        layers, weighted by their rates. The mean of K_ij^2 over pairs of different rows is the curvature along a row's
+        gradient; the factors' own is the mean over rows of the sum over layers of <g, F g>, weighted by squared rates.
+
+        Args:
+            kfac: The factors.
+            rates: Each layer's factor of a gradient in a change of its weights.
+        """
+        if self._filled < MIN_ROWS:
+            return 1.0
+        gram: Tensor | float = 0.0
+        alone: Tensor | float = 0.0
+        for block, stored in self._stored.items():
+            if block not in rates:
+                continue
+            rows = stored.map(lambda x: x[: self._filled])
+            gram = gram + rows.gram(rows) * rates[block]
+            fisher = kfac.operator(block, identity)
+            for start in range(0, self._filled, _FORMED):
+                g = rows.part(start).formed()
+                alone = alone + (fisher.apply(g) * g).sum() * rates[block] ** 2 / self._filled
+        if not isinstance(gram, Tensor) or not float(alone) > 0:
+            return 1.0
+        return float(_mean_square_off_diagonal(gram) / alone)
+
     def _joined(self, processes: Lockstep) -> dict[Block, _StoredGradients]:
         """The rows of all processes, in the blocks that all of them store; as many rows of each process."""
         names = processes.common(block.key for block in self._stored)
@@ -281,6 +341,12 @@ class GradientSample:
             remaining = v[block] - rows.combined(coefficients).to(v[block].dtype)
             out[block] = remaining * torch.exp(-torch.as_tensor(exponents[block][1]))
         return out
+
+
+def _mean_square_off_diagonal(gram: Tensor) -> Tensor:
+    squares = gram.double().square()
+    m = len(squares)
+    return (squares.sum() - squares.diagonal().sum()) / (m * (m - 1))
 
 
 def _coefficients(gram: Tensor | float, cross: Tensor | float, projected: Tensor | float) -> Tensor:

@@ -62,6 +62,32 @@ def resolvent(damping: float) -> Spectrum:
     return spectrum
 
 
+def damped(exponent: Tensor | float, decay: Tensor | float = 0.0) -> Spectrum:
+    """``1 / (1 + exponent x + decay)``: a resolvent with damping 1 / exponent, times the exponent.
+
+    Args:
+        exponent: R: the summed learning rate of a run times the optimizer's rate.
+        decay: The exponent of weight decay, the same in all directions.
+
+    Example:
+        >>> damped(2.0)(torch.tensor([0.0, 0.5]))
+        tensor([1.0000, 0.5000])
+    """
+
+    def spectrum(*factors: Tensor) -> Tensor:
+        product = exponent
+        for factor in factors:
+            product = product * factor
+        return 1 / (1 + torch.as_tensor(product) + decay)
+
+    return spectrum
+
+
+def identity(*factors: Tensor) -> Tensor:
+    """The eigenvalues themselves: the operator is the Fisher."""
+    return math.prod(factors[1:], start=factors[0])
+
+
 def unrolled(rate: float, steps: int) -> Spectrum:
     """``(1 - (1 - rate x)^steps) / x``, and its limit ``rate steps`` where x is 0.
 

@@ -237,6 +237,7 @@ class InfluenceCallback(Callback):
             config=self._config,
         )
         self._recorder.clipping.watching = touches_gradients(trainer, pl_module)
+        self._recorder.recent.wanted &= bool(self._source.unreadable(self.row_fn))  # else rows are read by their index
         self._recorder.start()
         self._warn_of_single_rows(trainer, loaders[0])
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
@@ -302,23 +303,31 @@ class InfluenceCallback(Callback):
         if not self._fit_end.due(at):
             return
         with recorder.capture.paused():
+            context = self._context(trainer, pl_module)
             self._fit_end.run(
-                FitContext(
-                    pl_module,
-                    recorder.bound,
-                    self._source,
-                    self._loss.training,
-                    lambda batch: transferred(trainer, batch),
-                    lambda: evaluating(trainer),
-                    progress=progress_of(trainer),
+                replace(
+                    context,
                     scores=scores if scores is not None and scores.queries else None,
                     factors=recorder.signals.curvature,
                     gradient_sample=recorder.signals.reservoir if recorder.signals.curvature is not None else None,
-                    layers=self.layers,
                     at=at,
-                    owner=self.owner,
                 )
             )
+
+    def _context(self, trainer: Trainer, pl_module: LightningModule) -> FitContext:
+        """The model at its present weights with its rows, by their indices or as its last batches."""
+        assert self._recorder is not None
+        return FitContext(
+            pl_module,
+            self._recorder.bound,
+            self._source,
+            self._loss.training,
+            lambda batch: transferred(trainer, batch),
+            lambda: evaluating(trainer),
+            progress=progress_of(trainer),
+            layers=self.layers,
+            owner=self.owner,
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is not None:
@@ -331,7 +340,9 @@ class InfluenceCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is None or not self._recorder.running:
             return
-        self._recorder.stop()
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            self._recorder.close(None if self._recorder.recent.wanted else self._context(trainer, pl_module))
+        self._recorder.stop(closing=False)
         try:
             self.report = self._recorder.report()
             self.report = self._with_attributions(trainer, pl_module, self.report)
@@ -382,5 +393,5 @@ class InfluenceCallback(Callback):
             if self._rows is not None:
                 stack.callback(self._rows.release)
             if self._recorder is not None:
-                stack.callback(self._recorder.stop)
+                stack.callback(self._recorder.stop, closing=False)
         self._rows = None

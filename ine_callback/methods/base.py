@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, device
 
 from ine_callback.errors import InfluenceError
+from ine_callback.methods.closing import Closing
 from ine_callback.methods.fit_end import FitEndMethod, checked_fit_end
 from ine_callback.scores import Floats, QueryInfo, Scores
 
@@ -25,9 +26,11 @@ class Method(ABC):
     Attributes:
         needs_signals: Whether it uses signals. Without them no hook reads the training's passes, and ``update`` gets
             none [b, 0].
+        wants_closing: Whether :meth:`close` is to be called, after one more pass over the rows at the final weights.
     """
 
     needs_signals = True
+    wants_closing = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Accepts methods written for earlier versions, with ``fold`` for ``update`` and ``finish`` for ``compute``."""
@@ -79,6 +82,9 @@ class Method(ABC):
             contrasts: The signals with Rademacher signs on each layer's units [b, Q, J], see
                 :mod:`ine_callback.scoring.sign_contrasts`.
         """
+
+    def close(self, closing: Closing) -> None:  # noqa: B027  # most methods want no closing pass
+        """Takes what the closing pass found, once, when training is over."""
 
     @abstractmethod
     def compute(self) -> Scores:

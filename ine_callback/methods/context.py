@@ -43,10 +43,12 @@ class RowGradients:
     Args:
         grad_samples: Each block's per-sample gradients as factors; several where a batch used it several times.
         scale: What turns their rows into gradients of the rows' own losses [b].
+        terms: Likelihood terms of the mean that the batch's loss is: ``terms * sum s s^T`` of the factors' rows s is
+            the batch's Fisher.
     """
 
-    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor) -> None:
-        self._grad_samples, self._scale = grad_samples, scale
+    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor, terms: Tensor | float) -> None:
+        self._grad_samples, self._scale, self.terms = grad_samples, scale, terms
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._grad_samples)
@@ -109,6 +111,7 @@ class FitContext:
         at: Finished epochs, or ``"end"``.
         seed: For a method's own random numbers.
         owner: Class named in messages.
+        recent: Training rows as pairs of indices [b] and batches, in place of the source's.
         notes: Sentences for the report, such as which parameters per-sample gradients leave out.
     """
 
@@ -127,6 +130,7 @@ class FitContext:
     at: Stage = "end"
     seed: int = 0
     owner: str = "FitContext"
+    recent: Sequence[tuple[Tensor, Batch]] | None = None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -148,6 +152,10 @@ class FitContext:
 
     def batches(self, rows: Sequence[int] | None = None, what: str = "rows") -> Iterator[tuple[Tensor, Batch]]:
         """Training rows in order, by their indices [b] and as batches on the device."""
+        if self.recent is not None and rows is None:
+            for which, batch in self.progress(self.recent, what):
+                yield which, self.to_device(batch)
+            return
         chosen = torch.arange(self.rows) if rows is None else torch.as_tensor(list(rows), dtype=torch.int64)
         for part in self.progress(chosen.split(TOGETHER), what):
             yield part, self.to_device(self.source.training(part.tolist()))
@@ -208,7 +216,9 @@ class FitContext:
             raise CaptureError(f"{self.owner}: no layer's gradients can be told apart by rows: {reasons}.")
         if reading is None:
             self._note("per-sample gradients: the loss is of an unknown form, and taken as a mean over a batch's rows")
-        return RowGradients(grad_samples, loss.new_full((size,), size) if reading is None else reading.own)
+        if reading is None:
+            return RowGradients(grad_samples, loss.new_full((size,), size), size)
+        return RowGradients(grad_samples, reading.own, reading.terms)
 
     def _receive(self, module: nn.Module, found: dict[str, GradSample]) -> None:
         self._held += self.table.sort(module, found)

@@ -152,6 +152,23 @@ def step_rate(optimizer: Optimizer) -> float:
     return rule_of(optimizer).step(optimizer.param_groups[0])
 
 
+def relative_lr(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> float:
+    """Signed learning rate of a block's group relative to the first group's, at the start where a schedule ended at 0.
+
+    Example:
+        >>> import torch
+        >>> one, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([{"params": [one]}, {"params": [other], "lr": 0.3}], lr=0.1)
+        >>> round(relative_lr(optimizer, [other]), 3)
+        3.0
+    """
+    group, first = _group_of(optimizer, parameters[0]), optimizer.param_groups[0]
+    if group is None:
+        return 0.0
+    name = "lr" if float(first["lr"]) else "initial_lr"
+    return signed_lr({**group, "lr": group.get(name, 1.0)}) / (float(first.get(name, 1.0)) or 1.0)
+
+
 def signed_lr(group: Group) -> float:
     """The group's learning rate; negative if it climbs, which raises what a gradient contribution would have lowered.
 

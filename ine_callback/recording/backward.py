@@ -48,6 +48,11 @@ class BackwardPasses:
     def _holding(self) -> bool:
         return self._guard.phase in BEFORE_DIRECTIONS
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The rows of the present batch."""
+        return None if self._batch is None else self._batch[0]
+
     # -- a batch begins -----------------------------------------------------------------------------------------------
 
     def start_batch(self, rows: Rows, data: Any) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ine_callback.capture import Capture
 from ine_callback.errors import InfluenceError
-from ine_callback.methods import FINE, Method, training_methods
+from ine_callback.methods import FINE, FitContext, Method, training_methods
 from ine_callback.optimizers.clipping import Clipping
 from ine_callback.optimizers.registry import known
 from ine_callback.optimizers.schedule import Schedule
@@ -24,12 +24,14 @@ from ine_callback.queries import BoundQuery, QuerySource, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.backward import BackwardPasses, Rows
+from ine_callback.recording.closing import close
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.counting import CountedBatches
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.phases import Phase
 from ine_callback.recording.provenance import Clock, incomplete, run_info
+from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Training, build, records_signals, refuse
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
@@ -171,6 +173,8 @@ class Recorder:
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
         self.clipping = Clipping(optimizer)
         self._handles: list[Any] = []
+        self._closed = False
+        self.recent = RecentBatches(any(method.wants_closing for method in self.methods))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -200,9 +204,15 @@ class Recorder:
         self._clock = Clock()
         guard.phase = Phase.PROBING if records else Phase.RECORDING
 
-    def stop(self) -> None:
-        """Removes every hook; scores stay available."""
+    def stop(self, closing: bool = True) -> None:
+        """Removes every hook; scores stay available.
+
+        Args:
+            closing: Whether a method that wants one gets its closing pass; not after a training that was interrupted.
+        """
         self.capture.detach()
+        if self.running and closing:
+            self.close()
         if self.running:
             guard, parts = self.guard, self._parts
             for handle in self._handles:
@@ -221,7 +231,28 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stop()
+        self.stop(closing=exc[0] is None)
+
+    def close(self, context: FitContext | None = None) -> None:
+        """The closing pass, at the final weights, where a method wants one; :meth:`stop` calls it.
+
+        Args:
+            context: The trained model with its rows; by default with the batches of the last pass over the rows.
+        """
+        guard, methods = self.guard, [method for method in self.methods if method.wants_closing]
+        if not (methods and guard.recording and guard.steps and self._parts.bound) or self._closed:
+            return
+        self._closed = True
+        try:
+            found = close(self._parts, self.recent, context, self.config, guard.owner)
+            for method in methods:
+                method.close(found)
+            for note in found.notes:
+                guard.note(note)
+        except Exception as error:
+            if self.config.on_error == "raise" and not isinstance(error, InfluenceError):
+                raise
+            guard.note(f"no closing pass: {error}; scores are of the run alone, whose sizes are less accurate")
 
     def _leave(self) -> None:
         """After an exception: nothing more is read, and other processes do not wait for this one."""
@@ -246,7 +277,12 @@ class Recorder:
 
     def start_batch(self, rows: Rows, data: Any = None) -> None:
         """Announces the rows of the coming forward pass, or a function that finds them in the batch."""
-        self.guard.run(lambda: self._passes.start_batch(rows, data))
+        self.guard.run(lambda: self._start_batch(rows, data))
+
+    def _start_batch(self, rows: Rows, data: Any) -> None:
+        self._passes.start_batch(rows, data)
+        if self.recent.wanted and self._passes.rows is not None:
+            self.recent.add(self._passes.rows, data, self.accumulators.check.count)
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""

@@ -52,13 +52,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ine_callback.methods.base import Method, host
+from ine_callback.methods.closing import Closing
 from ine_callback.methods.fine import estimators
+from ine_callback.methods.fine.between_runs import between_runs
+from ine_callback.methods.fine.closing import mu_of, unreliable
+from ine_callback.methods.fine.null import enlarged, null_size, spread
 from ine_callback.scores import Floats, QueryInfo, Scores
 from ine_callback.stats import hypothesis_tests as tests
 
 Estimator = Literal["gaussian", "auc", "max_threshold"]
 
-MAX_NULL_DRAWS = 2**17  # per query, in the state
 MAX_REPORTED_DRAWS = 10_000  # null draws per query in the report
 MAX_SIGNAL = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
 
@@ -97,7 +100,9 @@ class FINE(Method):
         [1.414, -0.707, -0.707]
     """
 
-    def __init__(self, estimator: Estimator = "gaussian", null_draws: int = 20, seed: int = 0) -> None:
+    def __init__(
+        self, estimator: Estimator = "gaussian", null_draws: int = 20, seed: int = 0, closing: bool = True
+    ) -> None:
         if estimator not in get_args(Estimator):
             raise ValueError(f"FINE(estimator={estimator!r}): choose one of {', '.join(get_args(Estimator))}")
         if null_draws < 1:
@@ -107,6 +112,8 @@ class FINE(Method):
         self.estimator: Estimator = estimator
         self.null_draws = null_draws
         self.seed = seed
+        self.closing = closing
+        self._closing: Closing | None = None
         self._queries: tuple[QueryInfo, ...] = ()
         self._state: dict[str, Tensor] = {}
 
@@ -127,7 +134,7 @@ class FINE(Method):
         if not queries:
             raise ValueError("FINE.start: queries is empty; give at least one query")
         self._queries, self._rows, self._steps = queries, rows, 0
-        self._draws, self._stride = _null_size(rows, self.null_draws, 1)
+        self._draws, self._stride = null_size(rows, self.null_draws, 1)
         self._generator = torch.Generator(device).manual_seed(self.seed)
         q = len(queries)
         self._state = {name: torch.zeros(rows, q, device=device) for name in ("shift", "scatter", "variance")}
@@ -135,6 +142,7 @@ class FINE(Method):
         for name in ("observations", "informative"):
             self._state[name] = torch.zeros(rows, dtype=torch.int64, device=device)
         self._state["noise"] = torch.zeros(q, device=device)
+        self._state["order"] = torch.zeros(q, device=device)
         self._random_weights = random_weights
         self_columns = [k for k, query in enumerate(queries) if query.kind == "self"]
         self._self_columns = torch.tensor(self_columns, dtype=torch.int64, device=device)
@@ -189,6 +197,7 @@ class FINE(Method):
             centred = (signed - signed.sum(0) / count) * (count / (count - 1).clamp(min=1))
             state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
         state["noise"] += noise
+        state["order"] += noise if unit is None else noise * unit[0].float().square()
         self._steps += 1
         if self.estimator != "gaussian":
             estimators.update(state, rows, predicted.sum(0), noise, self._steps - 1)
@@ -243,10 +252,12 @@ class FINE(Method):
             v = np.where(variance[:, k] > 0, variance[:, k], np.nan)
             fit = tests.moderated_t(shift[:, k], residual[:, k], df, v)
             t[:, k], p_t[:, k] = fit.t, fit.p
-            se[:, k] = np.sqrt(_between_runs(fit.variance * v, host(state["contrast"][:, k]))) * scale[:, k]
-            nulls.append(draws.ravel()[_spread(draws.size, MAX_REPORTED_DRAWS)])
+            se[:, k] = np.sqrt(between_runs(fit.variance * v, host(state["contrast"][:, k]))) * scale[:, k]
+            nulls.append(draws.ravel()[spread(draws.size, MAX_REPORTED_DRAWS)])
         null_sd = np.sqrt(variance) * scale
         mu = shift * scale
+        if self._closing is not None:
+            self._close(self._closing, mu, se, observations)
         if self.estimator != "gaussian":
             mu, se = estimators.compute(state, self.estimator)
             mu[~seen], se[~seen] = np.nan, np.nan
@@ -265,6 +276,28 @@ class FINE(Method):
             null_mu=np.stack(nulls),
             null_ks_p=null_ks_p,
         )
+
+    @property
+    def wants_closing(self) -> bool:  # type: ignore[override]  # of the class for other methods
+        """Whether mu is made of a closing pass."""
+        return self.closing and self.estimator == "gaussian"
+
+    def close(self, closing: Closing) -> None:
+        """Takes the shifts that mu is made of; the tests stay those of the run."""
+        self._closing = closing
+
+    def _close(self, closing: Closing, mu: Floats, se: Floats, observations: NDArray[np.int64]) -> None:
+        """Puts the closing pass's scores in the place of the run's, for the queries on data and the rows it saw."""
+        columns = self._on_data()
+        for here, found in zip((mu, se), mu_of(closing, self._order(), observations), strict=True):
+            here[: len(found), columns] = np.where(np.isfinite(closing.shift), found, here[: len(found), columns])
+
+    def _on_data(self) -> list[int]:
+        return [k for k, query in enumerate(self._queries) if query.kind != "self"]
+
+    def _order(self) -> Floats:
+        """Variance of each query's change over the draw of the batches, summed over the run."""
+        return host(self._state["order"])[self._on_data()]
 
     def _scale(self, noise: Floats, observations: NDArray[np.int64]) -> Floats:
         """Returns what turns a row's shift into its mu [N, Q]; NaN for a query whose signals never varied.
@@ -285,7 +318,11 @@ class FINE(Method):
         return scale
 
     def notes(self) -> list[str]:
-        """The average self-influence, from which scores of self-influence are differences."""
+        """Whether sizes can be believed, and the average self-influence, of which scores are differences."""
+        size = [] if self._closing is None else unreliable(self._closing, self._order())
+        return [*size, *self._self_notes()]
+
+    def _self_notes(self) -> list[str]:
         if not len(self._self_columns) or self.estimator != "gaussian" or not self._random_weights:
             return []
         profile = host(self._started("notes")["profile"])
@@ -312,10 +349,10 @@ class FINE(Method):
             return
         for name in PER_ROW:
             if name in state:
-                state[name] = _enlarged(state[name], rows)
-        draws, stride = _null_size(rows, self._draws, self._stride)
+                state[name] = enlarged(state[name], rows)
+        draws, stride = null_size(rows, self._draws, self._stride)
         retained = state["null"][:-1][:: stride // self._stride, : draws + 1]
-        state["null"] = _enlarged(retained, -(-rows // stride) + 1)
+        state["null"] = enlarged(retained, -(-rows // stride) + 1)
         self._rows, self._draws, self._stride = rows, draws, stride
 
     def state_dict(self) -> dict[str, Any]:
@@ -344,7 +381,8 @@ class FINE(Method):
                 f"{state['queries']}, this run has {self.estimator!r} and {names}; resume with the same settings"
             )
         rows, device = self._rows, fresh["noise"].device
-        self._state = {name: state[name].to(device, copy=True) for name in fresh}
+        # checkpoints of earlier versions have no "order"
+        self._state = {name: state.get(name, zero).to(device, copy=True) for name, zero in fresh.items()}
         self._rows = self._state["shift"].shape[0]
         self._steps, self._draws, self._stride = int(state["steps"]), int(state["draws"]), int(state["stride"])
         saved = state["generator"].cpu()
@@ -358,36 +396,3 @@ class FINE(Method):
         if not self._state:
             raise RuntimeError(f"FINE.{caller}: no state yet; call start(rows, queries, device) first")
         return self._state
-
-
-def _null_size(rows: int, draws: int, stride: int) -> tuple[int, int]:
-    """Returns the draws per row, and k where every k-th row has a null (a multiple of ``stride``).
-
-    Their product ``rows / k x draws`` stays near ``MAX_NULL_DRAWS``.
-    """
-    draws = min(draws, max(2, MAX_NULL_DRAWS // max(rows, 1)))
-    return draws, stride * max(1, -(-rows * draws // (MAX_NULL_DRAWS * stride)))
-
-
-def _between_runs(within: Floats, contrasts: Floats) -> Floats:
-    """Returns the variance [N] of shifts over training runs, from the scatter of their steps [N] and contrasts [N, J].
-
-    The mean square of a row's J contrasts has few degrees of freedom: it is shrunk to the other rows' (in units of the
-    variance within the run), as limma does.
-    """
-    if not contrasts.any():
-        return within
-    known = np.where(within > 0, within, np.nan)
-    df = np.full(len(known), float(contrasts.shape[1]))
-    return tests.moderated_t(np.zeros(len(known)), np.square(contrasts).mean(1) / known, df, known).variance * known
-
-
-def _enlarged(tensor: Tensor, rows: int) -> Tensor:
-    larger = tensor.new_zeros(rows, *tensor.shape[1:])
-    larger[: tensor.shape[0]] = tensor
-    return larger
-
-
-def _spread(size: int, limit: int) -> NDArray[np.int64]:
-    """Returns at most ``limit`` evenly spaced indices below ``size``."""
-    return np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64)

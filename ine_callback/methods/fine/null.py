@@ -1,0 +1,30 @@
+"""How large the permutation null is, and what of it is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+MAX_NULL_DRAWS = 2**17  # per query, in the state
+
+
+def null_size(rows: int, draws: int, stride: int) -> tuple[int, int]:
+    """Returns the draws per row, and k where every k-th row has a null (a multiple of ``stride``).
+
+    Their product ``rows / k x draws`` stays near ``MAX_NULL_DRAWS``.
+    """
+    draws = min(draws, max(2, MAX_NULL_DRAWS // max(rows, 1)))
+    return draws, stride * max(1, -(-rows * draws // (MAX_NULL_DRAWS * stride)))
+
+
+def enlarged(tensor: Tensor, rows: int) -> Tensor:
+    """Returns the tensor with zeros for further rows."""
+    larger = tensor.new_zeros(rows, *tensor.shape[1:])
+    larger[: tensor.shape[0]] = tensor
+    return larger
+
+
+def spread(size: int, limit: int) -> NDArray[np.int64]:
+    """Returns at most ``limit`` evenly spaced indices below ``size``."""
+    return np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64)

@@ -1,0 +1,170 @@
+"""The closing pass: when training is over, the rows are passed once more at the final weights.
+
+Twice, in fact: with labels drawn from the model's predictions, for the curvature, and with their own labels, for their
+gradients' inner products with the queries' directions. :mod:`ine_callback.methods.closing` has the formula.
+
+The curvature of up to ``EXACT`` rows whose gradients fit into memory is taken across all layers. Of more, each layer's
+Kronecker factors stand for it, times one number: how much larger the curvature across layers is, in a sample of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ine_callback.capture import Block
+from ine_callback.curvature.gradient_sample import GradientSample
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.curvature.spectral import damped
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.errors import InfluenceError
+from ine_callback.methods.closing import Closing
+from ine_callback.methods.context import FitContext, RowGradients
+from ine_callback.methods.passes import PerSamplePass
+from ine_callback.optimizers.registry import rate_of, relative_lr
+from ine_callback.queries.sources import DataSource
+from ine_callback.recording.config import RecordingConfig
+from ine_callback.recording.recent_batches import RecentBatches
+from ine_callback.recording.setup import Parts
+from ine_callback.scores import Floats
+
+EXACT = 4096  # rows: their Gram matrix is factorised
+SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
+
+
+def close(
+    parts: Parts, recent: RecentBatches, context: FitContext | None, config: RecordingConfig, owner: str
+) -> Closing:
+    """Runs a recording's closing pass.
+
+    Args:
+        parts: The recording's.
+        recent: The batches of the last pass over the rows, used without a context.
+        context: The trained model with its rows.
+        config: The recording's options.
+        owner: Class named in messages.
+
+    Raises:
+        InfluenceError: If the rows or their gradients cannot be had.
+    """
+    training = parts.training
+    if parts.sharded:
+        raise InfluenceError("each process has a part of the weights only")
+    if context is None:
+        if parts.processes.count > 1:
+            raise InfluenceError("each process has a part of the rows only")
+        if recent.missing or training.loss is None or not recent.batches():
+            raise InfluenceError(recent.missing or "there is no loss to compute once more")
+        context = FitContext(
+            training.module,
+            parts.bound,
+            DataSource(owner, training.loss),
+            training.loss,
+            training.to_device,
+            training.context,
+            layers=config.layers,
+            owner=owner,
+            recent=recent.batches(),
+        )
+    return closing_pass(context, parts, parts.accumulators.check.count, config.max_dim)
+
+
+def closing_pass(context: FitContext, parts: Parts, rows: int, max_dim: int) -> Closing:
+    """The rows' shifts, and the queries' spread over initial weights, at the final weights.
+
+    Args:
+        context: The trained model, its rows and queries.
+        parts: The recording's: optimizer, schedule, initial weights.
+        rows: Number of rows N of the scores.
+        max_dim: Sides of a layer larger than this have a diagonal covariance.
+    """
+    curvature = _Curvature(rows, max_dim, parts.device)
+    notes = curvature.observe(context)
+    signals, optimizer = parts.signals, parts.training.optimizer
+    last = {block.key for block in signals.table if block.outputs}
+    rates, decays = {}, {}
+    for block in context.table:
+        block.outputs = block.key in last  # whose units are draws of the initial weights
+        rate = rate_of(optimizer, block.parameters)
+        summed = parts.schedule.realised * relative_lr(optimizer, block.parameters)
+        rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
+        decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
+    directions, variance = {}, torch.zeros(len(context.queries), device=parts.device)
+    v = context.query_gradients()
+    with torch.no_grad():
+        for block, u in curvature.damped(v, rates, decays).items():
+            variance += signals.noise.variance(block, u)
+            directions[block] = u * rates[block]
+    found = _contract(context, parts, directions, rows)
+    sd = variance.sqrt().double().cpu().numpy() if signals.noise.random else np.zeros(len(variance))
+    return Closing(found[..., 0], found[..., 1:], sd, notes)
+
+
+class _Curvature:
+    """The Fisher at the final weights: of all rows across layers, or of each layer as Kronecker factors."""
+
+    def __init__(self, rows: int, max_dim: int, device: torch.device) -> None:
+        self._rows, self._kfac = rows, KFAC(max_dim)
+        self._sample = GradientSample(rows if rows <= EXACT else SAMPLE)
+        self._alone = Lockstep(device, alone=True)
+        self._open = False
+
+    def observe(self, context: FitContext) -> tuple[str, ...]:
+        """Passes over the rows with drawn labels; with their own where none can be drawn, which is noted."""
+        try:
+            for rows, gradients in context.per_sample(PerSamplePass("sampled")):
+                self._add(gradients, len(rows))
+        except InfluenceError:
+            if self._open:
+                raise
+            for rows, gradients in context.per_sample():
+                self._add(gradients, len(rows))
+            return ("closing pass: no labels can be drawn for this loss, so the curvature is of the rows' own labels",)
+        return ()
+
+    def _add(self, gradients: RowGradients, size: int) -> None:
+        pairs = [(block, one) for block in gradients for one in gradients.grad_samples(block)]
+        for block in gradients:
+            block.reused |= len(gradients.grad_samples(block)) > 1
+        if not self._open:
+            self._sample.open(pairs, self._alone)
+            self._open = True
+        self._sample.select(size, gradients.terms, size)
+        for block, one in pairs:
+            self._kfac.observe(block, one, gradients.terms, size)
+            self._sample.observe(block, one)
+        self._sample.commit()
+        self._kfac.end_step()
+
+    def damped(
+        self, v: dict[Block, Tensor], rates: Mapping[Block, Tensor], decays: Mapping[Block, Tensor]
+    ) -> dict[Block, Tensor]:
+        """``(1 + R F)^-1 v``; takes the blocks out of ``v``, which are as large as the model."""
+        whole = self._sample.damped(v, rates) if self._sample.rows >= self._rows else {}
+        scale = 1.0 if len(whole) == len(v) else self._sample.curvature_scale(self._kfac, rates)
+        out = {block: u / (1 + decays[block]) for block, u in whole.items()}
+        for block in list(v):
+            vector = v.pop(block)
+            if block not in out:
+                out[block] = self._kfac.operator(block, damped(rates[block] * scale, decays[block])).apply(vector)
+        return out
+
+
+def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tensor], rows: int) -> Floats:
+    """Each row's inner products with the directions, and their contrasts [N, Q, 1 + J], divided by the rows seen."""
+    contrasts = parts.signals.contrasts
+    out = torch.full((rows, len(context.queries), 1 + contrasts.count), torch.nan, device=parts.device)
+    for which, gradients in context.per_sample():
+        with torch.no_grad():
+            found = [
+                contrasts.of_queries(block, one.wide(), directions[block])
+                for block in gradients
+                if block in directions
+                for one in gradients.grad_samples(block)
+            ]
+            out[which.to(out.device)] = (torch.stack(found).sum(0) * gradients.scale.view(-1, 1, 1)).to(out.dtype)
+    shifts: Floats = out.double().cpu().numpy()
+    return shifts / max(1, int(np.isfinite(shifts[:, 0, 0]).sum()))
