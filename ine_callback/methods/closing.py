@@ -23,10 +23,8 @@ class Closing:
         shift: Shifts s [N, Q] of the queries on data; NaN for rows that the pass did not see.
         contrasts: The same with Rademacher signs on each layer's units [N, Q, J].
         sd: Standard deviation [Q] that random initial weights leave in the query at the end; 0 where they are fixed.
-        notes: Sentences for the report.
     """
 
     shift: Floats
     contrasts: Floats
     sd: Floats
-    notes: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ from ine_callback.methods.passes import PerSamplePass
 from ine_callback.optimizers.registry import rate_of, relative_lr
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.config import RecordingConfig
+from ine_callback.recording.guard import Guard
 from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Parts
 from ine_callback.scores import Floats
@@ -36,7 +37,7 @@ SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 
 def close(
-    parts: Parts, recent: RecentBatches, context: FitContext | None, config: RecordingConfig, owner: str
+    parts: Parts, recent: RecentBatches, context: FitContext | None, config: RecordingConfig, guard: Guard
 ) -> Closing:
     """Runs a recording's closing pass.
 
@@ -45,7 +46,7 @@ def close(
         recent: The batches of the last pass over the rows, used without a context.
         context: The trained model with its rows.
         config: The recording's options.
-        owner: Class named in messages.
+        guard: Takes notes for the report.
 
     Raises:
         InfluenceError: If the rows or their gradients cannot be had.
@@ -61,28 +62,28 @@ def close(
         context = FitContext(
             training.module,
             parts.bound,
-            DataSource(owner, training.loss),
+            DataSource(guard.owner, training.loss),
             training.loss,
             training.to_device,
             training.context,
             layers=config.layers,
-            owner=owner,
+            owner=guard.owner,
             recent=recent.batches(),
         )
-    return closing_pass(context, parts, parts.accumulators.check.count, config.max_dim)
+    curvature = Curvature(parts.accumulators.check.count, config.max_dim, parts.device)
+    if not curvature.observe(context):
+        guard.note("closing pass: no labels can be drawn for this loss, so the curvature is of the rows' own labels")
+    return closing_pass(context, parts, curvature)
 
 
-def closing_pass(context: FitContext, parts: Parts, rows: int, max_dim: int) -> Closing:
+def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Closing:
     """The rows' shifts, and the queries' spread over initial weights, at the final weights.
 
     Args:
         context: The trained model, its rows and queries.
         parts: The recording's: optimizer, schedule, initial weights.
-        rows: Number of rows N of the scores.
-        max_dim: Sides of a layer larger than this have a diagonal covariance.
+        curvature: The Fisher at the final weights.
     """
-    curvature = _Curvature(rows, max_dim, parts.device)
-    notes = curvature.observe(context)
     signals, optimizer = parts.signals, parts.training.optimizer
     last = {block.key for block in signals.table if block.outputs}
     rates, decays = {}, {}
@@ -98,12 +99,12 @@ def closing_pass(context: FitContext, parts: Parts, rows: int, max_dim: int) -> 
         for block, u in curvature.damped(v, rates, decays).items():
             variance += signals.noise.variance(block, u)
             directions[block] = u * rates[block]
-    found = _contract(context, parts, directions, rows)
+    found = _contract(context, parts, directions)
     sd = variance.sqrt().double().cpu().numpy() if signals.noise.random else np.zeros(len(variance))
-    return Closing(found[..., 0], found[..., 1:], sd, notes)
+    return Closing(found[..., 0], found[..., 1:], sd)
 
 
-class _Curvature:
+class Curvature:
     """The Fisher at the final weights: of all rows across layers, or of each layer as Kronecker factors."""
 
     def __init__(self, rows: int, max_dim: int, device: torch.device) -> None:
@@ -112,8 +113,8 @@ class _Curvature:
         self._alone = Lockstep(device, alone=True)
         self._open = False
 
-    def observe(self, context: FitContext) -> tuple[str, ...]:
-        """Passes over the rows with drawn labels; with their own where none can be drawn, which is noted."""
+    def observe(self, context: FitContext) -> bool:
+        """Passes over the rows with drawn labels. False if none can be drawn, and the rows' own labels are used."""
         try:
             for rows, gradients in context.per_sample(PerSamplePass("sampled")):
                 self._add(gradients, len(rows))
@@ -122,8 +123,8 @@ class _Curvature:
                 raise
             for rows, gradients in context.per_sample():
                 self._add(gradients, len(rows))
-            return ("closing pass: no labels can be drawn for this loss, so the curvature is of the rows' own labels",)
-        return ()
+            return False
+        return True
 
     def _add(self, gradients: RowGradients, size: int) -> None:
         pairs = [(block, one) for block in gradients for one in gradients.grad_samples(block)]
@@ -153,9 +154,9 @@ class _Curvature:
         return out
 
 
-def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tensor], rows: int) -> Floats:
+def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tensor]) -> Floats:
     """Each row's inner products with the directions, and their contrasts [N, Q, 1 + J], divided by the rows seen."""
-    contrasts = parts.signals.contrasts
+    contrasts, rows = parts.signals.contrasts, parts.accumulators.check.count
     out = torch.full((rows, len(context.queries), 1 + contrasts.count), torch.nan, device=parts.device)
     for which, gradients in context.per_sample():
         with torch.no_grad():

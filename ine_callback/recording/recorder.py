@@ -173,8 +173,7 @@ class Recorder:
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
         self.clipping = Clipping(optimizer)
         self._handles: list[Any] = []
-        self._closed = False
-        self.recent = RecentBatches(any(method.wants_closing for method in self.methods))
+        self._closed, self.recent = False, RecentBatches(any(method.wants_closing for method in self.methods))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -244,11 +243,9 @@ class Recorder:
             return
         self._closed = True
         try:
-            found = close(self._parts, self.recent, context, self.config, guard.owner)
+            found = close(self._parts, self.recent, context, self.config, guard)
             for method in methods:
                 method.close(found)
-            for note in found.notes:
-                guard.note(note)
         except Exception as error:
             if self.config.on_error == "raise" and not isinstance(error, InfluenceError):
                 raise
