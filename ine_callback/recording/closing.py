@@ -38,8 +38,8 @@ SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 def close(
     parts: Parts, recent: RecentBatches, context: FitContext | None, config: RecordingConfig, guard: Guard
-) -> Closing:
-    """Runs a recording's closing pass.
+) -> Closing | None:
+    """Runs a recording's closing pass; None where it cannot be had, which is noted.
 
     Args:
         parts: The recording's.
@@ -47,33 +47,45 @@ def close(
         context: The trained model with its rows.
         config: The recording's options.
         guard: Takes notes for the report.
+    """
+    try:
+        if parts.sharded:
+            raise InfluenceError("each process has a part of the weights only")
+        context = context or _context(parts, recent, config, guard.owner)
+        curvature = Curvature(parts.accumulators.check.count, config.max_dim, parts.device)
+        if not curvature.observe(context):
+            guard.note("closing pass: no labels can be drawn for this loss: the curvature is of the rows' own labels")
+        return closing_pass(context, parts, curvature)
+    except Exception as error:  # the run's own scores are there
+        if config.on_error == "raise" and not isinstance(error, InfluenceError):
+            raise
+        why = str(error) if isinstance(error, InfluenceError) else f"{type(error).__name__}: {error}"
+        guard.note(f"no closing pass: {why}; scores are of the run alone, which are less accurate")
+        return None
+
+
+def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner: str) -> FitContext:
+    """The trained model with the batches of the last pass over the rows.
 
     Raises:
-        InfluenceError: If the rows or their gradients cannot be had.
+        InfluenceError: If there are none.
     """
     training = parts.training
-    if parts.sharded:
-        raise InfluenceError("each process has a part of the weights only")
-    if context is None:
-        if parts.processes.count > 1:
-            raise InfluenceError("each process has a part of the rows only")
-        if recent.missing or training.loss is None or not recent.batches():
-            raise InfluenceError(recent.missing or "there is no loss to compute once more")
-        context = FitContext(
-            training.module,
-            parts.bound,
-            DataSource(guard.owner, training.loss),
-            training.loss,
-            training.to_device,
-            training.context,
-            layers=config.layers,
-            owner=guard.owner,
-            recent=recent.batches(),
-        )
-    curvature = Curvature(parts.accumulators.check.count, config.max_dim, parts.device)
-    if not curvature.observe(context):
-        guard.note("closing pass: no labels can be drawn for this loss, so the curvature is of the rows' own labels")
-    return closing_pass(context, parts, curvature)
+    if parts.processes.count > 1:
+        raise InfluenceError("each process has a part of the rows only")
+    if recent.missing or training.loss is None or not recent.batches():
+        raise InfluenceError(recent.missing or "there is no loss to compute once more")
+    return FitContext(
+        training.module,
+        parts.bound,
+        DataSource(owner, training.loss),
+        training.loss,
+        training.to_device,
+        training.context,
+        layers=config.layers,
+        owner=owner,
+        recent=recent.batches(),
+    )
 
 
 def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Closing:

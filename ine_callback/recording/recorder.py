@@ -210,9 +210,9 @@ class Recorder:
             closing: Whether a method that wants one gets its closing pass; not after a training that was interrupted.
         """
         self.capture.detach()
-        if self.running and closing:
-            self.close()
         if self.running:
+            if closing:
+                self.close()
             guard, parts = self.guard, self._parts
             for handle in self._handles:
                 handle.remove()
@@ -242,14 +242,11 @@ class Recorder:
         if not (methods and guard.recording and guard.steps and self._parts.bound) or self._closed:
             return
         self._closed = True
-        try:
+        with self.capture.paused():
             found = close(self._parts, self.recent, context, self.config, guard)
+        if found is not None:
             for method in methods:
                 method.close(found)
-        except Exception as error:
-            if self.config.on_error == "raise" and not isinstance(error, InfluenceError):
-                raise
-            guard.note(f"no closing pass: {error}; scores are of the run alone, whose sizes are less accurate")
 
     def _leave(self) -> None:
         """After an exception: nothing more is read, and other processes do not wait for this one."""
