@@ -1,0 +1,218 @@
+"""The closing pass: its shifts against dense algebra, where its rows come from, and that it leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ine_callback import FINE, Recorder
+from ine_callback.methods import FitContext, PerSamplePass
+from ine_callback.methods.closing import Closing
+from ine_callback.queries.sources import DataSource
+from ine_callback.recording import closing, recent_batches
+from ine_callback.report import InfluenceReport
+
+ROWS, QUERIES, BATCH, EPOCHS = 96, 3, 16, 4
+G = torch.Generator().manual_seed(0)
+X = torch.randn(ROWS + QUERIES, 5, generator=G, dtype=torch.float64)
+Y = (X[:, 0] > 0).long() + (X[:, 1] > 0.5).long()
+Batch = tuple[Tensor, Tensor]
+
+
+class Kept(FINE):
+    """f-INE that keeps what the closing pass found."""
+
+    found: Closing | None = None
+
+    def close(self, closing: Closing) -> None:
+        super().close(closing)
+        self.found = closing
+
+
+def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def squared(module: nn.Module, batch: Batch) -> Tensor:
+    return F.mse_loss(module(batch[0])[:, 0], batch[0][:, 0] ** 2)
+
+
+def odd(module: nn.Module, batch: Batch) -> Tensor:
+    """No standard form, so no labels can be drawn."""
+    return module(batch[0]).abs().mean()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def train(
+    method: FINE,
+    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    data: bool = True,
+    epochs: int = EPOCHS,
+    **options: Any,
+) -> tuple[nn.Module, Recorder]:
+    """Trains with a recorder; rows are shuffled, and an epoch ends with a batch of another size."""
+    model, g = network(), torch.Generator().manual_seed(1)
+    descent = optimizer(model.parameters(), **options or {"lr": 0.3})
+    queries = {"q": (X[ROWS:], Y[ROWS:]), "first": (X[ROWS:][:1], Y[ROWS:][:1]), "self": "self"}
+    recorder = Recorder(
+        model, descent, ROWS, queries, loss, [method], total_steps=epochs * -(-ROWS // BATCH), on_error="raise"
+    )
+    with recorder:
+        for _ in range(epochs):
+            for rows in torch.randperm(ROWS, generator=g).split(BATCH - 1):
+                batch = (X[rows], Y[rows])
+                with recorder.batch(rows, batch if data else None):
+                    value = loss(model, batch)
+                    recorder.see(value)
+                    value.backward()
+                descent.step()
+                descent.zero_grad()
+    return model, recorder
+
+
+def explicit(model: nn.Module, rows: Tensor, labels: Tensor) -> Tensor:
+    """Each row's gradient [n, P], by a pass each."""
+    found = []
+    for x, y in zip(X[rows], labels, strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), list(model.parameters()))
+        found.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(found)
+
+
+def drawn(model: nn.Module, batches: list[tuple[Tensor, Any]]) -> Tensor:
+    """The gradients [N, P] of drawn labels that the closing pass gets, in the order of the parameters."""
+    context = FitContext(model, [], DataSource("Test", cross_entropy), cross_entropy, owner="Test", recent=batches)
+    out = []
+    for _, gradients in context.per_sample(PerSamplePass("sampled")):
+        blocks = [gradients.formed(block)[:, 0] for block in sorted(gradients, key=lambda block: block.key)]
+        # a block holds a weight and its bias side by side
+        parts = [part for block in blocks for part in (block[:, :, :-1].flatten(1), block[:, :, -1].flatten(1))]
+        out.append(torch.cat(parts, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_shifts_are_those_of_dense_algebra(momentum: float) -> None:
+    method = Kept()
+    model, recorder = train(method, lr=0.3, momentum=momentum)
+    assert method.found is not None
+    rate = 0.3 * EPOCHS * -(-ROWS // (BATCH - 1)) / (1 - momentum)
+    sampled = drawn(model, recorder.recent.batches())
+    fisher = sampled.T @ sampled / ROWS
+    v = torch.stack([explicit(model, torch.arange(ROWS, ROWS + n), Y[ROWS : ROWS + n]).mean(0) for n in (QUERIES, 1)])
+    own = explicit(model, torch.arange(ROWS), Y[:ROWS])
+    solved = torch.linalg.solve(torch.eye(len(fisher)).double() + rate * fisher, v.T)
+    np.testing.assert_allclose(method.found.shift, (rate / ROWS * own @ solved).numpy(), rtol=2e-4, atol=1e-6)
+
+
+def test_mu_is_the_shift_in_units_of_initial_weights_and_order() -> None:
+    method = Kept()
+    _, recorder = train(method)
+    scores = recorder.report().scores
+    assert method.found is not None and np.isfinite(scores.mu).all() and np.isfinite(scores.se).all()
+    ratio = method.found.shift / scores.mu[:, :2]
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-6)  # one unit a query
+    assert (ratio[0] > 0).all() and (ratio[0] > 0.5 * method.found.sd).all()
+
+
+def test_without_it_scores_are_the_runs_and_tests_are_the_same() -> None:
+    with_it, without = (train(FINE(closing=closing))[1].report().scores for closing in (True, False))
+    assert not np.allclose(with_it.mu[:, :2], without.mu[:, :2])
+    assert np.array_equal(with_it.mu[:, 2], without.mu[:, 2])  # self-influence is the run's
+    assert np.array_equal(with_it.p, without.p) and np.array_equal(with_it.t, without.t)
+
+
+def test_training_is_bit_identical_and_the_model_is_as_it_was() -> None:
+    one, _ = train(FINE())
+    other, _ = train(FINE(closing=False))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert one.training and not any(module._forward_hooks or module._backward_hooks for module in one.modules())
+
+
+def test_more_rows_than_are_taken_exactly_get_kronecker_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, factored = Kept(), Kept()
+    train(exact)
+    monkeypatch.setattr(closing, "EXACT", 10)
+    train(factored)
+    assert exact.found is not None and factored.found is not None
+    for k in range(2):
+        a, b = exact.found.shift[:, k], factored.found.shift[:, k]
+        assert np.corrcoef(a, b)[0, 1] > 0.9 and 0.5 < np.linalg.norm(a) / np.linalg.norm(b) < 2
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_schedule_that_ends_at_zero_changes_no_rate(optimizer: Any) -> None:
+    """The last learning rate says nothing about the run."""
+    method = Kept()
+    model, g = network(), torch.Generator().manual_seed(1)
+    descent = optimizer(model.parameters(), lr=0.01)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(descent, 12)
+    recorder = Recorder(
+        model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, [method], 12, [(cosine, 1)], on_error="raise"
+    )
+    with recorder:
+        for rows in torch.randperm(ROWS, generator=g).repeat(2).split(BATCH):
+            with recorder.batch(rows, (X[rows], Y[rows])):
+                cross_entropy(model, (X[rows], Y[rows])).backward()
+            descent.step()
+            descent.zero_grad()
+            cosine.step()
+    assert descent.param_groups[0]["lr"] == 0 and method.found is not None
+    assert np.isfinite(method.found.shift).all() and np.abs(method.found.shift).max() > 1e-5
+
+
+def notes_of(recorder: Recorder) -> list[str]:
+    report: InfluenceReport = recorder.report()
+    return [note for note in report.run.notes if "closing pass" in note]
+
+
+def test_what_stands_in_its_way_is_noted_and_scores_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain = train(FINE(closing=False))
+    _, without_data = train(FINE(), data=False)
+    assert notes_of(without_data) == [
+        "no closing pass: the batches were not given to Recorder.batch(rows, data); scores are of the run alone, which "
+        "are less accurate"
+    ]
+    assert np.array_equal(without_data.report().scores.mu, plain.report().scores.mu)
+    monkeypatch.setattr(recent_batches, "MAX_BYTES", 2**10)
+    _, large = train(FINE())
+    assert "the rows' batches take more than 0 MB" in notes_of(large)[0] and not large.recent.batches()
+
+
+def test_a_loss_without_labels_to_draw_takes_the_rows_own() -> None:
+    method = Kept()
+    _, recorder = train(method, odd)
+    assert method.found is not None and np.isfinite(method.found.shift).all()
+    assert any("no labels can be drawn for this loss" in note for note in notes_of(recorder))
+
+
+def test_squared_errors_draw_their_targets() -> None:
+    method = Kept()
+    _, recorder = train(method, squared, lr=0.01)
+    assert method.found is not None and np.isfinite(method.found.shift).all() and not notes_of(recorder)
+
+
+def test_an_interrupted_loop_gets_none() -> None:
+    method = Kept()
+    model = network()
+    descent = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, [method])
+    recorder.start()
+    for rows in torch.arange(ROWS).split(BATCH):
+        with recorder.batch(rows, (X[rows], Y[rows])):
+            cross_entropy(model, (X[rows], Y[rows])).backward()
+        descent.step()
+        descent.zero_grad()
+    recorder.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert method.found is None and np.isfinite(recorder.report().scores.mu).all()
