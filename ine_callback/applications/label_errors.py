@@ -4,7 +4,7 @@ A row's margin ``m = log p(label) - log p(likeliest other class)`` is recorded a
 averaged over windows of visits (1, 2, 3-4, 5-8, ...). In one window a row *disagrees* where m < 0, and ``|m|`` is how
 sure the model is. Where it is sure and right, a right label agrees; a wrong one disagrees, however sure the model is.
 So the fraction of disagreeing rows falls as ``|m|`` rises, and what is left among the surest rows is the fraction e of
-wrong labels: 0 on clean data. The estimated probability that a disagreeing row's label is wrong is
+wrong labels: near 0 on clean data. The estimated probability that a disagreeing row's label is wrong is
 
     P(wrong) = min(1, e / d(|m|)) / (1 + exp(m))
 
@@ -13,8 +13,8 @@ The second factor is the model's own: what it gives the other class, of the two.
 probable on, while the mean of ``1 - P(wrong)`` over it, the estimated false-discovery rate, is at most q.
 
 The first visit comes before the network knows anything, and is left out. Late in training a network may have learnt
-wrong labels by heart, and then its surest rows agree. So the window is the latest one that finds at least a quarter of
-what the best one finds. How often the stated rate holds: docs/methods/label-errors.md.
+wrong labels by heart, and then its surest rows agree. So the window is the latest one that finds at least half of what
+the best one finds. How often the stated rate holds: docs/methods/label-errors.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ RATE = 0.1  # default false-discovery rate of label errors
 TESTED_RATE = 0.05  # default of the test "exchangeable with its batch-mates"
 BINS, ROWS_A_BIN = 100, 15
 ENOUGH = 10  # disagreeing rows from which e is read
-LATE = 0.25
+CHANCE = 2.0  # standard errors within which steps are level
+LATE = 0.5
 RANDOM = 0.6  # a window in which more rows disagree says nothing
 
 
@@ -153,18 +154,26 @@ def _window(margins: Floats, q: float) -> _Window:
     noise = _floor(fraction, counts, sizes)
     at = np.empty(len(m))
     at[order] = np.repeat(fraction, sizes.astype(np.int64))
-    wrong = np.minimum(noise / np.maximum(at, 1e-12), 1.0) / (1.0 + np.exp(m))
+    wrong = np.minimum(noise / np.maximum(at, 1e-12), 1.0) / (1.0 + np.exp(np.clip(m, -50.0, 50.0)))
     probability = np.zeros(len(margins))
     probability[known] = np.where(m < 0, wrong, 0.0)
     return _Window(probability, noise, _first(probability, q))
 
 
 def _floor(fraction: Floats, counts: Floats, sizes: Floats) -> float:
-    """Fraction of disagreeing rows among the surest: of the fewest steps that hold enough of them, less one row."""
+    """Fraction of disagreeing rows among the surest, less one row: of the steps that are level within chance.
+
+    Args:
+        fraction: Fraction of disagreeing rows of each bin, increasing [B].
+        counts: Disagreeing rows of each bin [B].
+        sizes: Rows of each bin [B].
+    """
     ends = np.flatnonzero(np.append(np.diff(fraction) > 1e-12, True))
-    found, rows = counts.cumsum()[ends], sizes.cumsum()[ends]
-    enough = np.flatnonzero(found >= ENOUGH)
-    end = enough[0] if len(enough) else -1
+    found, rows = counts.cumsum(), sizes.cumsum()
+    enough = ends[found[ends] >= ENOUGH]
+    end = int(enough[0]) if len(enough) else len(counts) - 1  # the fewest steps that hold enough rows
+    level = (found[end] + CHANCE * np.sqrt(found[end])) / rows[end]
+    end = max(end, int((fraction <= level).sum()) - 1)  # and those that are no higher: the lowest of many is too low
     return max(0.0, float(found[end]) - 1.0) / float(rows[end])
 
 
