@@ -98,9 +98,9 @@ python -m benchmarks.cleanup --problems {problem} --seeds {seeds} --json cleanup
 ```
 
 {rows} rows, {noise:.1%} of the labels wrong. Each of {seeds} seeds records one run and trains anew, from other first
-weights, without as many rows as `report.drop_list()` lists, chosen by each score. Accuracy in per cent on {tests:,}
-clean test rows that no query saw, and its paired differences; ± half a 95 % interval over seeds. Networks as under
-"Wrong labels". Below: the labels that `report.suggest_labels()` proposes for the listed rows, means over seeds.
+weights, without as many rows as `report.unlike_batch_mates()` lists, chosen by each score. Accuracy in per cent on
+{tests:,} clean test rows that no query saw, and its paired differences; ± half a 95 % interval over seeds. Networks as
+under "Wrong labels". Below: the labels that `report.suggest_labels()` proposes for the listed rows, means over seeds.
 """
 
 OWN_HEAD = """\

@@ -66,8 +66,8 @@ class LabelErrors:
     def __str__(self) -> str:
         if not len(self):
             return f"No label is listed at a false-discovery rate of {self.q:g}. {self.note}".rstrip()
-        rows = f"{len(self):,} label{'' if len(self) == 1 else 's'}"
-        return f"{rows} probably wrong, of which {self.rate:.1%} by error (estimated). {self.note}".rstrip()
+        rows = f"{len(self):,} label{' is' if len(self) == 1 else 's are'}"
+        return f"{rows} probably wrong; an estimated {self.rate:.1%} of the list is right. {self.note}".rstrip()
 
 
 @dataclass(frozen=True)
