@@ -158,14 +158,16 @@ def noisy(where: Path | None, quick: bool) -> Iterator[Case]:
             for noise, share in NOISES[:3] if quick else NOISES:
                 if noise == "pair" and int(true.max()) == 1:
                     continue  # with two classes the next one is a random one
-                for epochs, seed in ((3, 0),) if quick else lengths(data, noise, share):
+                for epochs, seed in ((3, 0),) if quick else lengths(data, network, noise, share):
                     y, wrong = replaced(true, noise, share, seed)
                     yield Case(data, noise, share, network, epochs, seed, x, y, wrong)
 
 
-def lengths(data: str, noise: str, share: float) -> list[tuple[int, int]]:
+def lengths(data: str, network: str, noise: str, share: float) -> list[tuple[int, int]]:
     """Epochs and seeds: two seeds on digits, long training where it is cheap."""
-    if data in ("gaussians", "MNIST"):
+    if data == "MNIST":
+        return [(10, 0)] if network == "deep" else [(3, 0)]
+    if data == "gaussians":
         return [(3, 0), (10, 0)]
     long = [(30, 0)] if noise != "pair" and share <= 0.1 else []
     return [(epochs, seed) for epochs in (1, 3, 10) for seed in ((0, 1) if data == "digits" else (0,))] + long

@@ -116,8 +116,9 @@ def advice(report: Contents, facts: dict[str, Any]) -> str:
     """Where to look for label errors, and how strongly that is recommended."""
     losses = bool(np.isfinite(report.scores.mean_loss).any())
     labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
+    unasked = "" if facts["queries"] else "No query was scored by f-INE. "
     if facts["label_errors"] is not None:
-        return f"To look for label errors: {_listed(facts['label_errors'])} {unlike(report, facts)}".rstrip()
+        return f"{unasked}To look for label errors: {_listed(facts['label_errors'])} {unlike(report, facts)}".rstrip()
     name = facts["recommended_query"]
     if name is None:
         return f"No query was scored by f-INE.{f' To look for label errors: {labels}.' if labels else ''}"

@@ -135,7 +135,7 @@ def test_the_page_and_the_summary_say_it() -> None:
     assert first.short == f"{facts['label_errors']['listed']:,} labels" and first.tone == "suspect"
     assert any("On clean data this test lists" in line for line in first.lines)
     assert r"label\_errors" in report.to_markdown() and "unlike_batch_mates" in str(report).replace("\n", " ")
-    clean = report_of(margins_of(2, 0.0)[0])
+    clean = report_of(np.abs(margins_of(2, 0.0)[0]))
     assert answers(clean, clean.summary())[0].lines[0].startswith("No label is listed")
 
 
