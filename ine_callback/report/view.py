@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FLAG_AT = 0.05
 MAX_DETAILED = 4  # queries shown with their rows; the others are in the overview
 ROWS_PER_END = 5
-ON_CLEAN_DATA = "On clean data this test lists 2 to 15 % of the rows."
+ON_CLEAN_DATA = 0.02, 0.15  # fraction of the rows that self-influence's test lists there (docs/methods/label-errors.md)
 LEGEND = """\
 μ > 0: training on the row lowers the query. μ is in standard deviations of training noise;
 q is the false discovery rate; the mean loss is the free baseline for label errors."""
@@ -129,7 +129,7 @@ def advice(report: Contents, facts: dict[str, Any]) -> str:
     if kind == "self":
         return (
             f"To look for label errors: {labels + '. ' if labels else ''}Rows unlike their batch-mates: {where} "
-            f"{ON_CLEAN_DATA}"
+            f"{_on_clean_data(facts)}"
         )
     return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
 
@@ -144,6 +144,11 @@ def _listed(found: dict[str, Any]) -> str:
     )
 
 
+def _on_clean_data(facts: dict[str, Any]) -> str:
+    few, many = (round(fraction * facts["seen"]) for fraction in ON_CLEAN_DATA)
+    return f"On clean data this test lists 2 to 15 % of the rows, here {few:,} to {many:,}."
+
+
 def unlike(report: Contents, facts: dict[str, Any]) -> str:
     """How many rows the recommended query's test lists, and how many clean data would give."""
     name = facts["recommended_query"]
@@ -151,7 +156,7 @@ def unlike(report: Contents, facts: dict[str, Any]) -> str:
         return ""
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     rows = f"{count:,} row{'' if count == 1 else 's'}"
-    clean = f" {ON_CLEAN_DATA}" if report.info(name).kind == "self" else ""
+    clean = f" {_on_clean_data(facts)}" if report.info(name).kind == "self" else ""
     return (
         f"Rows unlike their batch-mates (report.unlike_batch_mates(), query {plain(name)!r}): {rows} at q ≤ "
         f"{FLAG_AT:g}.{clean}"
