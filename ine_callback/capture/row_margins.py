@@ -90,14 +90,15 @@ class RowMargins:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._sums = torch.zeros(2, WINDOWS, rows, device=device)  # of margins, of visits
+        self._ends = (2.0 ** torch.arange(WINDOWS - 1, device=device))[:, None]  # visits until each window is full
 
     def add(self, rows: Tensor, margins: Tensor) -> None:
         """Adds the margins [b] of one visit to rows; NaN: unknown."""
         if not rows.numel():
             return
         known = ~margins.isnan()
-        window = torch.frexp(self._sums[1][:, rows].sum(0))[1].clamp(max=WINDOWS - 1)
-        place = window.to(torch.int64) * self._sums.shape[2] + rows
+        window = (self._sums[1][:, rows].sum(0) >= self._ends).sum(0)
+        place = window * self._sums.shape[2] + rows
         added = torch.stack([margins.where(known, 0.0), known]).to(self._sums.dtype)
         self._sums.view(2, -1).index_add_(1, place, added)
 
