@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.append(run)
         print(line(run), flush=True)
         results = {
-            "protocol": "label errors",
+            "protocol": "label_errors",
             "machine": machine(),
             "q": Q,
             "seconds": time.time() - start,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cost
+from benchmarks import cost, label_tables
 from benchmarks.markdown import number, table
 from benchmarks.pictures import PLOTS
 
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scale": cost.scale,
         "knobs": cost.knobs,
     }
-    sections["cleanup"] = cleanup
+    sections |= {"cleanup": cleanup, "label_errors": label_tables.label_errors}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

@@ -32,6 +32,7 @@ def run(module: str, *arguments: str) -> str:
         ("runs", "## Several runs"),
         ("mislabel", "## Wrong labels"),
         ("cleanup", "## Acting on it"),
+        ("label_errors", "## Label errors"),
         ("randomness", "## Stability"),
         ("bif --variants 'plain SGLD' 'reduced (default)'", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),
