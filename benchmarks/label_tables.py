@@ -16,9 +16,9 @@ HEAD = """\
 python -m benchmarks.label_errors --json label_errors.json --data DIR
 ```
 
-`report.label_errors({q:g})`, one recorded run each. Recall / precision in per cent, means over seeds, by the labels that
-are replaced; "–": nothing is listed. Data and networks marked * were held out: they were run after the rule was fixed
-on the others. "unlike": rows that self-influence's test lists on clean data. CL: confident learning from five folds.
+`report.label_errors({q:g})`, one recorded run each. Recall / precision in per cent, means over seeds, by the labels
+that are replaced; "–": nothing is listed. Data and networks marked * were held out: they were run after the rule was
+fixed on the others. "unlike": rows that self-influence's test lists on clean data.
 """
 RATES = """\
 The true false-discovery rate, by the rate that is asked for, over the runs with replaced labels that list at least ten

@@ -35,6 +35,7 @@ BINS, ROWS_A_BIN = 100, 15
 ENOUGH = 10  # disagreeing rows from which e is read
 CHANCE = 2.0  # standard errors within which steps are level
 LATE = 0.5
+DOUBT = 0.3  # noise beyond which the labels, or the network, may be to blame
 RANDOM = 0.6  # a window in which more rows disagree says nothing
 
 
@@ -116,7 +117,8 @@ def label_errors(scores: Scores, q: float, who: str) -> LabelErrors:
     windows = {k: _window(later[:, k], q) for k in told}
     most = max(window.found for window in windows.values())
     chosen = max(k for k, window in windows.items() if window.found >= LATE * most)
-    return _list(windows[chosen], chosen, q, _learnt(later, usable, windows, most))
+    note = _doubt(windows[chosen]) or ("" if most else _learnt(later, usable))
+    return _list(windows[chosen], chosen, q, note)
 
 
 def suspicion(scores: Scores) -> Floats:
@@ -210,10 +212,21 @@ def _list(window: _Window, k: int, q: float, note: str) -> LabelErrors:
     return LabelErrors(rows, probability, rate, q, window.noise, (2**k + 1, 2 ** (k + 1)), note)
 
 
-def _learnt(later: Floats, usable: list[int], windows: dict[int, _Window], most: float) -> str:
+def _doubt(window: _Window) -> str:
+    """Says where as many disagreements may be the network's errors: then its surest rows tell nothing."""
+    if window.noise <= DOUBT:
+        return ""
+    return (
+        f"The model disagrees with {window.noise:.0%} of the labels even where it is surest. Either so many are wrong, "
+        "or it is often sure and wrong itself; then far more of the list is right than estimated. Its error on clean "
+        "validation data tells which."
+    )
+
+
+def _learnt(later: Floats, usable: list[int]) -> str:
     """Says where a network agrees with nearly every label in the end: wrong ones may be among them."""
     first, last = _disagreeing(later[:, usable[0]]), _disagreeing(later[:, usable[-1]])
-    if last < 0.01 and first > 0.1 and not most:
+    if last < 0.01 and first > 0.1:
         return (
             "In the end the model agrees with nearly every label, after many disagreements: it may have learnt wrong "
             "labels by heart before they could be told from hard rows."

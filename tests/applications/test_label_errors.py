@@ -87,6 +87,9 @@ def test_what_cannot_be_told_is_said() -> None:
     heart[: N // 5, 1] *= -0.01
     heart[:, 2] = 8.0
     assert "by heart" in report_of(heart).label_errors().note
+    half, _ = margins_of(0, 0.45)
+    assert "often sure and wrong itself" in report_of(half).label_errors().note
+    assert not report_of(margins_of(0, 0.1)[0]).label_errors().note
     assert "no one label a row" in example_report().label_errors().note
     with pytest.raises(ValueError, match="q is 2"):
         report_of(once).label_errors(2.0)
