@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.markdown import table
+from ine_callback.applications.label_errors import DOUBT
 
 HEAD = """\
 ## Label errors
@@ -22,7 +23,7 @@ fixed on the others. "unlike": rows that self-influence's test lists on clean da
 """
 RATES = """\
 The true false-discovery rate, by the rate that is asked for, over the runs with replaced labels that list at least ten
-rows: mean, and the worst run.
+rows: mean, and the worst run. "with note": runs whose list says that the network's own errors may be counted.
 """
 PEOPLE = """\
 Labels that people got wrong (all held out): AUROC of the rankings, mean over {seeds}; in brackets what
@@ -57,7 +58,9 @@ def label_errors(results: dict[str, Any]) -> Iterable[str]:
         ]
         yield table(heads, [_line(part, "confident learning") for part in _parts(others)])
     yield RATES
-    yield table(["data, network", f"q = {q:g}", f"q = {q / 2:g}", "runs"], _rates(replaced))
+    yield table(
+        ["data, network", f"q = {q:g}", f"q = {q / 2:g}", "runs", f"with note, q = {q:g}", "runs"], _rates(replaced)
+    )
     if people:
         seeds = "the seeds" if len({run["seed"] for run in people}) > 1 else "one seed"
         yield PEOPLE.format(q=q, seeds=seeds)
@@ -103,12 +106,20 @@ def _rates(runs: Runs) -> Iterable[list[str]]:
     keys = dict.fromkeys((run["data"], run["network"]) for run in runs)
     for data, network in keys:
         part = [run for run in runs if (run["data"], run["network"]) == (data, network) and run["noise"] != "clean"]
-        cells, count = [], 0
-        for which in ("list", "strict"):
-            long = [1 - run[which]["precision"] for run in part if run[which]["listed"] * run["rows"] >= 10]
-            cells.append(f"{np.mean(long):.2f}, {np.max(long):.2f}" if long else "–")
-            count = count or len(long)
-        yield [_name(part[0], epochs=False), *cells, f"{count} of {len(part)}"]
+        sure = [run for run in part if not run["list"]["noise"] > DOUBT]
+        doubtful = [run for run in part if run["list"]["noise"] > DOUBT]
+        cells = [_rate(sure, "list"), _rate(sure, "strict"), str(len(_long(sure, "list")))]
+        yield [_name(part[0], epochs=False), *cells, _rate(doubtful, "list"), str(len(_long(doubtful, "list")))]
+
+
+def _long(runs: Runs, which: str) -> list[float]:
+    """True false-discovery rates of the lists of at least ten rows."""
+    return [1 - run[which]["precision"] for run in runs if run[which]["listed"] * run["rows"] >= 10]
+
+
+def _rate(runs: Runs, which: str) -> str:
+    found = _long(runs, which)
+    return f"{np.mean(found):.2f}, {np.max(found):.2f}" if found else "–"
 
 
 def _ranks(part: Runs) -> list[str]:

@@ -14,7 +14,9 @@ probable on, while the mean of ``1 - P(wrong)`` over it, the estimated false-dis
 
 The first visit comes before the network knows anything, and is left out. Late in training a network may have learnt
 wrong labels by heart, and then its surest rows agree. So the window is the latest one that finds at least half of what
-the best one finds. How often the stated rate holds: docs/methods/label-errors.md.
+the best one finds. Windows in which the rows that disagree beyond e, the network's own errors, are more than e and more
+than 5 % are left out: there hard rows cannot be told from wrong labels. How often the stated rate holds:
+docs/methods/label-errors.md.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ ENOUGH = 10  # disagreeing rows from which e is read
 CHANCE = 2.0  # standard errors within which steps are level
 LATE = 0.5
 DOUBT = 0.3  # noise beyond which the labels, or the network, may be to blame
+OWN_ERRORS = 0.05  # fraction of the rows that the network may get wrong itself
 RANDOM = 0.6  # a window in which more rows disagree says nothing
 
 
@@ -73,10 +76,18 @@ class LabelErrors:
 
 @dataclass(frozen=True)
 class _Window:
-    """One window of visits: probabilities [N] that labels are wrong, and what they came from."""
+    """One window of visits: probabilities [N] that labels are wrong, and what they came from.
+
+    Attributes:
+        probability: [N], 0 for rows that agree.
+        noise: Estimated fraction of wrong labels.
+        own: Fraction of the rows that disagree beyond that: the network's own errors.
+        listed: The list.
+    """
 
     probability: Floats
     noise: float
+    own: float
     listed: Rows
 
     @property
@@ -115,6 +126,13 @@ def label_errors(scores: Scores, q: float, who: str) -> LabelErrors:
             "to do with the data. Nothing is listed.",
         )
     windows = {k: _window(later[:, k], q) for k in told}
+    windows = {k: window for k, window in windows.items() if window.own <= max(window.noise, OWN_ERRORS)}
+    if not windows:
+        return _nothing(
+            q,
+            "The model's own errors outnumber the wrong labels that may be there, which cannot be told from hard rows: "
+            "train longer, or read report.suspect_labels() from the top.",
+        )
     most = max(window.found for window in windows.values())
     chosen = max(k for k, window in windows.items() if window.found >= LATE * most)
     note = _doubt(windows[chosen]) or ("" if most else _learnt(later, usable))
@@ -159,7 +177,7 @@ def _window(margins: Floats, q: float) -> _Window:
     wrong = np.minimum(noise / np.maximum(at, 1e-12), 1.0) / (1.0 + np.exp(np.clip(m, -50.0, 50.0)))
     probability = np.zeros(len(margins))
     probability[known] = np.where(m < 0, wrong, 0.0)
-    return _Window(probability, noise, _first(probability, q))
+    return _Window(probability, noise, _disagreeing(margins) - noise, _first(probability, q))
 
 
 def _floor(fraction: Floats, counts: Floats, sizes: Floats) -> float:

@@ -18,14 +18,14 @@ from ine_callback.scores import WINDOWS, Floats, Scores
 N = 4000
 
 
-def margins_of(seed: int, wrong: float, hard: float = 0.1, visits: int = 4) -> tuple[Floats, Floats]:
+def margins_of(seed: int, wrong: float, hard: float = 0.05, visits: int = 4) -> tuple[Floats, Floats]:
     """Mean margins [N, 8] of rows of a well-trained network, and which labels are wrong.
 
     A row's sureness is exponential; hard rows have little of it. The model errs on a right label with the probability
     that it gives itself, and a wrong label's margin is the same with the other sign.
     """
     random = np.random.default_rng(seed)
-    sure = 0.3 + random.exponential(np.where(random.random(N) < hard, 0.5, 4.0))
+    sure = np.where(random.random(N) < hard, random.exponential(1.0, N), 2.5 + random.exponential(2.0, N))
     right = random.random(N) < 1 / (1 + np.exp(-sure))
     bad = random.random(N) < wrong
     margin = np.where(right != bad, sure, -sure)
@@ -69,7 +69,7 @@ def test_learnt_wrong_labels_are_found_in_an_earlier_window() -> None:
     margins, bad = margins_of(0, 0.1)
     margins[:, 3:6] = np.abs(margins[:, 2:3]) + 1  # in the end every label is known by heart
     found = report_of(margins).label_errors()
-    assert found.visits == (3, 4) and bad[found.rows].mean() > 0.85
+    assert found.visits == (3, 4) and bad[found.rows].mean() > 0.75
 
 
 def test_what_cannot_be_told_is_said() -> None:
@@ -78,6 +78,9 @@ def test_what_cannot_be_told_is_said() -> None:
     noise[:, :3] = random.standard_normal((N, 3)) - 1.3  # nine of ten labels lose, as with random ones
     found = report_of(noise).label_errors()
     assert len(found) == 0 and "disagreed with most labels" in found.note and np.isnan(found.noise)
+    hard, _ = margins_of(0, 0.0, hard=0.9)  # a fifth of the rows disagree, none of them for its label
+    found = report_of(hard).label_errors()
+    assert len(found) == 0 and "own errors outnumber" in found.note
     once = np.full((N, WINDOWS), np.nan)
     once[:, 0] = random.standard_normal(N)
     found = report_of(once).label_errors()
