@@ -81,14 +81,21 @@ class _Window:
     Attributes:
         probability: [N], 0 for rows that agree.
         noise: Estimated fraction of wrong labels.
-        own: Fraction of the rows that disagree beyond that: the network's own errors.
+        lowest: The same, as low as it may be.
+        disagreeing: Fraction of the rows that disagree.
         listed: The list.
     """
 
     probability: Floats
     noise: float
-    own: float
+    lowest: float
+    disagreeing: float
     listed: Rows
+
+    @property
+    def tells(self) -> bool:
+        """Whether the network's own errors are few, or at least fewer than the wrong labels."""
+        return self.disagreeing - self.lowest <= max(self.lowest, OWN_ERRORS)
 
     @property
     def found(self) -> float:
@@ -126,7 +133,7 @@ def label_errors(scores: Scores, q: float, who: str) -> LabelErrors:
             "to do with the data. Nothing is listed.",
         )
     windows = {k: _window(later[:, k], q) for k in told}
-    windows = {k: window for k, window in windows.items() if window.own <= max(window.noise, OWN_ERRORS)}
+    windows = {k: window for k, window in windows.items() if window.tells}
     if not windows:
         return _nothing(
             q,
@@ -171,17 +178,17 @@ def _window(margins: Floats, q: float) -> _Window:
     sizes = np.array([len(each) for each in bins], dtype=np.float64)
     counts = np.array([(m[each] < 0).sum() for each in bins], dtype=np.float64)
     fraction = increasing(counts / sizes, sizes)
-    noise = _floor(fraction, counts, sizes)
+    lowest, noise = _floor(fraction, counts, sizes)
     at = np.empty(len(m))
     at[order] = np.repeat(fraction, sizes.astype(np.int64))
     wrong = np.minimum(noise / np.maximum(at, 1e-12), 1.0) / (1.0 + np.exp(np.clip(m, -50.0, 50.0)))
     probability = np.zeros(len(margins))
     probability[known] = np.where(m < 0, wrong, 0.0)
-    return _Window(probability, noise, _disagreeing(margins) - noise, _first(probability, q))
+    return _Window(probability, noise, lowest, _disagreeing(margins), _first(probability, q))
 
 
-def _floor(fraction: Floats, counts: Floats, sizes: Floats) -> float:
-    """Fraction of disagreeing rows among the surest, less one row: of the steps that are level within chance.
+def _floor(fraction: Floats, counts: Floats, sizes: Floats) -> tuple[float, float]:
+    """Fraction of disagreeing rows among the surest, less one row: of the first steps, and of all level with them.
 
     Args:
         fraction: Fraction of disagreeing rows of each bin, increasing [B].
@@ -193,8 +200,9 @@ def _floor(fraction: Floats, counts: Floats, sizes: Floats) -> float:
     enough = ends[found[ends] >= ENOUGH]
     end = int(enough[0]) if len(enough) else len(counts) - 1  # the fewest steps that hold enough rows
     level = (found[end] + CHANCE * np.sqrt(found[end])) / rows[end]
-    end = max(end, int((fraction <= level).sum()) - 1)  # and those that are no higher: the lowest of many is too low
-    return max(0.0, float(found[end]) - 1.0) / float(rows[end])
+    last = max(end, int((fraction <= level).sum()) - 1)  # with those no higher within chance: the lowest is too low
+    lowest, noise = (max(0.0, float(found[k]) - 1.0) / float(rows[k]) for k in (end, last))
+    return lowest, noise
 
 
 def increasing(values: Floats, weights: Floats) -> Floats:
