@@ -316,11 +316,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few small runs: to see it work")
     parser.add_argument("--only", nargs="+", help="data sets by name; by default all")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="by default all")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     where, runs, start = None if args.quick else folder(args.data), [], time.time()
     for case in itertools.chain(people(where, 2), noisy(where, args.quick), random_labels(args.quick)):
-        if args.only and case.data not in args.only:
+        if case.network not in args.networks or (args.only and case.data not in args.only):
             continue
         run = recorded(case)
         if case.seed == 0 and case.noise != "all random" and (case.epochs in (10, 12) or args.quick):
