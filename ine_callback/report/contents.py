@@ -176,7 +176,7 @@ class Contents:
         """Rows that differ from their batch-mates: those with q-value at most ``q`` at the suspect end, worst first.
 
         That is no list of errors: hard and rare rows with right labels differ too. On clean data self-influence's test
-        lists 2 to 15 % of the rows, more of them the longer the training, since it takes a row's visits as independent.
+        lists 1 to 15 % of the rows, more of them the longer the training, since it takes a row's visits as independent.
 
         The suspect end of a ``"self"`` query is the upper one (the row keeps pulling hard on its own loss:
         mislabelled or hard), that of any other query the lower one (harmful, ``mu < 0``).

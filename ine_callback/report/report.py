@@ -210,7 +210,8 @@ class InfluenceReport(Contents, legacy.FormerNames):
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
-        With :attr:`attributions` also ``attributions.json`` and ``attributions.parquet``, and where they have such
+        Also ``margins.parquet``, where the run knew the model's predictions. With :attr:`attributions` also
+        ``attributions.json`` and ``attributions.parquet``, and where they have such
         parts ``attribution_layers.parquet``, ``attribution_tokens.parquet`` and ``attribution_arrays.parquet``.
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FLAG_AT = 0.05
 MAX_DETAILED = 4  # queries shown with their rows; the others are in the overview
 ROWS_PER_END = 5
-ON_CLEAN_DATA = 0.02, 0.15  # fraction of the rows that self-influence's test lists there (docs/methods/label-errors.md)
+ON_CLEAN_DATA = 0.01, 0.15  # fraction of the rows that self-influence's test lists there (docs/methods/label-errors.md)
 LEGEND = """\
 μ > 0: training on the row lowers the query. μ is in standard deviations of training noise;
 q is the false discovery rate; the mean loss is the free baseline for label errors."""
@@ -146,7 +146,7 @@ def _listed(found: dict[str, Any]) -> str:
 
 def _on_clean_data(facts: dict[str, Any]) -> str:
     few, many = (round(fraction * facts["seen"]) for fraction in ON_CLEAN_DATA)
-    return f"On clean data this test lists 2 to 15 % of the rows, here {few:,} to {many:,}."
+    return f"On clean data this test lists 1 to 15 % of the rows, here {few:,} to {many:,}."
 
 
 def unlike(report: Contents, facts: dict[str, Any]) -> str:
