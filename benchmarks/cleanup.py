@@ -3,8 +3,8 @@
     python -m benchmarks.cleanup --json cleanup.json --data DIR
 
 One run is recorded with the package's defaults. Then the network is trained anew, from other first weights, on the rows
-that a score leaves: as many are dropped as ``report.drop_list()`` lists, by every score, by the final loss and at
-random; and all wrong labels by an oracle. One arm drops nothing and corrects the listed rows' labels where
+that a score leaves: as many are dropped as ``report.unlike_batch_mates()`` lists, by every score, by the final loss and
+at random; and all wrong labels by an oracle. One arm drops nothing and corrects the listed rows' labels where
 ``report.suggest_labels()`` is at least half sure, from five folds' probabilities; how often it is right is counted too.
 The trainings of one seed share first weights, so differences are paired.
 """
@@ -78,7 +78,7 @@ def accuracy(model: nn.Module, problem: Problem) -> float:
 
 def dropped(report: InfluenceReport, model: nn.Module, problem: Problem, seed: int) -> dict[str, NDArray[np.int64]]:
     """The rows that each arm drops, of equal number but for the first and the last."""
-    listed = report.drop_list()
+    listed = report.unlike_batch_mates()
     size = len(listed)
     with torch.no_grad():
         loss = F.cross_entropy(model(problem.x), problem.y, reduction="none").numpy()
@@ -86,8 +86,8 @@ def dropped(report: InfluenceReport, model: nn.Module, problem: Problem, seed: i
         NONE: listed[:0],
         RANDOM: np.random.default_rng(seed).permutation(report.rows)[:size],
         LOSS: np.argsort(-loss)[:size],
-        "self-influence, drop_list()": listed,
-        "mean loss, suspect_labels()": report.suspect_labels(size),
+        "self-influence, unlike_batch_mates()": listed,
+        "highest mean loss": np.argsort(-report.scores.mean_loss)[:size],
         "harm to the mean margin": report.bottom(size, "margin").rows if size else listed,
         "harm to the mean loss": report.bottom(size, "loss").rows if size else listed,
         "all wrong labels (oracle)": np.flatnonzero(problem.wrong),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cost
+from benchmarks import cost, label_tables
 from benchmarks.family import markdown as family
 from benchmarks.markdown import number, table
 from benchmarks.pictures import PLOTS
@@ -99,9 +99,9 @@ python -m benchmarks.cleanup --problems {problem} --seeds {seeds} --json cleanup
 ```
 
 {rows} rows, {noise:.1%} of the labels wrong. Each of {seeds} seeds records one run and trains anew, from other first
-weights, without as many rows as `report.drop_list()` lists, chosen by each score. Accuracy in per cent on {tests:,}
-clean test rows that no query saw, and its paired differences; ± half a 95 % interval over seeds. Networks as under
-"Wrong labels". Below: the labels that `report.suggest_labels()` proposes for the listed rows, means over seeds.
+weights, without as many rows as `report.unlike_batch_mates()` lists, chosen by each score. Accuracy in per cent on
+{tests:,} clean test rows that no query saw, and its paired differences; ± half a 95 % interval over seeds. Networks as
+under "Wrong labels". Below: the labels that `report.suggest_labels()` proposes for the listed rows, means over seeds.
 """
 
 OWN_HEAD = """\
@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scale": cost.scale,
         "knobs": cost.knobs,
     }
-    sections |= {"cleanup": cleanup, "family": family.section}
+    sections |= {"cleanup": cleanup, "family": family.section, "label_errors": label_tables.label_errors}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

@@ -79,7 +79,7 @@ def tutorial() -> Figure:
     text = (HERE / "tutorial.md").read_text(encoding="utf-8").partition("## Keep it")[0]  # what follows writes files
     exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), made)
     figure = Figure((8.0, 3.0), layout="constrained")
-    rows = {"First by mean loss": made["ranked"], "On the tested list, and right": made["missed"]}
+    rows = {"First of the ranking": made["ranked"], "On the tested list, and right": made["missed"]}
     for part, (title, chosen) in zip(figure.subfigures(2, 1), rows.items(), strict=True):
         part.suptitle(title, fontsize=10, color=INK, fontweight="bold", x=0.01, ha="left")
         for ax, row in zip(part.subplots(1, 8), chosen, strict=False):

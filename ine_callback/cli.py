@@ -153,8 +153,14 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
 
     out = command("export", _export, "write scores, or lists of rows, for other programs", EXPORT_EXAMPLES, "PATH")
     out.add_argument("--format", choices=get_args(Format), required=True, help="see below")
-    out.add_argument("--query", metavar="NAME", help="the query; by default all, of the lists the recommended one")
-    out.add_argument("--q", type=float, help="false discovery rate of the lists; default .05")
+    out.add_argument(
+        "--query",
+        metavar="NAME",
+        help="the query; by default all, of the lists the wrong labels, where the run could tell them",
+    )
+    out.add_argument(
+        "--q", type=float, help="false discovery rate of the lists; default .1 for label errors, .05 of a query's test"
+    )
     output(out, "to standard output")
 
     pair = command("compare", _compare, "compare two runs: which findings repeat", COMPARE_EXAMPLES, "PATH", "OTHER")
@@ -237,7 +243,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ValueError(f"export: --q belongs to {' and '.join(LISTS)}; {form} has all rows, with their q-values")
     if form == "parquet" and file is None:
         raise ValueError("export: parquet is no text; name a file with -o")
-    q = FLAG_AT if arguments.q is None else arguments.q
+    q = arguments.q
     report = InfluenceReport.load(arguments.path)
     if file is None:
         rest = memoryview(contents(report, form, arguments.query, q))

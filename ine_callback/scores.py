@@ -19,6 +19,7 @@ from ine_callback.utilities.jsonable import jsonable, unicode
 QueryKind = Literal["loss", "margin", "self", "custom"]
 Stage = int | Literal["end"]  # finished epochs, or the end of training
 Floats = NDArray[np.float64]
+WINDOWS = 8  # of a row's visits: 1, 2, 3-4, 5-8, ..., 65 and later
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Scores:
         mean_loss: The row's training loss averaged over its visits [N] (all NaN where the loss could not be read).
         null_mu: Draws of a row's ``mu / null_sd`` under the permutation null [Q, M], for plots.
         null_ks_p: Kolmogorov-Smirnov p-value [Q] of the uniformity of a held-out null draw's p-values.
+        margins: The row's mean margin in windows of its visits [N, 8] (visit 1, 2, 3-4, 5-8, ...), NaN where there was
+            none; None where the loss has no one label a row. Below 0 the model preferred another class.
     """
 
     queries: tuple[QueryInfo, ...]
@@ -70,11 +73,12 @@ class Scores:
     mean_loss: Floats
     null_mu: Floats
     null_ks_p: Floats
+    margins: Floats | None = None
 
     def first(self, rows: int) -> Scores:
         """The scores of rows 0 to ``rows - 1``."""
         arrays = (f.name for f in fields(self) if f.name not in ("queries", "null_mu", "null_ks_p"))
-        return replace(self, **{name: getattr(self, name)[:rows] for name in arrays})
+        return replace(self, **{k: v[:rows] for k in arrays if (v := getattr(self, k)) is not None})
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _reading(
 def _nll(node: Any) -> tuple[Tensor, Tensor]:
     target = node._saved_target.detach()
     log_p = node._saved_self.detach()
-    ignored = target == _signed(node._saved_ignore_index)
+    ignored = target == signed(node._saved_ignore_index)
     safe = target.masked_fill(ignored, 0)
     losses = -wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
     weights = torch.ones_like(losses) if node._saved_weight is None else node._saved_weight[safe].to(losses.dtype)
@@ -132,7 +132,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _signed(index: int) -> int:
+def signed(index: int) -> int:
     """The ignored index, which the graph has as an unsigned 64-bit integer."""
     return index - (1 << 64) if index >= (1 << 63) else index
 

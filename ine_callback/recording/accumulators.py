@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.row_losses import RowLosses
+from ine_callback.capture.row_margins import RowMargins
 from ine_callback.data.row_ids import RowCheck
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
@@ -46,7 +47,7 @@ class RowAccumulators:
     ) -> None:
         self._owner, self._rows, self.queries, self._methods = owner, rows, queries, methods
         self.check, self._size = RowCheck(owner, rows), rows or 0
-        self._losses = RowLosses(self._size, device)
+        self._losses, self._margins = RowLosses(self._size, device), RowMargins(self._size, device)
         for method in methods:
             method.start(self._size, queries, device, random_weights, contrasts)
 
@@ -56,27 +57,30 @@ class RowAccumulators:
         if known > self._size:
             self._grow(max(known, 2 * self._size))
         self._losses.add(observations.rows, observations.losses)
+        self._margins.add(observations.rows, observations.margins)
         for method in self._methods:
             method.update(observations.rows, observations.signals[..., 0], rate, units, observations.signals[..., 1:])
 
     def _grow(self, rows: int) -> None:
         self._size = rows
         self._losses.grow(rows)
+        self._margins.grow(rows)
         for method in self._methods:
             method.grow(rows)
 
     def scores(self) -> Scores:
         """The scores so far of the rows that exist."""
-        scores = replace(self._methods[0].compute(), mean_loss=self._losses.mean())
+        scores = replace(self._methods[0].compute(), mean_loss=self._losses.mean(), margins=self._margins.means())
         return scores.first(self.check.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types: 28 bytes a row and query, 28 a row, and the null (docs/howto/long-runs.md)."""
+        """Tensors and plain types: 28 bytes a row and query, 92 a row, and the null (docs/howto/long-runs.md)."""
         return {
             "settings": self._settings(),
             "rows": self.check.count,
             "size": self._size,
             "losses": self._losses.state_dict(),
+            "margins": self._margins.state_dict(),
             "methods": [method.state_dict() for method in self._methods],
         }
 
@@ -96,6 +100,8 @@ class RowAccumulators:
             method.load_state_dict(of_method)  # first: it may refuse, and then nothing has changed
         self.check.count = max(self.check.count, state["rows"])
         self._losses.load_state_dict(state["losses"])
+        if "margins" in state:  # checkpoints of 0.1 have none
+            self._margins.load_state_dict(state["margins"])
         self._grow(max(self._size, state["size"]))
 
     def _settings(self) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from ine_callback.capture import GradSample
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
+from ine_callback.capture.row_margins import read_margins
 from ine_callback.capture.verification import Verification
 from ine_callback.errors import RowsError, UnknownRows
 from ine_callback.recording.coverage import HOLD, VERIFY
 from ine_callback.recording.guard import Guard
-from ine_callback.recording.observations import Pass
+from ine_callback.recording.observations import Pass, or_unknown
 from ine_callback.recording.phases import BEFORE_DIRECTIONS, RECEIVED, BatchPhase, Phase
 from ine_callback.recording.setup import Parts
 from ine_callback.recording.steps import OptimizerSteps
@@ -41,6 +42,7 @@ class BackwardPasses:
         self._capture, self._clipping = parts.capture, parts.clipping
         self._batch: tuple[Tensor, Any] | None = None
         self._row_losses: Tensor | None = None
+        self._row_margins: Tensor | None = None
         self._phase = BatchPhase.WAITING
         self._passes, self._lost = Passes(self._pass_over), 0
 
@@ -65,7 +67,7 @@ class BackwardPasses:
         except UnknownRows as error:
             return self._steps.leave_out(error)
         rows = rows.to(parts.device, torch.int64, non_blocking=True)
-        self._batch, self._row_losses = (rows, data), None
+        self._batch, self._row_losses, self._row_margins = (rows, data), None, None
         if self._phase is BatchPhase.SETTLED:
             self._phase = BatchPhase.WAITING
         due = False
@@ -105,7 +107,7 @@ class BackwardPasses:
             self._signals.draw()
 
     def see(self, loss: Tensor) -> None:
-        """Reads each row's loss and the loss's scale off the loss about to be differentiated."""
+        """Reads each row's loss and margin and the loss's scale off the loss about to be differentiated."""
         if self._batch is None:
             return
         with torch.no_grad():
@@ -116,6 +118,7 @@ class BackwardPasses:
                 )
                 return
             self._row_losses = reading.rows
+            self._row_margins = read_margins(loss, len(self._batch[0]))
             scale = 1.0 if self._capture.unscale is None else self._capture.unscale
             self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
 
@@ -206,12 +209,8 @@ class BackwardPasses:
                 self._fall_back(rows, data)
         with torch.no_grad():
             blocks, signals, self_variance = self._signals.settle(self._clipping.watching)
-            losses = (
-                torch.full_like(self_variance, torch.nan)
-                if self._row_losses is None
-                else self._row_losses.to(self_variance.dtype)
-            )
-            self._steps.add(Pass(rows, blocks, signals, self_variance, losses))
+            losses, margins = (or_unknown(read, self_variance) for read in (self._row_losses, self._row_margins))
+            self._steps.add(Pass(rows, blocks, signals, self_variance, losses, margins))
         self._phase = BatchPhase.SETTLED
 
     # -- verification -------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.row_losses import read_loss
+from ine_callback.capture.row_margins import read_margins
 from ine_callback.errors import UnknownRows
 from ine_callback.recording.backward import Rows
 from ine_callback.recording.guard import Guard
-from ine_callback.recording.observations import Pass
+from ine_callback.recording.observations import Pass, or_unknown
 from ine_callback.recording.setup import Parts
 from ine_callback.recording.steps import OptimizerSteps
 
@@ -29,6 +30,7 @@ class CountedBatches:
         self._guard, self._parts, self._steps = guard, parts, steps
         self._rows: Tensor | None = None
         self._losses: Tensor | None = None
+        self._margins: Tensor | None = None
 
     def start_batch(self, rows: Rows, data: Any) -> None:
         """Announces the rows of the coming forward pass."""
@@ -36,14 +38,16 @@ class CountedBatches:
             found = self._parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
         except UnknownRows as error:
             return self._steps.leave_out(error)
-        self._rows, self._losses = found.to(self._parts.device, torch.int64, non_blocking=True), None
+        self._rows = found.to(self._parts.device, torch.int64, non_blocking=True)
+        self._losses = self._margins = None
 
     def see(self, loss: Tensor) -> None:
-        """Reads each row's loss off the loss about to be differentiated."""
+        """Reads each row's loss and margin off the loss about to be differentiated."""
         if self._rows is None:
             return
         with torch.no_grad():
             reading = read_loss(loss, len(self._rows))
+            self._margins = read_margins(loss, len(self._rows))
         if reading is None:
             self._guard.note("the training loss is of no standard form: row losses unknown")
         else:
@@ -56,10 +60,8 @@ class CountedBatches:
         count, device = len(self._rows), self._parts.device
         signals = torch.zeros(1, count, 0, 1 + self._parts.signals.contrasts.count, device=device)
         self_variance = torch.zeros(count, device=device)
-        losses = (
-            torch.full_like(self_variance, torch.nan) if self._losses is None else self._losses.to(self_variance.dtype)
-        )
-        self._steps.add(Pass(self._rows, (), signals, self_variance, losses))
+        losses, margins = (or_unknown(read, self_variance) for read in (self._losses, self._margins))
+        self._steps.add(Pass(self._rows, (), signals, self_variance, losses, margins))
 
     def end_batch(self) -> None:
         """Ends the batch; its rows wait for the optimizer's step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -23,34 +23,37 @@ class Observations:
         signals: Signals and contrasts [b, Q, 1 + J].
         self_variance: Squared units of self-influence [b].
         losses: The rows' losses [b], NaN where unknown.
+        margins: The rows' margins [b] (:mod:`ine_callback.capture.row_margins`), NaN where unknown.
     """
 
     rows: Tensor
     signals: Tensor
     self_variance: Tensor
     losses: Tensor
+    margins: Tensor
 
     def again(self, later: Observations) -> Observations:
         """The same rows with a further backward pass."""
-        return Observations(
-            self.rows,
-            self.signals + later.signals,
-            self.self_variance + later.self_variance,
-            self.losses + later.losses,
-        )
+        signals, self_variance = self.signals + later.signals, self.self_variance + later.self_variance
+        return Observations(self.rows, signals, self_variance, self.losses + later.losses, self.margins)
 
     def times(self, factor: Tensor | float) -> Observations:
         """With the contributions to the step times a factor."""
-        return Observations(self.rows, self.signals * factor, self.self_variance, self.losses)
+        return replace(self, signals=self.signals * factor)
 
     def joined(self, processes: Processes, sizes: Sequence[int]) -> Observations:
         """Those of all processes, this one's being ``sizes[rank]``; right after an exchange."""
         if processes.count == 1:
             return self
-        self_variance, losses = (x.to(self.signals.dtype)[:, None] for x in (self.self_variance, self.losses))
+        others = torch.stack([self.self_variance, self.losses, self.margins], 1).to(self.signals.dtype)
         rows = processes.join(self.rows, sizes)
-        packed = processes.join(torch.cat([self.signals.flatten(1), self_variance, losses], 1), sizes)
-        return Observations(rows, packed[:, :-2].unflatten(1, self.signals.shape[1:]), packed[:, -2], packed[:, -1])
+        packed = processes.join(torch.cat([self.signals.flatten(1), others], 1), sizes)
+        return Observations(rows, packed[:, :-3].unflatten(1, self.signals.shape[1:]), *packed[:, -3:].unbind(1))
+
+
+def or_unknown(read: Tensor | None, like: Tensor) -> Tensor:
+    """What was read of each row [b], in the type of ``like`` [b]; all NaN where nothing was."""
+    return torch.full_like(like, torch.nan) if read is None else read.to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Pass:
         signals: Signals and contrasts [K, b, Q, 1 + J].
         self_variance: As of :class:`Observations`.
         losses: As of :class:`Observations`.
+        margins: As of :class:`Observations`.
         changes: What was done to the gradients since.
     """
 
@@ -71,6 +75,7 @@ class Pass:
     signals: Tensor
     self_variance: Tensor
     losses: Tensor
+    margins: Tensor
     changes: list[Change] = field(default_factory=list)
 
     def observations(self) -> Observations:
@@ -79,7 +84,7 @@ class Pass:
         for change in self.changes:
             factors = change.factors(self.blocks) if self.blocks else change.total()[None]
             signals = signals * factors.to(signals.dtype)[:, None, None, None]
-        return Observations(self.rows, signals.sum(0), self.self_variance, self.losses)
+        return Observations(self.rows, signals.sum(0), self.self_variance, self.losses, self.margins)
 
 
 class Pending:
@@ -125,6 +130,6 @@ class Pending:
         self._passes = []
         if not parts:
             none = torch.zeros(0, device=device)
-            return Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none)
-        names = ("rows", "signals", "self_variance", "losses")
+            return Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none, none)
+        names = ("rows", "signals", "self_variance", "losses", "margins")
         return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.report.attribution_view import by_method, heading, verdict
-from ine_callback.report.view import advice
+from ine_callback.report.view import advice, unlike
 from ine_callback.utilities.words import plain, tails
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
 
 
 def _fix(report: Contents, facts: dict[str, Any]) -> Answer:
-    name = facts["recommended_query"]
+    name, labels = facts["recommended_query"], facts["label_errors"]
+    if labels is not None:
+        return _labels(report, facts, labels)
     count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
     short = f"{count:,} row{'' if count == 1 else 's'}"
     self_query = report.info(name).kind == "self"
@@ -60,6 +62,19 @@ def _fix(report: Contents, facts: dict[str, Any]) -> Answer:
     lines = [plain(f"Those that stand out (q ≤ {facts['flagged_at_q']:g} on {name!r}) by their {what}.")]
     lines = ["No row stands out."] if not count else lines
     return Answer("What to fix", short, "suspect" if count else "ok", [*lines, advice(report, facts)], name)
+
+
+def _labels(report: Contents, facts: dict[str, Any], labels: dict[str, Any]) -> Answer:
+    """Labels that are probably wrong; rows that merely stand out are a line below."""
+    count = labels["listed"]
+    short = f"{count:,} label{'' if count == 1 else 's'}"
+    if count:
+        lines = [f"Probably wrong: report.label_errors(), estimated false discovery rate ≤ {labels['q']:g}."]
+    else:
+        lines = [f"No label is listed as wrong at a false discovery rate of {labels['q']:g}."]
+    lines += [labels["note"]] if labels["note"] else []
+    lines += ["report.suspect_labels() ranks all rows.", unlike(report, facts)]
+    return Answer("What to fix", short, "suspect" if count else "ok", lines, facts["recommended_query"])
 
 
 def _matters(facts: dict[str, Any]) -> Answer:

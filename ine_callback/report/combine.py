@@ -40,7 +40,8 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
 
     Of the rest, ``null_sd`` is the mean's, ``sqrt(sum of null_sd_r^2) / R``; ``null_mu`` holds draws of
     ``mu / null_sd`` under the null, sums of one draw a run over sqrt(R); ``null_ks_p`` is the smallest of the runs
-    times their number (Bonferroni), at most 1; ``observations`` are summed; ``mean_loss`` is weighted by them.
+    times their number (Bonferroni), at most 1; ``observations`` are summed; ``mean_loss`` is weighted by them;
+    ``margins`` are means over the runs.
 
     Raises:
         ValueError: When the runs do not belong together; see :meth:`InfluenceReport.combine`.
@@ -69,7 +70,7 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         checks = np.array([run.null_ks_p[c] for run, c in zip(runs, columns[:, k], strict=True)])
         if (known := np.isfinite(checks)).any():
             null_ks_p[k] = min(1.0, float(checks[known].min()) * int(known.sum()))
-    loss = np.stack([run.mean_loss for run in runs])
+    loss, margins = np.stack([run.mean_loss for run in runs]), [run.margins for run in runs]
     return Scores(
         queries=queries,
         q=tests.benjamini_hochberg(result["p"]),
@@ -77,6 +78,7 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         mean_loss=mean_over(loss, np.where(np.isfinite(loss), observations, 0)),
         null_mu=np.stack(null_mu) if null_mu else np.zeros((0, 0)),
         null_ks_p=null_ks_p,
+        margins=_mean_margins([each for each in margins if each is not None]),
         **result,
     )
 
@@ -85,6 +87,14 @@ def mean_over(values: Floats, weights: NDArray[Any]) -> Floats:
     """Weighted mean over the first axis; NaN without weight."""
     total = weights.sum(0)
     return np.where(total > 0, np.where(weights > 0, values * weights, 0.0).sum(0) / np.maximum(total, 1), np.nan)
+
+
+def _mean_margins(runs: Sequence[Floats]) -> Floats | None:
+    """Mean margins [N, W] over the runs that knew them, each in its own window."""
+    if not runs or len({run.shape for run in runs}) > 1:
+        return None
+    stacked = np.stack(runs)
+    return mean_over(stacked, np.isfinite(stacked))
 
 
 def between(mu: Floats, mean: Floats, count: NDArray[np.int64], within: Floats) -> tuple[tests.ModeratedT, Floats]:

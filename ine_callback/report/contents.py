@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ine_callback.applications import label_errors as labels_of
 from ine_callback.applications import relabel, weights
 from ine_callback.applications.group import GroupScore, group_score
-from ine_callback.applications.label_errors import by_loss, recommended, suspects
 from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable
@@ -85,12 +85,12 @@ class Contents:
     def recommended_query(self) -> str:
         """The query to look for label errors with: the first ``"self"`` query, else ``"margin"``, else the first.
 
-        For label errors the row's mean loss ranks best (:meth:`suspect_labels`); of the queries self-influence does,
-        and it has a test. Margins answer what helps or hurts the validation set. The mean validation loss asks the
-        wrong question for label errors: flipped labels act as label smoothing and lower the loss of wrong,
-        over-confident predictions. Numbers: docs/methods/fine.md.
+        Where the run knew the model's predictions, :meth:`label_errors` lists wrong labels and :meth:`suspect_labels`
+        ranks rows; of the queries self-influence does it best. Margins answer what helps or hurts the validation set.
+        The mean validation loss asks the wrong question for label errors: flipped labels act as label smoothing and
+        lower the loss of wrong, over-confident predictions. Numbers: docs/methods/fine.md.
         """
-        return recommended(self.scores)
+        return labels_of.recommended(self.scores)
 
     def info(self, query: str | None = None) -> QueryInfo:
         """Kind and question of a query."""
@@ -136,8 +136,47 @@ class Contents:
         """
         return tables.flagged(self.scores, q, self.column(query))
 
-    def drop_list(self, q: float = 0.05, query: str | None = None) -> NDArray[np.int64]:
-        """Rows to look at, and perhaps drop: those with q-value at most ``q`` at the suspect end, worst first.
+    def label_errors(self, q: float = labels_of.RATE) -> labels_of.LabelErrors:
+        """Rows whose label is probably wrong, the most probable first, with an estimated false-discovery rate.
+
+        From what the model said against each row's label while it was trained, at no cost. Clean data gives a short
+        list or none. The rate is an estimate and no guarantee: for q = 0.1 the true one was .11 to .17 on average where
+        the network separates the classes well, and greater where it does not (docs/methods/label-errors.md). Where
+        nothing can be told, as in a regression, the list is empty and its ``note`` says why.
+
+        Args:
+            q: Greatest false-discovery rate.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> found = example_report().label_errors()
+            >>> len(found), found.note[:42]
+            (0, "The run's loss has no one label a row, so ")
+        """
+        return labels_of.label_errors(self.scores, q, "InfluenceReport.label_errors")
+
+    def drop_list(self, q: float | None = None, query: str | None = None) -> Rows:
+        """Rows to look at, and perhaps drop, worst first: wrong labels, or without these what a query's test finds.
+
+        Without ``query`` and where the run knew the model's predictions these are the rows of :meth:`label_errors`;
+        else those of :meth:`unlike_batch_mates`.
+
+        Args:
+            q: False discovery rate; by default .1 for label errors and .05 for the test.
+            query: Name of the query whose test is asked instead.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> example_report().drop_list(query="val margin")
+            array([ 3, 17, 29])
+        """
+        return self._drop(q, query, "InfluenceReport.drop_list")
+
+    def unlike_batch_mates(self, q: float = labels_of.TESTED_RATE, query: str | None = None) -> Rows:
+        """Rows that differ from their batch-mates: those with q-value at most ``q`` at the suspect end, worst first.
+
+        That is no list of errors: hard and rare rows with right labels differ too. On clean data self-influence's test
+        lists 1 to 15 % of the rows, more of them the longer the training, since it takes a row's visits as independent.
 
         The suspect end of a ``"self"`` query is the upper one (the row lowers its own loss more than others do:
         mislabelled or hard), that of any other query the lower one (harmful, ``mu < 0``).
@@ -149,12 +188,12 @@ class Contents:
 
         Example:
             >>> from ine_callback.report import example_report
-            >>> example_report().drop_list(query="val margin")
+            >>> example_report().unlike_batch_mates(query="val margin")
             array([ 3, 17, 29])
         """
-        return suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.drop_list")
+        return labels_of.suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.unlike_batch_mates")
 
-    def keep_list(self, q: float = 0.05, query: str | None = None) -> Rows:
+    def keep_list(self, q: float | None = None, query: str | None = None) -> Rows:
         """The rest of :meth:`drop_list`, in order of row id: rows to train on next time, never observed ones included.
 
         Example:
@@ -163,15 +202,21 @@ class Contents:
             >>> len(keep), bool(set(keep) & {3, 17, 29})
             (57, False)
         """
-        drop = suspects(self.scores, q, self._suspect_column(query), "InfluenceReport.keep_list")
-        return np.setdiff1d(np.arange(self.rows), drop)
+        return np.setdiff1d(np.arange(self.rows), self._drop(q, query, "InfluenceReport.keep_list"))
+
+    def _drop(self, q: float | None, query: str | None, who: str) -> Rows:
+        if query is None and labels_of.knows_labels(self.scores):
+            return labels_of.label_errors(self.scores, labels_of.RATE if q is None else q, who).rows
+        rate = labels_of.TESTED_RATE if q is None else q
+        return labels_of.suspects(self.scores, rate, self._suspect_column(query), who)
 
     def suspect_labels(self, k: int | None = None) -> NDArray[np.int64]:
-        """Rows whose label to check, most suspicious first: by their mean loss, the score recommended for that.
+        """Rows whose label to check, most suspicious first: by the model's margin against their label.
 
-        The training loss averaged over a row's steps found more wrong labels than any influence score on every data
-        set tried (``python -m benchmarks.mislabel``), and costs nothing. It has no test: where to stop reading, say
-        self-influence's q-values (:meth:`drop_list`).
+        The margin, squashed by tanh and averaged over the row's visits, the early ones less (``suspicion`` in
+        :mod:`ine_callback.applications.label_errors`); where the run knew no margins, the mean loss. Both cost nothing,
+        and rank wrong labels better than influence scores do (``python -m benchmarks.label_errors``). Neither has a
+        test: where to stop reading says :meth:`label_errors`.
 
         Args:
             k: Greatest number of rows; by default all observed ones.
@@ -184,7 +229,7 @@ class Contents:
             >>> example_report().suspect_labels(3)
             array([ 3, 29, 17])
         """
-        return by_loss(self.scores, k)
+        return labels_of.by_suspicion(self.scores, k)
 
     def suggest_labels(
         self,
@@ -225,7 +270,7 @@ class Contents:
         chosen = self.drop_list() if rows is None else row_ids(rows, self.rows, relabel.WHO)
         return relabel.suggest_labels(self.scores, labels, probabilities, chosen)
 
-    def weights(self, q: float = 0.05, query: str | None = None, strength: float = 0.0) -> Floats:
+    def weights(self, q: float | None = None, query: str | None = None, strength: float = 0.0) -> Floats:
         """Weight of each row in the next training [N], for :class:`~ine_callback.InfluenceSampler` or a weighted loss.
 
         By default 0 for the rows of ``drop_list(q, query)`` and 1 for all others. With a ``strength`` every score
@@ -234,7 +279,7 @@ class Contents:
 
         Args:
             q: False discovery rate of the list.
-            query: Name of the query; by default :attr:`recommended_query`.
+            query: Name of the query; by default that of the list.
             strength: How much a score of usual size (root mean square) changes a weight; 0: the list alone.
 
         Raises:

@@ -91,12 +91,12 @@ def to_dataset_column(report: Contents, query: str | None, name: str) -> pa.Arra
     return doubles(values) if values.dtype == np.float64 else pa.array(values)
 
 
-def export(report: Contents, path: Path, form: Format, query: str | None, q: float) -> Path:
+def export(report: Contents, path: Path, form: Format, query: str | None, q: float | None) -> Path:
     """See :meth:`InfluenceReport.export`."""
     return replace_file(path, contents(report, form, query, q, as_json=path.suffix == ".json"))
 
 
-def contents(report: Contents, form: Format, query: str | None, q: float, as_json: bool = False) -> bytes:
+def contents(report: Contents, form: Format, query: str | None, q: float | None, as_json: bool = False) -> bytes:
     """What :meth:`InfluenceReport.export` writes; ``as_json`` chooses JSON for the lists of rows."""
     if form not in get_args(Format):
         raise ValueError(f"InfluenceReport.export: no format {form!r}; choose one of {', '.join(get_args(Format))}")

@@ -158,7 +158,7 @@ class InfluenceReport(Contents, legacy.FormerNames):
         """
         return markdown.markdown(self, queries)
 
-    def export(self, path: str | Path, form: Format = "csv", query: str | None = None, q: float = 0.05) -> Path:
+    def export(self, path: str | Path, form: Format = "csv", query: str | None = None, q: float | None = None) -> Path:
         r"""Writes one file for other programs; :meth:`save` writes what :meth:`load` reads.
 
         Args:
@@ -166,8 +166,8 @@ class InfluenceReport(Contents, legacy.FormerNames):
             form: ``"csv"``, ``"json"`` and ``"parquet"`` hold :meth:`to_pandas`'s lines, ``"markdown"``
                 :meth:`to_markdown`; ``"drop-list"`` and ``"keep-list"`` are row ids, as CSV under the head ``row``,
                 or as JSON where the path ends in ``.json``.
-            query: Name of the query; by default all, of the lists :attr:`recommended_query`.
-            q: False discovery rate of the lists.
+            query: Name of the query; by default all, of the lists as in :meth:`drop_list`.
+            q: False discovery rate of the lists; by default as in :meth:`drop_list`.
 
         Example:
             >>> from ine_callback.report import example_report
@@ -210,7 +210,8 @@ class InfluenceReport(Contents, legacy.FormerNames):
     def save(self, folder: str | Path) -> Path:
         """Writes ``scores.parquet``, ``null.parquet`` and ``meta.json`` into ``folder``, leaving its other files alone.
 
-        With :attr:`attributions` also ``attributions.json`` and ``attributions.parquet``, and where they have such
+        Also ``margins.parquet``, where the run knew the model's predictions. With :attr:`attributions` also
+        ``attributions.json`` and ``attributions.parquet``, and where they have such
         parts ``attribution_layers.parquet``, ``attribution_tokens.parquet`` and ``attribution_arrays.parquet``.
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.

@@ -1,8 +1,9 @@
-"""A report on disk: two Parquet files and one JSON file. Data only; loading never executes anything.
+"""A report on disk: two or three Parquet files and one JSON file. Data only; loading never executes anything.
 
 scores.parquet   one line for every query and row; null where the row was never observed; without queries one
                  line for every row, whose query is empty: its observations and mean loss
 null.parquet     draws of mu / null_sd under the permutation null
+margins.parquet  one line for every row, its mean margin in each window of visits; only where they were known
 meta.json        format, queries, provenance
 """
 
@@ -22,28 +23,32 @@ from ine_callback.report.files import find
 from ine_callback.report.reading import FAULTS, QUERY, ReportError, is_count, is_number, read_json, read_table
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.validate import MATRICES
-from ine_callback.scores import QueryInfo, QueryKind, Scores
+from ine_callback.scores import WINDOWS, Floats, QueryInfo, QueryKind, Scores
 
 FORMAT, VERSION = "ine_callback.report", 1
 NO_NAME = ""  # stands for the query where f-INE scored none
-FILES = SCORES, NULL, META = "scores.parquet", "null.parquet", "meta.json"
+FILES = SCORES, NULL, META, MARGINS = "scores.parquet", "null.parquet", "meta.json", "margins.parquet"
 _DOUBLES = (*MATRICES, "mean_loss")
 SCORES_SCHEMA = pa.schema(
     [("row", pa.int64()), ("query", QUERY), ("observations", pa.int64())] + [(name, pa.float64()) for name in _DOUBLES]
 )
+MARGINS_SCHEMA = pa.schema([(f"window_{k}", pa.float64()) for k in range(WINDOWS)])
 NULL_SCHEMA = pa.schema([("query", QUERY), ("z", pa.float64())])
 
 
 def write(scores: Scores, run: RunInfo, folder: Path) -> None:
-    """Writes the three files into an existing folder."""
+    """Writes the files into an existing folder."""
     write_table(_scores_table(scores), folder / SCORES)
     write_table(_null_table(scores), folder / NULL)
+    if scores.margins is not None:
+        columns = [doubles(np.ascontiguousarray(window)) for window in scores.margins.T]
+        write_table(pa.table(columns, schema=MARGINS_SCHEMA), folder / MARGINS)
     text = json.dumps(_meta(scores, run), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / META).write_text(text + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> tuple[Scores, RunInfo]:
-    """Reads and checks the three files.
+    """Reads and checks the files.
 
     Raises:
         ReportError: When something is missing, foreign, damaged or inconsistent.
@@ -66,9 +71,18 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
         mean_loss=repeated["mean_loss"][:, 0].copy(),
         null_mu=_null_draws(folder, names),
         null_ks_p=np.array([np.nan if p is None else p for p in meta["null_ks_p"]], dtype=np.float64),
+        margins=_margins(folder, n),
         **matrices,
     )
     return scores, meta["run"]
+
+
+def _margins(folder: Path, n: int) -> Floats | None:
+    """Mean margins [N, 8]; None where the file is not there, as in reports of 0.1."""
+    if find(folder, MARGINS) is None:
+        return None
+    table = read_table(folder, MARGINS, MARGINS_SCHEMA, n)
+    return np.stack([table.column(name).to_numpy() for name in MARGINS_SCHEMA.names], axis=1)
 
 
 def _scores_table(scores: Scores) -> pa.Table:

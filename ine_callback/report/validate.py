@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ine_callback.scores import Attribution, Scores
+from ine_callback.scores import WINDOWS, Attribution, Scores
 from ine_callback.utilities.validate import listed, readonly
 
 MATRICES = ("mu", "se", "p", "q", "t", "p_t", "null_sd")
@@ -36,6 +36,11 @@ def checked(scores: Scores) -> Scores:
     for name in ("se", "null_sd"):
         if bool((arrays[name] < 0).any()):
             raise ValueError(f"InfluenceReport: scores.{name} has a standard deviation below 0; NaN says unknown")
+    if scores.margins is not None:
+        arrays["margins"] = readonly(np.asarray(scores.margins, dtype=np.float64))
+        if arrays["margins"].shape != (n, WINDOWS):
+            found = arrays["margins"].shape
+            raise ValueError(f"InfluenceReport: scores.margins has shape {found}, expected {(n, WINDOWS)}")
     arrays["null_mu"] = readonly(np.asarray(scores.null_mu, dtype=np.float64))
     if arrays["null_mu"].ndim != 2 or len(arrays["null_mu"]) != q:
         raise ValueError(f"InfluenceReport: scores.null_mu has shape {arrays['null_mu'].shape}, expected ({q}, draws)")

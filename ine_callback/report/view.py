@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ine_callback.applications.label_errors import knows_labels
 from ine_callback.report.attribution_view import by_method, section
 from ine_callback.utilities.words import BLUE, NULL_ALARM, null_check, plain, tails
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 FLAG_AT = 0.05
 MAX_DETAILED = 4  # queries shown with their rows; the others are in the overview
 ROWS_PER_END = 5
+ON_CLEAN_DATA = 0.01, 0.15  # fraction of the rows that self-influence's test lists there (docs/methods/label-errors.md)
 LEGEND = """\
 μ > 0: training on the row lowers the query. μ is in standard deviations of training noise;
 q is the false discovery rate; the mean loss is the free baseline for label errors."""
@@ -39,8 +41,23 @@ def summary(report: Contents) -> dict[str, Any]:
         "flagged_at_q": FLAG_AT,
         "recommended_query": report.recommended_query if report.queries else None,
         "null_checks_failed": [query["name"] for query in queries if _nan(query["null_ks_p"]) < NULL_ALARM],
+        "label_errors": _labels(report),
         "queries": queries,
         "notes": list(run.notes),
+    }
+
+
+def _labels(report: Contents) -> dict[str, Any] | None:
+    """The list of label errors in numbers; None where the run could not tell them."""
+    if not knows_labels(report.scores):
+        return None
+    found = report.label_errors()
+    return {
+        "listed": len(found),
+        "q": found.q,
+        "rate": found.rate if len(found) else None,
+        "noise": None if np.isnan(found.noise) else found.noise,
+        "note": found.note,
     }
 
 
@@ -99,6 +116,9 @@ def advice(report: Contents, facts: dict[str, Any]) -> str:
     """Where to look for label errors, and how strongly that is recommended."""
     losses = bool(np.isfinite(report.scores.mean_loss).any())
     labels = "report.suspect_labels() ranks rows by their mean loss" if losses else ""
+    unasked = "" if facts["queries"] else "No query was scored by f-INE. "
+    if facts["label_errors"] is not None:
+        return f"{unasked}To look for label errors: {_listed(facts['label_errors'])} {unlike(report, facts)}".rstrip()
     name = facts["recommended_query"]
     if name is None:
         return f"No query was scored by f-INE.{f' To look for label errors: {labels}.' if labels else ''}"
@@ -107,8 +127,40 @@ def advice(report: Contents, facts: dict[str, Any]) -> str:
     found = f"{count:,} row{'' if count == 1 else 's'} at q ≤ {FLAG_AT:g}"
     where = f"report.drop_list(), query {plain(name)!r}: {found}."
     if kind == "self":
-        return f"To look for label errors: {labels + '; where to stop says ' if labels else ''}{where}"
+        return (
+            f"To look for label errors: {labels + '. ' if labels else ''}Rows unlike their batch-mates: {where} "
+            f"{_on_clean_data(facts)}"
+        )
     return f"To look for harmful rows: {where}{f' For label errors: {labels}.' if labels else ''}"
+
+
+def _listed(found: dict[str, Any]) -> str:
+    count = found["listed"]
+    rows = f"{count:,} label{'' if count == 1 else 's'}" if count else "no label"
+    note = f" {found['note']}" if found["note"] else ""
+    return (
+        f"report.label_errors() lists {rows} as probably wrong (estimated false discovery rate "
+        f"≤ {found['q']:g}).{note} report.suspect_labels() ranks all rows."
+    )
+
+
+def _on_clean_data(facts: dict[str, Any]) -> str:
+    few, many = (round(fraction * facts["seen"]) for fraction in ON_CLEAN_DATA)
+    return f"On clean data this test lists 1 to 15 % of the rows, here {few:,} to {many:,}."
+
+
+def unlike(report: Contents, facts: dict[str, Any]) -> str:
+    """How many rows the recommended query's test lists, and how many clean data would give."""
+    name = facts["recommended_query"]
+    if name is None:
+        return ""
+    count = next(query["suspects"] for query in facts["queries"] if query["name"] == name)
+    rows = f"{count:,} row{'' if count == 1 else 's'}"
+    clean = f" {_on_clean_data(facts)}" if report.info(name).kind == "self" else ""
+    return (
+        f"Rows unlike their batch-mates (report.unlike_batch_mates(), query {plain(name)!r}): {rows} at q ≤ "
+        f"{FLAG_AT:g}.{clean}"
+    )
 
 
 def one_line(report: Contents) -> str:

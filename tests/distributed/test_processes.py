@@ -190,7 +190,7 @@ def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[d
     (mine, one), (_, other) = (found[kind] for found in together)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, mine, strict=True))
     assert not unequal(one, other)
-    for name in ("mu", "se", "null_sd", "mean_loss"):
+    for name in ("mu", "se", "null_sd", "mean_loss", "margins"):
         np.testing.assert_allclose(getattr(one.scores, name), getattr(alone.scores, name), rtol=2e-4, atol=1e-4)
     assert (one.observations == alone.observations).all() and one.run.steps == STEPS
     off = train(reservoir=0, discount=False)[1]

@@ -234,7 +234,7 @@ def test_the_report_survives_saving_and_says_what_it_lacks(tmp_path: Path, capsy
     "ask",
     [
         lambda report: report.top(),
-        lambda report: report.drop_list(),
+        lambda report: report.unlike_batch_mates(),
         lambda report: report.recommended_query,
         lambda report: report.info("val"),
         lambda report: report.to_arrow(),

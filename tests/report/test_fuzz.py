@@ -112,6 +112,8 @@ def test_links_and_pipes_are_not_opened(tmp_path: Path, name: str, kind: str) ->
     """A good file behind the link makes no difference: what it shows may not be the sender's to show."""
     chains = (save_former if name in legacy.FILES else save_chains)(tmp_path / "report")
     path = chains / name
+    if name == store.MARGINS:  # these chains have none
+        pq.write_table(store.MARGINS_SCHEMA.empty_table(), path)
     shutil.move(path, chains.parent / name)
     if kind == "pipe":
         os.mkfifo(path)
