@@ -4,8 +4,13 @@
 
 with the shift s and the spread sd over initial weights of :mod:`ine_callback.methods.closing`, K the rows' numbers of
 observations, and ``order`` the variance of the query's change over the draw of the batches, summed over the run. Both
-are linear estimates, too large by about two on the half of the protocols that was used to choose UNIT
-(docs/methods/fine-accuracy.md).
+are linear estimates, too large by about two on the half of the family of protocols that is for development, where UNIT
+was chosen (docs/methods/fine-accuracy.md). Its standard error over training runs is
+
+    se_i^2 = contrast_i^2 + RELATIVE (mu_i^2 + mean of mu^2)
+
+with the mean square of the row's contrasts, shrunk to that of all rows. Contrasts know the initial weights alone; the
+second part stands for the order of the rows and for what is not linear, and was chosen on the same half.
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ from numpy.typing import NDArray
 from ine_callback.methods.closing import Closing
 from ine_callback.scores import Floats
 
-UNIT = 0.55
+UNIT, RELATIVE = 0.55, 0.1
+PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
 MAX_ORDER = 4.0  # times the spread over initial weights: beyond it early steps decide, which no linear estimate follows
 
 
@@ -32,11 +38,20 @@ def unit_of(closing: Closing, order: Floats) -> Floats:
 
 
 def mu_of(closing: Closing, order: Floats, observations: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Scores and their standard errors [N, Q] over initial weights; NaN for rows that the pass did not see."""
+    """Scores and their standard errors [N, Q] over training runs; NaN for rows that the pass did not see."""
     visits = observations[: len(closing.shift)] / max(1e-12, float(observations[observations > 0].mean()))
     scale = visits[:, None] / unit_of(closing, order)
-    spread = np.square(closing.contrasts).mean(2) if closing.contrasts.shape[2] else np.full_like(closing.shift, np.nan)
-    return closing.shift * scale, np.sqrt(spread) * scale
+    mu, count = closing.shift * scale, closing.contrasts.shape[2]
+    own = np.square(closing.contrasts * scale[..., None]).sum(2)
+    spread = (PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count)
+    return mu, np.sqrt(spread + RELATIVE * (mu**2 + _mean(mu**2)))
+
+
+def _mean(values: Floats) -> Floats:
+    """Mean over the rows that are known [1, Q]."""
+    known = np.isfinite(values)
+    sums: Floats = np.where(known, values, 0.0).sum(0, keepdims=True)
+    return sums / np.maximum(1, known.sum(0, keepdims=True))
 
 
 def unreliable(closing: Closing, order: Floats) -> list[str]:

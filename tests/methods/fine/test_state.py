@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback.methods.fine import fine as module
+from ine_callback.methods.fine import null as null_module
 from ine_callback.methods.fine.fine import FINE
 from ine_callback.scores import Scores
 from ine_callback.stats.hypothesis_tests import uniformity_p
@@ -66,7 +67,7 @@ def test_grown_state_equals_one_that_was_large_from_the_start() -> None:
 
 
 def test_null_stays_under_its_cap_and_keeps_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_NULL_DRAWS", 256)
+    monkeypatch.setattr(null_module, "MAX_NULL_DRAWS", 256)
     fine = FINE()
     fine.start(10, infos(1), CPU)
     assert fine.state_dict()["null"].shape == (11, 21, 1)
