@@ -51,7 +51,8 @@ def _mean(values: Floats) -> Floats:
     """Mean over the rows that are known [1, Q]."""
     known = np.isfinite(values)
     sums: Floats = np.where(known, values, 0.0).sum(0, keepdims=True)
-    return sums / np.maximum(1, known.sum(0, keepdims=True))
+    means: Floats = sums / np.maximum(1, known.sum(0, keepdims=True))
+    return means
 
 
 def unreliable(closing: Closing, order: Floats) -> list[str]:
