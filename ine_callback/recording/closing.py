@@ -31,8 +31,9 @@ from ine_callback.recording.guard import Guard
 from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Parts
 from ine_callback.scores import Floats
+from ine_callback.utilities.words import CLOSING
 
-EXACT = 4096  # rows: their Gram matrix is factorised
+EXACT = 4096  # rows: their Gram matrix is factorised; of more, as many are taken at random for the curvature
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 
@@ -60,7 +61,7 @@ def close(
         if config.on_error == "raise" and not isinstance(error, InfluenceError):
             raise
         why = str(error) if isinstance(error, InfluenceError) else f"{type(error).__name__}: {error}"
-        guard.note(f"no closing pass: {why}; scores are of the run alone, which are less accurate")
+        guard.note(f"{CLOSING}{why}; scores are of the run alone, which are less accurate")
         return None
 
 
@@ -126,17 +127,26 @@ class Curvature:
         self._open = False
 
     def observe(self, context: FitContext) -> bool:
-        """Passes over the rows with drawn labels. False if none can be drawn, and the rows' own labels are used."""
+        """Passes over rows with drawn labels. False if none can be drawn, and the rows' own labels are used."""
+        some = None
+        if self._rows > EXACT and context.recent is None:
+            some = torch.randperm(self._rows, generator=torch.Generator().manual_seed(context.seed))[:EXACT].tolist()
         try:
-            for rows, gradients in context.per_sample(PerSamplePass("sampled")):
-                self._add(gradients, len(rows))
+            self._pass(context, PerSamplePass("sampled", some))
         except InfluenceError:
             if self._open:
                 raise
-            for rows, gradients in context.per_sample():
-                self._add(gradients, len(rows))
+            self._pass(context, PerSamplePass("true", some))
             return False
         return True
+
+    def _pass(self, context: FitContext, what: PerSamplePass) -> None:
+        seen = 0
+        for rows, gradients in context.per_sample(what):
+            self._add(gradients, len(rows))
+            seen += len(rows)
+            if seen >= EXACT:  # batches of the last pass over the rows come in random order
+                break
 
     def _add(self, gradients: RowGradients, size: int) -> None:
         pairs = [(block, one) for block in gradients for one in gradients.grad_samples(block)]

@@ -173,7 +173,9 @@ class Recorder:
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
         self.clipping = Clipping(optimizer)
         self._handles: list[Any] = []
-        self._closed, self.recent = False, RecentBatches(any(method.wants_closing for method in self.methods))
+        # without a discount no curvature is wanted at all
+        self._closing = [method for method in self.methods if method.wants_closing and self.config.discount]
+        self.recent = RecentBatches(bool(self._closing))
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -238,10 +240,10 @@ class Recorder:
         Args:
             context: The trained model with its rows; by default with the batches of the last pass over the rows.
         """
-        guard, methods = self.guard, [method for method in self.methods if method.wants_closing]
-        if not (methods and guard.recording and guard.steps and self._parts.bound) or self._closed:
+        guard, methods = self.guard, self._closing
+        if not (methods and guard.recording and guard.steps and self._parts.bound):
             return
-        self._closed = True
+        self._closing = []
         with self.capture.paused():
             found = close(self._parts, self.recent, context, self.config, guard)
         if found is not None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ine_callback.report.attribution_view import by_method, heading, verdict
 from ine_callback.report.view import advice, unlike
-from ine_callback.utilities.words import plain, tails
+from ine_callback.utilities.words import CLOSING, SIZE, plain, tails
 
 if TYPE_CHECKING:
     from ine_callback.report.contents import Contents
@@ -99,8 +99,12 @@ def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
         lines.append(f"{heading(found)}: {verdict(found)}{count}.")
     if facts["incomplete"]:
         return Answer("Can I believe it?", "Not of the whole run", "alarm", [plain(facts["incomplete"]), *lines])
+    sizes = [note for note in report.run.notes if note.startswith((SIZE, CLOSING))]
+    lines += [plain(note[0].upper() + note[1:] + ".") for note in sizes]
     if failed or not all(found.reliable for found in last):
         return Answer("Can I believe it?", "Not all of it", "alarm", lines)
+    if sizes:
+        return Answer("Can I believe it?", "The ranking, not the size", "suspect", lines)
     return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)
 
 

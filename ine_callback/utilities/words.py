@@ -56,6 +56,10 @@ def tails(kind: str) -> Tails:
     return _SELF if kind == "self" else _HELP
 
 
+SIZE = "size not reliable: "  # begins a note of a run whose scores rank rows, but are no numbers of deviations
+CLOSING = "no closing pass: "  # begins a note of a run whose scores are of its steps alone
+
+
 def plain(text: object) -> str:
     r"""Text without control characters, so that a foreign report cannot drive a terminal.
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ine_callback.methods.closing import Closing
 from ine_callback.scores import Floats
+from ine_callback.utilities.words import SIZE
 
 UNIT, RELATIVE = 0.55, 0.1
 PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
@@ -63,4 +64,4 @@ def unreliable(closing: Closing, order: Floats) -> list[str]:
         return []
     why = f"the rows' order moves the queries {ratio:.1f} times as far as the initial weights (at most {MAX_ORDER:g})"
     why = why if random.any() else "the initial weights are fixed, and the order of the rows alone makes no unit"
-    return [f"size not reliable: {why}; use mu to rank rows, not as a number of standard deviations"]
+    return [f"{SIZE}{why}; use mu to rank rows, not as a number of standard deviations"]
