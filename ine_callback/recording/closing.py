@@ -33,7 +33,8 @@ from ine_callback.recording.setup import Parts
 from ine_callback.scores import Floats
 from ine_callback.utilities.words import CLOSING
 
-EXACT = 4096  # rows: their Gram matrix is factorised; of more, as many are taken at random for the curvature
+EXACT = 4096  # rows: their Gram matrix is factorised
+MAX_ROWS = 4096  # for the curvature; of more rows as many are chosen at random
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 
@@ -129,8 +130,8 @@ class Curvature:
     def observe(self, context: FitContext) -> bool:
         """Passes over rows with drawn labels. False if none can be drawn, and the rows' own labels are used."""
         some = None
-        if self._rows > EXACT and context.recent is None:
-            some = torch.randperm(self._rows, generator=torch.Generator().manual_seed(context.seed))[:EXACT].tolist()
+        if self._rows > MAX_ROWS and context.recent is None:
+            some = torch.randperm(self._rows, generator=torch.Generator().manual_seed(context.seed))[:MAX_ROWS].tolist()
         try:
             self._pass(context, PerSamplePass("sampled", some))
         except InfluenceError:
@@ -145,7 +146,7 @@ class Curvature:
         for rows, gradients in context.per_sample(what):
             self._add(gradients, len(rows))
             seen += len(rows)
-            if seen >= EXACT:  # batches of the last pass over the rows come in random order
+            if seen >= MAX_ROWS:  # batches of the last pass over the rows come in random order
                 break
 
     def _add(self, gradients: RowGradients, size: int) -> None:
