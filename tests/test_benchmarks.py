@@ -32,6 +32,7 @@ def run(module: str, *arguments: str) -> str:
         ("mislabel", "## Wrong labels"),
         ("cleanup", "## Acting on it"),
         ("fidelity --family", "## A family of protocols"),
+        ("finetuning --dropout 0.1", "## Fine-tuning a small language model"),
         ("randomness", "## Stability"),
         ("bif --variants 'plain SGLD' 'reduced (default)'", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),
