@@ -21,11 +21,11 @@ the first half of {text} and fine-tuned on {rows} documents of the other half: A
 {reliability:.3f}, the most an LDS can be {ceiling:.3f}.
 """
 LEGEND = """\
-LDS: Spearman over halves, mean over queries and {seeds} runs, with a 95 % interval over halves and queries; then that
-of the runs' mean score. Slope: of the truth on the scores' sums over halves, in units of the loss and in standard
-deviations over trainings; below 1, scores are too large. Fine-tuning on half of the documents is also half of the
-steps: scores at the end, which know no steps, may have slopes of up to 2. R: summed learning rate times Adam's rate.
-TracIn: gradient dot. Seconds with the training.
+LDS: Spearman over halves, mean over queries and runs (seeds {seeds}), with a 95 % interval over halves and
+queries; then that of the runs' mean score. Slope: of the truth on the scores' sums over halves, in units of the loss
+and in standard deviations over trainings on all documents; below 1, scores are too large. Fine-tuning on half of the
+documents is also half of the steps: scores at the end, which know no steps, may have slopes of up to 2. R: summed
+learning rate times Adam's rate. TracIn: gradient dot. Seconds with the training.
 """
 
 
@@ -46,7 +46,7 @@ def section(results: dict[str, Any]) -> Iterable[str]:
             ["", "LDS", "interval", "mean of runs", "slope, loss", "slope, sd", "seconds"],
             (_cells(name, row) for name, row in found["rows"].items()),
         )
-        yield LEGEND.format(seeds=len(results["seeds"]))
+        yield LEGEND.format(seeds=", ".join(map(str, results["seeds"])))
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:
