@@ -47,3 +47,8 @@ def text(path: Path | None) -> str:
     from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
     return "".join(load().DESCR for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine))
+
+
+def excerpt() -> str:
+    """Four poems (7 kB), for quick forms."""
+    return (Path(__file__).parents[1] / "examples" / "excerpt.txt").read_text()

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks import cost, label_tables
 from benchmarks.family import markdown as family
+from benchmarks.finetuning import markdown as finetuning
 from benchmarks.markdown import number, table
 from benchmarks.pictures import PLOTS
 
@@ -381,7 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scale": cost.scale,
         "knobs": cost.knobs,
     }
-    sections |= {"cleanup": cleanup, "family": family.section, "label_errors": label_tables.label_errors}
+    sections |= {"cleanup": cleanup, "family": family.section, "finetuning": finetuning.section}
+    sections |= {"label_errors": label_tables.label_errors}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

@@ -33,6 +33,7 @@ def run(module: str, *arguments: str) -> str:
         ("cleanup", "## Acting on it"),
         ("fidelity --family", "## A family of protocols"),
         ("label_errors", "## Label errors"),
+        ("finetuning --dropout 0.1", "## Fine-tuning a small language model"),
         ("randomness", "## Stability"),
         ("bif --variants 'plain SGLD' 'reduced (default)'", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),

@@ -88,6 +88,21 @@ def identity(*factors: Tensor) -> Tensor:
     return math.prod(factors[1:], start=factors[0])
 
 
+def relative(damping: float) -> Spectrum:
+    """``1 / (x + damping mean(x))``, with the mean over the block's eigenvalues.
+
+    Example:
+        >>> relative(0.5)(torch.tensor([0.0, 2.0]))
+        tensor([2.0000, 0.4000])
+    """
+
+    def spectrum(*factors: Tensor) -> Tensor:
+        x = math.prod(factors[1:], start=factors[0])
+        return 1 / (x + damping * x.mean().clamp_min(torch.finfo(x.dtype).tiny))
+
+    return spectrum
+
+
 def unrolled(rate: float, steps: int) -> Spectrum:
     """``(1 - (1 - rate x)^steps) / x``, and its limit ``rate steps`` where x is 0.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ine_callback.capture import Block
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import damped
+from ine_callback.curvature.spectral import damped, relative
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.closing import Closing
@@ -35,6 +35,7 @@ from ine_callback.utilities.words import CLOSING
 
 EXACT = 4096  # rows: their Gram matrix is factorised
 MAX_ROWS = 4096  # for the curvature; of more rows as many are chosen at random
+DAMPING = 0.1  # of the mean curvature, from fixed weights
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 
@@ -110,6 +111,8 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
     directions, variance = {}, torch.zeros(len(context.queries), device=parts.device)
     v = context.query_gradients()
     with torch.no_grad():
+        if not signals.noise.random:
+            directions = curvature.relatively_damped(v)
         for block, u in curvature.damped(v, rates, decays).items():
             variance += signals.noise.variance(block, u)
             directions[block] = u * rates[block]
@@ -162,6 +165,13 @@ class Curvature:
             self._sample.observe(block, one)
         self._sample.commit()
         self._kfac.end_step()
+
+    def relatively_damped(self, v: dict[Block, Tensor]) -> dict[Block, Tensor]:
+        """``(F + DAMPING mean(F))^-1 v`` by each layer's factors; takes the blocks out of ``v``.
+
+        Fine-tuning moves the weights little: there 1/R would damp away the curvature, which is what ranks rows.
+        """
+        return {block: self._kfac.operator(block, relative(DAMPING)).apply(v.pop(block)) for block in list(v)}
 
     def damped(
         self, v: dict[Block, Tensor], rates: Mapping[Block, Tensor], decays: Mapping[Block, Tensor]

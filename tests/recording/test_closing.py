@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ine_callback import FINE, Recorder
 from ine_callback.methods import FitContext, PerSamplePass
 from ine_callback.methods.closing import Closing
+from ine_callback.methods.fine.closing import mu_of
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording import closing, recent_batches
 from ine_callback.report import InfluenceReport
@@ -116,14 +117,28 @@ def test_shifts_are_those_of_dense_algebra(momentum: float) -> None:
     np.testing.assert_allclose(method.found.shift, (rate / ROWS * own @ solved).numpy(), rtol=2e-4, atol=1e-6)
 
 
-def test_mu_is_the_shift_in_units_of_initial_weights_and_order() -> None:
+def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
     method = Kept()
     _, recorder = train(method)
-    scores = recorder.report().scores
-    assert method.found is not None and np.isfinite(scores.mu).all() and np.isfinite(scores.se).all()
-    ratio = method.found.shift / scores.mu[:, :2]
-    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-6)  # one unit a query
-    assert (ratio[0] > 0).all() and (ratio[0] > 0.5 * method.found.sd).all()
+    _, alone = train(FINE(closing=False))
+    mu, run = recorder.report().scores.mu[:, :2], alone.report().scores.mu[:, :2]
+    assert method.found is not None and np.isfinite(recorder.report().scores.se).all()
+    both = method.found.shift / method.found.shift.std(0) + run / run.std(0)
+    ratio = mu / both
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-5)  # one size a query
+    assert (ratio > 0).all()
+
+
+def test_a_pass_without_some_rows_leaves_these_the_runs_score() -> None:
+    rows = np.arange(10.0)
+    run, se = (np.stack([x, -x], 1) for x in (rows, np.ones(10)))
+    found = Closing(np.stack([2 * rows, -6 * rows], 1)[:8], np.ones((8, 2, 4)), np.ones(2))
+    mu, error = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
+    assert np.isfinite(mu).all() and (error > 0).all()
+    assert mu[9] == pytest.approx(mu[3] * 3, rel=0.3)  # about as much as they would have got
+    run[4] = np.nan  # a row that was never observed
+    mu, error = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
+    assert np.isnan(mu[4]).all() and np.isfinite(np.delete(mu, 4, 0)).all()
 
 
 def test_without_it_scores_are_the_runs_and_tests_are_the_same() -> None:

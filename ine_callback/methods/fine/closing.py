@@ -1,16 +1,22 @@
-"""f-INE's mu from a closing pass: the rows' shifts at the final weights, in units of training randomness.
+"""f-INE's mu after a closing pass: the pass's shifts and the run's own, in units of training randomness.
 
-    mu_i = s_i (K_i / mean K) / u,    u = UNIT sqrt(sd^2 + order)
+The pass's shifts s (:mod:`ine_callback.methods.closing`) make scores of their own,
 
-with the shift s and the spread sd over initial weights of :mod:`ine_callback.methods.closing`, K the rows' numbers of
-observations, and ``order`` the variance of the query's change over the draw of the batches, summed over the run. Both
-are linear estimates, too large by about two on the half of the family of protocols that is for development, where UNIT
-was chosen (docs/methods/fine-accuracy.md). Its standard error over training runs is
+    c_i = s_i (K_i / mean K) / u,    u = UNIT sqrt(sd^2 + order)
 
-    se_i^2 = contrast_i^2 + RELATIVE (mu_i^2 + mean of mu^2)
+where sd is the spread of the query over initial weights, K the rows' numbers of observations, and ``order`` the
+variance of the query's change over the draw of the batches, summed over the run. The run has seen the rows at all
+weights on the way, the pass sees them at the last ones, through a better curvature: their errors differ. So mu is the
+sum of both, each divided by its standard deviation over rows, and ranks better than either. Its size: each query's is
+the geometric mean of the two, and all queries together have the size of c.
 
-with the mean square of the row's contrasts, shrunk to that of all rows. Contrasts know the initial weights alone; the
-second part stands for the order of the rows and for what is not linear, and was chosen on the same half.
+    se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
+
+The contrasts of single rows are shrunk to the mean of all. They know the initial weights alone; the last part stands
+for the order of the rows and for what is not linear. UNIT and RELATIVE were chosen on the development half of the
+family of protocols (docs/methods/fine-accuracy.md).
+
+From fixed weights mu is the pass's ranking in the run's size.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from ine_callback.methods.closing import Closing
 from ine_callback.scores import Floats
 from ine_callback.utilities.words import SIZE
 
-UNIT, RELATIVE = 0.55, 0.1
+UNIT, RELATIVE = 0.42, 0.05
 PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
 MAX_ORDER = 4.0  # times the spread over initial weights: beyond it early steps decide, which no linear estimate follows
 
@@ -38,22 +44,57 @@ def unit_of(closing: Closing, order: Floats) -> Floats:
     return np.where(unit > 0, unit, np.nan)
 
 
-def mu_of(closing: Closing, order: Floats, observations: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Scores and their standard errors [N, Q] over training runs; NaN for rows that the pass did not see."""
-    visits = observations[: len(closing.shift)] / max(1e-12, float(observations[observations > 0].mean()))
-    scale = visits[:, None] / unit_of(closing, order)
-    mu, count = closing.shift * scale, closing.contrasts.shape[2]
-    own = np.square(closing.contrasts * scale[..., None]).sum(2)
-    spread = (PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count)
-    return mu, np.sqrt(spread + RELATIVE * (mu**2 + _mean(mu**2)))
+def mu_of(
+    closing: Closing, order: Floats, observations: NDArray[np.int64], run: Floats, run_se: Floats
+) -> tuple[Floats, Floats]:
+    """Scores and their standard errors over training runs [N, Q].
+
+    Args:
+        closing: The closing pass, of the first N' <= N rows.
+        order: Variance [Q] of the queries' changes over the draw of the batches.
+        observations: Of each row [N].
+        run: The run's own mu [N, Q]; NaN for rows without.
+        run_se: Its standard errors [N, Q].
+    """
+    shift, contrasts = (_of_rows(x, len(run)) for x in (closing.shift, closing.contrasts))
+    scale = (observations / max(1e-12, float(observations[observations > 0].mean())))[:, None] / unit_of(closing, order)
+    found, count = shift * scale, contrasts.shape[2]
+    own = np.square(contrasts * scale[..., None]).sum(2)
+    error = np.sqrt((PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count))
+    both = np.isfinite(found) & np.isfinite(run)
+    spread, run_spread = (_spread(np.where(both, x, np.nan)) for x in (found, run))
+    if not closing.sd.any():  # from fixed weights: the pass ranks better than the run, which has a size
+        mu = found / spread * run_spread
+        return np.where(both, mu, run), np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+    total = found / spread + run / run_spread
+    width = _spread(total)
+    total = total / width
+    level = _mean(found * total) / _mean(total**2)
+    level = np.where(level > 0, level, spread)
+    size = np.sqrt(level * run_spread * np.nanmedian(level / run_spread))
+    mu = np.where(both, total, run / run_spread) * size  # rows that the pass did not see have the run's score alone
+    errors = np.where(both, error / spread / width, 0.0), run_se / run_spread / np.where(both, width, 1.0)
+    return mu, np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+
+
+def _of_rows(values: Floats, rows: int) -> Floats:
+    """With NaN for the rows after the last."""
+    missing = np.full((rows - len(values), *values.shape[1:]), np.nan)
+    return np.concatenate([values, missing])
 
 
 def _mean(values: Floats) -> Floats:
-    """Mean over the rows that are known [1, Q]."""
+    """Mean over the rows that are known [1, Q]; NaN where there are none."""
     known = np.isfinite(values)
-    sums: Floats = np.where(known, values, 0.0).sum(0, keepdims=True)
-    means: Floats = sums / np.maximum(1, known.sum(0, keepdims=True))
+    count = known.sum(0, keepdims=True)
+    means: Floats = np.where(known, values, 0.0).sum(0, keepdims=True) / np.where(count, count, np.nan)
     return means
+
+
+def _spread(values: Floats) -> Floats:
+    """Standard deviation over the rows that are known [1, Q]; NaN where nothing varies."""
+    found = np.sqrt(_mean((values - _mean(values)) ** 2))
+    return np.where(found > 0, found, np.nan)
 
 
 def unreliable(closing: Closing, order: Floats) -> list[str]:

@@ -287,10 +287,9 @@ class FINE(Method):
         self._closing = closing
 
     def _close(self, closing: Closing, mu: Floats, se: Floats, observations: NDArray[np.int64]) -> None:
-        """Puts the closing pass's scores in the place of the run's, for the queries on data and the rows it saw."""
+        """Adds what the closing pass found to the scores of the queries on data."""
         columns = self._on_data()
-        for here, found in zip((mu, se), mu_of(closing, self._order(), observations), strict=True):
-            here[: len(found), columns] = np.where(np.isfinite(closing.shift), found, here[: len(found), columns])
+        mu[:, columns], se[:, columns] = mu_of(closing, self._order(), observations, mu[:, columns], se[:, columns])
 
     def _on_data(self) -> list[int]:
         return [k for k, query in enumerate(self._queries) if query.kind != "self"]
