@@ -31,10 +31,12 @@ from ine_callback.recording.guard import Guard
 from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Parts
 from ine_callback.scores import Floats
+from ine_callback.utilities.isolation import isolated
 from ine_callback.utilities.words import CLOSING
 
 EXACT = 4096  # rows: their Gram matrix is factorised
 MAX_ROWS = 4096  # for the curvature; of more rows as many are chosen at random
+OWN_LABELS = "closing pass: no labels can be drawn for this loss: the curvature is of the rows' own labels"
 DAMPING = 0.1  # of the mean curvature, from fixed weights
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
@@ -56,9 +58,10 @@ def close(
             raise InfluenceError("each process has a part of the weights only")
         context = context or _context(parts, recent, config, guard.owner)
         curvature = Curvature(parts.accumulators.check.count, config.max_dim, parts.device)
-        if not curvature.observe(context):
-            guard.note("closing pass: no labels can be drawn for this loss: the curvature is of the rows' own labels")
-        return closing_pass(context, parts, curvature)
+        with isolated(context.module):  # random numbers that the user's batch hooks draw, too
+            if not curvature.observe(context):
+                guard.note(OWN_LABELS)
+            return closing_pass(context, parts, curvature)
     except Exception as error:  # the run's own scores are there
         if config.on_error == "raise" and not isinstance(error, InfluenceError):
             raise

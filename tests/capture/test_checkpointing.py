@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from ine_callback import Recorder
+from ine_callback import FINE, Recorder
 
 ROWS, BATCH, WIDTH = 96, 24, 200
 Way = Callable[[nn.Module, Tensor], Tensor]
@@ -70,7 +70,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(ROWS, 8), torch.randint(2, (ROWS,))
     recorder = Recorder(
-        *(model, optimizer, ROWS, {"val": (x[:8], y[:8]), "self": "self"}, mean_loss),
+        *(model, optimizer, ROWS, {"val": (x[:8], y[:8]), "self": "self"}, mean_loss, [FINE(closing=False)]),
         **{"total_steps": 8, "reservoir": 0, "on_error": "warn" if broken else "raise"},
     )
     alive = []

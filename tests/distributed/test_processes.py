@@ -117,7 +117,9 @@ def train(
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)
     settings = {"rows": ROWS, "total_steps": STEPS, "refresh_every": 4, "curvature_every": 1, "distributed": parts > 1}
     queries = {"val": LossQuery(held_out), "own": "self"}
-    recorder = Recorder(module, optimizer, queries=queries, loss=loss_of, **settings | options)
+    recorder = Recorder(
+        module, optimizer, queries=queries, loss=loss_of, methods=[FINE(closing=False)], **settings | options
+    )
     if recorded:
         recorder.start()
     for batch in order:

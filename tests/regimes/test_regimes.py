@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from ine_callback import InfluenceCallback
+from ine_callback import FINE, InfluenceCallback
 
 from .catalogue import ALL
 from .harness import examine, fit, shortcomings
@@ -31,7 +31,9 @@ def test_an_overflow_later_in_the_run_leaves_no_trace_in_the_curvature() -> None
     """The scaler grows at every step until it overflows; the discount of the steps that remain must stay finite."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=1, growth_factor=8.0)
     regime = Regime("overflows", "precision", trainer=lambda: {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]})
-    influence = InfluenceCallback(["val", "self"], refresh_every=2, curvature_every=1, on_error="raise")
+    influence = InfluenceCallback(
+        ["val", "self"], [FINE(closing=False)], refresh_every=2, curvature_every=1, on_error="raise"
+    )
     events = fit(regime, influence).events
     steps = sum(event.kind == "step" for event in events)
     assert 1 < steps < sum(event.kind == "backward" for event in events)

@@ -164,7 +164,7 @@ def one_run(seed: int, weights: InitialWeights) -> Scores:
         return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
     recorder = Recorder(
-        *(model, optimizer, 500, {"val": (x[500:], y[500:]), "self": "self"}, loss),
+        *(model, optimizer, 500, {"val": (x[500:], y[500:]), "self": "self"}, loss, [FINE(closing=False)]),
         total_steps=60,
         initial_weights=weights,
         on_error="raise",
