@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ine_callback import InfluenceReport
+from ine_callback import FINE, InfluenceReport
 from ine_callback.report import legacy
 from tests.fixtures import make
 from tests.helpers.attributions import assert_same
@@ -90,7 +91,11 @@ class Order(L.Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_former_checkpoint_is_resumed_to_the_same_report(former: InfluenceReport) -> None:
+def test_a_former_checkpoint_is_resumed_to_the_same_report(
+    former: InfluenceReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "FINE", partial(FINE, closing=False))  # as there was no closing pass
+
     def trained(train: Any, val: Any, checkpoint: Path | None) -> tuple[InfluenceReport, list[list[int]]]:
         L.seed_everything(0, verbose=False)
         influence, order = make.influence(), Order()
