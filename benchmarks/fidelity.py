@@ -99,13 +99,15 @@ class SummedFINE(FINE):
         return level
 
 
+RUN_ALONE = functools.partial(FINE, closing=False)
 ALTERNATIVES = {
     "default": Setting(self_query=True),
-    "nothing in low rank": Setting(rank=None, self_query=True),
-    "discount by K-FAC alone": Setting(reservoir=0),
-    "noise of the rows' order alone": Setting(initial_weights="fixed"),
+    "run alone": Setting(self_query=True, method=RUN_ALONE),
+    "nothing in low rank": Setting(rank=None, self_query=True, method=RUN_ALONE),
+    "discount by K-FAC alone": Setting(reservoir=0, method=RUN_ALONE),
+    "noise of the rows' order alone": Setting(initial_weights="fixed", method=RUN_ALONE),
     "discount off (first order)": Setting(discount=False),
-    "each step in its own noise": Setting(initial_weights="fixed", method=StepwiseFINE),
+    "each step in its own noise": Setting(initial_weights="fixed", method=functools.partial(StepwiseFINE, closing=False)),
     "estimator auc": Setting(method=functools.partial(FINE, "auc")),
     "estimator max_threshold": Setting(method=functools.partial(FINE, "max_threshold")),
 }
@@ -274,8 +276,8 @@ def of_own(score: Floats, truth: Floats, bad: NDArray[np.bool_]) -> dict[str, fl
 def sweep(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bool = False) -> dict[str, Any]:
     """Refreshing seldom, observing the curvature seldom."""
     refreshes = REFRESHES[2:4] if quick else REFRESHES
-    settings = [Setting(r, d, curvature_every=1) for d in (True, False) for r in refreshes]
-    settings += [Setting(r, curvature_every=4) for r in refreshes if r >= 10]
+    settings = [Setting(r, d, curvature_every=1, method=RUN_ALONE) for d in (True, False) for r in refreshes]
+    settings += [Setting(r, curvature_every=4, method=RUN_ALONE) for r in refreshes if r >= 10]
     plain = [train(kind, seed, problem, None).seconds for seed in range(seeds)]
     out = {}
     for setting in track(settings, description=f"{kind}: sweep"):

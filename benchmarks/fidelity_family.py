@@ -25,7 +25,9 @@ from benchmarks.family.recorded import record
 from benchmarks.fidelity import machine
 
 
-def study(protocol: Protocol, runs: int, seeds: int, folder: Path | None, quick: bool = False) -> dict[str, Any]:
+def study(
+    protocol: Protocol, runs: int, seeds: int, folder: Path | None, quick: bool = False, closing: bool = True
+) -> dict[str, Any]:
     """The truth of a protocol, and what the scores of ``seeds`` runs are worth."""
     task = tasks.load(protocol)
     if quick:
@@ -33,7 +35,7 @@ def study(protocol: Protocol, runs: int, seeds: int, folder: Path | None, quick:
     true = truth.load(protocol, task, runs, folder)
     reliability = {size: true.reliability(size) for size in task.groups}
     found = {
-        "default": measures.judge([record(protocol, task, seed) for seed in range(seeds)], true, task),
+        "default": measures.judge([record(protocol, task, k, closing=closing) for k in range(seeds)], true, task),
         "first order": measures.judge([record(protocol, task, 0, discount=False)], true, task),
     }
     about = {"runs": len(true.base), "seconds": true.seconds, "sd": float(np.median(true.sd)), **reliability}
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--runs", type=int, help="trainings a group, where no file has them (64 or 32)")
     parser.add_argument("--seeds", type=int, default=3, help="recorded runs of each protocol")
     parser.add_argument("--truth-only", action="store_true", help="retrain, and show nothing but how long it took")
+    parser.add_argument("--without-closing", action="store_true", help="the scores of the run alone")
     parser.add_argument("--quick", action="store_true", help="one epoch of 2 protocols, 4 trainings: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
@@ -73,14 +76,16 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     if args.quick:
         protocols, args.runs, seeds = [replace(p, epochs=1, rows=300) for p in protocols[:2]], 4, 2
     results: dict[str, Any] = {"protocol": "family", "half": args.half, "seed": SEED, "machine": machine()}
-    results |= {"seeds": seeds, "protocols": {}}
+    results |= {"seeds": seeds, "closing": not args.without_closing, "protocols": {}}
     for protocol in protocols:
         runs = args.runs or protocol.runs
         if args.truth_only:
             found = truth.load(protocol, tasks.load(protocol), runs, args.truth)
             report(f"{protocol.name}: {found.seconds:.0f} s")
             continue
-        results["protocols"][protocol.name] = study(protocol, runs, seeds, args.truth, args.quick)
+        results["protocols"][protocol.name] = study(
+            protocol, runs, seeds, args.truth, args.quick, not args.without_closing
+        )
         results["summary"] = measures.summary(results["protocols"].values())
         args.json.write_text(json.dumps(results, indent=1))
     if not args.truth_only:

@@ -81,8 +81,8 @@ class Measured(FINE):
         self.raw.index_add_(0, rows, predicted - others)
 
 
-def record(protocol: Protocol, task: Task, seed: int, discount: bool = True) -> Run:
-    """Trains once with a recorder; everything but ``discount`` is the package's default."""
+def record(protocol: Protocol, task: Task, seed: int, discount: bool = True, closing: bool = True) -> Run:
+    """Trains once with a recorder; everything but ``discount`` and ``closing`` is the package's default."""
     model, g = build(protocol, seed), torch.Generator().manual_seed(seed)
     optimizer, scheduler = make_optimizer(protocol, model.parameters(), protocol.steps)
     queries: dict[str, Query] = {
@@ -90,7 +90,7 @@ def record(protocol: Protocol, task: Task, seed: int, discount: bool = True) -> 
         "mean": Query.loss((task.xq, task.yq)),
         "self": SelfQuery(),
     }
-    method, before = Measured(closing=discount), query_losses(model, task)
+    method, before = Measured(closing=closing), query_losses(model, task)
     started = time.process_time()
     with Recorder(
         *(model, optimizer, protocol.rows, queries, mean_loss),
