@@ -107,7 +107,7 @@ ALTERNATIVES = {
     "discount by K-FAC alone": Setting(reservoir=0, method=RUN_ALONE),
     "noise of the rows' order alone": Setting(initial_weights="fixed", method=RUN_ALONE),
     "discount off (first order)": Setting(discount=False),
-    "each step in its own noise": Setting(initial_weights="fixed", method=functools.partial(StepwiseFINE, closing=False)),
+    "each step in its own noise": Setting(initial_weights="fixed", method=lambda: StepwiseFINE(closing=False)),
     "estimator auc": Setting(method=functools.partial(FINE, "auc")),
     "estimator max_threshold": Setting(method=functools.partial(FINE, "max_threshold")),
 }
