@@ -7,6 +7,10 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import torch
+
+from ine_callback import Recorder
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ine_callback"
 # From the bottom up: each line may import from the lines above it, and its own names from one another within a package.
@@ -89,6 +93,13 @@ def test_no_file_is_longer_than_a_reader_takes_in() -> None:
     files = [path for folder in ("ine_callback", "tests", "examples") for path in (ROOT / folder).rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def test_the_recorder_composes_parts_and_holds_little_itself() -> None:
+    module = torch.nn.Linear(2, 1)
+    recorder = Recorder(module, torch.optim.SGD(module.parameters(), lr=0.1), 4, "self")
+    with recorder:
+        assert len(vars(recorder)) < 15
 
 
 def imported_by_tests(path: Path) -> set[str]:

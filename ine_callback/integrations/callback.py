@@ -237,7 +237,9 @@ class InfluenceCallback(Callback):
             config=self._config,
         )
         self._recorder.clipping.watching = touches_gradients(trainer, pl_module)
-        self._recorder.recent.wanted &= bool(self._source.unreadable(self.row_fn))  # else rows are read by their index
+        self._recorder.closing.recent.wanted &= bool(
+            self._source.unreadable(self.row_fn)
+        )  # else rows are read by their index
         self._recorder.start()
         self._warn_of_single_rows(trainer, loaders[0])
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
@@ -341,7 +343,7 @@ class InfluenceCallback(Callback):
         if self._recorder is None or not self._recorder.running:
             return
         if trainer.state.status != TrainerStatus.INTERRUPTED:
-            self._recorder.close(None if self._recorder.recent.wanted else self._context(trainer, pl_module))
+            self._recorder.close(None if self._recorder.closing.recent.wanted else self._context(trainer, pl_module))
         self._recorder.stop(closing=False)
         try:
             self.report = self._recorder.report()

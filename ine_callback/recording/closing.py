@@ -9,7 +9,7 @@ Kronecker factors stand for it, times one number: how much larger the curvature 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import damped, relative
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
+from ine_callback.methods import Method
 from ine_callback.methods.closing import Closing
 from ine_callback.methods.context import FitContext, RowGradients
 from ine_callback.methods.passes import PerSamplePass
@@ -41,33 +42,53 @@ DAMPING = 0.1  # of the mean curvature, from fixed weights
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 
-def close(
-    parts: Parts, recent: RecentBatches, context: FitContext | None, config: RecordingConfig, guard: Guard
-) -> Closing | None:
-    """Runs a recording's closing pass; None where it cannot be had, which is noted.
+class ClosingPass:
+    """A recording's closing pass: whether a method wants one, with which rows, and that it is made once.
 
     Args:
-        parts: The recording's.
-        recent: The batches of the last pass over the rows, used without a context.
-        context: The trained model with its rows.
-        config: The recording's options.
-        guard: Takes notes for the report.
+        methods: The recording's.
+        config: Its options. Without a discount no curvature is wanted at all, and so no closing pass.
+
+    Attributes:
+        recent: The batches of the last pass over the rows, for a pass without a context.
     """
-    try:
+
+    def __init__(self, methods: Sequence[Method], config: RecordingConfig) -> None:
+        self._methods = [method for method in methods if method.wants_closing and config.discount]
+        self._config = config
+        self.recent = RecentBatches(bool(self._methods))
+
+    def run(self, parts: Parts, guard: Guard, context: FitContext | None) -> None:
+        """Makes the pass, unless nobody wants it (any more); where it cannot be had, that is noted.
+
+        Args:
+            parts: The recording's.
+            guard: Knows whether the recording reached its end, and takes notes for the report.
+            context: The trained model with its rows; None: with the recent batches.
+        """
+        if not (self._methods and guard.recording and guard.steps and parts.bound):
+            return
+        methods, self._methods = self._methods, []
+        try:
+            with parts.capture.paused():
+                found = self._found(parts, guard, context)
+        except Exception as error:  # the run's own scores are there
+            if self._config.on_error == "raise" and not isinstance(error, InfluenceError):
+                raise
+            why = str(error) if isinstance(error, InfluenceError) else f"{type(error).__name__}: {error}"
+            return guard.note(f"{CLOSING}{why}; scores are of the run alone, which are less accurate")
+        for method in methods:
+            method.close(found)
+
+    def _found(self, parts: Parts, guard: Guard, context: FitContext | None) -> Closing:
         if parts.sharded:
             raise InfluenceError("each process has a part of the weights only")
-        context = context or _context(parts, recent, config, guard.owner)
-        curvature = Curvature(parts.accumulators.check.count, config.max_dim, parts.device)
+        context = context or _context(parts, self.recent, self._config, guard.owner)
+        curvature = Curvature(parts.accumulators.check.count, self._config.max_dim, parts.device)
         with isolated(context.module):  # random numbers that the user's batch hooks draw, too
             if not curvature.observe(context):
                 guard.note(OWN_LABELS)
             return closing_pass(context, parts, curvature)
-    except Exception as error:  # the run's own scores are there
-        if config.on_error == "raise" and not isinstance(error, InfluenceError):
-            raise
-        why = str(error) if isinstance(error, InfluenceError) else f"{type(error).__name__}: {error}"
-        guard.note(f"{CLOSING}{why}; scores are of the run alone, which are less accurate")
-        return None
 
 
 def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner: str) -> FitContext:

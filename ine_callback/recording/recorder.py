@@ -24,14 +24,13 @@ from ine_callback.queries import BoundQuery, QuerySource, parse
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.backward import BackwardPasses, Rows
-from ine_callback.recording.closing import close
+from ine_callback.recording.closing import ClosingPass
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.counting import CountedBatches
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.phases import Phase
 from ine_callback.recording.provenance import Clock, incomplete, run_info
-from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Training, build, records_signals, refuse
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
@@ -81,6 +80,7 @@ class Recorder:
         capture: Hooks that read per-sample gradients.
         coverage: Which parameters the signals cover.
         clipping: What becomes of gradients between backward pass and step.
+        closing: The pass over the rows when training is over.
 
     Example:
         >>> import torch
@@ -173,9 +173,7 @@ class Recorder:
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
         self.clipping = Clipping(optimizer)
         self._handles: list[Any] = []
-        # without a discount no curvature is wanted at all
-        self._closing = [method for method in self.methods if method.wants_closing and self.config.discount]
-        self.recent = RecentBatches(bool(self._closing))
+        self.closing = ClosingPass(self.methods, self.config)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -192,11 +190,11 @@ class Recorder:
         self._parts = build(
             training, self.config, self.queries, self.methods, self.capture, self.coverage, self.clipping, owner
         )
-        self._updates = Updates(self.config.refresh_every, self.config.curvature_every)
-        self._steps = OptimizerSteps(guard, self._parts, self._updates)
+        updates = Updates(self.config.refresh_every, self.config.curvature_every)
+        self._steps = OptimizerSteps(guard, self._parts, updates)
         self._passes: Any = CountedBatches(guard, self._parts, self._steps)
         if records:
-            self._passes = BackwardPasses(guard, self._parts, self._updates, self._steps)
+            self._passes = BackwardPasses(guard, self._parts, updates, self._steps)
             self.capture.attach()
         if records and not known(training.optimizer):
             kind = type(training.optimizer).__name__
@@ -240,15 +238,7 @@ class Recorder:
         Args:
             context: The trained model with its rows; by default with the batches of the last pass over the rows.
         """
-        guard, methods = self.guard, self._closing
-        if not (methods and guard.recording and guard.steps and self._parts.bound):
-            return
-        self._closing = []
-        with self.capture.paused():
-            found = close(self._parts, self.recent, context, self.config, guard)
-        if found is not None:
-            for method in methods:
-                method.close(found)
+        self.closing.run(self._parts, self.guard, context)
 
     def _leave(self) -> None:
         """After an exception: nothing more is read, and other processes do not wait for this one."""
@@ -277,8 +267,8 @@ class Recorder:
 
     def _start_batch(self, rows: Rows, data: Any) -> None:
         self._passes.start_batch(rows, data)
-        if self.recent.wanted and self._passes.rows is not None:
-            self.recent.add(self._passes.rows, data, self.accumulators.check.count)
+        if self.closing.recent.wanted and self._passes.rows is not None:
+            self.closing.recent.add(self._passes.rows, data, self.accumulators.check.count)
 
     def see(self, loss: Tensor) -> None:
         """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
@@ -332,7 +322,7 @@ class Recorder:
         The queries' directions are too large to store. They are made anew at the next step, here as in the resumed run,
         so that both end with the same scores.
         """
-        return saved_state(self.guard, self._clock, self._parts, self._updates, self._steps)
+        return saved_state(self.guard, self._clock, self._parts, self._steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` returned, after :meth:`start` and before the first batch.
@@ -340,7 +330,7 @@ class Recorder:
         Raises:
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
-        restore_state(state, self.guard, self._clock, self._parts, self._updates, self._steps)
+        restore_state(state, self.guard, self._clock, self._parts, self._steps)
 
     # -- what can be read ---------------------------------------------------------------------------------------------
 

@@ -10,18 +10,17 @@ from ine_callback.recording.guard import Guard
 from ine_callback.recording.provenance import Clock
 from ine_callback.recording.setup import Parts
 from ine_callback.recording.steps import OptimizerSteps
-from ine_callback.recording.updates import Updates
 
 
-def saved_state(guard: Guard, clock: Clock, parts: Parts, updates: Updates, steps: OptimizerSteps) -> dict[str, Any]:
+def saved_state(guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps) -> dict[str, Any]:
     """What :func:`restore_state` goes on from; with several processes, all must call it."""
     together = guard.recording or parts.processes.count == 1  # after the end others may be gone
     if together:
         parts.processes.exchange()
-    updates.saved_at = guard.steps
+    steps.updates.saved_at = guard.steps
     return {
         "steps": guard.steps,
-        "look": updates.next_curvature_update,
+        "look": steps.updates.next_curvature_update,
         "failed": guard.failed,
         "reason": guard.reason,
         "taken": guard.taken,
@@ -35,16 +34,14 @@ def saved_state(guard: Guard, clock: Clock, parts: Parts, updates: Updates, step
     }
 
 
-def restore_state(
-    state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, updates: Updates, steps: OptimizerSteps
-) -> None:
+def restore_state(state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps) -> None:
     """Goes on from what :func:`saved_state` returned.
 
     Raises:
         InfluenceError: If it was recorded with other queries or methods, or with more rows.
     """
     parts.accumulators.load_state_dict(state["ledger"])
-    guard.steps, updates.next_curvature_update = state["steps"], state["look"]
+    guard.steps, steps.updates.next_curvature_update = state["steps"], state["look"]
     # checkpoints of 0.1 have no more than the steps
     guard.reason, guard.taken = state.get("reason", ""), state.get("taken", state["steps"])
     guard.widest = state.get("widest", 0)

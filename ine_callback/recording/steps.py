@@ -24,16 +24,17 @@ class OptimizerSteps:
     Args:
         guard: Holds the recording's steps and notes.
         parts: What the recording works with.
-        updates: Told of every step.
+        updates: Counts the steps to the next refresh and curvature update.
 
     Attributes:
+        updates: The same.
         pending: The passes that wait for the step.
         has_gap: Whether a batch of the present step is left out.
         left_out: Why batches were left out -> how many.
     """
 
     def __init__(self, guard: Guard, parts: Parts, updates: Updates) -> None:
-        self._guard, self._parts, self._updates = guard, parts, updates
+        self._guard, self._parts, self.updates = guard, parts, updates
         self.pending = Pending()
         self.has_gap = False
         self.left_out: Counter[str] = Counter()
@@ -110,7 +111,7 @@ class OptimizerSteps:
                 observations, step_rate(optimizer), signals.units(observations.self_variance), max(known)
             )
         self._count_rows(sum(sizes))
-        self._updates.end_step(guard.steps)
+        self.updates.end_step(guard.steps)
         guard.steps += 1
         if signals.curvature is not None:
             signals.curvature.end_step()

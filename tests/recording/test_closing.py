@@ -109,7 +109,7 @@ def test_shifts_are_those_of_dense_algebra(momentum: float) -> None:
     model, recorder = train(method, lr=0.3, momentum=momentum)
     assert method.found is not None
     rate = 0.3 * EPOCHS * -(-ROWS // (BATCH - 1)) / (1 - momentum)
-    sampled = drawn(model, recorder.recent.batches())
+    sampled = drawn(model, recorder.closing.recent.batches())
     fisher = sampled.T @ sampled / ROWS
     v = torch.stack([explicit(model, torch.arange(ROWS, ROWS + n), Y[ROWS : ROWS + n]).mean(0) for n in (QUERIES, 1)])
     own = explicit(model, torch.arange(ROWS), Y[:ROWS])
@@ -202,7 +202,7 @@ def test_what_stands_in_its_way_is_noted_and_scores_are_the_runs(monkeypatch: py
     assert np.array_equal(without_data.report().scores.mu, plain.report().scores.mu)
     monkeypatch.setattr(recent_batches, "MAX_BYTES", 2**10)
     _, large = train(FINE())
-    assert "the rows' batches take more than 0 MB" in notes_of(large)[0] and not large.recent.batches()
+    assert "the rows' batches take more than 0 MB" in notes_of(large)[0] and not large.closing.recent.batches()
 
 
 def test_a_loss_without_labels_to_draw_takes_the_rows_own() -> None:
