@@ -194,7 +194,7 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
     written = text(path)
     letters = {c: k for k, c in enumerate(sorted(set(written)))}
     codes = torch.tensor([letters[c] for c in written])
-    rows, queries = (QUICK_ROWS // 2, 10) if quick else (min(rows, len(codes) // context * 2 // 3), queries)
+    rows, queries = (QUICK_ROWS // 4, 10) if quick else (min(rows, len(codes) // context * 2 // 3), queries)
     g = torch.Generator().manual_seed(12)
     starts = torch.randperm(len(codes) // context - 1, generator=g)[: rows + queries] * context
     pieces = codes[starts[:, None] + torch.arange(context + 1)]
@@ -211,7 +211,7 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
         optimizer=partial(adamw, lr=3e-3),
         lr=3e-3,
         batch=25,
-        epochs=2 if quick else 15,
+        epochs=1 if quick else 15,
         hessian_rows=min(rows, 500),
     )
 

@@ -381,6 +381,6 @@ def test_refreshes_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     for recorder.guard.steps in range(400):
         recorder._passes.prepare_step(torch.arange(2), None)
         if refreshed and refreshed[-1] == recorder.steps:
-            assert recorder._updates.refreshed_at == recorder.steps
+            assert recorder._steps.updates.refreshed_at == recorder.steps
     recorder.stop()
     assert refreshed == [20, 40, 60, 80, 100, 120, 140, 160, 180, 202, 227, 255, 286, 321, 361]

@@ -80,23 +80,32 @@ BROKEN: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_method_that_fails_costs_nothing_else(case: str, alone: tuple[Model, Any], tmp_path: Path) -> None:
-    run, why = BROKEN[case]
-    broken = type("Broken", (FitEndMethod,), {"name": "broken", "run": run})()
-    with pytest.warns(UserWarning, match=r"broken failed: .* The report holds the rest"):
-        model, influence, _ = fit([broken, FINE(), Norms(), Dots()], dirpath=tmp_path)
+def broken_method(case: str) -> FitEndMethod:
+    method: FitEndMethod = type("Broken", (FitEndMethod,), {"name": f"broken: {case}", "run": BROKEN[case][0]})()
+    return method
+
+
+def test_methods_that_fail_cost_nothing_else(alone: tuple[Model, Any], tmp_path: Path) -> None:
+    """All of them in one fit, the first and the last of its methods among them."""
+    first, *others = map(broken_method, BROKEN)
+    with pytest.warns(UserWarning, match=r"broken: .* failed: .* The report holds the rest"):
+        model, influence, _ = fit([first, FINE(), Norms(), *others[:-1], Dots(), others[-1]], dirpath=tmp_path)
     assert_untouched(model, alone)
     report = influence.report
     assert set(by_method(report)) == EXPECTED - {("gradient norm", 1)}
     assert all(np.isfinite(each.scores).all() for each in report.attributions)
-    (note,) = [note for note in report.run.notes if "broken" in note]
-    assert note.startswith("broken failed: ") and why in note
+    for case, (_, why) in BROKEN.items():
+        (note,) = [note for note in report.run.notes if note.startswith(f"broken: {case} failed: ")]
+        assert why in note
     again = InfluenceReport.load(tmp_path)
     assert again.run.notes == report.run.notes
     assert_same(again.attributions, report.attributions)
-    with pytest.raises(Exception):  # noqa: B017, PT011  # for tests of methods
-        fit([FINE(), broken], raises=True)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_method_that_fails_raises_where_that_is_asked_for(case: str) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011  # of any kind
+        fit([FINE(), broken_method(case)], raises=True)
 
 
 def test_a_method_that_fails_in_the_middle_runs_again_at_the_end(alone: tuple[Model, Any]) -> None:

@@ -71,10 +71,13 @@ def mu_of(
     total = total / width
     level = _mean(found * total) / _mean(total**2)
     level = np.where(level > 0, level, spread)
-    size = np.sqrt(level * run_spread * np.nanmedian(level / run_spread))
+    ratio = level / run_spread
+    size = np.sqrt(level * run_spread * np.median(ratio[np.isfinite(ratio)])) if np.isfinite(ratio).any() else ratio
     mu = np.where(both, total, run / run_spread) * size  # rows that the pass did not see have the run's score alone
     errors = np.where(both, error / spread / width, 0.0), run_se / run_spread / np.where(both, width, 1.0)
-    return mu, np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+    se = np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+    known = np.isfinite(size)  # a query that could not be computed at the end keeps the run's scores
+    return np.where(known, mu, run), np.where(known, se, run_se)
 
 
 def _of_rows(values: Floats, rows: int) -> Floats:
