@@ -32,13 +32,13 @@ def run(module: str, *arguments: str) -> str:
         ("mislabel", "## Wrong labels"),
         ("cleanup", "## Acting on it"),
         ("fidelity --family", "## A family of protocols"),
-        ("label_errors", "## Label errors"),
         ("finetuning --dropout 0.1", "## Fine-tuning a small language model"),
         ("randomness", "## Stability"),
-        ("bif --variants 'plain SGLD' 'reduced (default)'", "## BIF by the number of draws"),
         ("overhead", "## Overhead"),
         ("scale", "## Growth with rows"),
-        ("lds --problems transformer --only run", "## Retraining, transformer"),
+        pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
+        pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),
+        pytest.param("lds --problems transformer --only run", "## Retraining, transformer", marks=pytest.mark.long),
         pytest.param(
             "lds --problems logistic --only BIF", "| ine_callback BIF, Laplace term |", marks=pytest.mark.long
         ),

@@ -11,31 +11,20 @@ from ine_callback import InfluenceReport
 
 pytest.importorskip("hydra", reason="hydra-core is not installed")
 
-ONE_EPOCH = ("trainer.max_epochs=1",)
 Run = Callable[..., str]
 
 
-def accuracies(printed: str) -> list[str]:
-    return [line for line in printed.splitlines() if line.startswith("Validation accuracy")]
-
-
-def test_the_callback_is_switched_on_the_command_line(program: Run, tmp_path: Path) -> None:
-    sweep = ("--multirun", "hydra.sweep.dir=runs", "influence.enabled=true,false")  # one program, to import torch once
-    printed = program("hydra_train.py", *sweep, *ONE_EPOCH, "influence.methods.0.null_draws=4")
-    report = InfluenceReport.load(tmp_path / "runs" / "0" / "influence")
-    assert report.queries == ("margin", "self") and report.rows == 1437 and (report.observations == 1).all()
-    assert not (tmp_path / "runs" / "1" / "influence").exists()
-
-    recorded, plain = printed.split("Written to")
-    assert f"{report.top(1, 'self')[0].row}" in recorded and "Not recorded" not in recorded
-    assert "Not recorded." in plain
-    assert accuracies(plain) == accuracies(recorded) and len(accuracies(plain)) == 1  # to the last digit
-
-
-def test_a_run_of_each_seed_can_be_combined(program: Run, tmp_path: Path) -> None:
-    program(
-        "hydra_train.py", "--multirun", "hydra.sweep.dir=seeds", "seed=1,2", *ONE_EPOCH, "influence.queries=[self,val]"
-    )
-    reports = [InfluenceReport.load(tmp_path / "seeds" / job / "influence") for job in ("0", "1")]
-    assert reports[0].queries == ("val", "self")
+def test_one_word_switches_the_callback_and_the_runs_of_a_sweep_can_be_combined(program: Run, tmp_path: Path) -> None:
+    """Four jobs in one program, to import torch once: both seeds, each with the callback and without."""
+    sweep = ("--multirun", "hydra.sweep.dir=runs", "seed=1,2", "influence.enabled=true,false")
+    printed = program("hydra_train.py", *sweep, "trainer.max_epochs=1", "influence.methods.0.null_draws=4")
+    reports = [InfluenceReport.load(tmp_path / "runs" / job / "influence") for job in ("0", "2")]
+    assert reports[0].queries == ("margin", "self") and (reports[0].observations == 1).all()
     assert InfluenceReport.combine(reports).rows == 1437
+    assert not any((tmp_path / "runs" / job / "influence").exists() for job in ("1", "3"))
+
+    first, *_ = printed.split("Written to")
+    assert f"{reports[0].top(1, 'self')[0].row}" in first and "Not recorded" not in first
+    assert printed.count("Not recorded.") == 2
+    one, plain, other, other_plain = [x for x in printed.splitlines() if x.startswith("Validation accuracy")]
+    assert one == plain and other == other_plain != one  # to the last digit
