@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture
-from ine_callback.curvature.gradient_sample import GradientSample
+from ine_callback.curvature.gradient_sample import MIN_ROWS, GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
@@ -159,7 +159,7 @@ def build(
         training.optimizer,
         schedule,
         KFAC(config.max_dim) if discount else None,
-        GradientSample(config.reservoir if discount else 0),
+        gradient_sample(config.reservoir if discount else 0, training.rows),
         noise,
         Contrasts(CONTRASTS if noise.random else 0),
         processes,
@@ -192,6 +192,11 @@ def build(
         signals,
         accumulators,
     )
+
+
+def gradient_sample(size: int, rows: int | None) -> GradientSample:
+    """The gradient sample: half of what it is asked for, or all rows, must fit."""
+    return GradientSample(size, least=max(MIN_ROWS, min(size // 2, rows or size)))
 
 
 def _infos(bound: Sequence[BoundQuery], has_self: bool) -> tuple[QueryInfo, ...]:

@@ -12,6 +12,7 @@ from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
+from ine_callback.recording.setup import gradient_sample
 from tests.helpers.factors import block, draw, outer
 from tests.helpers.oracle import Keep, cross_entropy, mlp
 
@@ -162,6 +163,17 @@ def test_gradients_too_large_to_store_are_noted(monkeypatch: pytest.MonkeyPatch)
     reservoir = GradientSample(100)
     reservoir.open([(block(grad_sample), grad_sample)], ALONE)
     assert reservoir.rows == 0 and "K-FAC" in reservoir.note
+
+
+@pytest.mark.parametrize(("size", "rows", "stored"), [(800, 1000, 0), (800, None, 0), (800, 90, 100), (150, 1000, 100)])
+def test_half_of_a_sample_or_all_rows_must_fit(
+    size: int, rows: int | None, stored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Outer(draw(4, 1, 2, 9), draw(4, 1, 2, 9))  # of several positions: a row's gradient is stored as it is
+    monkeypatch.setattr(module, "MAX_BYTES", 4 * 100 * 81)
+    sample = gradient_sample(size, rows)
+    sample.open([(block(whole), whole)], ALONE)
+    assert sample.rows == stored and bool(sample.note) == (stored == 0)
 
 
 @pytest.mark.parametrize("rows", [-1, 2.5])
