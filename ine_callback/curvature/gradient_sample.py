@@ -113,9 +113,9 @@ class GradientSample:
     Args:
         rows: Size of the sample (0: none); fewer rows where they would take more than :data:`MAX_BYTES`.
         seed: Seed of the private generator that selects them.
-        least: Where fewer rows fit there is no sample at all; None: :data:`MIN_ROWS`. Few rows of a large model span too
-            little of what the queries' gradients are in: LDS of f-INE in fine-tuning .64 with a third of the rows, .69
-            without (``python -m benchmarks.finetuning``).
+        least: Where fewer rows fit there is no sample at all; None: :data:`MIN_ROWS`. Few rows of a large model span
+            too little of what the queries' gradients are in: LDS of f-INE in fine-tuning .64 with a third of the rows,
+            .69 without (``python -m benchmarks.finetuning``).
 
     Raises:
         InfluenceError: If ``rows`` is no count.
