@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from ine_callback import FINE, InfluenceCallback, InfluenceReport, MarginQuery, PerClassQuery
+from ine_callback.cli import main
 
 Run = Callable[..., LightningCLI]
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +134,55 @@ def test_it_is_added_on_the_command_line_alone(run: Run, tmp_path: Path) -> None
     added = ["--trainer.callbacks+=ine_callback.InfluenceCallback", "--trainer.callbacks.queries=[val,self]"]
     callback = callback_of(run("fit", "--config", config, *QUIET, *added))
     assert callback.report is not None and callback.report.queries == ("val", "self")
+
+
+NORMS = """
+import numpy
+import torch
+from ine_callback import Attribution, FitEndMethod, PerSamplePass
+
+
+class RowNorms(FitEndMethod):
+    name = "row norms"
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power = power
+
+    def run(self, context):
+        found = torch.zeros(context.rows, len(context.infos))
+
+        def take(rows, gradients):
+            found[rows] = gradients.squared_norms().pow(self.power / 2)[:, None]
+
+        yield PerSamplePass(), take
+        return Attribution(self.name, numpy.arange(context.rows), context.infos, found.numpy())
+
+    def settings(self):
+        return {"power": self.power}
+"""
+
+
+def test_a_method_of_another_package_is_named_in_yaml_and_shown_from_its_report(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "installed" / "row_norms"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(NORMS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package.parent))
+    theirs = {"class_path": "row_norms.RowNorms", "init_args": {"power": 2.0}}
+    options = {"queries": ["val", "self"], "methods": [{"class_path": "ine_callback.FINE"}, theirs]}
+    entry = {"class_path": "ine_callback.InfluenceCallback", "init_args": options}
+    report = callback_of(run("fit", "--config", with_callbacks(tmp_path / "theirs.yaml", [entry]), *QUIET)).report
+    assert report is not None and report.queries == ("val", "self")
+    (scores,) = saved(tmp_path)
+    folder, read = scores.parent, InfluenceReport.load(scores.parent).attribution("row norms")
+    assert read.settings == {"power": 2.0} and (read.scores > 0).all()
+    assert "row norms" in (folder / "report.html").read_text(encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "row_norms")
+    (package / "__init__.py").unlink()  # reading needs no code of theirs
+    capsys.readouterr()
+    assert main(["show", str(folder), "--method", "row norms"]) == 0
+    assert "row norms" in capsys.readouterr().out
 
 
 def test_every_option_is_settable_from_yaml(run: Run, tmp_path: Path) -> None:
