@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks import g1
 from benchmarks.data import folder
-from benchmarks.fidelity import machine, network
 from benchmarks.metrics import Floats, auroc, per_query_spearman
+from benchmarks.network import machine, network
 from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from benchmarks import g1
 from benchmarks.bif import row_entropies, trained
 from benchmarks.data import folder
-from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats
+from benchmarks.network import machine
 from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import nn
 
-from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats, mean_and_half_width
 from benchmarks.mislabel import Problem, command_line, cross_entropy, network
+from benchmarks.network import machine
 from ine_callback import InfluenceReport, InfluenceSampler, Query, Recorder
 from ine_callback.applications.relabel import LabelSuggestions
 

@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,38 +32,14 @@ from torch import Tensor, nn
 from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.metrics import Floats, agreement, auroc, over_seeds
+from benchmarks.network import RowLosses, cross_entropy, machine, network
 from ine_callback import Recorder
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.methods.fine.fine import FINE
-from ine_callback.queries import BoundQuery, Query, QuerySource, SelfQuery
-from ine_callback.queries.bound import Value
-from ine_callback.scores import QueryInfo
+from ine_callback.queries import Query, SelfQuery
 from ine_callback.utilities.options import InitialWeights
 
 REFRESHES = (1, 5, 10, 20, 40)
-
-
-class RowLosses(Query):
-    """One query for each row of a batch: its own loss, by default the cross entropy."""
-
-    def __init__(self, x: Tensor, y: Tensor, loss: Value | None = None) -> None:
-        self.x, self.y = x, y
-        self.value: Value = loss or cross_entropy
-
-    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
-        return [
-            BoundQuery(
-                QueryInfo(f"{name}/{k}", "loss", f"Does training on this row lower the loss of query row {k}?"),
-                self.value,
-                ((1.0, (self.x[k : k + 1], self.y[k : k + 1])),),
-            )
-            for k in range(len(self.y))
-        ]
-
-
-def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(module(x), y)
 
 
 @dataclass(frozen=True)
@@ -126,15 +101,6 @@ class Run:
     mu: Floats
     suspicion: dict[str, Floats]
     seconds: float
-
-
-def network(g: torch.Generator) -> nn.Sequential:
-    """The protocol's network as torch modules."""
-    model = nn.Sequential(nn.Linear(g1.INPUTS, g1.HIDDEN), nn.ReLU(), nn.Linear(g1.HIDDEN, g1.CLASSES))
-    with torch.no_grad():
-        for parameter, start in zip(model.parameters(), g1.initial(1, g), strict=True):
-            parameter.copy_(start[0])
-    return model
 
 
 def train(kind: str, seed: int, problem: g1.Problem, setting: Setting | None) -> Run:
@@ -289,10 +255,6 @@ def sweep(kind: str, seeds: int, truth: g1.Truth, problem: g1.Problem, quick: bo
             **judge([r.mu for r in runs], truth, problem),
         }
     return {"study": "sweep", "rows": out, "seconds_without_recorder": float(np.median(plain))}
-
-
-def machine() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = print) -> None:

@@ -22,7 +22,7 @@ import torch
 from benchmarks.family import measures, tasks, truth
 from benchmarks.family.protocols import SEED, Protocol, draw
 from benchmarks.family.recorded import record
-from benchmarks.fidelity import machine
+from benchmarks.network import machine
 
 
 def study(

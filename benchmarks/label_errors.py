@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.data import digits, folder
-from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats, auroc
 from benchmarks.mislabel import HUMAN, cross_entropy, human
+from benchmarks.network import machine
 from ine_callback import InfluenceReport, Recorder
 from ine_callback.applications.label_errors import suspicion
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from benchmarks.data import digits, folder
-from benchmarks.fidelity import machine
 from benchmarks.metrics import Floats, auroc, jaccard, mean_and_half_width
+from benchmarks.network import machine
 from ine_callback import Query, Recorder
 
 HUMAN = {"cifar10n-aggre": "aggre_label", "cifar10n-random1": "random_label1", "cifar10n-worse": "worse_label"}

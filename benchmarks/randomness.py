@@ -27,8 +27,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks import g1
 from benchmarks.data import folder
-from benchmarks.fidelity import cross_entropy, machine, network
 from benchmarks.metrics import Floats, jaccard, mean_and_half_width
+from benchmarks.network import cross_entropy, machine, network
 from ine_callback import Query, Recorder
 from ine_callback.scores import Scores
 

@@ -37,7 +37,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from benchmarks.fidelity import machine
+from benchmarks.network import machine
 from ine_callback import InfluenceCallback
 
 ROWS, BATCH, EPOCHS, EVERY = 40, 8, 6, 2

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.fidelity import machine
+from benchmarks.network import machine
 from ine_callback import FINE
 from ine_callback.report import InfluenceReport, RunInfo
 from ine_callback.scores import QueryInfo

@@ -12,8 +12,8 @@ from torch import Tensor, device, nn
 from benchmarks.family.networks import build, make_optimizer
 from benchmarks.family.protocols import Protocol
 from benchmarks.family.tasks import QUERIES, Task, mean_loss
-from benchmarks.fidelity import RowLosses
 from benchmarks.metrics import Floats
+from benchmarks.network import RowLosses
 from ine_callback import Query, Recorder
 from ine_callback.methods import FINE
 from ine_callback.methods.closing import Closing

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 from benchmarks import data
-from benchmarks.fidelity import machine
 from benchmarks.finetuning import scores
 from benchmarks.finetuning.judge import judge
 from benchmarks.finetuning.model import GPT, Training
 from benchmarks.finetuning.text import Sizes, make
 from benchmarks.finetuning.truth import Counts, Kept
+from benchmarks.network import machine
 
 SIZES = Sizes(rows=448, queries=50, length=48, vocabulary=512)
 SEEDS: tuple[int, ...] = (101, 102, 103)

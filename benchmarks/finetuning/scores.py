@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.family.recorded import Measured
-from benchmarks.fidelity import RowLosses
 from benchmarks.finetuning.model import Batch, FineTuning, token_loss, tokens
 from benchmarks.finetuning.text import IGNORED, Task
 from benchmarks.finetuning.truth import Kept
 from benchmarks.metrics import Floats
+from benchmarks.network import RowLosses
 from ine_callback import Recorder
 from ine_callback.capture import Block
 from ine_callback.curvature.kfac import KFAC

@@ -36,12 +36,12 @@ import torch
 from rich.progress import track
 
 from benchmarks.data import folder
-from benchmarks.fidelity import machine
 from benchmarks.lds import chains, peers, problems, recorded, retrain
 from benchmarks.lds.measure import Measured, measure
 from benchmarks.lds.problems import Problem
 from benchmarks.lds.retrain import Stacked
 from benchmarks.metrics import Floats, per_query_spearman
+from benchmarks.network import machine
 from ine_callback import BIF
 
 KINDS = ("loss", "margin")

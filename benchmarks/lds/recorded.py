@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from rich.progress import track
 
-from benchmarks.fidelity import RowLosses, cross_entropy
 from benchmarks.lds.problems import Problem
 from benchmarks.metrics import Floats
+from benchmarks.network import RowLosses, cross_entropy
 from ine_callback import Recorder
 from ine_callback.queries import MarginQuery, Query
 

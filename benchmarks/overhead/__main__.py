@@ -33,7 +33,7 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 from benchmarks.data import folder
-from benchmarks.fidelity import machine
+from benchmarks.network import machine
 from benchmarks.overhead import workloads
 from benchmarks.overhead.memory import Memory, on_the_host
 from benchmarks.overhead.steppers import (
