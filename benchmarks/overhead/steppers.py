@@ -106,7 +106,7 @@ class Recorded(Plain):
         return self.recorder.report()
 
     def close(self) -> None:
-        self.recorder.stop()
+        self.recorder.stop(closing=False)
 
 
 class Opacus(Plain):

@@ -40,10 +40,7 @@ def exponential(exponent: Tensor | float, decay: Tensor | float = 0.0) -> Spectr
     """
 
     def spectrum(*factors: Tensor) -> Tensor:
-        product = exponent
-        for factor in factors:
-            product = product * factor
-        return torch.exp(-(torch.as_tensor(product) + decay))
+        return torch.exp(-(torch.as_tensor(math.prod(factors, start=exponent)) + decay))
 
     return spectrum
 
@@ -57,7 +54,7 @@ def resolvent(damping: float) -> Spectrum:
     """
 
     def spectrum(*factors: Tensor) -> Tensor:
-        return 1 / (math.prod(factors[1:], start=factors[0]) + damping)
+        return 1 / (identity(*factors) + damping)
 
     return spectrum
 
@@ -75,10 +72,7 @@ def damped(exponent: Tensor | float, decay: Tensor | float = 0.0) -> Spectrum:
     """
 
     def spectrum(*factors: Tensor) -> Tensor:
-        product = exponent
-        for factor in factors:
-            product = product * factor
-        return 1 / (1 + torch.as_tensor(product) + decay)
+        return 1 / (1 + torch.as_tensor(math.prod(factors, start=exponent)) + decay)
 
     return spectrum
 
@@ -97,7 +91,7 @@ def relative(damping: float) -> Spectrum:
     """
 
     def spectrum(*factors: Tensor) -> Tensor:
-        x = math.prod(factors[1:], start=factors[0])
+        x = identity(*factors)
         return 1 / (x + damping * x.mean().clamp_min(torch.finfo(x.dtype).tiny))
 
     return spectrum
@@ -112,7 +106,7 @@ def unrolled(rate: float, steps: int) -> Spectrum:
     """
 
     def spectrum(*factors: Tensor) -> Tensor:
-        x = math.prod(factors[1:], start=factors[0])
+        x = identity(*factors)
         return torch.where(x > 0, (1 - (1 - rate * x) ** steps) / x.clamp_min(torch.finfo(x.dtype).tiny), rate * steps)
 
     return spectrum

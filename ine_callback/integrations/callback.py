@@ -237,15 +237,14 @@ class InfluenceCallback(Callback):
             config=self._config,
         )
         self._recorder.clipping.watching = touches_gradients(trainer, pl_module)
-        self._recorder.closing.recent.wanted &= bool(
-            self._source.unreadable(self.row_fn)
-        )  # else rows are read by their index
+        recent = self._recorder.closing.recent
+        unreadable = self._source.unreadable(self.row_fn) if recent.wanted or ending else ""
+        recent.wanted &= bool(unreadable)  # else rows are read by their index
         self._recorder.start()
         self._warn_of_single_rows(trainer, loaders[0])
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._fit_end = FitEndMethods(ending, owner, self.on_error)
-        bound = self._recorder.bound
-        infos, unreadable = [query.info for query in bound], partial(self._source.unreadable, self.row_fn)
+        infos = [query.info for query in self._recorder.bound]
         self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size)
         self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
@@ -305,10 +304,9 @@ class InfluenceCallback(Callback):
         if not self._fit_end.due(at):
             return
         with recorder.capture.paused():
-            context = self._context(trainer, pl_module)
             self._fit_end.run(
                 replace(
-                    context,
+                    self._context(trainer, pl_module),
                     scores=scores if scores is not None and scores.queries else None,
                     factors=recorder.signals.curvature,
                     gradient_sample=recorder.signals.reservoir if recorder.signals.curvature is not None else None,
@@ -317,7 +315,7 @@ class InfluenceCallback(Callback):
             )
 
     def _context(self, trainer: Trainer, pl_module: LightningModule) -> FitContext:
-        """The model at its present weights with its rows, by their indices or as its last batches."""
+        """The model at its present weights, with its rows by their indices."""
         assert self._recorder is not None
         return FitContext(
             pl_module,
@@ -343,7 +341,8 @@ class InfluenceCallback(Callback):
         if self._recorder is None or not self._recorder.running:
             return
         if trainer.state.status != TrainerStatus.INTERRUPTED:
-            self._recorder.close(None if self._recorder.closing.recent.wanted else self._context(trainer, pl_module))
+            read = partial(self._context, trainer, pl_module)
+            self._recorder.close(None if self._recorder.closing.recent.wanted else read)
         self._recorder.stop(closing=False)
         try:
             self.report = self._recorder.report()

@@ -117,7 +117,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             if self._recorder is not None and self._recorder.running:
                 name = type(error).__name__
                 self._recorder.guard.note(f"training was ended by {name}: the report covers the steps before")
-                self._report()
+                self._report(closing=False)
             raise
         finally:
             self._release()
@@ -177,12 +177,12 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._recorder is not None and self._recorder.running:
-            self._report()
+            self._report(closing=True)
         self._release()
 
-    def _report(self) -> None:
+    def _report(self, closing: bool) -> None:
         assert self._recorder is not None
-        self._recorder.stop()
+        self._recorder.stop(closing)
         try:
             self.report = self._recorder.report()
             save_with_page(self.report, self._folder)
@@ -196,7 +196,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
     def _release(self) -> None:
         """Leaves model, Trainer, accelerator and loader as they were found, but for ``train``."""
         if self._recorder is not None:
-            self._recorder.stop()
+            self._recorder.stop(closing=False)
         self._recorder = None
         self._tracker.release()
         for undo in reversed(self._undo):

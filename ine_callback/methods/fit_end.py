@@ -127,15 +127,13 @@ class FitEndMethods:
         self.notes: list[str] = []
         self._reached: set[Stage] = set()
 
-    def check(
-        self, queries: Sequence[QueryInfo], sharded: bool, unreadable: Callable[[], str], processes: int = 1
-    ) -> None:
+    def check(self, queries: Sequence[QueryInfo], sharded: bool, unreadable: str, processes: int = 1) -> None:
         """Refuses before training what a method would lack at its end.
 
         Args:
             queries: Those with a loss of their own.
             sharded: Whether processes hold parts of the weights.
-            unreadable: Why training rows cannot be read by their index; nothing where they can.
+            unreadable: Why training rows cannot be read by their index; empty where they can.
             processes: How many train together.
 
         Raises:
@@ -152,10 +150,10 @@ class FitEndMethods:
                     f"{self._owner}: {method.name} needs the whole weights in each process; leave it out here, and run "
                     "it on a checkpoint with devices=1."
                 )
-            if "training_rows" in method.needs and (why := unreadable()):
+            if "training_rows" in method.needs and unreadable:
                 raise InfluenceError(
-                    f"{self._owner}: {method.name} reads training rows by their index, but {why}; leave it out, or "
-                    "train on a dataset with __getitem__ and __len__, whose indices row_fn returns if it is given."
+                    f"{self._owner}: {method.name} reads training rows by their index, but {unreadable}; leave it "
+                    "out, or train on a dataset with __getitem__ and __len__, whose indices row_fn returns if it is given."
                 )
 
     def due(self, at: Stage) -> list[FitEndMethod]:

@@ -9,7 +9,7 @@ Kronecker factors stand for it, times one number: how much larger the curvature 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -58,13 +58,13 @@ class ClosingPass:
         self._config = config
         self.recent = RecentBatches(bool(self._methods))
 
-    def run(self, parts: Parts, guard: Guard, context: FitContext | None) -> None:
+    def run(self, parts: Parts, guard: Guard, context: Callable[[], FitContext] | None) -> None:
         """Makes the pass, unless nobody wants it (any more); where it cannot be had, that is noted.
 
         Args:
             parts: The recording's.
             guard: Knows whether the recording reached its end, and takes notes for the report.
-            context: The trained model with its rows; None: with the recent batches.
+            context: Makes the trained model with its rows; None: with the recent batches.
         """
         if not (self._methods and guard.recording and guard.steps and parts.bound):
             return
@@ -80,11 +80,12 @@ class ClosingPass:
         for method in methods:
             method.close(found)
 
-    def _found(self, parts: Parts, guard: Guard, context: FitContext | None) -> Closing:
+    def _found(self, parts: Parts, guard: Guard, make: Callable[[], FitContext] | None) -> Closing:
         if parts.sharded:
             raise InfluenceError("each process has a part of the weights only")
-        context = context or _context(parts, self.recent, self._config, guard.owner)
-        curvature = Curvature(parts.accumulators.check.count, self._config.max_dim, parts.device)
+        context = _context(parts, self.recent, self._config, guard.owner) if make is None else make()
+        across = parts.signals.noise.random  # from fixed weights each layer's factors are all that is used
+        curvature = Curvature(parts.accumulators.check.count, self._config.max_dim, parts.device, across)
         with isolated(context.module):  # random numbers that the user's batch hooks draw, too
             if not curvature.observe(context):
                 guard.note(OWN_LABELS)
@@ -100,7 +101,8 @@ def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner
     training = parts.training
     if parts.processes.count > 1:
         raise InfluenceError("each process has a part of the rows only")
-    if recent.missing or training.loss is None or not recent.batches():
+    batches = recent.batches()
+    if recent.missing or training.loss is None or not batches:
         raise InfluenceError(recent.missing or "there is no loss to compute once more")
     return FitContext(
         training.module,
@@ -111,7 +113,7 @@ def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner
         training.context,
         layers=config.layers,
         owner=owner,
-        recent=recent.batches(),
+        recent=batches,
     )
 
 
@@ -135,22 +137,29 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
     directions, variance = {}, torch.zeros(len(context.queries), device=parts.device)
     v = context.query_gradients()
     with torch.no_grad():
-        if not signals.noise.random:
+        if signals.noise.random:
+            for block, u in curvature.damped(v, rates, decays).items():
+                variance += signals.noise.variance(block, u)
+                directions[block] = u * rates[block]
+        else:
             directions = curvature.relatively_damped(v)
-        for block, u in curvature.damped(v, rates, decays).items():
-            variance += signals.noise.variance(block, u)
-            directions[block] = u * rates[block]
     found = _contract(context, parts, directions)
-    sd = variance.sqrt().double().cpu().numpy() if signals.noise.random else np.zeros(len(variance))
-    return Closing(found[..., 0], found[..., 1:], sd)
+    return Closing(found[..., 0], found[..., 1:], variance.sqrt().double().cpu().numpy())
 
 
 class Curvature:
-    """The Fisher at the final weights: of all rows across layers, or of each layer as Kronecker factors."""
+    """The Fisher at the final weights: of all rows across layers, or of each layer as Kronecker factors.
 
-    def __init__(self, rows: int, max_dim: int, device: torch.device) -> None:
+    Args:
+        rows: Number of rows N.
+        max_dim: Sides of a layer larger than this have a diagonal covariance.
+        device: Of the model.
+        across: Whether anything across layers is wanted.
+    """
+
+    def __init__(self, rows: int, max_dim: int, device: torch.device, across: bool) -> None:
         self._rows, self._kfac = rows, KFAC(max_dim)
-        self._sample = GradientSample(rows if rows <= EXACT else SAMPLE)
+        self._sample = GradientSample((rows if rows <= EXACT else SAMPLE) if across else 0)
         self._alone = Lockstep(device, alone=True)
         self._open = False
 

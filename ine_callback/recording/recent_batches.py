@@ -31,18 +31,18 @@ class RecentBatches:
 
     def __init__(self, wanted: bool) -> None:
         self.wanted, self.missing = wanted, ""
-        self._held: deque[tuple[Tensor, Any, int]] = deque()
+        self._held: deque[tuple[Tensor, Any, int, list[int]]] = deque()  # rows, batch, bytes, versions
         self._rows = self._bytes = 0
 
     def add(self, rows: Tensor, batch: Any, known: int) -> None:
         """Holds one batch, and lets go of those before the last ``known`` rows."""
         if not self.wanted or self.missing:
             return
-        size = sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        self._held.append((rows, batch, size))
+        size = sum(leaf.nbytes for leaf in _tensors(batch))
+        self._held.append((rows, batch, size, _versions(batch)))
         self._rows, self._bytes = self._rows + len(rows), self._bytes + size
         while self._rows - len(self._held[0][0]) >= known:
-            oldest, _, freed = self._held.popleft()
+            oldest, _, freed, _ = self._held.popleft()
             self._rows, self._bytes = self._rows - len(oldest), self._bytes - freed
         if batch is None:
             self._drop("the batches were not given to Recorder.batch(rows, data)")
@@ -50,9 +50,20 @@ class RecentBatches:
             self._drop(f"the rows' batches take more than {MAX_BYTES / 2**20:.0f} MB")
 
     def batches(self) -> list[tuple[Tensor, Any]]:
-        """Pairs of dataset indices [b] and batches, in the order of training."""
-        return [(rows, batch) for rows, batch, _ in self._held]
+        """Pairs of dataset indices [b] and batches, in the order of training; none if some were overwritten since."""
+        if any(_versions(batch) != versions for _, batch, _, versions in self._held):
+            self._drop("batches were changed in place after their step, so they no longer hold their rows")
+        return [(rows, batch) for rows, batch, *_ in self._held]
 
     def _drop(self, why: str) -> None:
         self.missing = why
         self._held.clear()
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def _versions(batch: Any) -> list[int]:
+    """Counts of in-place changes; a loop may load every batch into the same tensors."""
+    return [0 if leaf.is_inference() else leaf._version for leaf in _tensors(batch)]

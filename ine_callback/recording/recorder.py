@@ -232,11 +232,11 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         self.stop(closing=exc[0] is None)
 
-    def close(self, context: FitContext | None = None) -> None:
+    def close(self, context: Callable[[], FitContext] | None = None) -> None:
         """The closing pass, at the final weights, where a method wants one; :meth:`stop` calls it.
 
         Args:
-            context: The trained model with its rows; by default with the batches of the last pass over the rows.
+            context: Makes the trained model with its rows; by default with the batches of the last pass over the rows.
         """
         self.closing.run(self._parts, self.guard, context)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ine_callback import FINE, InfluenceCallback, InfluenceReport
+from ine_callback import FINE, FitContext, InfluenceCallback, InfluenceReport
+from tests.helpers.accidents import accident
 
 ROWS = 48
 QUIET: dict[str, Any] = {
@@ -101,6 +102,17 @@ def test_several_processes_score_like_one(tmp_path: Path) -> None:
         reports.append(InfluenceReport.load(folder))
     one, two = (report.scores.mu for report in reports)
     np.testing.assert_allclose(two, one, atol=0.1 * np.abs(one).max())  # the run samples other rows for its discount
+
+
+@pytest.mark.parametrize("place", [(FitContext, "__post_init__"), (FitContext, "query_gradients")])
+def test_an_accident_in_the_pass_costs_nothing_but_the_pass(place: tuple[type, str]) -> None:
+    callback = InfluenceCallback("val")
+    with accident(*place, 0):
+        one = fit([callback])
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), fit([]).parameters(), strict=True))
+    assert callback.report is not None and np.isfinite(callback.report.scores.mu).all()
+    (note,) = [note for note in callback.report.run.notes if "closing pass" in note]
+    assert note.startswith("no closing pass: Accident: the roof fell in; scores are of the run alone")
 
 
 def test_an_interrupted_training_is_not_held_up() -> None:

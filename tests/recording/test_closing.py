@@ -205,6 +205,30 @@ def test_what_stands_in_its_way_is_noted_and_scores_are_the_runs(monkeypatch: py
     assert "the rows' batches take more than 0 MB" in notes_of(large)[0] and not large.closing.recent.batches()
 
 
+def test_batches_loaded_into_the_same_tensors_are_not_taken_for_their_rows() -> None:
+    """All held batches would be the last one."""
+    model, x, y = network(), torch.empty(BATCH, 5).double(), torch.empty(BATCH, dtype=torch.long)
+    descent = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, on_error="raise")
+    with recorder:
+        for rows in torch.arange(ROWS).split(BATCH):
+            with recorder.batch(rows, (x.copy_(X[rows]), y.copy_(Y[rows]))):
+                cross_entropy(model, (x, y)).backward()
+            descent.step()
+            descent.zero_grad()
+    (note,) = notes_of(recorder)
+    assert "batches were changed in place after their step" in note
+    assert np.isfinite(recorder.report().scores.mu).all()
+
+
+def test_a_method_that_starts_again_forgets_its_last_closing_pass() -> None:
+    method = FINE()
+    train(method)
+    _, again = train(method, data=False)
+    _, alone = train(FINE(closing=False), data=False)
+    assert np.array_equal(again.report().scores.mu, alone.report().scores.mu)
+
+
 def test_a_loss_without_labels_to_draw_takes_the_rows_own() -> None:
     method = Kept()
     _, recorder = train(method, odd)

@@ -133,7 +133,7 @@ class FINE(Method):
         """Allocates the state; see :class:`~ine_callback.methods.base.Method`."""
         if not queries:
             raise ValueError("FINE.start: queries is empty; give at least one query")
-        self._queries, self._rows, self._steps = queries, rows, 0
+        self._queries, self._rows, self._steps, self._closing = queries, rows, 0, None
         self._draws, self._stride = null_size(rows, self.null_draws, 1)
         self._generator = torch.Generator(device).manual_seed(self.seed)
         q = len(queries)
