@@ -153,7 +153,7 @@ class FitEndMethods:
             if "training_rows" in method.needs and unreadable:
                 raise InfluenceError(
                     f"{self._owner}: {method.name} reads training rows by their index, but {unreadable}; leave it "
-                    "out, or train on a dataset with __getitem__ and __len__, whose indices row_fn returns if it is given."
+                    "out, or train on a dataset with __getitem__ and __len__, whose indices row_fn returns if given."
                 )
 
     def due(self, at: Stage) -> list[FitEndMethod]:
