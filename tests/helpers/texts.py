@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from ine_callback import InfluenceReport, Recorder
+from ine_callback import FINE, InfluenceReport, Recorder
 
 WORDS, LONGEST, ROWS = 40, 7, 22  # six batches of four rows, the last one of two
 PLAIN = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.05, "max_grad_norm": 0.5}
@@ -92,7 +92,10 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 def plain_loop(trainer: Journal, queries: list[str]) -> tuple[nn.Module, InfluenceReport]:
-    """The Trainer's batches in a loop of our own, its loss written out: a mean over the words of all micro-batches."""
+    """The Trainer's batches in a loop of our own, its loss written out: a mean over the words of all micro-batches.
+
+    Without a closing pass, which would draw other labels: the Trainer's loss has other terms where it ignores them.
+    """
     args, train = trainer.args, trainer.train_dataset
     model = small_model()
     lower = (lambda: torch.autocast("cpu", torch.bfloat16)) if args.bf16 else nullcontext
@@ -111,8 +114,9 @@ def plain_loop(trainer: Journal, queries: list[str]) -> tuple[nn.Module, Influen
     known = {"val": padded([trainer.eval_dataset[row] for row in range(len(trainer.eval_dataset))]), "self": "self"}
     recorder = Recorder(
         model, optimizer, ROWS, {name: known[name] for name in queries},
-        lambda module, batch: told(module, batch) / words(batch), total_steps=len(steps), schedulers=[(scheduler, 1)],
-        initial_weights="fixed", refresh_every=2, accumulate=args.gradient_accumulation_steps, on_error="raise",
+        lambda module, batch: told(module, batch) / words(batch),
+        methods=[FINE(closing=False)], total_steps=len(steps),
+        schedulers=[(scheduler, 1)], initial_weights="fixed", refresh_every=2, accumulate=args.gradient_accumulation_steps, on_error="raise",
     )  # fmt: skip
     model.train()
     with recorder:
