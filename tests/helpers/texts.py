@@ -114,9 +114,8 @@ def plain_loop(trainer: Journal, queries: list[str]) -> tuple[nn.Module, Influen
     known = {"val": padded([trainer.eval_dataset[row] for row in range(len(trainer.eval_dataset))]), "self": "self"}
     recorder = Recorder(
         model, optimizer, ROWS, {name: known[name] for name in queries},
-        lambda module, batch: told(module, batch) / words(batch),
-        methods=[FINE(closing=False)], total_steps=len(steps),
-        schedulers=[(scheduler, 1)], initial_weights="fixed", refresh_every=2, accumulate=args.gradient_accumulation_steps, on_error="raise",
+        lambda module, batch: told(module, batch) / words(batch), [FINE(closing=False)], len(steps), [(scheduler, 1)],
+        initial_weights="fixed", refresh_every=2, accumulate=args.gradient_accumulation_steps, on_error="raise",
     )  # fmt: skip
     model.train()
     with recorder:
