@@ -160,11 +160,11 @@ def test_what_a_method_lacks_is_told_before_training() -> None:
         fit([FINE(), Norms()], raises=True, queries="self")
     methods = FitEndMethods([Norms()], "Test")
     with pytest.raises(InfluenceError, match="gradient norm needs the whole weights in each process; leave it out"):
-        methods.check([INFO], True, lambda: "")
+        methods.check([INFO], True, "")
     with pytest.raises(InfluenceError, match="gradient norm reads training rows by their index, but they are secret; "):
-        methods.check([INFO], False, lambda: "they are secret")
+        methods.check([INFO], False, "they are secret")
     free = type("Free", (Norms,), {"needs": ()})()
-    FitEndMethods([free], "Test").check([], True, lambda: "they are secret")
+    FitEndMethods([free], "Test").check([], True, "they are secret")
 
 
 def test_an_iterable_training_set_has_no_rows_by_index() -> None:
