@@ -1,6 +1,6 @@
-"""The closing pass: when training is over, the rows are passed once more at the final weights.
+"""The closing pass: when training is over, the rows are passed once more at the final weights, and at two late ones.
 
-Twice, in fact: with labels drawn from the model's predictions, for the curvature, and with their own labels, for their
+Twice each time: with labels drawn from the model's predictions, for the curvature, and with their own labels, for their
 gradients' inner products with the queries' directions. :mod:`ine_callback.methods.closing` has the formula.
 
 The curvature of up to ``EXACT`` rows whose gradients fit into memory is taken across all layers. Of more, each layer's
@@ -9,7 +9,7 @@ Kronecker factors stand for it, times one number: how much larger the curvature 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from ine_callback.curvature.spectral import damped, relative
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
-from ine_callback.methods.closing import Closing
+from ine_callback.methods.closing import Closing, averaged
 from ine_callback.methods.context import FitContext, RowGradients
 from ine_callback.methods.passes import PerSamplePass
 from ine_callback.optimizers.registry import rate_of, relative_lr
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.guard import Guard
+from ine_callback.recording.late_weights import LateWeights
 from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Parts
 from ine_callback.scores import Floats
@@ -51,12 +52,18 @@ class ClosingPass:
 
     Attributes:
         recent: The batches of the last pass over the rows, for a pass without a context.
+        late: The weights at earlier times.
     """
 
     def __init__(self, methods: Sequence[Method], config: RecordingConfig) -> None:
         self._methods = [method for method in methods if method.wants_closing and config.discount]
         self._config = config
-        self.recent = RecentBatches(bool(self._methods))
+        self.recent, self.late = RecentBatches(bool(self._methods)), LateWeights(bool(self._methods))
+
+    def follow(self, parts: Parts) -> None:
+        """After each step: keeps the weights if it is time."""
+        if not parts.sharded and parts.bound:
+            self.late.keep(parts.training.module, parts.schedule)
 
     def run(self, parts: Parts, guard: Guard, context: Callable[[], FitContext] | None) -> None:
         """Makes the pass, unless nobody wants it (any more); where it cannot be had, that is noted.
@@ -84,12 +91,23 @@ class ClosingPass:
         if parts.sharded:
             raise InfluenceError("each process has a part of the weights only")
         context = _context(parts, self.recent, self._config, guard.owner) if make is None else make()
+        module, rows = context.module, parts.accumulators.check.count
+        if not all(bool(p.isfinite().all()) for p in module.parameters()):
+            raise InfluenceError("the trained weights are not finite")
+        with isolated(module):  # puts back the weights, and random numbers that the user's batch hooks draw, too
+            found = [self._pass(context, parts, guard)]
+            if self.late.affordable(rows, guard.steps * guard.widest):
+                found += [self._pass(context, parts, guard) for _ in self.late.load(module)]
+        if self.late.missing:
+            guard.note(f"closing pass at the last weights alone: {self.late.missing}")
+        return averaged(found)
+
+    def _pass(self, context: FitContext, parts: Parts, guard: Guard) -> Closing:
         across = parts.signals.noise.random  # from fixed weights each layer's factors are all that is used
         curvature = Curvature(parts.accumulators.check.count, self._config.max_dim, parts.device, across)
-        with isolated(context.module):  # random numbers that the user's batch hooks draw, too
-            if not curvature.observe(context):
-                guard.note(OWN_LABELS)
-            return closing_pass(context, parts, curvature)
+        if not curvature.observe(context):
+            guard.note(OWN_LABELS)
+        return closing_pass(context, parts, curvature)
 
 
 def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner: str) -> FitContext:
@@ -118,12 +136,12 @@ def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner
 
 
 def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Closing:
-    """The rows' shifts, and the queries' spread over initial weights, at the final weights.
+    """The rows' shifts, and the queries' spread over trainings, at the module's present weights.
 
     Args:
-        context: The trained model, its rows and queries.
+        context: The model, its rows and queries.
         parts: The recording's: optimizer, schedule, initial weights.
-        curvature: The Fisher at the final weights.
+        curvature: The Fisher at these weights.
     """
     signals, optimizer = parts.signals, parts.training.optimizer
     last = {block.key for block in signals.table if block.outputs}
@@ -134,17 +152,20 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         summed = parts.schedule.realised * relative_lr(optimizer, block.parameters)
         rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
         decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
-    directions, variance = {}, torch.zeros(len(context.queries), device=parts.device)
+    directions, initial, order = {}, *torch.zeros(2, len(context.queries), device=parts.device)
     v = context.query_gradients()
     with torch.no_grad():
         if signals.noise.random:
-            for block, u in curvature.damped(v, rates, decays).items():
-                variance += signals.noise.variance(block, u)
+            for block, gradient, u in curvature.damped(v, rates, decays):
+                initial += signals.noise.variance(block, u)
+                removed = gradient - (1 + decays[block]) * u  # R F u
+                order += (rates[block] * gradient * removed).flatten(1).sum(1)
                 directions[block] = u * rates[block]
         else:
             directions = curvature.relatively_damped(v)
     found = _contract(context, parts, directions)
-    return Closing(found[..., 0], found[..., 1:], variance.sqrt().double().cpu().numpy())
+    spread = (x.double().cpu().numpy() for x in (initial.sqrt(), order.clamp_min(0)))
+    return Closing(found[..., 0], found[..., 1:], *spread)
 
 
 class Curvature:
@@ -208,16 +229,17 @@ class Curvature:
 
     def damped(
         self, v: dict[Block, Tensor], rates: Mapping[Block, Tensor], decays: Mapping[Block, Tensor]
-    ) -> dict[Block, Tensor]:
-        """``(1 + R F)^-1 v``; takes the blocks out of ``v``, which are as large as the model."""
+    ) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """Blocks with their v and ``(1 + R F)^-1 v``; takes them out of ``v``, which is as large as the model."""
         whole = self._sample.damped(v, rates) if self._sample.rows >= self._rows else {}
         scale = 1.0 if len(whole) == len(v) else self._sample.curvature_scale(self._kfac, rates)
-        out = {block: u / (1 + decays[block]) for block, u in whole.items()}
         for block in list(v):
             vector = v.pop(block)
-            if block not in out:
-                out[block] = self._kfac.operator(block, damped(rates[block] * scale, decays[block])).apply(vector)
-        return out
+            if block in whole:
+                yield block, vector, whole.pop(block) / (1 + decays[block])
+            else:
+                operator = self._kfac.operator(block, damped(rates[block] * scale, decays[block]))
+                yield block, vector, operator.apply(vector)
 
 
 def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tensor]) -> Floats:

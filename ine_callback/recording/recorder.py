@@ -199,7 +199,7 @@ class Recorder:
         if records and not known(training.optimizer):
             kind = type(training.optimizer).__name__
             guard.warn(f"{kind} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
-        self._handles = watch_steps(training.optimizer, guard, self._ready, self._steps.end)
+        self._handles = watch_steps(training.optimizer, guard, self._ready, self._taken)
         self._clock = Clock()
         guard.phase = Phase.PROBING if records else Phase.RECORDING
 
@@ -297,6 +297,11 @@ class Recorder:
         """The gradients are as the optimizer uses them."""
         self._passes.settle(False)
         self._steps.measure_changes(last=True)
+
+    def _taken(self) -> None:
+        """The optimizer has taken the step."""
+        self._steps.end()
+        self.closing.follow(self._parts)
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 

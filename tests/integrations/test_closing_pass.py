@@ -76,7 +76,8 @@ def test_rows_of_a_stream_are_their_last_batches() -> None:
         callback = InfluenceCallback("val", [method], row_fn=lambda batch: batch[2], num_rows=ROWS, on_error="raise")
         module = Net()
         torch.manual_seed(7)
-        trainer = L.Trainer(callbacks=[callback], **QUIET)
+        steps = {"max_steps": 3 * ROWS // 8}  # a stream's length is unknown, and so the planned steps
+        trainer = L.Trainer(callbacks=[callback], **QUIET | steps)
         train = DataLoader(Stream(), 8) if kept else DataLoader(data(), 8, sampler=Shuffled())
         trainer.fit(module, train, DataLoader(data(), 16))
         assert method._closing is not None and np.isfinite(method._closing.shift).all()

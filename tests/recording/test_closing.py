@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from ine_callback import FINE, Recorder
@@ -16,7 +19,7 @@ from ine_callback.methods import FitContext, PerSamplePass
 from ine_callback.methods.closing import Closing
 from ine_callback.methods.fine.closing import mu_of
 from ine_callback.queries.sources import DataSource
-from ine_callback.recording import closing, recent_batches
+from ine_callback.recording import closing, late_weights, recent_batches
 from ine_callback.report import InfluenceReport
 
 ROWS, QUERIES, BATCH, EPOCHS = 96, 3, 16, 4
@@ -60,9 +63,13 @@ def train(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     data: bool = True,
     epochs: int = EPOCHS,
+    late: list[nn.Module] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Recorder]:
-    """Trains with a recorder; rows are shuffled, and an epoch ends with a batch of another size."""
+    """Trains with a recorder; rows are shuffled, and an epoch ends with a batch of another size.
+
+    ``late`` gets copies of the model after the steps whose weights are kept.
+    """
     model, g = network(), torch.Generator().manual_seed(1)
     descent = optimizer(model.parameters(), **options or {"lr": 0.3})
     queries = {"q": (X[ROWS:], Y[ROWS:]), "first": (X[ROWS:][:1], Y[ROWS:][:1]), "self": "self"}
@@ -79,6 +86,9 @@ def train(
                     value.backward()
                 descent.step()
                 descent.zero_grad()
+                if late is not None and recorder.steps in (13, 19):  # 9/16 and 13/16 of 24 planned steps
+                    late.append(network())
+                    late[-1].load_state_dict(model.state_dict())
     return model, recorder
 
 
@@ -103,18 +113,93 @@ def drawn(model: nn.Module, batches: list[tuple[Tensor, Any]]) -> Tensor:
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_shifts_are_those_of_dense_algebra(momentum: float) -> None:
-    method = Kept()
-    model, recorder = train(method, lr=0.3, momentum=momentum)
-    assert method.found is not None
-    rate = 0.3 * EPOCHS * -(-ROWS // (BATCH - 1)) / (1 - momentum)
-    sampled = drawn(model, recorder.closing.recent.batches())
-    fisher = sampled.T @ sampled / ROWS
+@dataclass
+class Dense:
+    """What dense algebra says at one model's weights."""
+
+    shift: Tensor
+    sd: Tensor
+    order: Tensor
+
+
+def dense(model: nn.Module, batches: list[tuple[Tensor, Any]], rate: float) -> Dense:
+    sampled = drawn(model, batches)
     v = torch.stack([explicit(model, torch.arange(ROWS, ROWS + n), Y[ROWS : ROWS + n]).mean(0) for n in (QUERIES, 1)])
     own = explicit(model, torch.arange(ROWS), Y[:ROWS])
-    solved = torch.linalg.solve(torch.eye(len(fisher)).double() + rate * fisher, v.T)
-    np.testing.assert_allclose(method.found.shift, (rate / ROWS * own @ solved).numpy(), rtol=2e-4, atol=1e-6)
+    u = torch.linalg.solve(torch.eye(v.shape[1]).double() + rate / ROWS * sampled.T @ sampled, v.T).T
+    sigma = torch.cat([p.detach().std(correction=0).expand(p.numel()) for p in network().parameters()])
+    return Dense(rate / ROWS * own @ u.T, (sigma * u).norm(dim=1), (rate * v * (v - u)).sum(1))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_is_found_is_dense_algebra_at_three_weights(momentum: float) -> None:
+    method, models = Kept(), list[nn.Module]()
+    model, recorder = train(method, late=models, lr=0.3, momentum=momentum)
+    rate = 0.3 * EPOCHS * -(-ROWS // (BATCH - 1)) / (1 - momentum)
+    expected = [dense(each, recorder.closing.recent.batches(), rate) for each in (model, *models)]
+    assert method.found is not None and len(expected) == 3
+    shifts = torch.stack([one.shift for one in expected])
+    np.testing.assert_allclose(method.found.shift, shifts.mean(0).numpy(), rtol=2e-4, atol=1e-6)
+    for name in ("sd", "order"):
+        each = torch.stack([getattr(one, name) for one in expected])
+        mean = each.square().mean(0).sqrt() if name == "sd" else each.mean(0)
+        np.testing.assert_allclose(getattr(method.found, name), mean.numpy(), rtol=2e-4)
+    pairs = [spearmanr(a[:, q], b[:, q])[0] for a, b in combinations(shifts.numpy(), 2) for q in range(2)]
+    assert method.found.agreement == pytest.approx(np.mean(pairs), abs=1e-3)
+
+
+def test_stale_weights_are_put_back() -> None:
+    """Passes at three weights leave the last ones, and batch statistics, as they were."""
+    one, other = nn.ModuleList(), nn.ModuleList()
+    for into, wanted in ((one, True), (other, False)):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+        into.append(model)
+        descent = torch.optim.SGD(model.parameters(), lr=0.1)
+        method = Kept(closing=wanted)
+        recorder = Recorder(model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, [method], 12)
+        with recorder:
+            for rows in torch.arange(ROWS).repeat(2).split(BATCH):
+                with recorder.batch(rows, (X[rows], Y[rows])):
+                    cross_entropy(model, (X[rows], Y[rows])).backward()
+                descent.step()
+                descent.zero_grad()
+        assert (method.found is not None) is wanted
+        assert not wanted or np.isfinite(method.found.agreement)  # type: ignore[union-attr]
+    theirs = other.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+
+
+def test_earlier_weights_are_left_where_they_cost_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_weights, "FEW", 10)
+    few = Kept()
+    _, recorder = train(few, epochs=4)  # 2 x 96 rows beside 4 x 96: more than a quarter
+    assert few.found is not None and np.isnan(few.found.agreement)
+    (note,) = notes_of(recorder)
+    assert note.startswith("closing pass at the last weights alone: earlier ones would take 192 more rows")
+    many = Kept()
+    train(many, epochs=12)
+    assert many.found is not None and np.isfinite(many.found.agreement)
+    monkeypatch.setattr(late_weights, "MAX_BYTES", 10)
+    _, recorder = train(Kept())
+    assert "earlier ones take 0 MB each" in notes_of(recorder)[0]
+
+
+def test_weights_that_are_not_finite_are_said() -> None:
+    model = network()
+    descent = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy)
+    with recorder:
+        for rows in torch.arange(ROWS).split(BATCH):
+            with recorder.batch(rows, (X[rows], Y[rows])):
+                cross_entropy(model, (X[rows], Y[rows])).backward()
+            descent.step()
+            descent.zero_grad()
+        with torch.no_grad():
+            model[0].bias[0] = torch.nan
+    assert notes_of(recorder) == [
+        "no closing pass: the trained weights are not finite; scores are of the run alone, which are less accurate"
+    ]
 
 
 def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
@@ -132,12 +217,12 @@ def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
 def test_a_pass_without_some_rows_leaves_these_the_runs_score() -> None:
     rows = np.arange(10.0)
     run, se = (np.stack([x, -x], 1) for x in (rows, np.ones(10)))
-    found = Closing(np.stack([2 * rows, -6 * rows], 1)[:8], np.ones((8, 2, 4)), np.ones(2))
-    mu, error = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
+    found = Closing(np.stack([2 * rows, -6 * rows], 1)[:8], np.ones((8, 2, 4)), np.ones(2), np.zeros(2))
+    mu, error = mu_of(found, np.full(10, 3), run, np.abs(se))
     assert np.isfinite(mu).all() and (error > 0).all()
     assert mu[9] == pytest.approx(mu[3] * 3, rel=0.3)  # about as much as they would have got
     run[4] = np.nan  # a row that was never observed
-    mu, error = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
+    mu, error = mu_of(found, np.full(10, 3), run, np.abs(se))
     assert np.isnan(mu[4]).all() and np.isfinite(np.delete(mu, 4, 0)).all()
 
 

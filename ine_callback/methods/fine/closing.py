@@ -2,19 +2,21 @@
 
 The pass's shifts s (:mod:`ine_callback.methods.closing`) make scores of their own,
 
-    c_i = s_i (K_i / mean K) / u,    u = UNIT sqrt(sd^2 + order)
+    c_i = s_i (K_i / mean K) / u,    u = UNIT sqrt(sd^2 + ORDER order / sum K + (FLOOR m)^2)
 
-where sd is the spread of the query over initial weights, K the rows' numbers of observations, and ``order`` the
-variance of the query's change over the draw of the batches, summed over the run. The run has seen the rows at all
-weights on the way, the pass sees them at the last ones, through a better curvature: their errors differ. So mu is the
-sum of both, each divided by its standard deviation over rows, and ranks better than either. Its size: each query's is
-the geometric mean of the two, and all queries together have the size of c.
+where sd is the spread of the query over initial weights, K the rows' numbers of observations, ``order / sum K`` the
+variance that the order of the rows leaves, and m^2 the median of the first two over all queries: a query that one
+run happens to have settled is not settled in all.
+
+The run has seen the rows at all weights on the way, the pass sees them at late ones, through a better curvature: their
+errors differ. So mu is the sum of both, each divided by its standard deviation over rows, and ranks better than either.
+Its size is that of c.
 
     se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
 
 The contrasts of single rows are shrunk to the mean of all. They know the initial weights alone; the last part stands
-for the order of the rows and for what is not linear. UNIT and RELATIVE were chosen on the development half of the
-family of protocols (docs/methods/fine-accuracy.md).
+for the order of the rows and for what is not linear. The four numbers were chosen on trainings that no table reports
+(docs/methods/fine-accuracy.md).
 
 From fixed weights mu is the pass's ranking in the run's size.
 """
@@ -28,36 +30,35 @@ from ine_callback.methods.closing import Closing
 from ine_callback.scores import Floats
 from ine_callback.utilities.words import SIZE
 
-UNIT, RELATIVE = 0.42, 0.05
+UNIT, ORDER, FLOOR, RELATIVE = 0.44, 2.0, 0.3, 0.05
 PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
-MAX_ORDER = 4.0  # times the spread over initial weights: beyond it early steps decide, which no linear estimate follows
+LEAST_AGREEMENT = 0.65  # of the shifts at different late weights
 
 
-def unit_of(closing: Closing, order: Floats) -> Floats:
+def unit_of(closing: Closing, observations: int) -> Floats:
     """A query's spread over trainings [Q]; NaN where nothing varies.
 
     Args:
         closing: The closing pass.
-        order: Variance [Q] of the queries' changes over the draw of the batches.
+        observations: Of all rows together.
     """
-    unit = UNIT * np.sqrt(closing.sd**2 + order)
+    variance = closing.sd**2 + ORDER * closing.order / max(1, observations)
+    unit: Floats = UNIT * np.sqrt(variance + FLOOR**2 * np.median(variance))
     return np.where(unit > 0, unit, np.nan)
 
 
-def mu_of(
-    closing: Closing, order: Floats, observations: NDArray[np.int64], run: Floats, run_se: Floats
-) -> tuple[Floats, Floats]:
+def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se: Floats) -> tuple[Floats, Floats]:
     """Scores and their standard errors over training runs [N, Q].
 
     Args:
         closing: The closing pass, of the first N' <= N rows.
-        order: Variance [Q] of the queries' changes over the draw of the batches.
         observations: Of each row [N].
         run: The run's own mu [N, Q]; NaN for rows without.
         run_se: Its standard errors [N, Q].
     """
     shift, contrasts = (_of_rows(x, len(run)) for x in (closing.shift, closing.contrasts))
-    scale = (observations / max(1e-12, float(observations[observations > 0].mean())))[:, None] / unit_of(closing, order)
+    share = observations / max(1e-12, float(observations[observations > 0].mean()))
+    scale = share[:, None] / unit_of(closing, int(observations.sum()))
     found, count = shift * scale, contrasts.shape[2]
     own = np.square(contrasts * scale[..., None]).sum(2)
     error = np.sqrt((PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count))
@@ -69,10 +70,8 @@ def mu_of(
     total = found / spread + run / run_spread
     width = _spread(total)
     total = total / width
-    level = _mean(found * total) / _mean(total**2)
-    level = np.where(level > 0, level, spread)
-    ratio = level / run_spread
-    size = np.sqrt(level * run_spread * np.median(ratio[np.isfinite(ratio)])) if np.isfinite(ratio).any() else ratio
+    size = _mean(found * total) / _mean(total**2)  # regression of c on the sum
+    size = np.where(size > 0, size, spread)
     mu = np.where(both, total, run / run_spread) * size  # rows that the pass did not see have the run's score alone
     errors = np.where(both, error / spread / width, 0.0), run_se / run_spread / np.where(both, width, 1.0)
     se = np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
@@ -100,12 +99,12 @@ def _spread(values: Floats) -> Floats:
     return np.where(found > 0, found, np.nan)
 
 
-def unreliable(closing: Closing, order: Floats) -> list[str]:
+def unreliable(closing: Closing) -> list[str]:
     """A sentence that says why the size of mu should not be believed; none where nothing speaks against it."""
-    random = closing.sd > 0
-    ratio = float(np.median(np.sqrt(order[random]) / closing.sd[random])) if random.any() else np.inf
-    if ratio <= MAX_ORDER:
+    if not closing.sd.any():
+        why = "the initial weights are fixed, and the order of the rows alone makes no unit"
+    elif closing.agreement < LEAST_AGREEMENT:
+        why = f"what rows do at different late weights agrees in rank by {closing.agreement:.2f} only"
+    else:
         return []
-    why = f"the rows' order moves the queries {ratio:.1f} times as far as the initial weights (at most {MAX_ORDER:g})"
-    why = why if random.any() else "the initial weights are fixed, and the order of the rows alone makes no unit"
     return [f"{SIZE}{why}; use mu to rank rows, not as a number of standard deviations"]

@@ -142,7 +142,6 @@ class FINE(Method):
         for name in ("observations", "informative"):
             self._state[name] = torch.zeros(rows, dtype=torch.int64, device=device)
         self._state["noise"] = torch.zeros(q, device=device)
-        self._state["order"] = torch.zeros(q, device=device)
         self._random_weights = random_weights
         self_columns = [k for k, query in enumerate(queries) if query.kind == "self"]
         self._self_columns = torch.tensor(self_columns, dtype=torch.int64, device=device)
@@ -197,7 +196,6 @@ class FINE(Method):
             centred = (signed - signed.sum(0) / count) * (count / (count - 1).clamp(min=1))
             state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
         state["noise"] += noise
-        state["order"] += noise if unit is None else noise * unit[0].float().square()
         self._steps += 1
         if self.estimator != "gaussian":
             estimators.update(state, rows, predicted.sum(0), noise, self._steps - 1)
@@ -289,14 +287,10 @@ class FINE(Method):
     def _close(self, closing: Closing, mu: Floats, se: Floats, observations: NDArray[np.int64]) -> None:
         """Adds what the closing pass found to the scores of the queries on data."""
         columns = self._on_data()
-        mu[:, columns], se[:, columns] = mu_of(closing, self._order(), observations, mu[:, columns], se[:, columns])
+        mu[:, columns], se[:, columns] = mu_of(closing, observations, mu[:, columns], se[:, columns])
 
     def _on_data(self) -> list[int]:
         return [k for k, query in enumerate(self._queries) if query.kind != "self"]
-
-    def _order(self) -> Floats:
-        """Variance of each query's change over the draw of the batches, summed over the run."""
-        return host(self._state["order"])[self._on_data()]
 
     def _scale(self, noise: Floats, observations: NDArray[np.int64]) -> Floats:
         """Returns what turns a row's shift into its mu [N, Q]; NaN for a query whose signals never varied.
@@ -318,7 +312,7 @@ class FINE(Method):
 
     def notes(self) -> list[str]:
         """Whether sizes can be believed, and the average self-influence, of which scores are differences."""
-        size = [] if self._closing is None else unreliable(self._closing, self._order())
+        size = [] if self._closing is None else unreliable(self._closing)
         return [*size, *self._self_notes()]
 
     def _self_notes(self) -> list[str]:
@@ -380,8 +374,7 @@ class FINE(Method):
                 f"{state['queries']}, this run has {self.estimator!r} and {names}; resume with the same settings"
             )
         rows, device = self._rows, fresh["noise"].device
-        # checkpoints of earlier versions have no "order"
-        self._state = {name: state.get(name, zero).to(device, copy=True) for name, zero in fresh.items()}
+        self._state = {name: state[name].to(device, copy=True) for name in fresh}
         self._rows = self._state["shift"].shape[0]
         self._steps, self._draws, self._stride = int(state["steps"]), int(state["draws"]), int(state["stride"])
         saved = state["generator"].cpu()
