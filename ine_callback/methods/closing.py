@@ -23,8 +23,10 @@ class Closing:
         shift: Shifts s [N, Q] of the queries on data; NaN for rows that the pass did not see.
         contrasts: The same with Rademacher signs on each layer's units [N, Q, J].
         sd: Standard deviation [Q] that random initial weights leave in the query at the end; 0 where they are fixed.
+        losses: The queries' values [Q] at the final weights, of which their gradients were taken.
     """
 
     shift: Floats
     contrasts: Floats
     sd: Floats
+    losses: Floats

@@ -135,7 +135,7 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
         decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
     directions, variance = {}, torch.zeros(len(context.queries), device=parts.device)
-    v = context.query_gradients()
+    losses, v = context.query_values_and_gradients()
     with torch.no_grad():
         if signals.noise.random:
             for block, u in curvature.damped(v, rates, decays).items():
@@ -144,7 +144,8 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         else:
             directions = curvature.relatively_damped(v)
     found = _contract(context, parts, directions)
-    return Closing(found[..., 0], found[..., 1:], variance.sqrt().double().cpu().numpy())
+    sd, values = (each.cpu().double().numpy() for each in (variance.sqrt(), losses))
+    return Closing(found[..., 0], found[..., 1:], sd, values)
 
 
 class Curvature:

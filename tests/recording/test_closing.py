@@ -132,12 +132,12 @@ def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
 def test_a_pass_without_some_rows_leaves_these_the_runs_score() -> None:
     rows = np.arange(10.0)
     run, se = (np.stack([x, -x], 1) for x in (rows, np.ones(10)))
-    found = Closing(np.stack([2 * rows, -6 * rows], 1)[:8], np.ones((8, 2, 4)), np.ones(2))
-    mu, error = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
+    found = Closing(np.stack([2 * rows, -6 * rows], 1)[:8], np.ones((8, 2, 4)), np.ones(2), np.ones(2))
+    mu, error, _ = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
     assert np.isfinite(mu).all() and (error > 0).all()
     assert mu[9] == pytest.approx(mu[3] * 3, rel=0.3)  # about as much as they would have got
     run[4] = np.nan  # a row that was never observed
-    mu, error = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
+    mu, error, _ = mu_of(found, np.zeros(2), np.full(10, 3), run, np.abs(se))
     assert np.isnan(mu[4]).all() and np.isfinite(np.delete(mu, 4, 0)).all()
 
 

@@ -8,7 +8,9 @@ where sd is the spread of the query over initial weights, K the rows' numbers of
 variance of the query's change over the draw of the batches, summed over the run. The run has seen the rows at all
 weights on the way, the pass sees them at the last ones, through a better curvature: their errors differ. So mu is the
 sum of both, each divided by its standard deviation over rows, and ranks better than either. Its size: each query's is
-the geometric mean of the two, and all queries together have the size of c.
+the geometric mean of the two, and all queries together have the size of c. So what mu was divided by is u times the
+square root of (size of c / size of the run's mu, relative to the median query's): mu times that is the row's shift of
+the query in the query's own unit, in the size of s.
 
     se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
 
@@ -21,6 +23,8 @@ From fixed weights mu is the pass's ranking in the run's size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +35,14 @@ from ine_callback.utilities.words import SIZE
 UNIT, RELATIVE = 0.42, 0.05
 PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
 MAX_ORDER = 4.0  # times the spread over initial weights: beyond it early steps decide, which no linear estimate follows
+
+
+class ClosedScores(NamedTuple):
+    """Scores mu and their standard errors over training runs [N, Q], and what mu was divided by [Q]; NaN: unknown."""
+
+    mu: Floats
+    se: Floats
+    unit: Floats
 
 
 def unit_of(closing: Closing, order: Floats) -> Floats:
@@ -46,8 +58,8 @@ def unit_of(closing: Closing, order: Floats) -> Floats:
 
 def mu_of(
     closing: Closing, order: Floats, observations: NDArray[np.int64], run: Floats, run_se: Floats
-) -> tuple[Floats, Floats]:
-    """Scores and their standard errors over training runs [N, Q].
+) -> ClosedScores:
+    """The scores of a run and its closing pass.
 
     Args:
         closing: The closing pass, of the first N' <= N rows.
@@ -57,7 +69,8 @@ def mu_of(
         run_se: Its standard errors [N, Q].
     """
     shift, contrasts = (_of_rows(x, len(run)) for x in (closing.shift, closing.contrasts))
-    scale = (observations / max(1e-12, float(observations[observations > 0].mean())))[:, None] / unit_of(closing, order)
+    predicted = unit_of(closing, order)
+    scale = (observations / max(1e-12, float(observations[observations > 0].mean())))[:, None] / predicted
     found, count = shift * scale, contrasts.shape[2]
     own = np.square(contrasts * scale[..., None]).sum(2)
     error = np.sqrt((PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count))
@@ -65,7 +78,8 @@ def mu_of(
     spread, run_spread = (_spread(np.where(both, x, np.nan)) for x in (found, run))
     if not closing.sd.any():  # from fixed weights: the pass ranks better than the run, which has a size
         mu = found / spread * run_spread
-        return np.where(both, mu, run), np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+        se = np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+        return ClosedScores(np.where(both, mu, run), se, np.full(len(predicted), np.nan))
     total = found / spread + run / run_spread
     width = _spread(total)
     total = total / width
@@ -77,7 +91,8 @@ def mu_of(
     errors = np.where(both, error / spread / width, 0.0), run_se / run_spread / np.where(both, width, 1.0)
     se = np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
     known = np.isfinite(size)  # a query that could not be computed at the end keeps the run's scores
-    return np.where(known, mu, run), np.where(known, se, run_se)
+    unit = np.where(known, predicted * level / size, np.nan)[0]
+    return ClosedScores(np.where(known, mu, run), np.where(known, se, run_se), unit)
 
 
 def _of_rows(values: Floats, rows: int) -> Floats:
