@@ -19,8 +19,8 @@ Several runs measure it, as the spread of the query's values at the end of train
     mu_r = (mu_r of the run) unit_r / sd          and likewise se_r and null_sd_r
     sd   = measured_spread(values [R], u)         u: geometric mean of the unit_r
 
-with sd shrunk to u (:mod:`ine_callback.stats.measured_spread`). One number multiplies all rows of a query in a run: p and
-q are those of the formulas above, whatever the unit.
+with sd shrunk to u (:mod:`ine_callback.stats.measured_spread`). So mu is the mean shift of the query over its measured
+spread. One number multiplies all rows of a query in a run: p and q do not depend on it, and t only on the unit_r.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
     Of the rest, ``null_sd`` is the mean's, ``sqrt(sum of null_sd_r^2) / R``; ``null_mu`` holds draws of
     ``mu / null_sd`` under the null, sums of one draw a run over sqrt(R); ``null_ks_p`` is the smallest of the runs
     times their number (Bonferroni), at most 1; ``observations`` are summed; ``mean_loss`` is weighted by them;
-    ``margins`` are means over the runs. ``query_loss`` is the mean where all runs know it, ``unit`` the measured spread.
+    ``margins`` are means over the runs; ``unit`` is the measured spread, ``query_loss`` the mean, where all runs know
+    them.
 
     Raises:
         ValueError: When the runs do not belong together; see :meth:`InfluenceReport.combine`.
@@ -102,8 +103,8 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
 def _units(runs: Sequence[Scores], columns: NDArray[np.int64]) -> tuple[Floats | None, Floats | None, Floats]:
     """Measured units [Q], mean losses [Q], and what the runs' scores are multiplied with [R, Q]."""
     units, losses = (_of_queries(runs, columns, name) for name in ("unit", "query_loss"))
-    known = np.isfinite(units).all(0) & np.isfinite(losses).all(0)
-    unit, factors = np.full(len(known), np.nan), np.ones(units.shape)
+    known = np.isfinite(units + losses).all(axis=0)
+    unit, factors = np.full(units.shape[1], np.nan), np.ones(units.shape)
     predicted = np.exp(np.log(units[:, known]).mean(0))
     unit[known] = measured_spread(losses[:, known], predicted)
     factors[:, known] = units[:, known] / unit[known]
@@ -257,9 +258,9 @@ def _size(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> list[str]:
     measured = [name for name in on_data if all(_knows_size(run, name) for run in runs)]
     if not measured:
         return ["size: the spread of no query was measured over the runs; it is predicted by single runs", *own]
-    others = "others: predicted by single runs" if len(measured) < len(on_data) else f"{len(runs) - 1} df"
+    others = " (others: predicted by single runs)" if len(measured) < len(on_data) else ""
     plural = "y" if len(measured) == 1 else "ies"
-    note = f"size: the spread of {len(measured)} quer{plural} was measured over {len(runs)} runs ({others})"
+    note = f"size: the spread of {len(measured):,} quer{plural} was measured over {len(runs)} runs{others}"
     replaced = len(runs) >= ENOUGH and len(measured) == len(on_data)
     return [note, *(each for each in own if not (replaced and each.startswith(SIZE)))]
 

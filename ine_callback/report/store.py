@@ -73,7 +73,8 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
         null_mu=_null_draws(folder, names),
         null_ks_p=_numbers(meta["null_ks_p"]),
         margins=_margins(folder, n),
-        **{name: None if meta.get(name) is None else _numbers(meta[name]) for name in OPTIONAL},
+        unit=_optional(meta, "unit"),
+        query_loss=_optional(meta, "query_loss"),
         **matrices,
     )
     return scores, meta["run"]
@@ -82,6 +83,10 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
 def _numbers(values: list[float | None]) -> Floats:
     """A JSON list, in which null stands for NaN."""
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _optional(meta: dict[str, Any], name: str) -> Floats | None:
+    return None if meta.get(name) is None else _numbers(meta[name])
 
 
 def _listed(values: Floats) -> list[float | None]:

@@ -36,7 +36,7 @@ def measured_spread(values: Floats, predicted: Floats) -> Floats:
     Example:
         >>> values = np.array([[1.0], [3.0], [2.0], [6.0], [8.0]])  # sd 2.9
         >>> measured_spread(values, np.array([1.0])).round(2), measured_spread(values, np.array([2.9])).round(2)
-        (array([2.59]), array([2.91]))
+        (array([2.74]), array([2.91]))
     """
     df = len(values) - 1
     ratio = np.square(values.std(0, ddof=1) / predicted)
