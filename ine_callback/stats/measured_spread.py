@@ -23,7 +23,8 @@ from scipy.special import polygamma, wrightomega
 from ine_callback.stats.hypothesis_tests import Floats, fit_variance_prior
 
 PRIOR = 2.0  # degrees of freedom that a prediction counts as
-FEW = 3  # quantities that a prior is estimated from
+FEW = 3  # quantities that a prior is estimated from, at least
+TINY = 1e-12  # smallest ratio of variances that rounding errors leave
 
 
 def measured_spread(values: Floats, predicted: Floats) -> Floats:
@@ -39,10 +40,10 @@ def measured_spread(values: Floats, predicted: Floats) -> Floats:
         (array([2.74]), array([2.91]))
     """
     df = len(values) - 1
-    ratio = np.square(values.std(0, ddof=1) / predicted)
-    d0, scale = fit_variance_prior(ratio, df) if df > 1 and len(ratio) >= FEW else (0.0, 1.0)
-    if not d0:
-        d0, scale = PRIOR, float(ratio.mean()) if ratio.size else 1.0
+    ratio = np.maximum(np.square(values.std(0, ddof=1) / predicted), TINY)
+    if not ratio.size:
+        return np.zeros(0)
+    d0, scale = fit_variance_prior(ratio, df) if df > 1 and len(ratio) >= FEW else (PRIOR, float(ratio.mean()))
     common = _shrunk(scale, df)
     if np.isinf(d0):
         return np.asarray(predicted * np.sqrt(common), dtype=np.float64)
@@ -50,7 +51,6 @@ def measured_spread(values: Floats, predicted: Floats) -> Floats:
 
 
 def _shrunk(scale: float, df: int) -> float:
-    """A ratio of variances with ``df`` degrees of freedom, shrunk to 1; never 0."""
-    weight = df / 2 * float(polygamma(1, PRIOR / 2))
-    with np.errstate(divide="ignore"):
-        return float(np.exp(wrightomega(np.log(weight * scale) + weight) - weight))
+    """A ratio of variances with ``df`` degrees of freedom, shrunk to 1."""
+    a = df / 2 * float(polygamma(1, PRIOR / 2))
+    return float(np.exp(wrightomega(np.log(a * scale) + a) - a))  # W(e^x), without its overflow

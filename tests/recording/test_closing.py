@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ine_callback import FINE, Recorder
 from ine_callback.methods import FitContext, PerSamplePass
 from ine_callback.methods.closing import Closing
-from ine_callback.methods.fine.closing import mu_of
+from ine_callback.methods.fine.closing import mu_of, unit_of
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording import closing, recent_batches
 from ine_callback.report import InfluenceReport
@@ -127,6 +127,26 @@ def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
     ratio = mu / both
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-5)  # one size a query
     assert (ratio > 0).all()
+
+
+def test_mu_times_its_unit_is_a_shift_in_the_size_of_the_pass() -> None:
+    method = Kept()
+    scores = train(method)[1].report().scores
+    assert method.found is not None and scores.unit is not None and np.isnan(scores.unit[2])
+    shifts = scores.mu[:, :2] * scores.unit[:2]  # all rows were observed equally often
+    np.testing.assert_allclose((method.found.shift * shifts).sum(0), np.square(shifts).sum(0), rtol=1e-5)
+    predicted = unit_of(method.found, method._order())
+    assert np.median(scores.unit[:2] / predicted) == pytest.approx(1, rel=0.05)
+    assert (scores.unit[:2] / predicted).max() < 2
+
+
+def test_the_losses_are_the_queries_at_the_end() -> None:
+    method = Kept()
+    model, recorder = train(method)
+    assert method.found is not None
+    expected = [cross_entropy(model, (X[ROWS:][:n], Y[ROWS:][:n])).item() for n in (QUERIES, 1)]
+    np.testing.assert_allclose(method.found.losses, expected, rtol=1e-12)
+    np.testing.assert_array_equal(recorder.report().scores.query_loss, [*method.found.losses, np.nan])
 
 
 def test_a_pass_without_some_rows_leaves_these_the_runs_score() -> None:
