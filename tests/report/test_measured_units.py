@@ -218,7 +218,7 @@ def trained(seed: int, weights: str = "random", closing: bool = True) -> tuple[I
                 loss(model, (x[rows], y[rows])).backward()
             descent.step()
             descent.zero_grad()
-    return recorder.report(), [float(loss(model, batch)) for batch in data.values()]
+    return recorder.report(), [loss(model, batch).item() for batch in data.values()]
 
 
 def test_three_trainings_measure_the_unit() -> None:
