@@ -44,11 +44,12 @@ def checked(scores: Scores) -> Scores:
     for name in ("unit", "query_loss"):
         if (value := getattr(scores, name)) is not None:
             found = np.asarray(value, dtype=np.float64)
-            arrays[name] = readonly(np.where(np.isfinite(found), found, np.nan))
-            if arrays[name].shape != (q,):
-                raise ValueError(f"InfluenceReport: scores.{name} has shape {arrays[name].shape}, expected ({q},)")
-    if "unit" in arrays and bool((arrays["unit"] <= 0).any()):
-        raise ValueError("InfluenceReport: scores.unit is not above 0; NaN says unknown")
+            if found.shape != (q,):
+                raise ValueError(f"InfluenceReport: scores.{name} has shape {found.shape}, expected ({q},)")
+            if name == "unit" and bool((found <= 0).any()):
+                raise ValueError("InfluenceReport: scores.unit is not above 0; NaN says unknown")
+            known = np.isfinite(found)
+            arrays[name] = readonly(np.where(known, found, np.nan)) if known.any() else None
     arrays["null_mu"] = readonly(np.asarray(scores.null_mu, dtype=np.float64))
     if arrays["null_mu"].ndim != 2 or len(arrays["null_mu"]) != q:
         raise ValueError(f"InfluenceReport: scores.null_mu has shape {arrays['null_mu'].shape}, expected ({q}, draws)")
