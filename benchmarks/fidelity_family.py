@@ -4,7 +4,8 @@
 
 Twenty trainings drawn once from data sets, networks, optimizers, schedules and sizes, the package's defaults in all of
 them, judged by groups of 50-100 and of 10-25 rows and by single rows. The family is split in two: develop on one half,
-report the other one once. ``--seed`` draws a family that nobody has seen. Retraining takes about ten minutes a half on one core; --truth keeps it. Scores: two minutes.
+report the other one once. ``--seed`` draws a family that nobody has seen. Retraining takes about ten minutes a half on
+one core; --truth keeps it. Scores: two minutes.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ine_callback.utilities.jsonable import jsonable, unicode
 QueryKind = Literal["loss", "margin", "self", "custom"]
 Stage = int | Literal["end"]  # finished epochs, or the end of training
 Floats = NDArray[np.float64]
+OF_QUERIES = ("queries", "null_mu", "null_ks_p", "unit", "query_loss")  # fields that are no arrays over rows
 WINDOWS = 8  # of a row's visits: 1, 2, 3-4, 5-8, ..., 65 and later
 
 
@@ -59,6 +60,10 @@ class Scores:
         null_ks_p: Kolmogorov-Smirnov p-value [Q] of the uniformity of a held-out null draw's p-values.
         margins: The row's mean margin in windows of its visits [N, 8] (visit 1, 2, 3-4, 5-8, ...), NaN where there was
             none; None where the loss has no one label a row. Below 0 the model preferred another class.
+        unit: What ``mu`` was divided by [Q], in the query's own unit: its standard deviation over trainings, as one run
+            predicts it, or as several measured it. NaN where unknown, such as for self-influence and from fixed initial
+            weights; None where no query's is, as in reports of 0.1.
+        query_loss: The queries' values [Q] when training ended; likewise NaN or None where unknown.
     """
 
     queries: tuple[QueryInfo, ...]
@@ -74,10 +79,12 @@ class Scores:
     null_mu: Floats
     null_ks_p: Floats
     margins: Floats | None = None
+    unit: Floats | None = None
+    query_loss: Floats | None = None
 
     def first(self, rows: int) -> Scores:
         """The scores of rows 0 to ``rows - 1``."""
-        arrays = (f.name for f in fields(self) if f.name not in ("queries", "null_mu", "null_ks_p"))
+        arrays = (f.name for f in fields(self) if f.name not in OF_QUERIES)
         return replace(self, **{k: v[:rows] for k in arrays if (v := getattr(self, k)) is not None})
 
 

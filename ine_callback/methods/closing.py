@@ -31,6 +31,7 @@ class Closing:
         order: ``<v, R (1 - (1 + R F)^-1) v>`` [Q]. Divided by twice the number of rows that the run's steps had, it is
             the variance that steps of gradient descent on random batches settle at, where their gradients' covariance
             is F (Mandt et al. 2017, arXiv 1704.04289).
+        losses: The queries' values [Q] at the final weights, of which their gradients were taken.
         agreement: Mean Spearman correlation of the shifts at different weights; NaN where there was one pass alone.
     """
 
@@ -38,14 +39,15 @@ class Closing:
     contrasts: Floats
     sd: Floats
     order: Floats
+    losses: Floats
     agreement: float = float("nan")
 
 
 def averaged(passes: Sequence[Closing]) -> Closing:
-    """Mean shifts and variances of passes at different weights.
+    """Mean shifts and variances of passes at different weights, the final ones first.
 
     Example:
-        >>> one, other = (Closing(np.array([[1.0], [s]]), np.zeros((2, 1, 1)), *np.full((2, 1), s)) for s in (2.0, 3.0))
+        >>> one, other = (Closing(np.array([[1.0], [s]]), np.zeros((2, 1, 1)), *np.full((3, 1), s)) for s in (2.0, 3.0))
         >>> both = averaged([one, other])
         >>> both.shift[:, 0], both.order, round(both.agreement, 3)
         (array([1. , 2.5]), array([2.5]), 1.0)
@@ -56,6 +58,7 @@ def averaged(passes: Sequence[Closing]) -> Closing:
         np.mean([one.contrasts for one in passes], 0),
         np.sqrt(np.mean(np.square([one.sd for one in passes]), 0)),
         np.mean([one.order for one in passes], 0),
+        passes[0].losses,
         _agreement(shifts),
     )
 

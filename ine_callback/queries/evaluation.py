@@ -33,19 +33,32 @@ def gradients(
     Raises:
         QueryError: If a query's value is no scalar or has no gradient.
     """
-    queries = list(queries)
+    return values_and_gradients(queries, module, parameters, device)[1]
+
+
+def values_and_gradients(
+    queries: Iterable[BoundQuery],
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    device: Callable[[Batch], Batch],
+) -> tuple[Tensor, list[Tensor]]:
+    """Values [Q] of all queries, and their :func:`gradients`, from the same passes; in float32 or better."""
+    queries, values = list(queries), []
     out = [
         torch.zeros(len(queries), *p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
         for p in parameters
     ]
     for k, query in enumerate(queries):
+        parts = []
         for weight, batch in query.batches:
             value = scalar(query.value(module, device(batch)), query)
             grads = sharding.gradients(value * weight, module, parameters)
+            parts.append(value.detach().to(torch.promote_types(value.dtype, torch.float32)) * weight)
             for total, grad in zip(out, grads, strict=True):
                 if grad is not None:
                     total[k] += grad.to_dense() if grad.is_sparse else grad
-    return out
+        values.append(torch.stack(parts).sum())
+    return torch.stack(values) if values else torch.zeros(0), out
 
 
 def scalar(value: Any, query: BoundQuery) -> Tensor:

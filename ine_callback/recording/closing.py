@@ -153,7 +153,7 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
         decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
     directions, initial, order = {}, *torch.zeros(2, len(context.queries), device=parts.device)
-    v = context.query_gradients()
+    losses, v = context.query_values_and_gradients()
     with torch.no_grad():
         if signals.noise.random:
             for block, gradient, u in curvature.damped(v, rates, decays):
@@ -164,7 +164,7 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         else:
             directions = curvature.relatively_damped(v)
     found = _contract(context, parts, directions)
-    spread = (x.double().cpu().numpy() for x in (initial.sqrt(), order.clamp_min(0)))
+    spread = (x.cpu().double().numpy() for x in (initial.sqrt(), order.clamp_min(0), losses))
     return Closing(found[..., 0], found[..., 1:], *spread)
 
 

@@ -12,6 +12,15 @@ the row's squared standard error within the runs, because the strongest rows var
 3 runs holds the mean of 27 others for 91-93 % of the rows, and for 88-89 % of the tenth with the largest scores
 (``python -m benchmarks.runs``). Stouffer's z, not Fisher's sum of logarithms: p_r are two-sided, and runs that disagree
 in sign must cancel, not add up.
+
+A run's mu is a shift over a unit, the query's standard deviation over trainings, which a single run can only predict.
+Several runs measure it, as the spread of the query's values at the end of training. Where all runs know value and unit,
+
+    mu_r = (mu_r of the run) unit_r / sd          and likewise se_r and null_sd_r
+    sd   = measured_spread(values [R], u)         u: geometric mean of the unit_r
+
+with sd shrunk to u (:mod:`ine_callback.stats.measured_spread`). So mu is the mean shift of the query over its measured
+spread. One number multiplies all rows of a query in a run: p and q do not depend on it, and t only on the unit_r.
 """
 
 from __future__ import annotations
@@ -27,9 +36,12 @@ from scipy.special import ndtr, ndtri
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.scores import Floats, QueryInfo, Scores
 from ine_callback.stats import hypothesis_tests as tests
+from ine_callback.stats.measured_spread import measured_spread
+from ine_callback.utilities.words import SIZE
 
 WHO = "InfluenceReport.combine"
 FLAG_AT = 0.05
+ENOUGH = 5  # runs whose measured spread makes a doubtful prediction of it irrelevant
 MAX_NOTES = 4  # queries with a note each; as many as the views show in full
 MIN_P = 1e-300  # a p-value of 0 would be an infinite z
 Value = TypeVar("Value")
@@ -41,7 +53,8 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
     Of the rest, ``null_sd`` is the mean's, ``sqrt(sum of null_sd_r^2) / R``; ``null_mu`` holds draws of
     ``mu / null_sd`` under the null, sums of one draw a run over sqrt(R); ``null_ks_p`` is the smallest of the runs
     times their number (Bonferroni), at most 1; ``observations`` are summed; ``mean_loss`` is weighted by them;
-    ``margins`` are means over the runs.
+    ``margins`` are means over the runs; ``unit`` is the measured spread, ``query_loss`` the mean, where all runs know
+    them.
 
     Raises:
         ValueError: When the runs do not belong together; see :meth:`InfluenceReport.combine`.
@@ -50,6 +63,7 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
     queries = runs[0].queries
     order = [[query.name for query in run.queries].index(one.name) for run in runs for one in queries]
     columns = np.reshape(order, (len(runs), len(queries)))
+    unit, loss_at_end, factors = _units(runs, columns)
     observations = np.stack([run.observations for run in runs])
     shape = (observations.shape[1], len(queries))
     result = {name: np.full(shape, np.nan) for name in ("mu", "se", "p", "t", "p_t", "null_sd")}
@@ -57,6 +71,7 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
     for k in range(len(queries)):
         names = ("mu", "se", "p", "t", "null_sd")
         of = {n: np.stack([getattr(run, n)[:, c] for run, c in zip(runs, columns[:, k], strict=True)]) for n in names}
+        of |= {name: of[name] * factors[:, k, None] for name in ("mu", "se", "null_sd")}
         scored = np.isfinite(of["mu"])
         count = scored.sum(0)
         mean = mean_over(of["mu"], scored)
@@ -79,8 +94,29 @@ def combine_scores(runs: Sequence[Scores]) -> Scores:
         null_mu=np.stack(null_mu) if null_mu else np.zeros((0, 0)),
         null_ks_p=null_ks_p,
         margins=_mean_margins([each for each in margins if each is not None]),
+        unit=unit,
+        query_loss=loss_at_end,
         **result,
     )
+
+
+def _units(runs: Sequence[Scores], columns: NDArray[np.int64]) -> tuple[Floats | None, Floats | None, Floats]:
+    """Measured units [Q], mean losses [Q], and what the runs' scores are multiplied with [R, Q]."""
+    units, losses = (_of_queries(runs, columns, name) for name in ("unit", "query_loss"))
+    known = np.isfinite(units + losses).all(axis=0)
+    unit, factors = np.full(units.shape[1], np.nan), np.ones(units.shape)
+    predicted = np.exp(np.log(units[:, known]).mean(0))
+    unit[known] = measured_spread(losses[:, known], predicted)
+    factors[:, known] = units[:, known] / unit[known]
+    mean = losses.mean(0)
+    return (unit if known.any() else None), (mean if np.isfinite(mean).any() else None), factors
+
+
+def _of_queries(runs: Sequence[Scores], columns: NDArray[np.int64], name: str) -> Floats:
+    """A number of each query in each run [R, Q]; NaN where a run does not know it."""
+    values = [getattr(run, name) for run in runs]
+    unknown = np.full(columns.shape[1], np.nan)
+    return np.stack([unknown if each is None else each[c] for each, c in zip(values, columns, strict=True)])
 
 
 def mean_over(values: Floats, weights: NDArray[Any]) -> Floats:
@@ -206,8 +242,32 @@ def combine_runs(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> RunInfo:
         uncaptured=_union([info.uncaptured for info in infos]),
         nonfinite=nonfinite,
         schedule=schedules[0] if all(each == schedules[0] for each in schedules) else {"runs": schedules},
-        notes=[*notes, *_replication(runs), *dict.fromkeys(note for info in infos for note in info.notes)],
+        notes=[*notes, *_replication(runs), *_size(infos, runs)],
     )
+
+
+def _size(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> list[str]:
+    """Which queries' spread was measured, then the runs' own notes, each once.
+
+    Those that doubt a prediction go where it was replaced for all queries on data, by enough runs.
+    """
+    own = dict.fromkeys(note for info in infos for note in info.notes)
+    on_data = [query.name for query in runs[0].queries if query.kind != "self"]
+    if not on_data:
+        return list(own)
+    measured = [name for name in on_data if all(_knows_size(run, name) for run in runs)]
+    if not measured:
+        return ["size: the spread of no query was measured over the runs; it is predicted by single runs", *own]
+    others = " (others: predicted by single runs)" if len(measured) < len(on_data) else ""
+    plural = "y" if len(measured) == 1 else "ies"
+    note = f"size: the spread of {len(measured):,} quer{plural} was measured over {len(runs)} runs{others}"
+    replaced = len(runs) >= ENOUGH and len(measured) == len(on_data)
+    return [note, *(each for each in own if not (replaced and each.startswith(SIZE)))]
+
+
+def _knows_size(run: Scores, name: str) -> bool:
+    column = [query.name for query in run.queries].index(name)
+    return all(each is not None and bool(np.isfinite(each[column])) for each in (run.unit, run.query_loss))
 
 
 def differing_settings(infos: Sequence[RunInfo]) -> list[str]:

@@ -4,7 +4,7 @@ scores.parquet   one line for every query and row; null where the row was never 
                  line for every row, whose query is empty: its observations and mean loss
 null.parquet     draws of mu / null_sd under the permutation null
 margins.parquet  one line for every row, its mean margin in each window of visits; only where they were known
-meta.json        format, queries, provenance
+meta.json        format, queries with their units and losses, provenance
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ine_callback.scores import WINDOWS, Floats, QueryInfo, QueryKind, Scores
 FORMAT, VERSION = "ine_callback.report", 1
 NO_NAME = ""  # stands for the query where f-INE scored none
 FILES = SCORES, NULL, META, MARGINS = "scores.parquet", "null.parquet", "meta.json", "margins.parquet"
+OPTIONAL = "unit", "query_loss"  # of each query, in meta.json; not in reports of 0.1
 _DOUBLES = (*MATRICES, "mean_loss")
 SCORES_SCHEMA = pa.schema(
     [("row", pa.int64()), ("query", QUERY), ("observations", pa.int64())] + [(name, pa.float64()) for name in _DOUBLES]
@@ -70,11 +71,26 @@ def load(folder: Path) -> tuple[Scores, RunInfo]:
         observations=repeated["observations"][:, 0].astype(np.int64),
         mean_loss=repeated["mean_loss"][:, 0].copy(),
         null_mu=_null_draws(folder, names),
-        null_ks_p=np.array([np.nan if p is None else p for p in meta["null_ks_p"]], dtype=np.float64),
+        null_ks_p=_numbers(meta["null_ks_p"]),
         margins=_margins(folder, n),
+        unit=_optional(meta, "unit"),
+        query_loss=_optional(meta, "query_loss"),
         **matrices,
     )
     return scores, meta["run"]
+
+
+def _numbers(values: list[float | None]) -> Floats:
+    """A JSON list, in which null stands for NaN."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _optional(meta: dict[str, Any], name: str) -> Floats | None:
+    return None if meta.get(name) is None else _numbers(meta[name])
+
+
+def _listed(values: Floats) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _margins(folder: Path, n: int) -> Floats | None:
@@ -125,7 +141,8 @@ def _meta(scores: Scores, run: RunInfo) -> dict[str, Any]:
         "format_version": VERSION,
         "rows": len(scores.observations),
         "queries": [{"name": each.name, "kind": each.kind, "question": each.question} for each in scores.queries],
-        "null_ks_p": [float(p) if np.isfinite(p) else None for p in scores.null_ks_p],
+        "null_ks_p": _listed(scores.null_ks_p),
+        **{name: _listed(values) for name in OPTIONAL if (values := getattr(scores, name)) is not None},
         "run": run.to_dict(),
     }
 
@@ -153,16 +170,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _meta_fault(meta: dict[str, Any]) -> str:
-    rows, checks = meta.get("rows"), meta.get("null_ks_p")
+    rows = meta.get("rows")
     if not is_count(rows):
         return f"rows is {rows!r}, not a count"
     fault = queries_fault(meta.get("queries")) if meta.get("queries") != [] else ""
     if fault:
         return fault
-    if not isinstance(checks, list) or len(checks) != len(meta["queries"]):
-        return f"null_ks_p is not a list of {len(meta['queries'])} numbers"
-    if not all(p is None or is_number(p) for p in checks):
-        return "null_ks_p holds something that is not a number"
+    for name in ("null_ks_p", *(name for name in OPTIONAL if meta.get(name) is not None)):
+        values = meta.get(name)
+        if not isinstance(values, list) or len(values) != len(meta["queries"]):
+            return f"{name} is not a list of {len(meta['queries'])} numbers"
+        if not all(value is None or is_number(value) for value in values):
+            return f"{name} holds something that is not a number"
     return "" if isinstance(meta.get("run"), dict) else "run is not an object"
 
 

@@ -41,6 +41,15 @@ def checked(scores: Scores) -> Scores:
         if arrays["margins"].shape != (n, WINDOWS):
             found = arrays["margins"].shape
             raise ValueError(f"InfluenceReport: scores.margins has shape {found}, expected {(n, WINDOWS)}")
+    for name in ("unit", "query_loss"):
+        if (value := getattr(scores, name)) is not None:
+            found = np.asarray(value, dtype=np.float64)
+            if found.shape != (q,):
+                raise ValueError(f"InfluenceReport: scores.{name} has shape {found.shape}, expected ({q},)")
+            if name == "unit" and bool((found <= 0).any()):
+                raise ValueError("InfluenceReport: scores.unit is not above 0; NaN says unknown")
+            known = np.isfinite(found)
+            arrays[name] = readonly(np.where(known, found, np.nan)) if known.any() else None
     arrays["null_mu"] = readonly(np.asarray(scores.null_mu, dtype=np.float64))
     if arrays["null_mu"].ndim != 2 or len(arrays["null_mu"]) != q:
         raise ValueError(f"InfluenceReport: scores.null_mu has shape {arrays['null_mu'].shape}, expected ({q}, draws)")

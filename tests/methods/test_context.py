@@ -148,13 +148,14 @@ def test_query_gradients_are_autograds(name: str) -> None:
     context, (_, loss, data) = context_of(name), PROBLEMS[name]
     for part, gradients in context.per_sample(PerSamplePass(rows=(2, 1))):
         products = gradients.products(context.query_gradients())
-        found = context.query_gradients()
+        values, found = context.query_values_and_gradients()
         assert part.tolist() == [2, 1] and set(found) == set(gradients)
     module = context.module.eval()
     parameters = list(module.parameters())
     wanted = []
-    for part, factor in ((slice(9), 1.0), (slice(9, 20), 2.0)):
+    for k, (part, factor) in enumerate(((slice(9), 1.0), (slice(9, 20), 2.0))):
         value = factor * loss(module, tuple(each[part] for each in data))
+        torch.testing.assert_close(values[k], value.detach(), **EXACT)
         wanted.append(torch.autograd.grad(value, parameters))
     for block, gradient in found.items():
         places = [next(k for k, p in enumerate(parameters) if p is one) for one in block.parameters]

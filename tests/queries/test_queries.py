@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ from ine_callback.queries import (
     margins,
     parse,
     scalar,
+    values_and_gradients,
 )
 from ine_callback.queries.sources import LARGEST_BATCH, DataSource
 
@@ -383,3 +385,15 @@ def test_val_without_a_validation_loader_is_refused_before_training() -> None:
     with pytest.raises(QueryError, match="InfluenceCallback: query 'val' needs a validation loader"):
         fit(module, "val")
     assert torch.equal(before, module.net.weight)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_values_are_weighted_sums_over_batches_in_float32_or_better(kind: torch.dtype) -> None:
+    model = make_model().to(kind)
+    parts = [(X[:8].to(kind), Y[:8]), (X[8:].to(kind), Y[8:])]
+    (query,) = LossQuery(parts[0]).bind("q", DataSource("Test", loss))
+    bound = replace(query, batches=((8 / 11, parts[0]), (3 / 11, parts[1])))
+    values, _ = values_and_gradients([bound], model, list(model.parameters()), lambda batch: batch)
+    one, other = (loss(model, part).double().item() for part in parts)
+    assert values.dtype == torch.promote_types(kind, torch.float32)
+    assert values.tolist() == pytest.approx([(8 * one + 3 * other) / 11], rel=1e-6)

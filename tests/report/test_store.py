@@ -58,6 +58,8 @@ def reports(draw: st.DrawFn) -> InfluenceReport:
         null_mu=draw(arrays(np.float64, (q, m), elements=floats)),
         null_ks_p=draw(arrays(np.float64, q, elements=st.floats(0, 1) | st.just(np.nan))),
         margins=draw(st.none() | arrays(np.float64, (n, WINDOWS), elements=floats)),
+        unit=draw(st.none() | arrays(np.float64, q, elements=st.floats(0, exclude_min=True) | st.just(np.nan))),
+        query_loss=draw(st.none() | arrays(np.float64, q, elements=floats)),
         **matrices,
     )
     notes = draw(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=2))

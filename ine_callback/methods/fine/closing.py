@@ -10,7 +10,7 @@ run happens to have settled is not settled in all.
 
 The run has seen the rows at all weights on the way, the pass sees them at late ones, through a better curvature: their
 errors differ. So mu is the sum of the pass's scores and RUN times the run's, each divided by its standard deviation
-over rows, and ranks better than either. Its size is that of c.
+over rows, and ranks better than either. Its size is that of c, so mu u is a shift in the query's own unit.
 
     se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
 
@@ -22,6 +22,8 @@ From fixed weights mu is the pass's ranking in the run's size.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,14 @@ PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's ow
 LEAST_AGREEMENT = 0.65  # of the shifts at different late weights
 
 
+class ClosedScores(NamedTuple):
+    """Scores mu and their standard errors over training runs [N, Q], and what mu was divided by [Q]; NaN: unknown."""
+
+    mu: Floats
+    se: Floats
+    unit: Floats
+
+
 def unit_of(closing: Closing, observations: int) -> Floats:
     """A query's spread over trainings [Q]; NaN where nothing varies.
 
@@ -48,8 +58,8 @@ def unit_of(closing: Closing, observations: int) -> Floats:
     return np.where(unit > 0, unit, np.nan)
 
 
-def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se: Floats) -> tuple[Floats, Floats]:
-    """Scores and their standard errors over training runs [N, Q].
+def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se: Floats) -> ClosedScores:
+    """The scores of a run and its closing pass.
 
     Args:
         closing: The closing pass, of the first N' <= N rows.
@@ -58,16 +68,18 @@ def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se
         run_se: Its standard errors [N, Q].
     """
     shift, contrasts = (_of_rows(x, len(run)) for x in (closing.shift, closing.contrasts))
-    share = observations / max(1e-12, float(observations[observations > 0].mean()))
-    scale = share[:, None] / unit_of(closing, int(observations.sum()))
+    share = (observations / max(1e-12, float(observations[observations > 0].mean())))[:, None]
+    random, unit = closing.sd.any(), unit_of(closing, int(observations.sum()))
+    scale = share / unit if random else share
     found, count = shift * scale, contrasts.shape[2]
     own = np.square(contrasts * scale[..., None]).sum(2)
     error = np.sqrt((PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count))
     both = np.isfinite(found) & np.isfinite(run)
     spread, run_spread = (_spread(np.where(both, x, np.nan)) for x in (found, run))
-    if not closing.sd.any():  # from fixed weights: the pass ranks better than the run, which has a size
+    if not random:  # from fixed weights: the pass ranks better than the run, which has a size
         mu = found / spread * run_spread
-        return np.where(both, mu, run), np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+        se = np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
+        return ClosedScores(np.where(both, mu, run), se, np.full(len(unit), np.nan))
     total = found / spread + RUN * run / run_spread
     width = _spread(total)
     total = total / width
@@ -77,7 +89,7 @@ def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se
     errors = np.where(both, error / spread / width, 0.0), run_se / run_spread * np.where(both, RUN / width, 1.0)
     se = np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
     known = np.isfinite(size)  # a query that could not be computed at the end keeps the run's scores
-    return np.where(known, mu, run), np.where(known, se, run_se)
+    return ClosedScores(np.where(known, mu, run), np.where(known, se, run_se), np.where(known[0], unit, np.nan))
 
 
 def _of_rows(values: Floats, rows: int) -> Floats:

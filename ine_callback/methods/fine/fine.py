@@ -56,7 +56,7 @@ from ine_callback.methods.closing import Closing
 from ine_callback.methods.fine import estimators
 from ine_callback.methods.fine.between_runs import between_runs
 from ine_callback.methods.fine.closing import mu_of, unreliable
-from ine_callback.methods.fine.null import enlarged, null_size, spread
+from ine_callback.methods.fine.null import enlarged, null_size, spread, standardised
 from ine_callback.scores import Floats, QueryInfo, Scores
 from ine_callback.stats import hypothesis_tests as tests
 
@@ -243,7 +243,7 @@ class FINE(Method):
         p, t, p_t, se = (np.full_like(z, np.nan) for _ in range(4))
         nulls, null_ks_p = [], np.full(len(self._queries), np.nan)
         for k in range(len(self._queries)):
-            draws, held_out = self._null(k, seen, variance[:, k])
+            draws, held_out = standardised(state["null"], k, self._stride, seen, variance[:, k])
             known = int(np.isfinite(draws).sum())
             p[:, k] = tests.permutation_p(z[:, k], draws) if known else np.nan
             null_ks_p[k] = tests.uniformity_p(tests.permutation_p(held_out, draws), known)
@@ -254,11 +254,15 @@ class FINE(Method):
             nulls.append(draws.ravel()[spread(draws.size, MAX_REPORTED_DRAWS)])
         null_sd = np.sqrt(variance) * scale
         mu = shift * scale
+        unit, query_loss = (np.full(len(self._queries), np.nan) for _ in range(2))
         if self._closing is not None:
-            self._close(self._closing, mu, se, observations)
+            columns = self._on_data()
+            run = mu[:, columns], se[:, columns]
+            mu[:, columns], se[:, columns], unit[columns] = mu_of(self._closing, observations, *run)
+            query_loss[columns] = self._closing.losses
         if self.estimator != "gaussian":
             mu, se = estimators.compute(state, self.estimator)
-            mu[~seen], se[~seen] = np.nan, np.nan
+            mu[~seen], se[~seen], unit[:] = np.nan, np.nan, np.nan
             null_sd = se.copy()
         return Scores(
             queries=self._queries,
@@ -273,6 +277,8 @@ class FINE(Method):
             mean_loss=np.full(self._rows, np.nan),
             null_mu=np.stack(nulls),
             null_ks_p=null_ks_p,
+            unit=unit,
+            query_loss=query_loss,
         )
 
     @property
@@ -283,11 +289,6 @@ class FINE(Method):
     def close(self, closing: Closing) -> None:
         """Takes the shifts that mu is made of; the tests stay those of the run."""
         self._closing = closing
-
-    def _close(self, closing: Closing, mu: Floats, se: Floats, observations: NDArray[np.int64]) -> None:
-        """Adds what the closing pass found to the scores of the queries on data."""
-        columns = self._on_data()
-        mu[:, columns], se[:, columns] = mu_of(closing, observations, mu[:, columns], se[:, columns])
 
     def _on_data(self) -> list[int]:
         return [k for k, query in enumerate(self._queries) if query.kind != "self"]
@@ -326,14 +327,6 @@ class FINE(Method):
             f"self-influence: an average row lowers its own loss by {seen.mean():.2g} standard deviations of training "
             "randomness; scores are differences to that"
         ]
-
-    def _null(self, query: int, seen: NDArray[np.bool_], variance: Floats) -> tuple[Floats, Floats]:
-        """Returns the standardised permuted shifts [M, R] of observed rows with a null, and the held-out draw [M]."""
-        permuted = host(self._state["null"][:-1, :, query])
-        observed, v = seen[:: self._stride], variance[:: self._stride]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            z = permuted[observed] / np.where(v > 0, np.sqrt(v), np.nan)[observed, None]
-        return z[:, 1:], z[:, 0]
 
     def grow(self, rows: int) -> None:
         """Enlarges the state to ``rows`` rows; a null that becomes too large loses draws, then rows."""

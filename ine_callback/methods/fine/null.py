@@ -25,6 +25,17 @@ def enlarged(tensor: Tensor, rows: int) -> Tensor:
     return larger
 
 
+def standardised(
+    null: Tensor, query: int, stride: int, seen: NDArray[np.bool_], variance: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns the standardised permuted shifts [M, R] of observed rows with a null, and the held-out draw [M]."""
+    permuted = null[:-1, :, query].cpu().double().numpy()
+    observed, v = seen[::stride], variance[::stride]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = permuted[observed] / np.where(v > 0, np.sqrt(v), np.nan)[observed, None]
+    return z[:, 1:], z[:, 0]
+
+
 def spread(size: int, limit: int) -> NDArray[np.int64]:
     """Returns at most ``limit`` evenly spaced indices below ``size``."""
     return np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64)
