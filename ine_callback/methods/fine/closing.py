@@ -32,10 +32,10 @@ from ine_callback.methods.closing import Closing
 from ine_callback.scores import Floats
 from ine_callback.utilities.words import SIZE
 
-UNIT, ORDER, FLOOR, RELATIVE = 0.44, 2.0, 0.3, 0.05
+UNIT, ORDER, FLOOR, RELATIVE = 0.48, 2.0, 0.3, 0.05
 RUN = 0.5  # what the run's ranking counts beside the pass's
 PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
-LEAST_AGREEMENT = 0.65  # of the shifts at different late weights
+LEAST_AGREEMENT = 0.75  # of the shifts at different late weights
 
 
 class ClosedScores(NamedTuple):
