@@ -1,4 +1,4 @@
-"""Digits and text for the benchmarks: from a folder given by the user, else what scikit-learn brings along."""
+"""Digits, text and tables for the benchmarks: from a folder given by the user, else what scikit-learn brings along."""
 
 from __future__ import annotations
 
@@ -52,3 +52,27 @@ def text(path: Path | None) -> str:
 def excerpt() -> str:
     """Four poems (7 kB), for quick forms."""
     return (Path(__file__).parents[1] / "examples" / "excerpt.txt").read_text()
+
+
+def table(name: str) -> tuple[Tensor, Tensor]:
+    """Standardised features [n, d] and targets [n] of a table of scikit-learn's: classes, or standardised numbers."""
+    from sklearn import datasets
+
+    if name == "cancer":
+        x, y = datasets.load_breast_cancer(return_X_y=True)
+    elif name == "diabetes":
+        x, y = datasets.load_diabetes(return_X_y=True)
+    elif name == "friedman":
+        x, y = datasets.make_friedman1(2000, noise=1.0, random_state=0)
+    else:
+        x, y = datasets.make_classification(
+            2000, 20, n_informative=8, n_redundant=4, n_classes=4, class_sep=1.2, flip_y=0.02, random_state=0
+        )
+    inputs = _standard(torch.tensor(x, dtype=torch.float32))
+    if name in ("diabetes", "friedman"):
+        return inputs, _standard(torch.tensor(y, dtype=torch.float32))
+    return inputs, torch.tensor(y).long()
+
+
+def _standard(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / x.std(0).clamp(min=1e-6)

@@ -114,10 +114,6 @@ def _nearest(centre: int, size: int, x: Tensor, y: Tensor) -> Tensor:
     return distance.argsort()[:size]
 
 
-def _standard(x: Tensor) -> Tensor:
-    return (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
-
-
 def _digits() -> tuple[Tensor, Tensor]:
     x, y = data.digits(None)
     x = x - x.mean(0)
@@ -127,26 +123,6 @@ def _digits() -> tuple[Tensor, Tensor]:
 def _images() -> tuple[Tensor, Tensor]:
     x, y = _digits()
     return x.view(-1, 1, 8, 8), y
-
-
-def _sklearn(name: str) -> tuple[Tensor, Tensor]:
-    """A data set of scikit-learn, standardised; targets too if they are numbers."""
-    from sklearn import datasets
-
-    if name == "cancer":
-        x, y = datasets.load_breast_cancer(return_X_y=True)
-    elif name == "diabetes":
-        x, y = datasets.load_diabetes(return_X_y=True)
-    elif name == "friedman":
-        x, y = datasets.make_friedman1(2000, noise=1.0, random_state=0)
-    else:
-        x, y = datasets.make_classification(
-            2000, 20, n_informative=8, n_redundant=4, n_classes=4, class_sep=1.2, flip_y=0.02, random_state=0
-        )
-    inputs = _standard(torch.tensor(x, dtype=torch.float32))
-    if name in ("diabetes", "friedman"):
-        return inputs, _standard(torch.tensor(y, dtype=torch.float32))
-    return inputs, torch.tensor(y).long()
 
 
 def _motifs() -> tuple[Tensor, Tensor]:
@@ -169,5 +145,5 @@ _SOURCES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "images": _images,
     "motifs": _motifs,
     "characters": _characters,
-    **{name: functools.partial(_sklearn, name) for name in ("cancer", "diabetes", "friedman", "synthetic")},
+    **{name: functools.partial(data.table, name) for name in ("cancer", "diabetes", "friedman", "synthetic")},
 }

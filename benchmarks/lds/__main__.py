@@ -12,6 +12,8 @@ rows, R times, each beside the equal training with it. Problems:
     logistic     logistic regression, 20 epochs: dattri's MNIST-LR
     cnn          two convolutions on 2,000 digits, 15 epochs
     transformer  characters of Shakespeare, 1,000 rows of 32, AdamW, 15 epochs
+    diabetes     regression, MLP 10-32-32-1, 380 rows, AdamW, 10 epochs; the "margin" is the prediction
+    friedman     regression, MLP 10-64-1, 1,000 rows, SGD with momentum, 20 epochs
 
 BIF is one run of chains, with default settings, around one trained network: its scores, and their Laplace term. The
 other methods come from the package index (``pip install -e ".[peers]"``) and are left out where they are missing.

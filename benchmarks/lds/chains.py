@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.lds.problems import Problem, row_losses
+from benchmarks.lds.recorded import lowered
 from benchmarks.lds.retrain import Stacked
 from benchmarks.metrics import Floats
+from benchmarks.network import RowLosses
 from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.evaluation import EachRow
 from ine_callback.methods.bif.run import bif_scores
-from ine_callback.queries import MarginQuery
+from ine_callback.queries import MarginQuery, Query
 
 NAMES = ("ine_callback BIF", "ine_callback BIF, Laplace term")
 
@@ -35,7 +37,8 @@ def scores(problem: Problem, stacked: Stacked, bif: BIF) -> Chains:
     model = problem.network()
     model.load_state_dict({k: v[0] for k, v in stacked.items()})
     asked = (problem.xq, problem.yq)
-    queries = {"loss": EachRow(asked), "margin": MarginQuery(asked, per_row=True)}
+    margin: Query = RowLosses(*asked, lowered) if asked[1].is_floating_point() else MarginQuery(asked, per_row=True)
+    queries = {"loss": EachRow(asked), "margin": margin}
     everything = replace(bif, rows=len(problem.x))
     found = bif_scores(model.eval(), (problem.x, problem.y), queries, everything, of_rows, progress=False)
     return Chains(

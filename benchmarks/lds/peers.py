@@ -55,7 +55,13 @@ class Functions:
         return -self.query(parameters, batch)
 
     def probability(self, parameters: Parameters, batch: Batch) -> Tensor:
-        """Probability of the true class (of a text: the geometric mean over its characters)."""
+        """Probability of the true class (of a text: the geometric mean over its characters).
+
+        TRAK weighs a row by 1 - p, minus the derivative of its loss by its margin; for squared errors that is no
+        probability.
+        """
+        if batch[1].is_floating_point():
+            return 1 + 2 * (self.margin(parameters, batch) - batch[1].mean())
         return torch.exp(-self.loss(parameters, batch))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.data import digits, text
+from benchmarks.data import digits, table, text
 from ine_callback.queries import margins
 
 SUBSETS = 60
@@ -47,13 +48,17 @@ class Problem:
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each row [b], for text its mean over positions."""
+    """Cross entropy of each row [b], for text its mean over positions; squared error of numbers."""
+    if labels.is_floating_point():
+        return (logits[:, 0] - labels).square()
     losses = F.cross_entropy(logits, labels, reduction="none")
     return losses if losses.dim() == 1 else losses.mean(1)
 
 
 def row_margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-odds of the true class of each row [b], for text its mean over positions."""
+    """Log-odds of the true class of each row [b], for text its mean over positions; of numbers the prediction."""
+    if labels.is_floating_point():
+        return logits[:, 0]
     found = margins(logits, labels)
     return found if found.dim() == 1 else found.mean(1)
 
@@ -69,6 +74,12 @@ def mlp(inputs: int, dropout: float) -> nn.Module:
 def linear(inputs: int) -> nn.Module:
     """Logistic regression."""
     return nn.Sequential(nn.Linear(inputs, 10))
+
+
+def regressor(sizes: Sequence[int]) -> nn.Module:
+    """MLP with ReLU between layers of these sizes."""
+    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 def cnn(side: int) -> nn.Module:
@@ -216,9 +227,47 @@ def of_text(path: Path | None, quick: bool, context: int = 32, rows: int = 1000,
     )
 
 
+def of_table(name: str, quick: bool) -> Problem:
+    """Regression on one of scikit-learn's tables, by squared error."""
+    x, y = table(name)
+    what, layers, optimizer, lr, rows, epochs = {
+        "diabetes": ("MLP 10-32-32-1, AdamW 3e-3", (10, 32, 32, 1), partial(adamw, lr=3e-3), 3e-3, 380, 10),
+        "friedman": (
+            "MLP 10-64-1, SGD .01, momentum .9",
+            (10, 64, 1),
+            partial(sgd, lr=0.01, momentum=0.9),
+            0.1,
+            1000,
+            20,
+        ),
+    }[name]
+    g = torch.Generator().manual_seed(14)
+    order = torch.randperm(len(x), generator=g)
+    n = QUICK_ROWS if quick else rows
+    train, held_out = order[:n], order[n : n + 50]
+    return Problem(
+        name=name,
+        what=f"regression: {what}",
+        x=x[train],
+        y=y[train],
+        xq=x[held_out],
+        yq=y[held_out],
+        subsets=halves(n, QUICK_SUBSETS if quick else SUBSETS, g),
+        network=partial(regressor, layers),
+        optimizer=optimizer,
+        lr=lr,
+        batch=19 if name == "diabetes" else 25,
+        epochs=3 if quick else epochs,
+        hessian_rows=n,
+    )
+
+
 def load(path: Path | None, name: str, quick: bool) -> Problem:
     """The problem of that name; ``quick`` cuts its rows, halves and epochs."""
+    if name in TABLES:
+        return of_table(name, quick)
     return of_text(path, quick) if name == "transformer" else of_digits(path, name, quick)
 
 
-NAMES = ("g2", "mlp", "logistic", "cnn", "transformer")
+TABLES = ("diabetes", "friedman")
+NAMES = ("g2", "mlp", "logistic", "cnn", "transformer", *TABLES)

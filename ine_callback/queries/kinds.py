@@ -173,11 +173,19 @@ SELF = QueryInfo(
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
     """``log(p / (1 - p))`` of the true class, for logits [b, C, ...] and labels [b, ...].
 
+    Raises:
+        QueryError: If the labels are no class indices.
+
     Example:
         >>> import torch
         >>> margins(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
         tensor([2.])
     """
+    if labels.is_floating_point():
+        raise QueryError(
+            f"MarginQuery: labels are {labels.dtype}, not class indices; for numbers ask for the loss "
+            "(Query.loss) or give a function."
+        )
     target = labels.unsqueeze(1)
     others = logits.scatter(1, target, float("-inf"))
     return logits.gather(1, target).squeeze(1) - others.logsumexp(1)

@@ -172,11 +172,12 @@ def test_margins_of_tokens_and_of_saturated_rows() -> None:
 def test_margin_uses_the_given_forward() -> None:
     model = make_model()
     query = MarginQuery({"x": X, "y": Y}, forward=lambda module, batch: (module(batch["x"]), batch["y"]))
-    torch.testing.assert_close(
-        flat_gradients(model, query)["q"], flat_gradients(model, MarginQuery((X, Y)))["q"], **EXACT
-    )
+    expected = flat_gradients(model, MarginQuery((X, Y)))["q"]
+    torch.testing.assert_close(flat_gradients(model, query)["q"], expected, **EXACT)
     with pytest.raises(QueryError, match=r"MarginQuery: a batch of type Tensor .*forward="):
         flat_gradients(model, MarginQuery(X))
+    with pytest.raises(QueryError, match=r"labels are torch.float64, not class indices; for numbers ask for the loss"):
+        flat_gradients(model, MarginQuery((X, Y.double())))
 
 
 def test_callable_is_averaged_over_the_data() -> None:
