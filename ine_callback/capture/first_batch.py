@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ine_callback.capture.bare import find_layouts
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
-from ine_callback.capture.row_mixing import row_mixing_faults
+from ine_callback.capture.row_mixing import MIXED, row_mixing_faults
 from ine_callback.capture.row_order import row_order_faults
 from ine_callback.data.batches import led_by
 
@@ -38,6 +39,8 @@ def first_batch_faults(
         order = row_order_faults(module, capture, loss, batch, rows)
         mixing = row_mixing_faults(module, capture, loss, batch, rows) if training and by_rows else {}
         functions = layer_function_faults(module, capture, loss, batch, rows)
+        if by_rows and MIXED not in mixing.values():
+            find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
     except Exception as error:  # of the user's code, run on a part of a batch
         return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
     return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]

@@ -168,7 +168,7 @@ class Recorder:
             lambda layer, grad_samples: self._passes.receive(layer, grad_samples),
             self.guard.fail,
             checked_layers(self.config.layers, module, owner),
-            lambda layer: self._passes.lose(layer),
+            lambda lost: self._passes.lose(lost),
         )
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
         self.clipping = Clipping(optimizer)
