@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,10 @@ def first_batch_faults(
         order = row_order_faults(module, capture, loss, batch, rows)
         mixing = row_mixing_faults(module, capture, loss, batch, rows) if training and by_rows else {}
         functions = layer_function_faults(module, capture, loss, batch, rows)
-        if by_rows and MIXED not in mixing.values():
-            find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
     except Exception as error:  # of the user's code, run on a part of a batch
         return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
+    if by_rows and MIXED not in mixing.values():
+        # what fails here costs bare parameters only, which then are named as left out
+        with contextlib.suppress(Exception):
+            find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
     return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]

@@ -27,9 +27,9 @@ _COPIES = {"ExpandBackward0", "RepeatBackward0"}
 _PRODUCTS = {"MmBackward0": (1, "self"), "AddmmBackward0": (2, "mat1")}  # the weight's place, and the activations
 _RESHAPES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Alias", "Clone")}
 _RESHAPES |= {f"SqueezeBackward{k}" for k in range(4)} | {_CAST}
-_TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1"}
+_TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0"}
 _PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
-_OTHERS = ("Permute", "Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
+_OTHERS = ("Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
 _STEPS = _BROADCAST | _COPIES | _RESHAPES | _TRANSPOSES | _PARTS | {f"{name}Backward0" for name in _OTHERS}
 _OF_WEIGHTS = _TRANSPOSES | _PARTS | {_CAST}  # steps before a matrix product
 
@@ -121,7 +121,8 @@ class Use:
 
     def _downwards(self) -> Iterator[tuple[Step, Step]]:
         """The steps from the last to the first, each with the one above it."""
-        return zip(reversed(self.steps), reversed((*self.steps[1:], self.last)), strict=True)
+        chain = (*self.steps, self.last)
+        return ((chain[k], chain[k + 1]) for k in reversed(range(len(self.steps))))
 
     def _broadcast(self, output_grads: Tensor) -> Tensor:
         """The gradient of the broadcast input, before it is added up over the broadcast dimensions."""
@@ -145,7 +146,7 @@ class Use:
             output_grads = output_grads * node._saved_alpha
         left, right = (layout.split(x, rows).unsqueeze(1) for x in (activations, output_grads))  # weight [I, O]
         for step, above in self._downwards():
-            if step.name in _TRANSPOSES:
+            if step.name in _TRANSPOSES:  # of two dimensions
                 left, right = right, left
             elif step.name in _PARTS:
                 dim, outside = _outside(step, above)
