@@ -11,7 +11,7 @@ from torch import nn
 from ine_callback.capture.bare import find_layouts
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
-from ine_callback.capture.row_mixing import MIXED, row_mixing_faults
+from ine_callback.capture.row_mixing import row_mixing_faults
 from ine_callback.capture.row_order import row_order_faults
 from ine_callback.data.batches import led_by
 
@@ -42,7 +42,7 @@ def first_batch_faults(
         functions = layer_function_faults(module, capture, loss, batch, rows)
     except Exception as error:  # of the user's code, run on a part of a batch
         return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
-    if by_rows and MIXED not in mixing.values():
+    if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
         # what fails here costs bare parameters only, which then are named as left out
         with contextlib.suppress(Exception):
             find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))

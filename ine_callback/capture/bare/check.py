@@ -1,12 +1,15 @@
 """The check of bare parameters, before the first step: where are the rows in the operations that use them?
 
 Shapes alone cannot tell: [b, T, D] and [T, b, D] may have one shape. So the loss is differentiated twice, and the second
-time the batch's rows have changed places. Where the rows are, their gradients must have changed places with them.
+time the batch's rows have changed places. Where the rows are, their gradients must have changed places with them. Where
+two places are left, another row takes the place of the last, and the others' gradients must stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +25,12 @@ if TYPE_CHECKING:
     from ine_callback.capture.hooks import Capture
 
 _PRODUCTS = 8  # random directions with which rows' gradients are compared
-_TOLERANCE = 2e-2  # relative to the largest product, for rounding and half precision
+_TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not
 _EVIDENT = 5  # times the tolerance: differences of rows that show whether they changed places
 
 Kind = tuple[nn.Parameter, tuple[Any, ...]]
-Found = dict[Kind, list[dict[RowLayout, Tensor]]]  # of each kind of use, use by use: products [b, 8] by layout
+Uses = list[dict[RowLayout, Tensor]]  # of each use, by layout: products [b, 8]
+Found = dict[Kind, Uses]
 
 
 def find_layouts(
@@ -51,44 +55,75 @@ def find_layouts(
         return
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
     order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
-    whole = _products(module, capture, run, batch, rows, unordered)
-    other = _products(module, capture, run, cut(batch, order, rows), rows, unordered) if whole else {}
-    found: dict[nn.Parameter, dict[tuple[Any, ...], RowLayout | None]] = {}
-    for (parameter, kind), uses in whole.items():
-        layout = _layout(uses, other.get((parameter, kind), []), order, alone=not unordered)
-        found.setdefault(parameter, {})[kind] = layout
-    for parameter, kinds in found.items():
-        known = {kind: layout for kind, layout in kinds.items() if layout is not None}
-        if len(known) == len(kinds):
-            capture.bare.layouts[parameter] = known
+    places = torch.arange(rows)
+    run_on = partial(_products, module, capture, run, rows=rows, unordered=unordered)
+    whole, half = run_on(batch)
+    moved, _ = run_on(cut(batch, order, rows)) if whole else ({}, half)
+    compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
+    found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
+    if any(len(layouts) > 1 for layouts in found.values()):
+        replaced, _ = run_on(cut(batch, places % (rows - 1), rows))
+        for use, layouts in found.items():
+            if len(layouts) > 1:
+                found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
+    for parameter in {parameter for parameter, _ in found}:
+        known = {kind: layouts for (p, kind), layouts in found.items() if p is parameter}
+        if all(len(layouts) == 1 for layouts in known.values()):
+            capture.bare.layouts[parameter] = {kind: layouts[0] for kind, layouts in known.items()}
 
 
-def _layout(
-    uses: list[dict[RowLayout, Tensor]], other: list[dict[RowLayout, Tensor]], order: Tensor, alone: bool
-) -> RowLayout | None:
-    """The one layout in which the rows' gradients changed places with the rows.
+@dataclass
+class _Comparison:
+    """Compares the rows' gradients of two runs.
 
-    Args:
-        uses: Products of the rows' gradients in each layout, use by use.
-        other: The same after the rows changed places.
-        order: Which row came to each place.
+    Attributes:
+        tolerance: Of a difference, relative to the largest product.
+        order: Which row came to each place in the second run.
         alone: Whether a layout is taken without evidence (all gradients are zero) if there is no other.
     """
-    if len(uses) != len(other) or not all(a.keys() == b.keys() for a, b in zip(uses, other, strict=True)):
-        return None
-    right: list[RowLayout] = []
-    evident: list[RowLayout] = []
-    shared = [layout for layout in uses[0] if all(layout in use for use in uses)]
-    for layout in shared:
-        agrees, moves = True, False
-        for before, after in ((a[layout], b[layout]) for a, b in zip(uses, other, strict=True)):
-            near = _TOLERANCE * float(before.abs().max())
-            agrees &= float((after - before[order.to(before.device)]).abs().max()) <= near
-            moves |= float((after - before).abs().max()) > _EVIDENT * near
-        right += [layout] * agrees
-        evident += [layout] * (agrees and moves)
-    chosen = evident or (right if alone and len(shared) == 1 else [])
-    return chosen[0] if len(chosen) == 1 else None
+
+    tolerance: float
+    order: Tensor
+    alone: bool
+
+    def that_moved(self, uses: Uses, moved: Uses) -> list[RowLayout]:
+        """The layouts in which the rows' gradients changed places with the rows, in all uses."""
+        right, evident = [], []
+        shared = _shared(uses, moved)
+        for layout in shared:
+            agrees, moves = True, False
+            for before, after in _pairs(layout, uses, moved):
+                near = self.tolerance * float(before.abs().max())
+                agrees &= float((after - before[self.order.to(before.device)]).abs().max()) <= near
+                moves |= float((after - before).abs().max()) > _EVIDENT * near
+            right += [layout] * agrees
+            evident += [layout] * (agrees and moves)
+        return evident or (right if self.alone and len(shared) == 1 else [])
+
+    def that_stayed(self, layouts: list[RowLayout], uses: Uses, replaced: Uses) -> list[RowLayout]:
+        """The layouts in which only the last row's gradient changed when another row took its place.
+
+        A row's gradient may also change places in a wrong layout, which adds the sum of all rows to each.
+        """
+        return [
+            layout
+            for layout in set(layouts).intersection(_shared(uses, replaced))
+            if all(
+                float((after - before)[:-1].abs().max()) <= self.tolerance * float(before.abs().max())
+                for before, after in _pairs(layout, uses, replaced)
+            )
+        ]
+
+
+def _shared(uses: Uses, other: Uses) -> list[RowLayout]:
+    """The layouts that all uses have, in both runs."""
+    if len(uses) != len(other):
+        return []
+    return [layout for layout in uses[0] if all(layout in use for use in (*uses, *other))]
+
+
+def _pairs(layout: RowLayout, uses: Uses, other: Uses) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((a[layout], b[layout]) for a, b in zip(uses, other, strict=True))
 
 
 def _products(
@@ -98,8 +133,12 @@ def _products(
     batch: Any,
     rows: int,
     unordered: set[nn.Module],
-) -> Found:
-    """Products of every row's gradient with random directions, for each use and each place where the rows may be."""
+) -> tuple[Found, bool]:
+    """Products of every row's gradient with random directions, for each use and each place where the rows may be.
+
+    Returns:
+        The products, and whether half precision took part.
+    """
     called = set[str]()
     capture.on_call = lambda name, x: called.add(name)
     found: Found = {}
@@ -110,8 +149,9 @@ def _products(
             layers = {child for child, name in capture.names.items() if name in called} - unordered
             wanted = capture.bare.open_to(layers)
             if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
-                return {}
-            uses = _uses(Graph(loss.grad_fn), wanted, rows)
+                return {}, False
+            graph = Graph(loss.grad_fn)
+            uses = _uses(graph, wanted, rows)
             handles = [_measure(use, rows, found.setdefault((use.parameter, use.kind), [])) for use in uses]
             if uses:
                 parameters = list(dict.fromkeys(use.parameter for use in uses))
@@ -120,7 +160,7 @@ def _products(
                 handle.remove()
     finally:
         capture.on_call = None
-    return found
+    return found, graph.half
 
 
 def _uses(graph: Graph, wanted: list[nn.Parameter], rows: int) -> list[Use]:
@@ -134,7 +174,7 @@ def _uses(graph: Graph, wanted: list[nn.Parameter], rows: int) -> list[Use]:
     return out
 
 
-def _measure(use: Use, rows: int, out: list[dict[RowLayout, Tensor]]) -> Any:
+def _measure(use: Use, rows: int, out: Uses) -> Any:
     """Has the products of one use put into a place of its own in ``out``, by layout; nothing where that fails."""
     products: dict[RowLayout, Tensor] = {}
     out.append(products)

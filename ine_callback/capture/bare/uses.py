@@ -169,6 +169,12 @@ class Graph:
                         seen.add(below)
                         waiting.append(below)
 
+    @property
+    def half(self) -> bool:
+        """Whether half precision takes part somewhere."""
+        halves = (torch.float16, torch.bfloat16)
+        return any(one.dtype in halves for node in self._consumers for one in node._input_metadata)
+
     def uses(self, parameter: nn.Parameter, ends: Callable[[Use], bool]) -> list[Use]:
         """All uses of a parameter.
 
