@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers.oracle import Setting, check, run
+from tests.helpers.oracle import TELLS, Recurrent, Setting, check, run
 
-# Older torch does not tell which saved tensors are read by hooks, and then none is read a second time.
-TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 needs_saved = pytest.mark.skipif(not TELLS, reason="this torch does not tell what activation checkpointing saved")
 
 
@@ -80,6 +78,36 @@ class Attending(nn.Module):
         return self.head(torch.tanh(x).mean(1 if self.attention.batch_first else 0))
 
 
+class Wrapped(nn.Linear):
+    """Its first input is no tensor, so its hooks read nothing."""
+
+    def forward(self, scale: float, *, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+class CallsWrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = Wrapped(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(0.5, x=x)))
+
+
+class Recurrences(Recurrent):
+    """Recurrent layers, which a CPU computes by linear ones, step by step."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.lstm = kind(4, 3, **options)
+        self.head = nn.Linear(3 * (1 + self.lstm.bidirectional), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lstm.batch_first:
+            return self.head(self.lstm(x)[0].sum(1))
+        return self.head(self.lstm(x.transpose(0, 1))[0].sum(0))
+
+
 class Cosine(nn.Module):
     """Logits scaled by exp of a parameter, or divided by it."""
 
@@ -144,6 +172,11 @@ SAVED = [
     Setting("functional", plain(lambda m, x: F.linear(x, m.w, m.b), w=(4, 4), b=(4,)), SERIES),
     Setting("a product [I, O]", plain(lambda m, x: x @ m.w, w=(4, 4)), SERIES),
     Setting("parts of a weight", plain(lambda m, x: F.linear(x, m.w[2:6]) + x @ m.w[1:5].T, w=(7, 4)), SERIES),
+    Setting("layer with another first input", CallsWrapped),
+    Setting("LSTM", lambda: Recurrences(nn.LSTM, batch_first=True, num_layers=2, bidirectional=True), SERIES),
+    Setting("LSTM, time first", lambda: Recurrences(nn.LSTM), SERIES),
+    Setting("GRU", lambda: Recurrences(nn.GRU, batch_first=True, num_layers=2), SERIES),
+    Setting("RNN", lambda: Recurrences(nn.RNN), SERIES),
     Setting("mask token", plain(lambda m, x: torch.where(x[..., :1] > 0, x, m.token), token=(1, 1, 4)), SERIES),
 ]
 
