@@ -95,7 +95,7 @@ class CallsWrapped(nn.Module):
 
 
 class Recurrences(Recurrent):
-    """Recurrent layers, which a CPU computes by linear ones, step by step."""
+    """Recurrent layers, which a CPU computes step by step by linear ones (in float64; else by one fused operation)."""
 
     def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
         super().__init__()

@@ -184,7 +184,7 @@ def uncompiled(module: Compiled) -> None:
 
 # On a torch that does not tell what activation checkpointing has saved, weights in matrix products are left out.
 TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
-RNN = () if TELLS else tuple(f"net.rnn.weight_{side}_l0" for side in ("ih", "hh"))
+RNN = tuple(f"net.rnn.{name}_{side}_l0" for name in ("weight", "bias") for side in ("ih", "hh"))
 ATTENTION = () if TELLS else tuple(f"net.attention.{name}" for name in ("in_proj_weight", "out_proj.weight"))
 SLOWLY = {"uncaptured": "fallback"}
 MODELS = [
