@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.oracle import TELLS, Recurrent, Setting, check, run
+from ine_callback import Recorder
+
+from tests.helpers.oracle import TELLS, Keep, Recurrent, Setting, by_loop, check, cross_entropy, opaque, run
+from tests.helpers.vision import Vision, parameter
 
 needs_saved = pytest.mark.skipif(not TELLS, reason="this torch does not tell what activation checkpointing saved")
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(0.5 * torch.randn(shape))
 
 
 class Plain(nn.Module):
@@ -37,26 +39,6 @@ class Plain(nn.Module):
 
 def plain(use: Callable[[Any, Tensor], Tensor], **shapes: tuple[int, ...]) -> Callable[[], nn.Module]:
     return lambda: type("Using", (Plain,), {"use": use})(**shapes)
-
-
-class Vision(nn.Module):
-    """A small ViT: class token, position table, attention of torch, layer scale, residuals."""
-
-    def __init__(self, batch_first: bool) -> None:
-        super().__init__()
-        self.embed, self.batch_first = nn.Linear(4, 4), batch_first
-        self.token, self.place, self.gamma = parameter(1, 1, 4), parameter(1, 6, 4), parameter(4)
-        self.norm, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=batch_first)
-        self.head = nn.Linear(4, 3)
-        nn.init.normal_(self.attention.in_proj_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.place
-        z = self.norm(x)
-        z = z if self.batch_first else z.transpose(0, 1)
-        z = self.attention(z, z, z, need_weights=False)[0]
-        z = z if self.batch_first else z.transpose(0, 1)
-        return self.head((x + self.gamma * z)[:, 0])
 
 
 class Attending(nn.Module):
@@ -199,3 +181,178 @@ def test_rows_gradients_are_those_of_a_loop(setting: Setting, rows: int) -> None
 def test_rows_gradients_are_those_of_a_loop_where_operations_saved_what_is_needed(setting: Setting, rows: int) -> None:
     torch.manual_seed(0)
     check(run(setting, batch_size=rows, steps=2))
+
+
+class Twofold(nn.Module):
+    """One use that is recognised, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.shift = nn.Linear(4, 4), nn.Linear(4, 3), parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x) + self.shift) + opaque(self.shift))
+
+
+class Similar(nn.Module):
+    """Similarities of all rows: two dimensions hold the rows, and no number of them is one row's alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.scale = nn.Linear(4, 4), nn.Linear(4, 3), parameter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.first(x))
+        return self.head(z) + 0.1 * torch.tanh(z @ z.T * self.scale).mean(1, keepdim=True)
+
+
+class Sorted(nn.Module):
+    """Works on the rows in another order: the table is added to a row whose place it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.shift = nn.Linear(4, 4), nn.Linear(4, 3), parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        z = torch.tanh(self.first(x))[order] + self.shift
+        return self.head(torch.tanh(z)[order.argsort()])
+
+
+class Regularised(nn.Module):
+    """The parameter is a part of the loss itself, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.shift = nn.Linear(4, 4), nn.Linear(4, 3), parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x) + self.shift))
+
+
+def penalised(module: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(module, batch) + 0.1 * module.shift.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "loss"),
+    [
+        (Twofold, "shift", cross_entropy),
+        (Sorted, "shift", cross_entropy),
+        (Regularised, "shift", penalised),
+    ],
+)
+def test_what_is_not_recognised_is_left_out_by_name_and_the_others_stay_exact(
+    model: Callable[[], nn.Module], name: str, loss: Callable[[nn.Module, Any], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f": {name} .*no layer function"):
+        result = run(
+            Setting("odd", model),
+            loss=loss,
+            uncaptured="warn",
+            speed=lambda m: {p: 0.0 for n, p in m.named_parameters() if n == name},
+        )
+    assert set(result.recorder.coverage.uncaptured) == {name}
+    check(result)
+
+
+@needs_saved
+def test_a_scale_of_similarities_of_rows_is_left_out() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=": scale .*no layer function"):
+        result = run(Setting("similar", Similar), uncaptured="warn")
+    assert set(result.recorder.coverage.uncaptured) == {"scale"}
+
+
+def test_a_use_that_the_check_has_not_seen_ends_with_its_reason() -> None:
+    """From the third step on, the shift is added to what it was not added to before."""
+
+    class Changes(Regularised):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.steps < 2:
+                return super().forward(x)
+            return self.head(torch.tanh(self.first(x) + self.shift.flip(0)))
+
+    torch.manual_seed(0)
+    model, x, y = Changes(), torch.randn(8, 4), torch.randint(3, (8,))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, sgd, 8, {"val": (x, y), "own": "self"}, cross_entropy, on_error="raise")
+    with recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for model.steps in range(4):
+            with recorder.batch(torch.arange(8), (x, y)):
+                loss = cross_entropy(model, (x, y))
+                recorder.see(loss)
+                loss.backward()
+            assert ("shift" in recorder.coverage.uncaptured) == (model.steps >= 2)
+            sgd.step()
+            sgd.zero_grad()
+    assert "FlipBackward0" in recorder.coverage.uncaptured["shift"]
+    assert recorder.steps == 4
+
+
+def test_two_passes_through_one_graph_count_twice_and_inner_passes_not_at_all() -> None:
+    torch.manual_seed(0)
+    model, x, y = Regularised().double(), torch.randn(4, 4).double(), torch.randint(3, (4,))
+    sgd, keep = torch.optim.SGD(model.parameters(), lr=0.1), Keep()
+    options = {"methods": [keep], "discount": False, "on_error": "raise", "uncaptured": "raise"}
+    recorder = Recorder(model, sgd, 4, {"val": (x, y)}, cross_entropy, **options)
+    expected = by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 2 / 4)
+    with recorder:
+        with recorder.batch(torch.arange(4), (x, y)):
+            loss = cross_entropy(model, (x, y))
+            recorder.see(loss)
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+            for again in (True, False):
+                recorder.see(loss)
+                loss.backward(retain_graph=again)
+        sgd.step()
+    torch.testing.assert_close(keep.steps[0][1], expected[:, :1], rtol=1e-9, atol=1e-11)
+
+
+@needs_saved
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_breaks_no_training(reentrant: bool) -> None:
+    """What is saved there can be read once, by autograd; so uses that need it are left out."""
+
+    class Checkpointed(Vision):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x.requires_grad_(), use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    left = {"gamma", "attention.in_proj_weight", "attention.out_proj.weight"}
+    left |= {"token", "place", "attention.in_proj_bias", "attention.out_proj.bias"} if reentrant else set()
+    with pytest.warns(UserWarning, match="not captured"):
+        result = run(
+            Setting("checkpointed", Checkpointed, SERIES),
+            uncaptured="warn",
+            speed=lambda m: {p: 0.0 for n, p in m.named_parameters() if n in left},
+        )
+    assert set(result.recorder.coverage.uncaptured) == left
+    check(result)
+
+
+def test_without_the_loss_bare_parameters_are_left_out() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=": shift "):
+        result = run(Setting("unseen", Regularised), see=False, uncaptured="warn", speed=lambda m: {m.shift: 0.0})
+    assert set(result.recorder.coverage.uncaptured) == {"shift"}
+    check(result)
+
+
+def test_the_layers_option_selects_bare_parameters_by_their_module() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Regularised(), parameter(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.other
+
+    torch.manual_seed(0)
+    result = run(Setting("nested", Nested), layers=["one", "one.*"], uncaptured="warn", speed=lambda m: {m.other: 0.0})
+    assert [*result.recorder.capture.bare.named()] == ["one.shift"]
+    check(result)

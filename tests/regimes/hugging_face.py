@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import TELLS
+from tests.helpers.oracle import TELLS
+
 from .regime import Classifier, Data, Item, Regime, adam, vectors
 
 WORDS, LONGEST = 11, 6

@@ -34,6 +34,9 @@ from tests.helpers.once import once
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .options import with_adamw
 from .reference import Event
+from tests.helpers.vision import Vision
+
+from .models import VISION, series
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,16 @@ FORKED = [
         trainer=_two(accumulate_grad_batches=2, gradient_clip_val=0.3),
         processes=2,
         tolerance=1e-5,
+    ),
+    Regime(
+        "ddp, ViT of bare parameters",
+        "processes",
+        lambda: Classifier(Vision()),
+        series,
+        trainer=_two(),
+        processes=2,
+        tolerance=1e-5,
+        left_out=VISION,
     ),
     Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
     Regime(
