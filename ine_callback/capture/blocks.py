@@ -149,7 +149,7 @@ class BlockTable:
         self._refused.update(block.parameters)
 
     def drop_all(self, lost: nn.Module | nn.Parameter) -> list[Block]:
-        """Refuses a module's parameters, or one, from now on; returns the dropped blocks, also those that others use."""
+        """Refuses a module's parameters, or one, from now on; returns the dropped blocks, which others may use too."""
         found = {p for (owner, _), p in self._first.items() if owner is lost}
         refused = ({lost} if isinstance(lost, nn.Parameter) else found) - self._from_fallback
         self._refused |= refused

@@ -193,7 +193,7 @@ class Capture:
         ]
 
     def uses(self, module: nn.Module, names: Iterable[str]) -> int:
-        """How often a layer was called in this batch, or, where none was, the named parameters of a module were used."""
+        """How often a layer was called in this batch; of a module without calls, how often its named parameters were used."""
         calls = self.calls.get(module, 0)
         return calls or max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=1)
 

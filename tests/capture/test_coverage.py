@@ -8,11 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ine_callback import Recorder
 from ine_callback.errors import CaptureError, InfluenceError
-from torch.utils.checkpoint import checkpoint
-
 from tests.helpers.oracle import BY_NAME, TELLS, PositionTable, Setting, TimeFirst, check, cross_entropy, mlp, run
 
 NAMED = [

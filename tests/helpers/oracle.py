@@ -273,7 +273,9 @@ SETTINGS = [
     Setting("fallback-lstm", Recurrent, (5, 4), uncaptured="fallback"),
     Setting("fallback-attention", Attention, (5, 4), uncaptured="fallback"),
     Setting("fallback-bare", Bare, uncaptured="fallback"),
-    Setting("fallback-prelu", lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)), uncaptured="fallback"),
+    Setting(
+        "fallback-prelu", lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)), uncaptured="fallback"
+    ),
     Setting("fallback-borrowed", Borrowed, uncaptured="fallback"),
     Setting("fallback-positions", PositionTable, (5,), words=True, each_token=True, uncaptured="fallback"),
     Setting("fallback-time-first", TimeFirst, (4, 4), uncaptured="fallback"),

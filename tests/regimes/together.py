@@ -30,13 +30,12 @@ from ine_callback.scoring.signals import Signals
 from tests.helpers.accidents import accident
 from tests.helpers.identical import History, differing, fitted, unequal
 from tests.helpers.once import once
-
-from .harness import QUIET, Run, Verdict, Watch, judged, recorder
-from .options import with_adamw
-from .reference import Event
 from tests.helpers.vision import Vision
 
+from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .models import VISION, series
+from .options import with_adamw
+from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors
 
 ROOT = Path(__file__).parents[2]

@@ -1,8 +1,8 @@
 """The check of bare parameters, before the first step: where are the rows in the operations that use them?
 
-Shapes alone cannot tell: [b, T, D] and [T, b, D] may have one shape. So the loss is differentiated twice, and the second
-time the batch's rows have changed places. Where the rows are, their gradients must have changed places with them. Where
-two places are left, another row takes the place of the last, and the others' gradients must stay.
+Shapes alone cannot tell: [b, T, D] and [T, b, D] may have one shape. So the loss is differentiated twice, and the
+second time the batch's rows have changed places. Where the rows are, their gradients must have changed places with
+them. Where two places are left, another row takes the place of the last, and the others' gradients must stay.
 """
 
 from __future__ import annotations

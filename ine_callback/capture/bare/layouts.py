@@ -14,8 +14,8 @@ class RowLayout:
 
     Attributes:
         dim: The dimension.
-        place: ``"alone"``; or with other positions flattened into the dimension: ``"first"`` [b * k], as rows with their
-            tokens, or ``"last"`` [k * b], time first.
+        place: ``"alone"``; or with other positions flattened into the dimension: ``"first"`` [b * k], as rows with
+            their tokens, or ``"last"`` [k * b], time first.
 
     Example:
         >>> import torch
@@ -43,7 +43,7 @@ class RowLayout:
         """x with the rows first [b, ...]; what is flattened with them stays where they were."""
         if self.place == "alone":
             return x.unsqueeze(self.dim + 1).movedim(self.dim, 0)
-        split = x.unflatten(self.dim, (rows, -1) if self.place == "first" else (-1, rows))
+        split: Tensor = x.unflatten(self.dim, (rows, -1) if self.place == "first" else (-1, rows))
         return split.movedim(self.dim + (self.place == "last"), 0)
 
     def summed(self, x: Tensor, rows: int, shape: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.layouts import RowLayout
-from ine_callback.capture.bare.uses import Graph, Unrecognised, Use, is_readable
+from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
 from ine_callback.capture.passes import adds_to_grad
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class BareParameters:
         without: Modules whose parameters are not: compiled ones.
 
     Attributes:
-        layouts: Of each parameter, where the rows are in the output of each kind of use; none until :func:`.find_layouts`
-            has found them.
+        layouts: Of each parameter, where the rows are in the output of each kind of use; none until
+            :func:`.find_layouts` has found them.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class BareParameters:
 
     def _ends(self, use: Use, known: Mapping[tuple[object, ...], RowLayout]) -> bool:
         layout = known.get(use.kind)
-        if layout is None or not is_readable(use.last.node):
+        if layout is None or not use.is_readable:
             return False
         if not layout.fits(use.output, self._capture.rows):
             raise Unrecognised(f"{use.last.name} of shape {tuple(use.output)} for {self._capture.rows} rows")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,17 +85,25 @@ class Use:
         """Whether it is a matrix product with the parameter as weight."""
         return self.last.name in _PRODUCTS and self.last.index == _PRODUCTS[self.last.name][0]
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the addition to a matrix product."""
+        return self.last.name == "AddmmBackward0" and self.last.index == 0
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether all that its gradients are computed from can be read; of a bias that is nothing saved."""
+        return self.is_bias or is_readable(self.last.node)
+
     def layouts(self, rows: int) -> list[RowLayout]:
         """Where the rows may be in the output; nowhere if the operation can be no use."""
-        name = self.last.name
-        if name == "AddmmBackward0" and self.last.index == 0:  # a bias, for which nothing saved is read
-            return row_layouts(self.output, self.last.shape, rows)
-        if not is_readable(self.last.node):
+        if not self.is_readable:
             return []
         if self.is_product:
             known = len(self.parameter.shape) == 2 and all(step.name in _OF_WEIGHTS for step in self.steps)
             return row_layouts(self.output, self.output[1:], rows) if known else []
-        return row_layouts(self.output, self.last.shape, rows) if name in _BROADCAST or self._copies else []
+        known = self.is_bias or self.last.name in _BROADCAST or self._copies
+        return row_layouts(self.output, self.last.shape, rows) if known else []
 
     @property
     def _copies(self) -> bool:
@@ -129,8 +137,8 @@ class Use:
         if self._copies:
             return output_grads
         node, index = self.last.node, self.last.index
-        if self.last.name == "AddmmBackward0":
-            return output_grads * node._saved_beta
+        if self.is_bias:
+            return output_grads * float(node._saved_beta)
         found = _called(node, output_grads, 0, index)
         if found.shape != output_grads.shape:
             raise Unrecognised(f"{node.name()} adds its gradient up over the rows")
@@ -209,7 +217,8 @@ def is_readable(node: Any) -> bool:
 
     What activation checkpointing saved can be read once only, by autograd. Older torch does not tell which that is.
     """
-    for name in _saved_by(type(node)):
+    kind: Any = type(node)
+    for name in _saved_by(kind):
         saved = getattr(node, name)
         for each in saved if isinstance(saved, tuple | list) else [saved]:
             if getattr(each, "unpack_hook", "unknown") is not None:
@@ -217,7 +226,7 @@ def is_readable(node: Any) -> bool:
     return True
 
 
-@lru_cache(maxsize=None)
+@cache
 def _saved_by(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
