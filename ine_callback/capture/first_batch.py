@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ine_callback.capture.bare import find_layouts
+from ine_callback.capture.bare.check import find_layouts
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_mixing import row_mixing_faults

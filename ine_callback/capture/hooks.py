@@ -19,7 +19,7 @@ from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.layers import LayerFunction, RowMismatch, grad_samples_of, layer_function
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
-from ine_callback.capture.passes import parameters_passed_by
+from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts
@@ -30,12 +30,6 @@ _COMPILED = "it runs inside torch.compile, which calls no hooks"
 FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
-
-
-class Call:
-    """One call of a layer, or use of a bare parameter; ``counts``: whether it adds to gradients, as far as is known."""
-
-    counts = True
 
 
 class Capture:
@@ -193,7 +187,7 @@ class Capture:
         ]
 
     def uses(self, module: nn.Module, names: Iterable[str]) -> int:
-        """How often a layer was called in this batch; of a module without calls, how often its named parameters were used."""
+        """How often a layer was called in this batch, or, if it was not, how often its named parameters were used."""
         calls = self.calls.get(module, 0)
         return calls or max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=1)
 

@@ -4,7 +4,6 @@ A class token, a position table, a layer scale, a logit scale, attention's fused
 read off the autograd graph of the loss; a hook on the operation gets the gradient of its output, which is led by rows.
 """
 
-from ine_callback.capture.bare.check import find_layouts
 from ine_callback.capture.bare.parameters import BareParameters
 
-__all__ = ["BareParameters", "find_layouts"]
+__all__ = ["BareParameters"]

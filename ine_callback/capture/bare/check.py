@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
+from ine_callback.capture.hooks import Capture
 from ine_callback.data.batches import cut
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.utilities.isolation import isolated
-
-if TYPE_CHECKING:
-    from ine_callback.capture.hooks import Capture
 
 _PRODUCTS = 8  # random directions with which rows' gradients are compared
 _TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not

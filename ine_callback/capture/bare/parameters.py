@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,28 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
-from ine_callback.capture.passes import adds_to_grad
+from ine_callback.capture.passes import Call, adds_to_grad
+from ine_callback.capture.per_sample_gradients import GradSample
 
-if TYPE_CHECKING:
-    from ine_callback.capture.hooks import Call, Capture
+
+class Layers(Protocol):
+    """What is asked of the hooks of layers, :class:`~ine_callback.capture.hooks.Capture`."""
+
+    active: bool
+    rows: int
+    every_pass: bool
+    calls: dict[nn.Module | nn.Parameter, int]
+    receive: Callable[[nn.Module, dict[str, GradSample]], None]
+
+    def called(self, what: nn.Module | nn.Parameter) -> Call: ...
+
+    def received(self, what: nn.Module | nn.Parameter, call: Call, counts: bool) -> bool: ...
+
+    def unscaled(self, output_grads: Tensor) -> Tensor: ...
+
+    def lost(self, what: nn.Module | nn.Parameter, name: str, reason: str) -> None: ...
+
+    def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None: ...
 
 
 class BareParameters:
@@ -34,7 +52,7 @@ class BareParameters:
     """
 
     def __init__(
-        self, capture: Capture, module: nn.Module, layers: Sequence[str] | None, without: Iterable[nn.Module]
+        self, capture: Layers, module: nn.Module, layers: Sequence[str] | None, without: Iterable[nn.Module]
     ) -> None:
         self._capture, without = capture, set(without)
         self._owners: dict[nn.Parameter, tuple[nn.Module, str]] = {}
