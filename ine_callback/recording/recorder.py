@@ -271,7 +271,10 @@ class Recorder:
             self.closing.recent.add(self._passes.rows, data, self.accumulators.check.count)
 
     def see(self, loss: Tensor) -> None:
-        """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
+        """Reads each row's loss and the loss's scale off the loss about to be differentiated, before its backward pass.
+
+        Optional, but bare parameters (class tokens, position tables) are recorded only where the loss is seen.
+        """
         self.guard.run(lambda: self._passes.see(loss))
 
     def after_backward(self) -> None:

@@ -114,6 +114,18 @@ class Words(nn.Module):
         return self.head(torch.tanh(self.embed(ids) + self.place(at[None] if self.lead else at)))
 
 
+class Averaging(nn.Module):
+    """Time first and flattened, one gradient at all positions: rows told apart wrongly change places, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.shift = nn.Linear(4, 4), nn.Linear(4, 3), parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x).transpose(0, 1)
+        return self.head((z.flatten(0, 1) + self.shift).view_as(z).mean(0))
+
+
 SERIES = (5, 4)
 ADDED = [
     Setting(
@@ -133,6 +145,7 @@ ADDED = [
     Setting("one number", plain(lambda m, x: x + m.shift, shift=()), SERIES),
     Setting("time first", plain(lambda m, x: (x.transpose(0, 1) + m.place).transpose(0, 1), place=(5, 1, 4)), SERIES),
     Setting("flattened", plain(lambda m, x: (x.flatten(0, 1) + m.shift).view_as(x), shift=(4,)), SERIES),
+    Setting("flattened and averaged", Averaging, SERIES),
     Setting("looked up, [T]", lambda: Words(False), (5,), words=True, each_token=True),
     Setting("looked up, [1, T]", lambda: Words(True), (5,), words=True, each_token=True),
     Setting("used twice", plain(lambda m, x: torch.tanh(x + m.place) + m.place[0], place=(5, 4)), SERIES),
@@ -225,11 +238,11 @@ class Sorted(nn.Module):
 
 
 class Regularised(nn.Module):
-    """The parameter is a part of the loss itself, too."""
+    """The parameter can be a part of the loss itself, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.first, self.head, self.shift = nn.Linear(4, 4), nn.Linear(4, 3), parameter(4)
+        self.first, self.head, self.shift = nn.Linear(4, 4), nn.Linear(4, 3), parameter(*shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.first(x) + self.shift))
@@ -239,12 +252,17 @@ def penalised(module: nn.Module, batch: Any) -> Tensor:
     return cross_entropy(module, batch) + 0.1 * module.shift.square().sum()
 
 
+def added(module: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(module, batch) + 0.1 * module.shift
+
+
 @pytest.mark.parametrize(
     ("model", "name", "loss"),
     [
         (Twofold, "shift", cross_entropy),
         (Sorted, "shift", cross_entropy),
-        (Regularised, "shift", penalised),
+        (lambda: Regularised(4), "shift", penalised),
+        (Regularised, "shift", added),
     ],
 )
 def test_what_is_not_recognised_is_left_out_by_name_and_the_others_stay_exact(
@@ -282,7 +300,7 @@ def test_a_use_that_the_check_has_not_seen_ends_with_its_reason() -> None:
             return self.head(torch.tanh(self.first(x) + self.shift.flip(0)))
 
     torch.manual_seed(0)
-    model, x, y = Changes(), torch.randn(8, 4), torch.randint(3, (8,))
+    model, x, y = Changes(4), torch.randn(8, 4), torch.randint(3, (8,))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(model, sgd, 8, {"val": (x, y), "own": "self"}, cross_entropy, on_error="raise")
     with recorder, warnings.catch_warnings():
@@ -301,7 +319,7 @@ def test_a_use_that_the_check_has_not_seen_ends_with_its_reason() -> None:
 
 def test_two_passes_through_one_graph_count_twice_and_inner_passes_not_at_all() -> None:
     torch.manual_seed(0)
-    model, x, y = Regularised().double(), torch.randn(4, 4).double(), torch.randint(3, (4,))
+    model, x, y = Regularised(4).double(), torch.randn(4, 4).double(), torch.randint(3, (4,))
     sgd, keep = torch.optim.SGD(model.parameters(), lr=0.1), Keep()
     options = {"methods": [keep], "discount": False, "on_error": "raise", "uncaptured": "raise"}
     recorder = Recorder(model, sgd, 4, {"val": (x, y)}, cross_entropy, **options)
@@ -351,10 +369,32 @@ def test_a_checkpoint_breaks_no_training(reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_a_gradient_that_a_hook_changes_fails_the_verification() -> None:
+    def model() -> nn.Module:
+        made = Regularised(4)
+        made.shift.register_hook(lambda grad: 2 * grad)
+        return made
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=": shift .*add up to something else"):
+        result = run(Setting("hooked", model), uncaptured="warn", speed=lambda m: {m.shift: 0.0})
+    check(result)
+    assert not result.recorder.capture.bare.named()  # nothing is looked for any more
+
+
+@needs_saved
+def test_a_scale_of_the_outputs_is_not_the_last_layer() -> None:
+    torch.manual_seed(0)
+    recorder = run(Setting("logit scale", lambda: Cosine(()))).recorder
+    assert {block.name for block in recorder.signals.table if block.outputs} == {"classes.weight"}
+
+
 def test_without_the_loss_bare_parameters_are_left_out() -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=": shift "):
-        result = run(Setting("unseen", Regularised), see=False, uncaptured="warn", speed=lambda m: {m.shift: 0.0})
+        result = run(
+            Setting("unseen", lambda: Regularised(4)), see=False, uncaptured="warn", speed=lambda m: {m.shift: 0.0}
+        )
     assert set(result.recorder.coverage.uncaptured) == {"shift"}
     check(result)
 
@@ -363,7 +403,7 @@ def test_the_layers_option_selects_bare_parameters_by_their_module() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.other = Regularised(), parameter(3)
+            self.one, self.other = Regularised(4), parameter(3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.one(x) + self.other

@@ -217,7 +217,8 @@ def test_features_are_a_layers_inputs() -> None:
         next(iter(context_of("one layer twice").features("inner")))
 
 
-FIRST = {"bare parameters": "embed", 
+FIRST = {
+    "bare parameters": "embed",
     "squares": "",
     "scaled": "",
     "class weights": "",
