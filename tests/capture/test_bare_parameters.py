@@ -139,15 +139,12 @@ ADDED = [
     Setting("table [T, D]", plain(lambda m, x: x + m.place, place=(5, 4)), SERIES),
     Setting("table, added in place", plain(lambda m, x: (x * 1).add_(m.place), place=(5, 4)), SERIES),
     Setting("part of a table", plain(lambda m, x: x + m.place[:, :5], place=(1, 9, 4)), SERIES),
-    Setting("entries of a table", plain(lambda m, x: x - m.place[torch.arange(5) // 2], place=(3, 4)), SERIES),
     Setting("two tables", plain(lambda m, x: x + (m.a[:, None] + m.b).flatten(0, 1)[:5], a=(2, 4), b=(3, 4)), SERIES),
     Setting("a transposed table", plain(lambda m, x: x + m.place.T, place=(4, 5)), SERIES),
     Setting("one number", plain(lambda m, x: x + m.shift, shift=()), SERIES),
     Setting("time first", plain(lambda m, x: (x.transpose(0, 1) + m.place).transpose(0, 1), place=(5, 1, 4)), SERIES),
     Setting("flattened", plain(lambda m, x: (x.flatten(0, 1) + m.shift).view_as(x), shift=(4,)), SERIES),
     Setting("flattened and averaged", Averaging, SERIES),
-    Setting("looked up, [T]", lambda: Words(False), (5,), words=True, each_token=True),
-    Setting("looked up, [1, T]", lambda: Words(True), (5,), words=True, each_token=True),
     Setting("used twice", plain(lambda m, x: torch.tanh(x + m.place) + m.place[0], place=(5, 4)), SERIES),
 ]
 SAVED = [
@@ -177,6 +174,9 @@ SAVED = [
     Setting("LSTM, time first", lambda: Recurrences(nn.LSTM), SERIES),
     Setting("GRU", lambda: Recurrences(nn.GRU, batch_first=True, num_layers=2), SERIES),
     Setting("RNN", lambda: Recurrences(nn.RNN), SERIES),
+    Setting("entries of a table", plain(lambda m, x: x - m.place[torch.arange(5) // 2], place=(3, 4)), SERIES),
+    Setting("looked up, [T]", lambda: Words(False), (5,), words=True, each_token=True),
+    Setting("looked up, [1, T]", lambda: Words(True), (5,), words=True, each_token=True),
     Setting("mask token", plain(lambda m, x: torch.where(x[..., :1] > 0, x, m.token), token=(1, 1, 4)), SERIES),
 ]
 
