@@ -100,8 +100,7 @@ class Capture:
             self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
 
     def detach(self) -> None:
-        self.active = False
-        self.bare.start_batch()
+        self.end_batch()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -110,7 +109,11 @@ class Capture:
         self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
         self.calls.clear()
         self._received.clear()
-        self.bare.start_batch()
+        self.bare.release()
+
+    def end_batch(self) -> None:
+        self.active = False
+        self.bare.release()
 
     def see(self, loss: Tensor) -> None:
         """Takes the loss that is about to be differentiated, in whose graph bare parameters are found."""

@@ -259,7 +259,7 @@ class BackwardPasses:
         # nothing received: no backward pass at all, or one that no hook could read; only the latter leaves gradients
         unread = (self._holding or self._coverage.slow) and self._phase is BatchPhase.WAITING
         self.settle(unread and any(p.grad is not None for p in self._parts.training.module.parameters()))
-        self._capture.active = False
+        self._capture.end_batch()
         self._batch = None
         self.end_verification()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -214,6 +215,23 @@ def test_a_scale_of_the_outputs_is_not_the_last_layer() -> None:
     torch.manual_seed(0)
     recorder = run(Setting("logit scale", Scaled)).recorder
     assert {block.name for block in recorder.signals.table if block.outputs} == {"head.weight"}
+
+
+def test_no_graph_is_held_after_a_batch() -> None:
+    model, x, y = Regularised(4), torch.randn(4, 4), torch.randint(3, (4,))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = Recorder(model, sgd, 4, {"val": (x, y)}, cross_entropy, on_error="raise")
+    with recorder:
+        with recorder.batch(torch.arange(4), (x, y)):
+            loss = cross_entropy(model, (x, y))
+            recorder.see(loss)
+            loss.backward()
+            (use,) = recorder.capture.bare._watched
+            mark = use[1].metadata["mark"] = nn.Module()  # lives as long as the node
+            node = weakref.ref(mark)
+            del mark, use, loss
+        assert node() is None
+        sgd.step()
 
 
 def test_without_the_loss_bare_parameters_are_left_out() -> None:

@@ -93,7 +93,8 @@ class BareParameters:
         if self.layouts.pop(parameter, None) is not None:
             self._capture.lost(parameter, self._names[parameter], reason)
 
-    def start_batch(self) -> None:
+    def release(self) -> None:
+        """Removes the hooks, and lets go of the graphs."""
         for handle in self._watched.values():
             handle.remove()
         self._watched.clear()
