@@ -148,9 +148,10 @@ class BlockTable:
         del self._blocks[block.parameters]
         self._refused.update(block.parameters)
 
-    def drop_module(self, module: nn.Module) -> list[Block]:
-        """Refuses a module's parameters from now on; returns the dropped blocks, which other modules may use too."""
-        refused = {p for (owner, _), p in self._first.items() if owner is module} - self._from_fallback
+    def drop_all(self, lost: nn.Module | nn.Parameter) -> list[Block]:
+        """Refuses a module's parameters, or one, from now on; returns the dropped blocks, which others may use too."""
+        found = {p for (owner, _), p in self._first.items() if owner is lost}
+        refused = ({lost} if isinstance(lost, nn.Parameter) else found) - self._from_fallback
         self._refused |= refused
         dropped = [block for block in self if refused.intersection(block.parameters)]
         for block in dropped:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ine_callback.capture.bare.check import find_layouts
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.row_mixing import row_mixing_faults
@@ -40,4 +42,8 @@ def first_batch_faults(
         functions = layer_function_faults(module, capture, loss, batch, rows)
     except Exception as error:  # of the user's code, run on a part of a batch
         return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
+    if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
+        # what fails here costs bare parameters only, which then are named as left out
+        with contextlib.suppress(Exception):
+            find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
     return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]

@@ -7,7 +7,7 @@ module and break in-place activations). Neither draws random numbers, synchronis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
+from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.layers import LayerFunction, RowMismatch, grad_samples_of, layer_function
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
-from ine_callback.capture.passes import parameters_passed_by
+from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts
@@ -31,12 +32,6 @@ FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError",
 Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
 
 
-class _Call:
-    """One call of a layer; ``counts``: whether it adds to the gradients, as far as is known."""
-
-    counts = True
-
-
 class Capture:
     """Hooks on every module with a layer function and parameters of its own; frozen ones too, as they may thaw.
 
@@ -45,14 +40,17 @@ class Capture:
         receive: Called in the backward pass with a module and the per-sample gradients of one of its calls.
         fail: Called with an exception that concerns more than one layer; it is not raised into the backward pass.
         layers: Patterns (``fnmatch``) of the modules' names; None: all.
-        on_drop: Called with a module that is dropped; what it contributed to this batch may be incomplete.
+        on_drop: Called with a module, or bare parameter, that is dropped; what it contributed to this batch may be
+            incomplete.
         every_pass: Whether to read passes that add nothing to ``grad`` too (our own, by ``torch.autograd.grad``).
 
     Attributes:
         active: Hooks do nothing while this is False.
         rows: Number of rows of the current batch.
         deselected: Names of modules that no pattern fits.
-        dropped: Module name -> why it has no per-sample gradients.
+        bare: Hooks on the operations that use parameters outside of a layer's call.
+        calls: How often each layer was called in this batch, and each bare parameter used, as far as it counts.
+        dropped: Name of a module or bare parameter -> why it has no per-sample gradients.
         approximate: Module name -> why single rows are approximate.
         unscale: Factor that undoes the scaling of the loss under mixed precision.
         half: Whether a gradient came in half precision.
@@ -67,10 +65,10 @@ class Capture:
         receive: Receiver,
         fail: Callable[[Exception], None],
         layers: Sequence[str] | None = None,
-        on_drop: Callable[[nn.Module], None] = lambda module: None,
+        on_drop: Callable[[nn.Module | nn.Parameter], None] = lambda lost: None,
         every_pass: bool = False,
     ) -> None:
-        self._receive, self._fail, self._on_drop, self._every_pass = receive, fail, on_drop, every_pass
+        self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
         self.active, self.rows = False, 0
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
@@ -84,10 +82,11 @@ class Capture:
             for child, name in self.names.items()
             if isinstance(child, ROW_MIXING_TYPES)
         }
-        self.calls: dict[nn.Module, int] = {}
+        self.bare = BareParameters(self, module, layers, without=inside)
+        self.calls: dict[nn.Module | nn.Parameter, int] = {}
         self.unscale: Tensor | None = None
         self.half = self.double_backward = False
-        self._received: list[tuple[nn.Module, _Call]] = []
+        self._received: list[tuple[nn.Module | nn.Parameter, Call]] = []
         self._worked: set[nn.Module] = set()  # modules whose layer function has succeeded
         self._rows_confirmed = False  # some layer's input in this batch has as many rows as were announced
         self._parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}  # when the recording began
@@ -101,7 +100,7 @@ class Capture:
             self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
 
     def detach(self) -> None:
-        self.active = False
+        self.end_batch()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -110,6 +109,16 @@ class Capture:
         self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
         self.calls.clear()
         self._received.clear()
+        self.bare.release()
+
+    def end_batch(self) -> None:
+        self.active = False
+        self.bare.release()
+
+    def see(self, loss: Tensor) -> None:
+        """Takes the loss that is about to be differentiated, in whose graph bare parameters are found."""
+        if self.active:
+            self.bare.see(loss)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -121,10 +130,18 @@ class Capture:
             self.active = active
 
     def drop(self, module: nn.Module, reason: str) -> None:
-        """Ignores a module from now on."""
-        if module in self.names:
+        """Ignores a module from now on; its parameters may be read elsewhere, at their uses."""
+        if module not in self.names:
+            return
+        if self.bare.takes(module):
             self.dropped[self.names.pop(module)] = reason
-            self._on_drop(module)
+        else:
+            self.lost(module, self.names.pop(module), reason)
+
+    def lost(self, what: nn.Module | nn.Parameter, name: str, reason: str) -> None:
+        """A module or bare parameter has no per-sample gradients from now on."""
+        self.dropped[name] = reason
+        self._on_drop(what)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, saved = first_input(args, kwargs), None
@@ -135,7 +152,7 @@ class Capture:
         try:
             self._on_forward(module, x, saved, output)
         except Exception as error:
-            self._give_up(module, error)
+            self.give_up(module, error)
 
     def _on_forward(self, module: nn.Module, x: Any, saved: Callable[[], Tensor | None] | None, output: Any) -> None:
         """Waits for the gradient of the output, or drops a module that is called in an unknown way."""
@@ -160,8 +177,7 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
-        self.calls[module] = self.calls.get(module, 0) + 1
-        call = _Call()
+        call = self.called(module)
         output.register_hook(lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _other_weights(self, module: nn.Module) -> list[Tensor]:
@@ -173,46 +189,66 @@ class Capture:
             if name in now and now[name] is not p and not hasattr(p, "full_tensor")  # replaced by FSDP2
         ]
 
+    def uses(self, module: nn.Module, names: Iterable[str]) -> int:
+        """How often a layer was called in this batch, or, if it was not, how often its named parameters were used."""
+        calls = self.calls.get(module, 0)
+        return calls or max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=1)
+
     def forget(self) -> None:
         """The gradients of the batch's backward passes so far were removed: the calls in them do not count."""
-        for module, call in self._received:
-            self._count(module, call, False)
+        for what, call in self._received:
+            self._count(what, call, False)
         self._received.clear()
 
-    def _count(self, module: nn.Module, call: _Call, counts: bool) -> None:
+    def called(self, what: nn.Module | nn.Parameter) -> Call:
+        """Counts a call of a layer, or a use of a bare parameter."""
+        self.calls[what] = self.calls.get(what, 0) + 1
+        return Call()
+
+    def _count(self, what: nn.Module | nn.Parameter, call: Call, counts: bool) -> None:
         if call.counts != counts:
-            self.calls[module] += 1 if counts else -1
+            self.calls[what] += 1 if counts else -1
             call.counts = counts
 
+    def received(self, what: nn.Module | nn.Parameter, call: Call, counts: bool) -> bool:
+        """Counts what a backward pass has come to, if it adds to the gradients (``counts``, returned)."""
+        self.double_backward |= torch.is_grad_enabled()
+        self._count(what, call, counts)
+        if counts:
+            self._received.append((what, call))
+        return counts
+
+    def unscaled(self, output_grads: Tensor) -> Tensor:
+        """An output gradient, detached and without the scaling of the loss."""
+        self.half |= output_grads.dtype in (torch.float16, torch.bfloat16)
+        output_grads = output_grads.detach()
+        if self.unscale is None:
+            return output_grads
+        output_grads = widened(output_grads) * self.unscale
+        # an overflow: the scaler skips the step, so nothing of it may reach the curvature
+        return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
+
     def _backward(
-        self, module: nn.Module, call: _Call, saved: Callable[[], Tensor | None], output_grads: Tensor
+        self, module: nn.Module, call: Call, saved: Callable[[], Tensor | None], output_grads: Tensor
     ) -> None:
         if not self.active or module not in self.names:
             return
         try:
-            self.double_backward |= torch.is_grad_enabled()
             # of torch.autograd.grad, or backward(inputs=...)
-            passed_by = set() if self._every_pass else parameters_passed_by(module)
+            passed_by = set() if self.every_pass else parameters_passed_by(module)
             named = module._parameters.items()
-            if passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in named):
-                self._count(module, call, False)
+            passed = passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in named)
+            if not self.received(module, call, not passed):
                 return
-            self._count(module, call, True)
-            self._received.append((module, call))
             activations = saved()
             if activations is None:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
             with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
-                self.half |= output_grads.dtype in (torch.float16, torch.bfloat16)
-                output_grads = output_grads.detach()
-                if self.unscale is not None:
-                    output_grads = widened(output_grads) * self.unscale
-                    # an overflow: the scaler skips the step, so nothing of it may reach the curvature
-                    output_grads = torch.where(output_grads.isfinite().all(), output_grads, 0.0)
+                output_grads = self.unscaled(output_grads)
                 function = self.functions.get(module)
                 grad_samples = grad_samples_of(module, activations, output_grads, self.rows, function)
-                self._receive(module, {name: g for name, g in grad_samples.items() if name not in passed_by})
+                self.receive(module, {name: g for name, g in grad_samples.items() if name not in passed_by})
                 self._worked.add(module)
         except RowMismatch as error:
             if module in self._worked and not self._rows_confirmed:
@@ -220,14 +256,16 @@ class Capture:
             else:
                 self.drop(module, str(error))
         except Exception as error:  # never raised into the training's backward pass
-            self._give_up(module, error)
+            self.give_up(module, error)
 
-    def _give_up(self, module: nn.Module, error: Exception) -> None:
-        """After an exception: drops the layer, or stops the recording if the error is the machine's."""
+    def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None:
+        """After an exception: drops the layer or parameter, or stops the recording if the error is the machine's."""
         if isinstance(error, FATAL):
             self._fail(error)
+        elif isinstance(what, nn.Parameter):
+            self.bare.drop(what, in_words(error))
         else:
-            self.drop(module, in_words(error))
+            self.drop(what, in_words(error))
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 
+class Call:
+    """One call of a layer, or use of a bare parameter; ``counts``: whether it adds to gradients, as far as is known."""
+
+    counts = True
+
+
 def adds_to_grad(parameter: nn.Parameter) -> bool:
     """Whether the backward pass that runs right now adds to the parameter's ``grad``."""
     if hasattr(parameter, "full_tensor"):  # sharded by FSDP2: the pass uses another tensor

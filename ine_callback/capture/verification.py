@@ -172,7 +172,7 @@ def uncaptured(
     Args:
         module: The model after a backward pass.
         captured: Parameters of the verified blocks.
-        reasons: Module name -> why it was dropped.
+        reasons: Name of a module or bare parameter -> why it was dropped.
         used: Parameters with a gradient, where it is not in ``.grad``.
     """
     if used is None:
@@ -186,7 +186,7 @@ def uncaptured(
         if not parameter.requires_grad or parameter in captured or parameter not in used or not parameter.numel():
             continue
         users = owners.get(parameter, [])
-        known = [reasons[owner] for owner, _ in users if owner in reasons]
+        known = [reasons[each] for each in (name, *(owner for owner, _ in users)) if each in reasons]
         out[name] = known[0] if known else _why(name, [child for _, child in users])
     return out
 

@@ -204,6 +204,7 @@ class FitContext:
                     sample(loss, generator)
                 elif what.labels == "expected":
                     expect(loss, draw)
+                capture.see(loss)
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             capture.detach()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture import GradSample
+from ine_callback.capture import GradSample, Vector
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
@@ -110,6 +110,7 @@ class BackwardPasses:
         """Reads each row's loss and margin and the loss's scale off the loss about to be differentiated."""
         if self._batch is None:
             return
+        self._capture.see(loss)
         with torch.no_grad():
             reading = read_loss(loss, len(self._batch[0]))
             if reading is None:
@@ -132,11 +133,13 @@ class BackwardPasses:
         if self._signals.verification is not None and self._parts.sharded:
             for p, known in trainable:
                 self._signals.verification.watch(p, known)
-        self._signals.receive(module, grad_samples, self._capture.calls.get(module, 1), self._holding)
+        calls, layer = self._capture.uses(module, grad_samples), module in self._capture.names
+        layer |= not all(isinstance(each, Vector) for each in grad_samples.values())
+        self._signals.receive(module, grad_samples, calls, self._holding, layer)
 
-    def lose(self, module: nn.Module) -> None:
-        """A layer was dropped: the others go on, if there are any."""
-        self._signals.lose(module)
+    def lose(self, lost: nn.Module | nn.Parameter) -> None:
+        """A layer or bare parameter was dropped: the others go on, if there are any."""
+        self._signals.lose(lost)
         if self._guard.phase is Phase.RECORDING and not any(True for _ in self._signals.table):
             self._guard.fail(RowsError(f"no layer is left to record: {self._coverage.first_reason()}"))
 
@@ -256,7 +259,7 @@ class BackwardPasses:
         # nothing received: no backward pass at all, or one that no hook could read; only the latter leaves gradients
         unread = (self._holding or self._coverage.slow) and self._phase is BatchPhase.WAITING
         self.settle(unread and any(p.grad is not None for p in self._parts.training.module.parameters()))
-        self._capture.active = False
+        self._capture.end_batch()
         self._batch = None
         self.end_verification()
 

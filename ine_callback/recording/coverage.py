@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 VERIFY = 1  # to verify the capture again
 HOLD = 2  # to hold per-sample gradients back, so that layers that joined get directions
 
+_ELSEWHERE = "another process that trains the model had to leave it out"
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
 
@@ -58,7 +59,7 @@ class Coverage:
         self._factor = 1.0  # of the fallback's contributions, where the loss's form is not known
         self._verified: set[nn.Parameter] = set()
         self._dormant: list[nn.Parameter] = []
-        self._used: set[tuple[nn.Module | str, int]] = set()
+        self._used: set[tuple[nn.Module | nn.Parameter | str, int]] = set()
         self._since, self._advisable = "", True  # words of when; whether to advise uncaptured="fallback"
         self._last: int | None = None  # the step that was verified last
         self._dropped: set[str] = set()
@@ -88,12 +89,16 @@ class Coverage:
         """Drops what another process dropped, so that all rows' scores speak for the same layers. An exchange."""
         if processes.count == 1:
             return
-        if not self._capture.names:
+        bare = self._capture.bare
+        if not self._capture.names and not bare.layouts:
             raise RowsError(f"{self._owner}: no layer is left to record: {self.first_reason()}")
-        common = processes.common(self._capture.names.values())
+        common = processes.common([*self._capture.names.values(), *bare.named()])
         for module, name in list(self._capture.names.items()):
             if name not in common:
-                self._capture.drop(module, "another process that trains the model had to leave it out")
+                self._capture.drop(module, _ELSEWHERE)
+        for name, parameter in bare.named().items():
+            if name not in common:
+                bare.drop(parameter, _ELSEWHERE)
 
     @property
     def slow(self) -> bool:
@@ -121,9 +126,10 @@ class Coverage:
         verified = {module for module, _ in self._used}
         return any(module not in verified for module, calls in self._capture.calls.items() if calls)
 
-    def _uses(self, passes: int) -> set[tuple[nn.Module | str, int]]:
+    def _uses(self, passes: int) -> set[tuple[nn.Module | nn.Parameter | str, int]]:
         """What the batch does: the calls of each layer, to a power of two, and its backward passes."""
-        calls: set[tuple[nn.Module | str, int]] = {(m, n.bit_length()) for m, n in self._capture.calls.items() if n}
+        calls: set[tuple[nn.Module | nn.Parameter | str, int]]
+        calls = {(one, n.bit_length()) for one, n in self._capture.calls.items() if n}
         return calls | {("pass", k) for k in range(passes)} | {("double backward", int(self._capture.double_backward))}
 
     def begin(self, fail: Callable[[Exception], None]) -> Verification:
@@ -181,9 +187,9 @@ class Coverage:
         self._begin_naming(step)
         captured = signals.table.captured()
         missing = {
-            name: reasons[name.rpartition(".")[0]]
+            name: reasons.get(name, reasons.get(name.rpartition(".")[0], ""))
             for name, p in self._module.named_parameters()
-            if p.requires_grad and p not in captured and name.rpartition(".")[0] in reasons
+            if p.requires_grad and p not in captured and not reasons.keys().isdisjoint((name, name.rpartition(".")[0]))
         }
         self._miss(missing, set())
         self.requests |= VERIFY
@@ -198,6 +204,7 @@ class Coverage:
                 self.uncaptured.pop(name, None)
         new = {name: why for name, why in missing.items() if name not in self._missing}
         self._missing.update(new)
+        self._capture.bare.refuse(new)
         self.share = 1.0 - fraction_of(self._module, self._missing)
         rest = {n: why for n, why in new.items() if n.rpartition(".")[0] not in self._capture.deselected}
         if len(rest) < len(new):

@@ -168,7 +168,7 @@ class Recorder:
             lambda layer, grad_samples: self._passes.receive(layer, grad_samples),
             self.guard.fail,
             checked_layers(self.config.layers, module, owner),
-            lambda layer: self._passes.lose(layer),
+            lambda lost: self._passes.lose(lost),
         )
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
         self.clipping = Clipping(optimizer)
@@ -271,7 +271,10 @@ class Recorder:
             self.closing.recent.add(self._passes.rows, data, self.accumulators.check.count)
 
     def see(self, loss: Tensor) -> None:
-        """Reads each row's loss and the loss's scale off the loss about to be differentiated (optional)."""
+        """Reads each row's loss and the loss's scale off the loss about to be differentiated, before its backward pass.
+
+        Optional, but bare parameters (class tokens, position tables) are recorded only where the loss is seen.
+        """
         self.guard.run(lambda: self._passes.see(loss))
 
     def after_backward(self) -> None:

@@ -39,14 +39,24 @@ class Signals(Directions):
         self._selected = False
         self._first = True  # the backward pass begins with the network's last layer
 
-    def receive(self, module: nn.Module, grad_samples: dict[str, GradSample], calls: int, hold: bool) -> None:
-        """Takes the per-sample gradients of one module call, in the backward pass; ``hold`` as for :meth:`take`."""
+    def receive(
+        self, module: nn.Module, grad_samples: dict[str, GradSample], calls: int, hold: bool, layer: bool = True
+    ) -> None:
+        """Takes the per-sample gradients of one module call, in the backward pass.
+
+        Args:
+            module: The module.
+            grad_samples: By the parameters' names.
+            calls: How often it was called in this batch.
+            hold: As for :meth:`take`.
+            layer: Whether it can be the network's last layer; else it is a scale or a shift of what that gives.
+        """
         for block, grad_sample in self.table.sort(module, grad_samples):
             block.reused |= calls > 1 or block.tied
             if hold:  # later, the last layer stays the one that directions were made for
-                block.outputs |= self._first
+                block.outputs |= self._first and layer
             self.take(block, grad_sample, hold)
-        self._first = False
+        self._first &= not layer
 
     def take(self, block: Block, grad_sample: GradSample, hold: bool) -> None:
         """Takes one block's per-sample gradients, or holds them back until :meth:`release` makes directions."""
@@ -85,9 +95,9 @@ class Signals(Directions):
     def _clear(self) -> None:
         self._signals, self._self_terms = [], []
 
-    def lose(self, module: nn.Module) -> None:
-        """Forgets the blocks of a dropped module, with their part of the present batch, which may be incomplete."""
-        self._forget(set(self.table.drop_module(module)))
+    def lose(self, lost: nn.Module | nn.Parameter) -> None:
+        """Forgets the blocks of a dropped module or bare parameter, with their part of the batch, maybe incomplete."""
+        self._forget(set(self.table.drop_all(lost)))
 
     def drop_block(self, block: Block) -> None:
         """Leaves a block out from now on, and out of the present batch."""

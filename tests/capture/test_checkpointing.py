@@ -118,27 +118,27 @@ def _second_layer(recorder: Recorder) -> nn.Module:
 
 def _fails(recorder: Recorder) -> None:
     """In the middle of a backward pass, between two blocks that are still to be recomputed."""
-    last, receive = _second_layer(recorder), recorder.capture._receive
+    last, receive = _second_layer(recorder), recorder.capture.receive
 
     def failing(module: nn.Module, grad_samples: Any) -> None:
         if module is last:
             raise RuntimeError("no")
         receive(module, grad_samples)
 
-    recorder.capture._receive = failing
+    recorder.capture.receive = failing
 
 
 def _drops(recorder: Recorder) -> None:
     """A layer leaves the recording between two calls of it."""
     reused = next(child for child, name in recorder.capture.names.items() if name == "blocks.0.0")
-    receive = recorder.capture._receive
+    receive = recorder.capture.receive
 
     def dropping(module: nn.Module, grad_samples: Any) -> None:
         if module is reused and module in recorder.capture.names:
             recorder.capture.drop(module, "for the test")
         receive(module, grad_samples)
 
-    recorder.capture._receive = dropping
+    recorder.capture.receive = dropping
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers.kept_steps import BATCH, EXACT, Net, check, recorded, truth
+from tests.helpers.oracle import TELLS, opaque
 
 
 class Bare(nn.Module):
@@ -16,7 +17,7 @@ class Bare(nn.Module):
         self.w, self.t = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(()))
 
     def forward(self, z: Tensor) -> Tensor:
-        return z * self.w * self.t.exp()
+        return z * opaque(self.w) * opaque(self.t).exp()
 
 
 class Lossy(Net):
@@ -49,13 +50,19 @@ def test_the_fallback_finds_the_scale_of_any_loss(kind: str, accumulate: int) ->
         torch.testing.assert_close(signals[:, 0], torch.cat(expected) / accumulate, **EXACT)
 
 
+def convolution() -> nn.Module:
+    """A network that is recorded by its layers' hooks or not at all."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Conv1d(4, 3, 4), nn.Flatten())
+
+
 class Contrastive(Net):
     """``views``: two of them, joined; else one after the other, and a temperature of its own."""
 
     views = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(convolution())
         self.t = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -102,14 +109,24 @@ def test_with_dropout_the_fallback_is_named_as_approximate() -> None:
     assert "without dropout" in recorder.coverage.approximate["net.2"]
 
 
-def test_the_reason_names_joined_views_and_the_fallback_only_if_it_helps() -> None:
-    class Averaged(Net):
-        def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(net(torch.cat([x, x + 0.1])), y.repeat(2))
+class Averaged(Net):
+    """The mean loss of two views, joined."""
 
+    def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net(torch.cat([x, x + 0.1])), y.repeat(2))
+
+
+def test_the_reason_names_joined_views_and_the_fallback_only_if_it_helps() -> None:
     _, recorder, _ = recorded(Contrastive)
     assert "2 views of the rows" in recorder.notes[-1] and "fallback" not in recorder.notes[-1]
-    _, recorder, _ = recorded(Averaged)
+    _, recorder, _ = recorded(lambda: Averaged(convolution()))
     assert "2 views of the rows" in recorder.notes[-1] and "fallback" in recorder.notes[-1]
-    module, recorder, keep = recorded(Averaged, uncaptured="fallback")
+    module, recorder, keep = recorded(lambda: Averaged(convolution()), uncaptured="fallback")
     check(module, keep)
+
+
+@pytest.mark.skipif(not TELLS, reason="this torch does not tell what activation checkpointing saved")
+def test_joined_views_of_linear_layers_need_no_fallback() -> None:
+    module, recorder, keep = recorded(Averaged, uncaptured="raise")
+    check(module, keep)
+    assert recorder.capture.bare.layouts

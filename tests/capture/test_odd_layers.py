@@ -38,22 +38,6 @@ class OwnLayerNorm2d(nn.Module):
         return self.weight[:, None, None] * x + self.bias[:, None, None]
 
 
-class Wrapped(nn.Linear):
-    """A subclass that takes more than one input, the tensor not first, and by name."""
-
-    def forward(self, scale: float, *, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * scale
-
-
-class CallsWrapped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = Wrapped(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.layer(0.5, x=x))
-
-
 class Rolled(nn.Linear):
     """Moves the rows, and what is around it moves them back."""
 
@@ -187,7 +171,6 @@ def test_unusual_layers_are_recorded_exactly(setting: Setting) -> None:
 
 ODD = {
     "fails": (around(Failing), ["2.factor"], "recording it failed with ZeroDivisionError: mine"),
-    "several inputs": (around(CallsWrapped), ["2.layer.weight", "2.layer.bias"], "not a single tensor"),
     "mixes rows": (around(CallsRolled), ["2.layer.weight", "2.layer.bias"], "other gradients than autograd"),
     "scale beside": (around(lambda: Scaled(4, 4)), ["2.weight", "2.bias", "2.scale"], "Scaled|scale"),
     "property": (around(lambda: WeightProperty(4, 4)), ["2.weight"], "a property of WeightProperty"),

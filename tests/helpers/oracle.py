@@ -17,6 +17,8 @@ from ine_callback.methods import Method
 from ine_callback.queries import CallableQuery
 from ine_callback.scores import QueryInfo, Scores
 
+# Older torch does not tell what activation checkpointing has saved, so that nothing saved is read a second time.
+TELLS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 Batch = tuple[Tensor, Tensor]
 
@@ -160,15 +162,21 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
+def opaque(p: Tensor) -> Tensor:
+    """The parameter itself, by an operation that is not recognised: only the fallback records it."""
+    return p.clamp(-1e9, 1e9)
+
+
 class Bare(nn.Module):
-    """A parameter that belongs to no known layer."""
+    """A parameter that belongs to no known layer, and is used in no known way."""
 
     def __init__(self) -> None:
         super().__init__()
         self.token, self.head = nn.Parameter(torch.randn(2, 4)), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(x * self.token[0] + self.token[1]))
+        token = opaque(self.token)
+        return self.head(torch.tanh(x * token[0] + token[1]))
 
 
 class Borrowed(nn.Module):
@@ -265,6 +273,9 @@ SETTINGS = [
     Setting("fallback-lstm", Recurrent, (5, 4), uncaptured="fallback"),
     Setting("fallback-attention", Attention, (5, 4), uncaptured="fallback"),
     Setting("fallback-bare", Bare, uncaptured="fallback"),
+    Setting(
+        "fallback-prelu", lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)), uncaptured="fallback"
+    ),
     Setting("fallback-borrowed", Borrowed, uncaptured="fallback"),
     Setting("fallback-positions", PositionTable, (5,), words=True, each_token=True, uncaptured="fallback"),
     Setting("fallback-time-first", TimeFirst, (4, 4), uncaptured="fallback"),

@@ -31,6 +31,8 @@ from tests.helpers.contexts import (
     names_of,
     numbers,
 )
+from tests.helpers.oracle import TELLS
+from tests.helpers.vision import Vision
 
 TERMS = 5
 
@@ -110,6 +112,7 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]]
     "embedding": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 7)), of_tokens, (IDS, IDS)),
     "ragged": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 7)), of_tokens, (IDS, ragged())),
     "tied": (Tied, of_tokens, (IDS, IDS.flip(1))),
+    **({"bare parameters": (Vision, entropy, (numbers(ROWS, 5, 4), LABELS))} if TELLS else {}),
     "one layer twice": (Twice, entropy, (VECTORS, LABELS)),
 }
 
@@ -216,6 +219,7 @@ def test_features_are_a_layers_inputs() -> None:
 
 
 FIRST = {
+    "bare parameters": "embed",
     "squares": "",
     "scaled": "",
     "class weights": "",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback import Query, Recorder
+from tests.helpers.vision import Vision
 
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "unique_dim"}
 READING = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -99,13 +100,18 @@ def of_many_words() -> tuple[nn.Module, Tensor, Tensor]:
     return Words(1200), torch.randint(1200, (256, 12)), torch.randint(1200, (256, 12))
 
 
+def of_patches() -> tuple[nn.Module, Tensor, Tensor]:
+    """With parameters that are read at their uses."""
+    return Vision(), torch.randn(256, 5, 4), torch.randint(3, (256,))
+
+
 def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize("rank", [None, 32], ids=["exact", "default"])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("problem", [convolutional, of_words, of_many_words])
+@pytest.mark.parametrize("problem", [convolutional, of_words, of_many_words, of_patches])
 def test_only_refreshes_wait(problem: Callable[[], Any], optimizer: Any, rank: int | None) -> None:
     torch.manual_seed(0)
     model, x, y = problem()

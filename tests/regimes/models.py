@@ -9,6 +9,9 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.oracle import TELLS
+from tests.helpers.vision import LEFT_OUT, Vision
+
 from .regime import CLASSES, FEATURES, Classifier, Data, Regime, classes, mlp, vectors
 
 WORDS, LENGTH = 7, 5
@@ -182,10 +185,9 @@ def uncompiled(module: Compiled) -> None:
         module.net[0] = module.net[0]._orig_mod
 
 
+VISION = tuple(f"net.{name}" for name in LEFT_OUT)
 RNN = tuple(f"net.rnn.{name}_{side}_l0" for name in ("weight", "bias") for side in ("ih", "hh"))
-ATTENTION = tuple(
-    f"net.attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-)
+ATTENTION = () if TELLS else tuple(f"net.attention.{name}" for name in ("in_proj_weight", "out_proj.weight"))
 SLOWLY = {"uncaptured": "fallback"}
 MODELS = [
     Regime("activation checkpointing", "models", lambda: Classifier(Checkpointed(reentrant=False))),
@@ -209,6 +211,25 @@ MODELS = [
     Regime("parameters that freeze", "models", trainer=lambda: {"callbacks": [Freezes()]}),
     Regime("nn.MultiheadAttention", "models", lambda: Classifier(Attentive()), series, left_out=ATTENTION),
     Regime("nn.MultiheadAttention, fallback", "models", lambda: Classifier(Attentive()), series, influence=SLOWLY),
+    Regime("ViT of bare parameters", "models", lambda: Classifier(Vision()), series, left_out=VISION),
+    Regime("ViT, attention time first", "models", lambda: Classifier(Vision(False)), series, left_out=VISION),
+    Regime(
+        "ViT, bf16-mixed",
+        "models",
+        lambda: Classifier(Vision()),
+        series,
+        trainer=lambda: {"precision": "bf16-mixed"},
+        tolerance=0.05,
+        left_out=VISION,
+    ),
+    Regime(
+        "ViT, accumulated and clipped",
+        "models",
+        lambda: Classifier(Vision()),
+        series,
+        trainer=lambda: {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3},
+        left_out=VISION,
+    ),
     Regime("LSTM", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, left_out=RNN),
     Regime("LSTM, fallback", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, influence=SLOWLY),
     Regime("GRU, fallback", "models", lambda: Classifier(Recurrent(nn.GRU)), series, influence=SLOWLY),

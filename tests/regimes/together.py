@@ -30,8 +30,10 @@ from ine_callback.scoring.signals import Signals
 from tests.helpers.accidents import accident
 from tests.helpers.identical import History, differing, fitted, unequal
 from tests.helpers.once import once
+from tests.helpers.vision import Vision
 
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
+from .models import VISION, series
 from .options import with_adamw
 from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors
@@ -93,6 +95,16 @@ FORKED = [
         trainer=_two(accumulate_grad_batches=2, gradient_clip_val=0.3),
         processes=2,
         tolerance=1e-5,
+    ),
+    Regime(
+        "ddp, ViT of bare parameters",
+        "processes",
+        lambda: Classifier(Vision()),
+        series,
+        trainer=_two(),
+        processes=2,
+        tolerance=1e-5,
+        left_out=VISION,
     ),
     Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
     Regime(

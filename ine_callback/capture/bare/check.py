@@ -1,0 +1,194 @@
+"""The check of bare parameters, before the first step: where are the rows in the operations that use them?
+
+Shapes alone cannot tell: [b, T, D] and [T, b, D] may have one shape. So the loss is differentiated twice, and the
+second time the batch's rows have changed places. Where the rows are, their gradients must have changed places with
+them. Where two places are left, another row takes the place of the last, and the others' gradients must stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture.bare.layouts import RowLayout
+from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
+from ine_callback.capture.hooks import Capture
+from ine_callback.data.batches import cut
+from ine_callback.distributed.sharding import is_sharded
+from ine_callback.utilities.isolation import isolated
+
+_PRODUCTS = 8  # random directions with which rows' gradients are compared
+_TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not
+_EVIDENT = 5  # times the tolerance: differences of rows that show whether they changed places
+
+Kind = tuple[nn.Parameter, tuple[Any, ...]]
+Uses = list[dict[RowLayout, Tensor]]  # of each use, by layout: products [b, 8]
+Found = dict[Kind, Uses]
+
+
+def find_layouts(
+    module: nn.Module,
+    capture: Capture,
+    run: Callable[[nn.Module, Any], object],
+    batch: Any,
+    rows: int,
+    unordered: set[nn.Module],
+) -> None:
+    """Finds the parameters whose rows' gradients can be read at their uses. Runs the model isolated, if there are any.
+
+    Args:
+        module: The model.
+        capture: Its hooks; what is found is in ``capture.bare.layouts`` afterwards.
+        run: Computes the loss of a batch.
+        batch: A training batch, led by its rows.
+        rows: Their number (at least 2).
+        unordered: Layers to whose inputs the hooks find no rows; their parameters are looked for here.
+    """
+    if is_sharded(module):
+        return
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
+    order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
+    places = torch.arange(rows)
+    run_on = partial(_products, module, capture, run, rows=rows, unordered=unordered)
+    whole, half = run_on(batch)
+    moved, _ = run_on(cut(batch, order, rows)) if whole else ({}, half)
+    compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
+    found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
+    if any(len(layouts) > 1 for layouts in found.values()):
+        replaced, _ = run_on(cut(batch, places % (rows - 1), rows))
+        for use, layouts in found.items():
+            if len(layouts) > 1:
+                found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
+    for parameter in {parameter for parameter, _ in found}:
+        known = {kind: layouts for (p, kind), layouts in found.items() if p is parameter}
+        if all(len(layouts) == 1 for layouts in known.values()):
+            capture.bare.layouts[parameter] = {kind: layouts[0] for kind, layouts in known.items()}
+
+
+@dataclass
+class _Comparison:
+    """Compares the rows' gradients of two runs.
+
+    Attributes:
+        tolerance: Of a difference, relative to the largest product.
+        order: Which row came to each place in the second run.
+        alone: Whether a layout is taken without evidence (all gradients are zero) if there is no other.
+    """
+
+    tolerance: float
+    order: Tensor
+    alone: bool
+
+    def that_moved(self, uses: Uses, moved: Uses) -> list[RowLayout]:
+        """The layouts in which the rows' gradients changed places with the rows, in all uses."""
+        right, evident = [], []
+        shared = _shared(uses, moved)
+        for layout in shared:
+            agrees, moves = True, False
+            for before, after in _pairs(layout, uses, moved):
+                near = self.tolerance * float(before.abs().max())
+                agrees &= float((after - before[self.order.to(before.device)]).abs().max()) <= near
+                moves |= float((after - before).abs().max()) > _EVIDENT * near
+            right += [layout] * agrees
+            evident += [layout] * (agrees and moves)
+        return evident or (right if self.alone and len(shared) == 1 else [])
+
+    def that_stayed(self, layouts: list[RowLayout], uses: Uses, replaced: Uses) -> list[RowLayout]:
+        """The layouts in which only the last row's gradient changed when another row took its place.
+
+        A row's gradient may also change places in a wrong layout, which adds the sum of all rows to each.
+        """
+        return [
+            layout
+            for layout in set(layouts).intersection(_shared(uses, replaced))
+            if all(
+                float((after - before)[:-1].abs().max()) <= self.tolerance * float(before.abs().max())
+                for before, after in _pairs(layout, uses, replaced)
+            )
+        ]
+
+
+def _shared(uses: Uses, other: Uses) -> list[RowLayout]:
+    """The layouts that all uses have, in both runs."""
+    if len(uses) != len(other):
+        return []
+    return [layout for layout in uses[0] if all(layout in use for use in (*uses, *other))]
+
+
+def _pairs(layout: RowLayout, uses: Uses, other: Uses) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((a[layout], b[layout]) for a, b in zip(uses, other, strict=True))
+
+
+def _products(
+    module: nn.Module,
+    capture: Capture,
+    run: Callable[[nn.Module, Any], object],
+    batch: Any,
+    rows: int,
+    unordered: set[nn.Module],
+) -> tuple[Found, bool]:
+    """Products of every row's gradient with random directions, for each use and each place where the rows may be.
+
+    Returns:
+        The products, and whether half precision took part.
+    """
+    called = set[str]()
+    capture.on_call = lambda name, x: called.add(name)
+    found: Found = {}
+    try:
+        with isolated(module):
+            torch.manual_seed(0)
+            loss = run(module, batch)
+            layers = {child for child, name in capture.names.items() if name in called} - unordered
+            wanted = capture.bare.open_to(layers)
+            if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
+                return {}, False
+            graph = Graph(loss.grad_fn)
+            uses = _uses(graph, wanted, rows)
+            handles = [_measure(use, rows, found.setdefault((use.parameter, use.kind), [])) for use in uses]
+            if uses:
+                parameters = list(dict.fromkeys(use.parameter for use in uses))
+                torch.autograd.grad(loss, parameters, allow_unused=True)
+            for handle in handles:
+                handle.remove()
+    finally:
+        capture.on_call = None
+    return found, graph.half
+
+
+def _uses(graph: Graph, wanted: list[nn.Parameter], rows: int) -> list[Use]:
+    """The uses of all parameters of which each use is recognised."""
+    out: list[Use] = []
+    for parameter in wanted:
+        try:
+            out += graph.uses(parameter, lambda use: bool(use.layouts(rows)))
+        except Unrecognised:
+            continue
+    return out
+
+
+def _measure(use: Use, rows: int, out: Uses) -> Any:
+    """Has the products of one use put into a place of its own in ``out``, by layout; nothing where that fails."""
+    products: dict[RowLayout, Tensor] = {}
+    out.append(products)
+
+    def hook(grads: tuple[Tensor | None, ...]) -> None:
+        output_grads = grads[0]
+        if output_grads is None:
+            return
+        with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+            for layout in use.layouts(rows):
+                try:
+                    sample = use.grad_sample(output_grads.detach(), layout, rows).wide()
+                except (RuntimeError, Unrecognised):
+                    continue
+                dice = torch.Generator().manual_seed(0)
+                directions = torch.randn(_PRODUCTS, *sample.layout, generator=dice, dtype=sample.dtype)
+                products[layout] = sample.signals(directions.to(output_grads.device))
+
+    return use.last.node.register_prehook(hook)
