@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ine_callback.report.attribution_view import by_method, heading, verdict
 from ine_callback.report.view import advice, unlike
-from ine_callback.utilities.words import CLOSING, SIZE, plain, tails
+from ine_callback.utilities.words import CLOSING, MEASURED, PREDICTED, SIZE, plain, tails
 
 if TYPE_CHECKING:
     from ine_callback.report.contents import Contents
@@ -105,6 +105,8 @@ def _believe(report: Contents, facts: dict[str, Any]) -> Answer:
         return Answer("Can I believe it?", "Not all of it", "alarm", lines)
     if sizes:
         return Answer("Can I believe it?", "The ranking, not the size", "suspect", lines)
+    if report.scores.unit is not None and not any(note.startswith(MEASURED) for note in report.run.notes):
+        return Answer("Can I believe it?", "The ranking; sizes within a factor of 2", "ok", [*lines, PREDICTED])
     return Answer("Can I believe it?", "Yes, by its own checks" if known else "Not checked", "ok", lines)
 
 

@@ -37,7 +37,7 @@ from ine_callback.report.runinfo import RunInfo
 from ine_callback.scores import Floats, QueryInfo, Scores
 from ine_callback.stats import hypothesis_tests as tests
 from ine_callback.stats.measured_spread import measured_spread
-from ine_callback.utilities.words import SIZE
+from ine_callback.utilities.words import MEASURED, SIZE
 
 WHO = "InfluenceReport.combine"
 FLAG_AT = 0.05
@@ -257,10 +257,10 @@ def _size(infos: Sequence[RunInfo], runs: Sequence[Scores]) -> list[str]:
         return list(own)
     measured = [name for name in on_data if all(_knows_size(run, name) for run in runs)]
     if not measured:
-        return ["size: the spread of no query was measured over the runs; it is predicted by single runs", *own]
+        return ["sizes are predicted by single runs: no query's spread was measured", *own]
     others = " (others: predicted by single runs)" if len(measured) < len(on_data) else ""
     plural = "y" if len(measured) == 1 else "ies"
-    note = f"size: the spread of {len(measured):,} quer{plural} was measured over {len(runs)} runs{others}"
+    note = f"{MEASURED}{len(measured):,} quer{plural} was measured over {len(runs)} runs{others}"
     replaced = len(runs) >= ENOUGH and len(measured) == len(on_data)
     return [note, *(each for each in own if not (replaced and each.startswith(SIZE)))]
 

@@ -237,7 +237,7 @@ def test_notes_count_what_repeats() -> None:
     assert notes[1:] == [
         *(f"Query 'q{k}': " + text.format(5, "rows", 2) for k in range(4)),
         "All 6 queries: " + text.format(30, "scores", 12),
-        "size: the spread of no query was measured over the runs; it is predicted by single runs",
+        "sizes are predicted by single runs: no query's spread was measured",
     ]
 
 

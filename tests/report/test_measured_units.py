@@ -139,7 +139,7 @@ def test_the_notes_say_whose_spread_was_measured_and_over_how_many_runs() -> Non
     one = [replace(each, unit=np.array([np.nan, np.nan, 1.0])) for each in runs]
     assert notes_of(one) == ["size: the spread of 1 query was measured over 3 runs (others: predicted by single runs)"]
     none = [single(seed) for seed in range(2)]
-    assert notes_of(none) == ["size: the spread of no query was measured over the runs; it is predicted by single runs"]
+    assert notes_of(none) == ["sizes are predicted by single runs: no query's spread was measured"]
     alone = [
         replace(
             each,
@@ -231,10 +231,11 @@ def test_three_trainings_measure_the_unit() -> None:
         np.testing.assert_allclose(scores.query_loss[:2], expected, rtol=1e-5)
     combined = InfluenceReport.combine(reports)
     units = np.stack([report.scores.unit[:2] for report in reports])  # type: ignore[index]
-    predicted, spread = np.exp(np.log(units).mean(0)), losses.std(0, ddof=1)
     assert combined.scores.unit is not None
-    between = np.sort(np.stack([predicted, spread]), axis=0)
-    assert (between[0] < combined.scores.unit[:2]).all() and (combined.scores.unit[:2] < between[1]).all()
+    expected = measured_spread(losses, np.exp(np.log(units).mean(0)))
+    np.testing.assert_allclose(combined.scores.unit[:2], expected, rtol=1e-5)
+    cards = [answers(report, report.summary())[-1] for report in (combined, reports[0])]
+    assert [card.short for card in cards] == ["Yes, by its own checks", "The ranking; sizes within a factor of 2"]
     shifts = np.mean([each.scores.mu[:, :2] * each.scores.unit[:2] for each in reports], axis=0)  # type: ignore[index]
     np.testing.assert_allclose(combined.scores.mu[:, :2] * combined.scores.unit[:2], shifts)
     assert "size: the spread of 2 queries was measured over 3 runs" in combined.run.notes
