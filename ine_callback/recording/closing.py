@@ -152,20 +152,20 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         summed = parts.schedule.realised * relative_lr(optimizer, block.parameters)
         rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
         decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
-    directions, initial, order = {}, *torch.zeros(2, len(context.queries), device=parts.device)
+    directions, initial, between = {}, *torch.zeros(2, len(context.queries), device=parts.device)
     losses, v = context.query_values_and_gradients()
     with torch.no_grad():
         if signals.noise.random:
             for block, gradient, u in curvature.damped(v, rates, decays):
                 initial += signals.noise.variance(block, u)
                 removed = gradient - (1 + decays[block]) * u  # R F u
-                order += (rates[block] * gradient * removed).flatten(1).sum(1)
+                between += (rates[block] * gradient * removed).flatten(1).sum(1)
                 directions[block] = u * rates[block]
         else:
             directions = curvature.relatively_damped(v)
     found = _contract(context, parts, directions)
-    spread = (x.cpu().double().numpy() for x in (initial.sqrt(), order.clamp_min(0), losses))
-    return Closing(found[..., 0], found[..., 1:], *spread)
+    sd, order, values = (x.cpu().double().numpy() for x in (initial.sqrt(), between.clamp_min(0), losses))
+    return Closing(found[..., 0], found[..., 1:], sd, order, values)
 
 
 class Curvature:
