@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
     parser.add_argument("--truth", type=Path, help="folder that keeps the truth, a file for each protocol")
-    parser.add_argument("--half", choices=("develop", "report"), default="develop", help="half of the family")
+    parser.add_argument("--half", choices=("develop", "report", "all"), default="develop")
     parser.add_argument("--seed", type=int, default=SEED, help="draws another family, which nobody has tuned on")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="protocols of the half, by name")
     parser.add_argument("--runs", type=int, help="trainings a group, where no file has them (64 or 32)")
@@ -71,10 +71,11 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--quick", action="store_true", help="one epoch of 2 protocols, 4 trainings: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are small: more threads are slower
-    drawn = draw(args.seed)[args.half]
+    halves = draw(args.seed)
+    drawn = halves["develop"] + halves["report"] if args.half == "all" else halves[args.half]
     protocols = [p for p in drawn if args.only is None or p.name in args.only]
     if args.only and len(protocols) < len(set(args.only)):
-        raise SystemExit(f"--only: the half {args.half} has {', '.join(p.name for p in drawn)}")
+        raise SystemExit(f"--only: --half {args.half} has {', '.join(p.name for p in drawn)}")
     seeds = args.seeds
     if args.quick:
         protocols, args.runs, seeds = [replace(p, epochs=1, rows=300) for p in protocols[:2]], 4, 2

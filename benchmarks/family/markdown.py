@@ -6,24 +6,30 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.family.measures import COLUMNS, LEGEND, at
+from benchmarks.family.protocols import SEED
 from benchmarks.markdown import number, table
 
 HEAD = """\
-## A family of protocols, half "{half}"
+## A family of protocols, {which}
 
 ```bash
-python -m benchmarks.fidelity --family --json family.json --truth DIR --half {half} --seeds {seeds}
+python -m benchmarks.fidelity --family --json family.json --truth DIR --half {half} --seeds {seeds}{option}
 ```
 
 {count} trainings drawn once from data sets, networks, optimizers, schedules and sizes, and the package's defaults in
-all of them: {seeds} runs against retraining without groups of rows. The family was split in two before any result.
+all of them: {seeds} runs against retraining without groups of rows. {said}
 """
 
 
 def section(results: dict[str, Any]) -> Iterable[str]:
     """The protocols with their median and worst, and what each is."""
     protocols = results["protocols"]
-    yield HEAD.format(half=results["half"], seeds=results["seeds"], count=len(protocols))
+    own = results["seed"] != SEED
+    which = f'seed {results["seed"]}, part "{results["half"]}"' if own else f'half "{results["half"]}"'
+    option = f" --seed {results['seed']}" if own else ""
+    said = "Drawn and scored once when everything was settled." if own else "Split in two before any result."
+    values = {key: results[key] for key in ("half", "seeds")}
+    yield HEAD.format(**values, which=which, option=option, said=said, count=len(protocols))
     rows = {name: {key: at(row, path) for key, (path, _) in COLUMNS.items()} for name, row in protocols.items()}
     rows |= results["summary"]
     body = ([name, *(number(row.get(key)) for key in COLUMNS)] for name, row in rows.items())

@@ -176,8 +176,8 @@ def without_biases(layers: nn.Module) -> nn.Module:
     return nn.Sequential(*(BiasAsWeight(m) if isinstance(m, nn.Linear) else m for m in layers.children())).eval()
 
 
-def trak(problem: Problem, stacked: Stacked, models: int, dimensions: int = 512) -> Floats:
-    """TRAK on so many models, projected to dattri's default of 512 dimensions."""
+def trak(problem: Problem, stacked: Stacked, models: int, dimensions: int) -> Floats:
+    """TRAK on so many models, projected to so many dimensions (dattri's default: 512)."""
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 

@@ -25,6 +25,7 @@ class Problem:
     """Rows x, y and queries xq, yq; ``network()`` maps x to logits [b, C] or, for text, [b, C, positions].
 
     ``hessian_rows``: How many rows the peers' conjugate gradients may afford (all, where layers are linear).
+    ``projections``: Dimensions of TRAK's projection; more than a third of the rows ruin it, as it has no damping.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Problem:
     batch: int
     epochs: int
     hessian_rows: int
+    projections: tuple[int, ...] = (512,)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -259,6 +261,7 @@ def of_table(name: str, quick: bool) -> Problem:
         batch=19 if name == "diabetes" else 25,
         epochs=3 if quick else epochs,
         hessian_rows=n,
+        projections=(32, 64, 128),
     )
 
 
