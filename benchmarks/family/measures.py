@@ -29,6 +29,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], float]] = {
     "slope   ": (("default", "own", "slope"), 1),
     "unit": (("default", "unit"), 1),
     "cover": (("default", "coverage"), 0.95),
+    "marked": (("default", "marked"), 0),
     "first order: large": (("first order", "large", "spearman_per_query"), 1),
     "small": (("first order", "small", "spearman_per_query"), 1),
     "fall": (("first order", "completeness"), 1),
@@ -39,8 +40,9 @@ rank: Spearman over groups, mean over 50 held-out losses (large: groups of 50-10
 clusters; single rows; own: single rows on their own loss). slope: of the true mu on the score, through all queries,
 below 1 where the score is too large; raw: of the true raw shift on the predicted one, median over queries. unit: true
 standard deviation over retrainings by the predicted one, geometric mean over queries. cover: 95 % intervals that hold
-the other runs' mean. first order: ranks without the discount; fall: predicted fall of the mean query over the run by
-the real one. known: reliability of the truth for small groups. worst: farthest from perfect, slopes as ratios.
+the other runs' mean. marked: share of the runs whose report calls sizes not reliable. first order: ranks without the
+discount; fall: predicted fall of the mean query over the run by the real one. known: reliability of the truth for small
+groups. worst: farthest from perfect, slopes as ratios.
 """
 
 
@@ -159,6 +161,7 @@ def _sizes(run: Run, truth: Truth) -> dict[str, float]:
         "unit_spearman": float(spearmanr(unit, sd)[0]),
         "completeness": float(run.predicted[QUERIES] / run.fall[QUERIES]),
         "seconds": run.seconds,
+        "marked": float(run.marked),
     }
 
 

@@ -19,6 +19,7 @@ from ine_callback.methods import FINE
 from ine_callback.methods.closing import Closing
 from ine_callback.queries import SelfQuery
 from ine_callback.scores import QueryInfo
+from ine_callback.utilities.words import SIZE
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Run:
         predicted: Predicted fall of each query over the run [Q]; with the discount it is no prediction of a fall.
         fall: Its real fall over the run [Q].
         seconds: CPU seconds of the training with the recorder.
+        marked: Whether the report says that sizes are not to be believed.
     """
 
     mu: Floats
@@ -42,6 +44,7 @@ class Run:
     predicted: Floats
     fall: Floats
     seconds: float
+    marked: bool = False
 
     @property
     def unit(self) -> Floats:
@@ -111,12 +114,13 @@ def record(protocol: Protocol, task: Task, seed: int, discount: bool = True, clo
                 optimizer.zero_grad()
                 if scheduler is not None:
                     scheduler.step()
-    scores = recorder.report().scores
+    report = recorder.report()
+    scores, marked = report.scores, any(note.startswith(SIZE) for note in report.run.notes)
     seconds = time.process_time() - started
     raw, predicted = (a[..., : QUERIES + 1].double().numpy() for a in (method.raw, method.total))
     raw = raw if method.closed is None else method.closed.shift
     fall = before - query_losses(model, task)
-    return Run(scores.mu[:, :-1], scores.se[:, :-1], raw, scores.mu[:, -1], predicted, fall, seconds)
+    return Run(scores.mu[:, :-1], scores.se[:, :-1], raw, scores.mu[:, -1], predicted, fall, seconds, marked)
 
 
 def query_losses(model: nn.Module, task: Task) -> Floats:

@@ -154,20 +154,26 @@ def others(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table for the other libraries; those for one model all judge the same one."""
 
+    def influence(function: Callable[..., Floats], damping: float) -> Callable[[Networks], Callable[[], Floats]]:
+        return lambda n: partial(function, problem, n.end, damping)
+
+    def traker(models: int) -> Callable[[Networks], Callable[[], Floats]]:
+        return lambda n: partial(peers.traker, problem, n.end, models)
+
     def trak(models: int, dimensions: int) -> Callable[[Networks], Callable[[], Floats]]:
         return lambda n: partial(peers.trak, problem, n.end, models, dimensions)
 
     methods: list[tuple[str, int, Callable[[Networks], Callable[[], Floats]]]] = [
         (f"dattri TracIn, {len(kept(problem))} checkpoints", 1, lambda n: partial(peers.tracin, problem, n.trajectory)),
         *(
-            (f"dattri {name}, damping {d:g}", 1, lambda n, f=function, d=d: partial(f, problem, n.end, d))
+            (f"dattri {name}, damping {d:g}", 1, influence(function, d))
             for name, function in (("IF-CG", peers.influence_cg), ("IF-EK-FAC", peers.influence_ekfac))
             for d in peers.DAMPING
         ),
         *((f"dattri TRAK-{m}, {d} dimensions", m, trak(m, d)) for m in sizes for d in problem.projections),
     ]
     if not problem.y.is_floating_point():  # traker knows classes
-        methods += [(f"traker TRAK-{m}", m, lambda n, m=m: partial(peers.traker, problem, n.end, m)) for m in sizes[:2]]
+        methods += [(f"traker TRAK-{m}", m, traker(m)) for m in sizes[:2]]
     methods = [method for method in methods if wanted(method[0])]
     if not methods:
         return
