@@ -109,7 +109,6 @@ def run_info(guard: Guard, clock: Clock, parts: Parts, config: dict[str, Any]) -
         schedule=schedule,
         notes=[
             *guard.notes,
-            *(f"query '{name}': {n} signals were not finite and were left out" for name, n in lost.items()),
             *method.notes(),
             *parts.clipping.notes(),
             *coverage.notes,

@@ -100,10 +100,20 @@ def warnings(report: Contents, facts: dict[str, Any]) -> list[str]:
     if facts["unseen"]:
         count = facts["unseen"]
         lines.append(f"{count:,} row{'s were' if count > 1 else ' was'} never observed and not scored (report.unseen).")
-    for name, count in run.nonfinite.items():
-        if count:
-            lines.append(f"{count:,} non-finite signals of {plain(name)!r} were left out.")
-    return lines + _modules(run.uncaptured, "left out") + _modules(run.approximate, "approximate")
+    return (
+        lines
+        + _nonfinite(run.nonfinite)
+        + _modules(run.uncaptured, "left out")
+        + _modules(run.approximate, "approximate")
+    )
+
+
+def _nonfinite(counts: dict[str, int], limit: int = 3) -> list[str]:
+    lost = {name: count for name, count in counts.items() if count}
+    lines = [f"{count:,} non-finite signals of {plain(name)!r} were left out." for name, count in lost.items()]
+    if len(lines) <= limit:
+        return lines
+    return [*lines[:limit], f"… and non-finite signals of {len(lost) - limit:,} more queries (report.run.nonfinite)."]
 
 
 def _modules(reasons: dict[str, str], state: str, limit: int = 5) -> list[str]:

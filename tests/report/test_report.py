@@ -252,6 +252,12 @@ def test_long_tables_say_what_they_hide() -> None:
     assert "and 30 more" in str(table) and "and 30 more" in table._repr_html_()
 
 
+def test_signals_that_are_not_finite_take_a_few_lines_however_many_queries() -> None:
+    text = str(InfluenceReport(tiny(), RunInfo(nonfinite={f"row/{k}": 690 for k in range(50)} | {"none": 0})))
+    assert "690 non-finite signals of 'row/2'" in text and "'row/3'" not in text and "'none'" not in text
+    assert "… and non-finite signals of 47 more queries (report.run.nonfinite)." in text
+
+
 def test_run_info_is_plain_json() -> None:
     run = RunInfo(config={"lr": np.float32(0.5), "x": (1, math.inf)}, seconds=3, schedule={"a": math.nan})
     assert run.config == {"lr": 0.5, "x": [1, "inf"]} and run.seconds == 3.0 and run.schedule == {"a": None}
