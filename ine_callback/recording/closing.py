@@ -243,7 +243,10 @@ class Curvature:
 
 
 def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tensor]) -> Floats:
-    """Each row's inner products with the directions, and their contrasts [N, Q, 1 + J], divided by the rows seen."""
+    """Each row's inner products with the directions, and their contrasts [N, Q, 1 + J], divided by the rows seen.
+
+    Of a row's part in its batch's gradient, times the batch's rows: a row that weighs more in the loss moves more.
+    """
     contrasts, rows = parts.signals.contrasts, parts.accumulators.check.count
     out = torch.full((rows, len(context.queries), 1 + contrasts.count), torch.nan, device=parts.device)
     for which, gradients in context.per_sample():
@@ -254,6 +257,6 @@ def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tens
                 if block in directions
                 for one in gradients.grad_samples(block)
             ]
-            out[which.to(out.device)] = (torch.stack(found).sum(0) * gradients.scale.view(-1, 1, 1)).to(out.dtype)
+            out[which.to(out.device)] = (torch.stack(found).sum(0) * len(which)).to(out.dtype)
     shifts: Floats = out.double().cpu().numpy()
     return shifts / max(1, int(np.isfinite(shifts[:, 0, 0]).sum()))

@@ -148,6 +148,27 @@ def test_what_is_found_is_dense_algebra_at_three_weights(momentum: float) -> Non
     assert method.found.agreement == pytest.approx(np.mean(pairs), abs=1e-3)
 
 
+def test_rows_count_as_much_as_they_weigh_in_the_training_loss() -> None:
+    weight = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64)
+
+    def weighted(module: nn.Module, batch: Batch) -> Tensor:
+        return 0.5 * F.cross_entropy(module(batch[0]), batch[1], weight)
+
+    method, model, rate = Kept(), network(), 1e-6  # so small that there is no curvature
+    descent = torch.optim.SGD(model.parameters(), lr=rate)
+    recorder = Recorder(model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, weighted, [method], on_error="raise")
+    with recorder, recorder.batch(torch.arange(ROWS), (X[:ROWS], Y[:ROWS])):
+        loss = weighted(model, (X[:ROWS], Y[:ROWS]))
+        recorder.see(loss)
+        loss.backward()
+        descent.step()
+    own, share = explicit(model, torch.arange(ROWS), Y[:ROWS]), weight[Y[:ROWS]] / weight[Y[:ROWS]].sum()
+    v = explicit(model, torch.arange(ROWS, ROWS + QUERIES), Y[ROWS:])
+    v = 0.5 * (weight[Y[ROWS:], None] * v).sum(0) / weight[Y[ROWS:]].sum()
+    assert method.found is not None
+    np.testing.assert_allclose(method.found.shift[:, 0], rate * 0.5 * share * (own @ v), rtol=1e-3)
+
+
 def test_stale_weights_are_put_back() -> None:
     """Passes at three weights leave the last ones, and batch statistics, as they were."""
     one, other = nn.ModuleList(), nn.ModuleList()
