@@ -64,6 +64,7 @@ class LateWeights:
         if again <= max(FEW, SHARE * observed):
             return True
         self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
+        self._kept.clear()
         return False
 
     def load(self, module: nn.Module) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -248,6 +248,8 @@ def test_the_unit_has_a_part_of_the_order_and_leans_on_other_queries() -> None:
     found = Closing(np.ones((2, 3)), np.ones((2, 3, 1)), np.array([3.0, 0.1, 5.0]), np.array([0, 0, 550.0]), np.ones(3))
     variance = np.array([9.0, 0.01, 25 + 2 * 550 / 100])
     np.testing.assert_allclose(unit_of(found, 100), 0.48 * np.sqrt(variance + 0.09 * 9.0), rtol=1e-12)
+    lost = replace(found, sd=np.array([3.0, np.nan, 5.0]))
+    assert np.isnan(unit_of(lost, 100)).tolist() == [False, True, False]
 
 
 def test_from_fixed_weights_the_pass_ranks_in_the_size_of_the_run() -> None:

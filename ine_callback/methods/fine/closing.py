@@ -54,7 +54,8 @@ def unit_of(closing: Closing, observations: int) -> Floats:
         observations: Of all rows together.
     """
     variance = closing.sd**2 + ORDER * closing.order / max(1, observations)
-    unit: Floats = UNIT * np.sqrt(variance + FLOOR**2 * np.median(variance))
+    known = variance[np.isfinite(variance)]  # a query may not be computable at the end
+    unit: Floats = UNIT * np.sqrt(variance + FLOOR**2 * (np.median(known) if known.size else 0.0))
     return np.where(unit > 0, unit, np.nan)
 
 
