@@ -134,6 +134,6 @@ def test_parameter_groups_have_their_own_rates() -> None:
 def test_an_optimizer_without_a_rule_is_treated_as_plain_sgd() -> None:
     p = [nn.Parameter(torch.zeros(1))]
     assert known(SGD(p)) and known(Adam(p)) and known(AdamW(p))
-    other = torch.optim.RMSprop(p, lr=0.2, momentum=0.9, weight_decay=0.1)
+    other = torch.optim.LBFGS(p, lr=0.2)
     assert not known(other)
     assert rate_of(other, p).step == 0.2 and rate_of(other, p).curvature == 1.0
