@@ -97,7 +97,8 @@ class RAdamRule(AdamRule):
         if length <= 5:
             return 1.0
         rectified: float = ((length - 4) * (length - 2) * full / ((full - 4) * (full - 2) * length)) ** 0.5
-        return rectified / (mean.sqrt() + group["eps"] / unbiased**0.5)
+        scale: Tensor = rectified / (mean.sqrt() + group["eps"] / unbiased**0.5)
+        return scale
 
 
 @register_optimizer(torch.optim.Adamax)

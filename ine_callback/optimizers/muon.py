@@ -57,7 +57,7 @@ def orthogonalised(matrix: Tensor, group: Group) -> Tensor:
         True
     """
     a, b, c = group["ns_coefficients"]
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x: Tensor = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp_min(group["eps"])
     for _ in range(group["ns_steps"]):
         gram = x @ x.T

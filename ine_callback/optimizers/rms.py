@@ -24,8 +24,8 @@ from ine_callback.optimizers.sgd import SGDRule
 class RMSpropRule(SGDRule):
     """b = momentum b + g / (sqrt(v) + eps), w -= lr b, with v = alpha v + (1 - alpha) g^2.
 
-    A gradient acts 1 / (1 - momentum) times. The scalar is 1 / (sqrt(mean of v over the block) + eps). ``centered`` takes the squared average of g off v. Weight
-    decay is part of the gradient.
+    A gradient acts 1 / (1 - momentum) times. The scalar is 1 / (sqrt(mean of v over the block) + eps). ``centered``
+    takes the squared average of g off v. Weight decay is part of the gradient.
     """
 
     rate_options = (*SGDRule.rate_options, "alpha", "centered")
@@ -146,9 +146,9 @@ class AdafactorRule(UpdateRule):
     """w -= a u / max(1, rms(u) / d), with u = g / max(sqrt(v), eps1) and a = max(eps2, rms(w)) min(lr, 1 / sqrt(t)).
 
     v is an average of g^2, of matrices the outer product of its means over rows and columns; its mean over a parameter
-    is that of g^2. Each parameter has the scalar a / lr / max(sqrt(mean v), eps1) / max(1, 1 / d): rms(u) is taken as 1,
-    as it is for gradients that stay as large as they were. A block has the mean of its parameters' scalars, weighted by
-    their sizes. Weight decay is decoupled.
+    is that of g^2. Each parameter has the scalar a / lr / max(sqrt(mean v), eps1) / max(1, 1 / d): rms(u) is
+    taken as 1, as it is for gradients that stay as large as they were. A block has the mean of its parameters' scalars,
+    weighted by their sizes. Weight decay is decoupled.
     """
 
     rate_options = (*UpdateRule.rate_options, "beta2_decay", "d")

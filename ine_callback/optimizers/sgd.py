@@ -32,10 +32,8 @@ class SGDRule(UpdateRule):
             >>> SGDRule().gain({"momentum": 0.5, "dampening": 0.0}), SGDRule().gain({"momentum": 0.0})
             (2.0, 1.0)
         """
-        momentum = float(group.get("momentum", 0.0))
-        return (
-            (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if momentum else 1.0
-        )  # Nesterov's sum is the same
+        momentum, dampening = (float(group.get(name, 0.0)) for name in ("momentum", "dampening"))
+        return (1 - dampening) / (1 - momentum) if momentum else 1.0  # Nesterov's sum is the same
 
 
 @register_optimizer(torch.optim.ASGD)

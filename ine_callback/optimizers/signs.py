@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ine_callback.optimizers.blocks import State, block_mean, steps_of, total
+from ine_callback.optimizers.blocks import State, block_mean, total
 from ine_callback.optimizers.registry import Group, Rate, UpdateRule, register_optimizer
 
 
