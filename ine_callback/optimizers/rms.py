@@ -146,12 +146,12 @@ class AdafactorRule(UpdateRule):
     """w -= a u / max(1, rms(u) / d), with u = g / max(sqrt(v), eps1) and a = max(eps2, rms(w)) min(lr, 1 / sqrt(t)).
 
     v is an average of g^2, of matrices the outer product of its means over rows and columns; its mean over a parameter
-    is that of g^2. Each parameter has the scalar a / lr / max(sqrt(mean v), eps1) / max(1, 1 / d): rms(u) is
-    taken as 1, as it is for gradients that stay as large as they were. A block has the mean of its parameters' scalars,
-    weighted by their sizes. Weight decay is decoupled.
+    is that of g^2. Each parameter has the scalar a / lr / max(sqrt(mean v), eps1): rms(u) / d is
+    taken as at most 1, as it is for gradients that stay as large as they were. A block has the mean of its parameters'
+    scalars, weighted by their sizes. Weight decay is decoupled.
     """
 
-    rate_options = (*UpdateRule.rate_options, "beta2_decay", "d")
+    rate_options = (*UpdateRule.rate_options, "beta2_decay")
 
     def rate(
         self, optimizer: Optimizer, group: Group, parameters: Sequence[nn.Parameter], unscale: Tensor | float
@@ -163,7 +163,7 @@ class AdafactorRule(UpdateRule):
             eps1 = torch.finfo(p.dtype).eps if eps1 is None else eps1
             size = (total(p.detach().float().square()) / p.numel()).sqrt().clamp_min(eps2)
             limit = min(1.0, 1 / (lr * t**0.5)) if lr else 1.0
-            found: Tensor = size * limit / mean.sqrt().clamp_min(eps1) / max(1.0, 1 / group["d"]) * p.numel()
+            found: Tensor = size * limit / mean.sqrt().clamp_min(eps1) * p.numel()
             return found
 
         def warm(p: nn.Parameter, state: State) -> Tensor:
