@@ -72,16 +72,21 @@ class UpdateRule:
 
 
 PLAIN_SGD = UpdateRule()
-_RULES: dict[type[Optimizer], UpdateRule] = {}
+_RULES: dict[type[Optimizer] | str, UpdateRule] = {}
 
 
-def register_optimizer(*types: type[Optimizer]) -> Callable[[type[UpdateRule]], type[UpdateRule]]:
+def register_optimizer(*types: type[Optimizer] | str) -> Callable[[type[UpdateRule]], type[UpdateRule]]:
     """Registers the decorated :class:`UpdateRule` for optimizer classes and their subclasses.
 
     The rule of the nearest class counts. An optimizer without a rule is treated as plain SGD, and the report says so.
 
+    Args:
+        types: The classes. One of a package that need not be installed is named by package and class,
+            ``"lion_pytorch.Lion"``, in whichever of the package's modules it is defined.
+
     Raises:
-        TypeError: If one of ``types`` is not an optimizer class, or the decorated object is not an ``UpdateRule``.
+        TypeError: If one of ``types`` is neither an optimizer class nor such a name, or the decorated object is not an
+            ``UpdateRule``.
 
     Example:
         >>> import torch
@@ -102,8 +107,12 @@ def register_optimizer(*types: type[Optimizer]) -> Callable[[type[UpdateRule]], 
         Rate(lr=0.1, step=0.1, curvature=tensor(1.), decay=0.0, weight=tensor(1.))
     """
     for kind in types:
-        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-            raise TypeError(f"register_optimizer: {kind!r} is not a class of torch.optim.Optimizer; pass its class.")
+        named = isinstance(kind, str) and all(part.isidentifier() for part in kind.split(".")) and "." in kind
+        if not named and not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+            raise TypeError(
+                f"register_optimizer: {kind!r} is not a class of torch.optim.Optimizer; pass its class, or the name of "
+                "its package and class with a dot between them."
+            )
 
     def decorate(rule: type[UpdateRule]) -> type[UpdateRule]:
         if not (isinstance(rule, type) and issubclass(rule, UpdateRule)):
@@ -117,12 +126,35 @@ def register_optimizer(*types: type[Optimizer]) -> Callable[[type[UpdateRule]], 
 
 def known(optimizer: Optimizer) -> bool:
     """Whether a rule is registered for the optimizer; others are treated as plain SGD."""
-    return any(kind in _RULES for kind in optimizer.__class__.__mro__)
+    return _registered(optimizer) is not None
 
 
 def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The rule of the nearest registered class; plain SGD where there is none."""
-    return next((_RULES[kind] for kind in optimizer.__class__.__mro__ if kind in _RULES), PLAIN_SGD)
+    return _registered(optimizer) or PLAIN_SGD
+
+
+def _registered(optimizer: Optimizer) -> UpdateRule | None:
+    names = [name for name in _RULES if isinstance(name, str)]
+    for kind in optimizer.__class__.__mro__:
+        if kind in _RULES:
+            return _RULES[kind]
+        for name in names:
+            if _is_named(kind, name):
+                return _RULES[name]
+    return None
+
+
+def _is_named(kind: type, name: str) -> bool:
+    """Whether a class is the one of this name, in the named package or a module in it.
+
+    Example:
+        >>> import torch
+        >>> [_is_named(torch.optim.SGD, name) for name in ("torch.optim.SGD", "torch.SGD", "torch.opt.SGD")]
+        [True, True, False]
+    """
+    package, _, own = name.rpartition(".")
+    return kind.__qualname__ == own and f"{kind.__module__}.".startswith(f"{package}.")
 
 
 def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter], unscale: Tensor | float = 1.0) -> Rate:

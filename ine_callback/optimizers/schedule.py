@@ -126,7 +126,10 @@ def _stand_ins(
 ) -> tuple[Optimizer, list[tuple[Any, int]]]:
     """Copies of the schedulers that drive a one-parameter SGD with the real parameter groups' settings."""
     groups = [
-        {**{k: v for k, v in g.items() if k != "params"}, "params": [torch.zeros(1)]} for g in optimizer.param_groups
+        # a learning rate may be a tensor, which schedulers fill in place
+        {k: v.clone() if torch.is_tensor(v) else v for k, v in g.items() if k != "params"}
+        | {"params": [torch.zeros(1)]}
+        for g in optimizer.param_groups
     ]
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     stand_in.param_groups = groups

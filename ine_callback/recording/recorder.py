@@ -198,7 +198,9 @@ class Recorder:
             self.capture.attach()
         if records and not known(training.optimizer):
             kind = type(training.optimizer).__name__
-            guard.warn(f"{kind} is not SGD, Adam or AdamW: its steps are taken as plain SGD")
+            guard.warn(
+                f"{kind} has no update rule: its steps are taken as plain SGD; @register_optimizer({kind}) gives it one"
+            )
         self._handles = watch_steps(training.optimizer, guard, self._ready, self._taken)
         self._clock = Clock()
         guard.phase = Phase.PROBING if records else Phase.RECORDING

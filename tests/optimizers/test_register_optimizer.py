@@ -134,6 +134,24 @@ def test_parameter_groups_have_their_own_rates() -> None:
 def test_an_optimizer_without_a_rule_is_treated_as_plain_sgd() -> None:
     p = [nn.Parameter(torch.zeros(1))]
     assert known(SGD(p)) and known(Adam(p)) and known(AdamW(p))
-    other = torch.optim.RMSprop(p, lr=0.2, momentum=0.9, weight_decay=0.1)
+    other = torch.optim.LBFGS(p, lr=0.2)
     assert not known(other)
     assert rate_of(other, p).step == 0.2 and rate_of(other, p).curvature == 1.0
+
+
+def test_a_class_of_a_package_that_is_not_installed_is_registered_by_its_name() -> None:
+    register_optimizer("absent_package.optim.Tripled")(TripledRule)
+    p = [parameter(0.0)]
+    for module, found in {
+        "absent_package.optim": True,
+        "absent_package.optim.tripled": True,
+        "absent_package": False,
+        "absent_package.optimizers": False,
+        "other.absent_package.optim": False,
+    }.items():
+        kind = type("Tripled", (Tripled,), {"__module__": module})
+        assert known(kind(p, lr=0.1)) is found, module
+    kind = type("Ours", (type("Tripled", (Tripled,), {"__module__": "absent_package.optim"}),), {})
+    assert isinstance(rule_of(kind(p, lr=0.1)), TripledRule)  # its base has the name
+    with pytest.raises(TypeError, match=r"'Tripled' is not a class.*name of its package and class"):
+        register_optimizer("Tripled")

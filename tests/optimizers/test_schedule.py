@@ -204,3 +204,12 @@ def test_early_stopping_is_noted_in_the_summary() -> None:
     summary = schedule.summary()
     assert (summary["steps"], summary["planned_steps"]) == (4, 10)
     assert "stopped after 4 of 10" in summary["note"] and "60%" in summary["note"]
+
+
+def test_a_learning_rate_that_is_a_tensor_is_read_ahead_and_left_alone() -> None:
+    """Schedulers fill such a tensor in place: the copies must not have the real one."""
+    optimizer = AdamW([nn.Parameter(torch.zeros(2))], lr=torch.tensor(0.1))
+    scheduler = lrs.ExponentialLR(optimizer, 0.5)
+    schedule = planned_schedule(optimizer, 3, [(scheduler, 1)])
+    assert schedule.planned == pytest.approx((0.1, 0.05, 0.025))
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
