@@ -292,7 +292,7 @@ def _saved_by_hooks() -> bool:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None:
         return top(False) is not None
-    try:  # torch 2.6 has no such function, but refuses to disable hooks that are in use
+    try:  # torch 2.6 and 2.7 have no such function, but refuse to disable hooks that are in use
         with disable_saved_tensors_hooks(""):
             return False
     except RuntimeError:
