@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types doctest snippets docs ci clean
+.PHONY: help demo test test-all oldest lint format types doctest snippets docs ci clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,6 +28,11 @@ test: $(VENV)/.installed-dev ## the test suite, without the tests that take minu
 
 test-all: $(VENV)/.installed-dev ## all tests
 	$(PYTEST) $(SPREAD) -m ""
+
+# Of what runs with the package: the lower bounds in pyproject.toml.
+OLDEST := torch==2.6.0 lightning==2.5.0 torchmetrics==1.4.0 numpy==1.26.0 scipy==1.11.1 pyarrow==15.0.0 rich==13.0.0
+oldest: ## `make test` on Python 3.10 and the oldest versions of what the package needs, in .venv-oldest
+	$(MAKE) test PYTHON=python3.10 VENV=.venv-oldest TORCH="$(OLDEST)"
 
 lint: $(VENV)/.installed-dev ## linter and formatter, changing nothing
 	$(PY) -m ruff check
@@ -54,7 +59,7 @@ ci: ## all of the above in a fresh virtual environment, as CI does it
 	bash .ci/run
 
 clean: ## removes the virtual environment, caches and output
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist demo site lightning_logs
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist demo site lightning_logs
 
 # What running needs, then what working on the project needs on top.
 $(VENV)/.installed: pyproject.toml
@@ -63,7 +68,7 @@ $(VENV)/.installed: pyproject.toml
 	@test -x $(VENV)/bin/pip || { echo "==> 1/3 virtual environment in $(VENV), with $$($(PYTHON) --version)"; \
 	  $(PYTHON) -m venv $(VENV); } || { echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }
 	@echo "==> 2/3 installing $(TORCH): a large download, a minute or more"
-	@$(PIP) "$(TORCH)"
+	@$(PIP) $(TORCH:%="%")
 	@echo "==> 3/3 installing ine_callback and what its examples need: half a minute"
 	@$(PIP) -e ".[bench]"
 	@touch $@

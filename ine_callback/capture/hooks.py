@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
@@ -286,6 +287,18 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _saved_by_hooks() -> bool:
+    """Whether hooks (of checkpointing, or offloading) apply to what autograd saves now."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(False) is not None
+    try:  # torch 2.6 and 2.7 have no such function, but refuse to disable hooks that are in use
+        with disable_saved_tensors_hooks(""):
+            return False
+    except RuntimeError:
+        return True
+
+
 class _SaveForBackward(torch.autograd.Function):
     """Saves an input as autograd does, so that hooks on saved tensors apply to it too."""
 
@@ -302,7 +315,7 @@ def _save(x: Tensor) -> Callable[[], Tensor | None]:
     saves it there.
     """
     x, version = x.detach(), 0 if x.is_inference() else x._version
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if not _saved_by_hooks():
         return lambda: x if x.is_inference() or x._version == version else None
     node = _SaveForBackward.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
     return lambda: node.grad_fn.saved_tensors[0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters, plain_parameters
+from ine_callback.capture.bare.uses import SAVED_IS_READ
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.passes import adds_to_grad
@@ -200,7 +201,8 @@ def _why(name: str, users: Sequence[nn.Module]) -> str:
         return f"'{leaf}' is a property of {kind}, which computes what the layer uses"
     if users and layer_function(users[-1]) is not None and leaf not in ("weight", "bias"):
         return f"{kind} uses it in a way that its layer function does not know (weight_norm, prune, a scale)"
-    return f"no layer function for {kind} (register one with @register_layer), or its forward is never called"
+    reason = f"no layer function for {kind} (register one with @register_layer), or its forward is never called"
+    return reason if SAVED_IS_READ else f"{reason}; only torch 2.13 and newer let products that use it be read"
 
 
 def fraction_of(module: nn.Module, names: Iterable[str]) -> float:

@@ -166,7 +166,7 @@ def picture(root: nn.Module) -> dict[str, Any]:
         parts: dict[Any, Any] = {}
         if issubclass(kind, Tensor):
             dense = value.to_dense() if value.is_sparse else value
-            graph = (id(value.grad_fn), value.requires_grad, value._version)
+            graph = (value.grad_fn, value.requires_grad, value._version)  # the node, held: ids are reused
             seen[path] = (graph, dense.detach().tolist(), id(value.grad) if value.is_leaf else None)
         elif issubclass(kind, dict):
             parts = dict(OrderedDict.items(value) if issubclass(kind, OrderedDict) else dict.items(value))

@@ -32,6 +32,8 @@ _PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 _OTHERS = ("Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
 _STEPS = _BROADCAST | _COPIES | _RESHAPES | _TRANSPOSES | _PARTS | {f"{name}Backward0" for name in _OTHERS}
 _OF_WEIGHTS = _TRANSPOSES | _PARTS | {_CAST}  # steps before a matrix product
+# torch 2.6 to 2.12 do not tell what activation checkpointing saved, so that nothing saved is read
+SAVED_IS_READ = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 
 
 class Unrecognised(Exception):
@@ -215,7 +217,7 @@ class Graph:
 def is_readable(node: Any) -> bool:
     """Whether all that an operation saved can be read a second time.
 
-    What activation checkpointing saved can be read once only, by autograd. Older torch does not tell which that is.
+    What activation checkpointing saved can be read once only, by autograd.
     """
     kind: Any = type(node)
     for name in _saved_by(kind):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning_utilities.core.imports import RequirementCache
 from rich.console import Console
 
 from ine_callback import BIF, FINE, CallableQuery, InfluenceCallback, InfluenceReport, Query
@@ -17,6 +18,11 @@ from ine_callback.errors import InfluenceError
 from ine_callback.report import ReportError
 from tests.helpers.attributions import assert_same
 from tests.helpers.bif.training import QUIET, ROWS, SHORT_CHAINS, Model, fit
+
+NO_RICH_BAR = pytest.mark.skipif(
+    bool(RequirementCache("lightning<2.5.3") and RequirementCache("rich>=14.1")),
+    reason="RichProgressBar of lightning<2.5.3 needs rich<14.1",
+)
 
 
 def test_chains_change_nothing_else() -> None:
@@ -44,7 +50,7 @@ def test_rows_are_dataset_indices_and_queries_the_callbacks() -> None:
     assert "10 of 96 rows" in some.bif.notes[0]
 
 
-@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+@pytest.mark.parametrize("bar", [pytest.param(RichProgressBar, marks=NO_RICH_BAR), TQDMProgressBar])
 def test_progress_is_shown_in_the_trainers_bar(bar: Any, capfd: pytest.CaptureFixture[str]) -> None:
     _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS)], callbacks=[bar()])  # type: ignore[arg-type]
     assert len(report.attributions) == 1
