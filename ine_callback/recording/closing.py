@@ -96,7 +96,7 @@ class ClosingPass:
             raise InfluenceError("the trained weights are not finite")
         with isolated(module):  # puts back the weights, and random numbers that the user's batch hooks draw, too
             found = [self._pass(context, parts, guard)]
-            if self.late.affordable(rows, guard.steps * guard.widest):
+            if self.late.usable(module, rows, guard.steps * guard.widest):
                 found += [self._pass(context, parts, guard) for _ in self.late.load(module)]
         if self.late.missing:
             guard.note(f"closing pass at the last weights alone: {self.late.missing}")

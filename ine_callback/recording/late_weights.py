@@ -58,12 +58,24 @@ class LateWeights:
             return
         self._kept.append({name: _on_host(tensor) for name, tensor in changing.items()})
 
-    def affordable(self, rows: int, observed: int) -> bool:
-        """Whether passing ``rows`` rows for each of them costs little beside a training on ``observed`` rows."""
-        again = rows * len(self)
-        if again <= max(FEW, SHARE * observed):
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """What was kept; a checkpoint is larger by that."""
+        return list(self._kept)
+
+    def load_state_dict(self, state: list[dict[str, Tensor]]) -> None:
+        """Goes on from what :meth:`state_dict` returned."""
+        if self.wanted:
+            self._kept = [{name: tensor.cpu() for name, tensor in kept.items()} for kept in state]
+
+    def usable(self, module: nn.Module, rows: int, observed: int) -> bool:
+        """Whether they are whole, and passing ``rows`` rows for each costs little beside training on ``observed``."""
+        again, changing = rows * len(self), set(_changing(module))
+        if any(set(kept) != changing for kept in self._kept):
+            self.missing = "other parameters were trained when earlier ones were kept"
+        elif again > max(FEW, SHARE * observed):
+            self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
+        else:
             return True
-        self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
         self._kept.clear()
         return False
 

@@ -7,12 +7,13 @@ from collections import Counter
 from typing import Any
 
 from ine_callback.recording.guard import Guard
+from ine_callback.recording.late_weights import LateWeights
 from ine_callback.recording.provenance import Clock
 from ine_callback.recording.setup import Parts
 from ine_callback.recording.steps import OptimizerSteps
 
 
-def saved_state(guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps) -> dict[str, Any]:
+def saved_state(guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps, late: LateWeights) -> dict[str, Any]:
     """What :func:`restore_state` goes on from; with several processes, all must call it."""
     together = guard.recording or parts.processes.count == 1  # after the end others may be gone
     if together:
@@ -29,12 +30,15 @@ def saved_state(guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps)
         "left_out": dict(steps.left_out),
         "started": clock.started.isoformat(),
         "seconds": clock.seconds,
+        "late_weights": late.state_dict(),
         "ledger": parts.accumulators.state_dict(),
         "signals": parts.signals.state_dict(together) if guard.steps and not guard.failed else None,
     }
 
 
-def restore_state(state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps) -> None:
+def restore_state(
+    state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps, late: LateWeights
+) -> None:
     """Goes on from what :func:`saved_state` returned.
 
     Raises:
@@ -45,6 +49,7 @@ def restore_state(state: dict[str, Any], guard: Guard, clock: Clock, parts: Part
     # checkpoints of 0.1 have no more than the steps
     guard.reason, guard.taken = state.get("reason", ""), state.get("taken", state["steps"])
     guard.widest = state.get("widest", 0)
+    late.load_state_dict(state.get("late_weights", []))
     guard.notes = [*state["notes"], *guard.notes]
     steps.left_out = Counter(state.get("left_out", {}))
     clock.resume(datetime.datetime.fromisoformat(state["started"]), state["seconds"])

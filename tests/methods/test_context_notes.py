@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ine_callback.errors import CaptureError
 from ine_callback.methods.context import TOGETHER
-from tests.helpers.contexts import CLASSES, EXACT, LABELS, VECTORS, WIDTH, bound, entropy, explicit, names_of, numbers
+from tests.helpers.contexts import CLASSES, EXACT, LABELS, VECTORS, WIDTH, bound, entropy, explicit, names_of
 
 
 class Scale(nn.Module):
@@ -24,19 +24,7 @@ class Scale(nn.Module):
         self.factor = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
-
-
-class TimeFirst(nn.Module):
-    """Its inner layer sees [time, rows, width], and there are as many times as rows of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.inner(x.transpose(0, 1)).transpose(0, 1).tanh().mean(1))
-        return out
+        return x * self.factor.cumsum(0)
 
 
 class Outside(nn.Module):
@@ -55,10 +43,6 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], str]] = {
     "unknown layer": (
         lambda: nn.Sequential(Scale(), nn.Linear(WIDTH, CLASSES)), VECTORS, {"1.weight", "1.bias"},
         r"leave out 0\.factor: no layer function for Scale",
-    ),
-    "time first": (
-        TimeFirst, numbers(TOGETHER, TOGETHER, WIDTH), {"out.weight", "out.bias"},
-        r"leave out inner\.weight: .*is not led by the batch's 64 rows",
     ),
     "used outside": (
         Outside, VECTORS, {"out.weight", "out.bias"}, r"leave out inner\.weight: its per-sample gradients add up",
