@@ -229,7 +229,7 @@ def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
     _, alone = train(FINE(closing=False))
     mu, run = recorder.report().scores.mu[:, :2], alone.report().scores.mu[:, :2]
     assert method.found is not None and np.isfinite(recorder.report().scores.se).all()
-    both = method.found.shift / method.found.shift.std(0) + 0.5 * run / run.std(0)
+    both = method.found.shift / method.found.shift.std(0) + run / run.std(0)
     ratio = mu / both
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-5)  # one size a query
     assert (ratio > 0).all()
@@ -247,7 +247,7 @@ def test_mu_times_its_unit_is_a_shift_in_the_size_of_the_pass() -> None:
 def test_the_unit_has_a_part_of_the_order_and_leans_on_other_queries() -> None:
     found = Closing(np.ones((2, 3)), np.ones((2, 3, 1)), np.array([3.0, 0.1, 5.0]), np.array([0, 0, 550.0]), np.ones(3))
     variance = np.array([9.0, 0.01, 25 + 2 * 550 / 100])
-    np.testing.assert_allclose(unit_of(found, 100), 0.48 * np.sqrt(variance + 0.09 * 9.0), rtol=1e-12)
+    np.testing.assert_allclose(unit_of(found, 100), 0.46 * np.sqrt(variance + 0.09 * 9.0), rtol=1e-12)
     lost = replace(found, sd=np.array([3.0, np.nan, 5.0]))
     assert np.isnan(unit_of(lost, 100)).tolist() == [False, True, False]
 

@@ -9,8 +9,8 @@ variance that the order of the rows leaves, and m^2 the median of the first two 
 run happens to have settled is not settled in all.
 
 The run has seen the rows at all weights on the way, the pass sees them at late ones, through a better curvature: their
-errors differ. So mu is the sum of the pass's scores and RUN times the run's, each divided by its standard deviation
-over rows, and ranks better than either. Its size is that of c, so mu u is a shift in the query's own unit.
+errors differ. So mu is the sum of both, each divided by its standard deviation over rows, and ranks better than
+either. Its size is that of c, so mu u is a shift in the query's own unit.
 
     se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
 
@@ -32,8 +32,7 @@ from ine_callback.methods.closing import Closing
 from ine_callback.scores import Floats
 from ine_callback.utilities.words import SIZE
 
-UNIT, ORDER, FLOOR, RELATIVE = 0.48, 2.0, 0.3, 0.05
-RUN = 0.5  # what the run's ranking counts beside the pass's
+UNIT, ORDER, FLOOR, RELATIVE = 0.46, 2.0, 0.3, 0.05
 PRIOR = 20  # contrasts that the mean over all rows counts as, beside a row's own
 LEAST_AGREEMENT = 0.75  # of the shifts at different late weights
 
@@ -81,13 +80,13 @@ def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se
         mu = found / spread * run_spread
         se = np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
         return ClosedScores(np.where(both, mu, run), se, np.full(len(unit), np.nan))
-    total = found / spread + RUN * run / run_spread
+    total = found / spread + run / run_spread
     width = _spread(total)
     total = total / width
     size = _mean(found * total) / _mean(total**2)  # regression of c on the sum
     size = np.where(size > 0, size, spread)
     mu = np.where(both, total, run / run_spread) * size  # rows that the pass did not see have the run's score alone
-    errors = np.where(both, error / spread / width, 0.0), run_se / run_spread * np.where(both, RUN / width, 1.0)
+    errors = np.where(both, error / spread / width, 0.0), run_se / run_spread / np.where(both, width, 1.0)
     se = np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
     known = np.isfinite(size)  # a query that could not be computed at the end keeps the run's scores
     return ClosedScores(np.where(known, mu, run), np.where(known, se, run_se), np.where(known[0], unit, np.nan))
