@@ -27,7 +27,9 @@ def section(results: dict[str, Any]) -> Iterable[str]:
     own = results["seed"] != SEED
     which = f'seed {results["seed"]}, part "{results["half"]}"' if own else f'half "{results["half"]}"'
     option = f" --seed {results['seed']}" if own else ""
-    said = "Drawn and scored once when everything was settled." if own else "Split in two before any result."
+    if not results["closing"]:
+        which, option = f"{which}, the run alone", f"{option} --without-closing"
+    said = "Another family than the one developed on." if own else "Split in two before any result."
     values = {key: results[key] for key in ("half", "seeds")}
     yield HEAD.format(**values, which=which, option=option, said=said, count=len(protocols))
     rows = {name: {key: at(row, path) for key, (path, _) in COLUMNS.items()} for name, row in protocols.items()}

@@ -58,7 +58,7 @@ def tails(kind: str) -> Tails:
 
 SIZE = "size not reliable: "  # begins a note of a run whose scores rank rows, but are no numbers of deviations
 MEASURED = "size: the spread of "  # begins a note of combined runs, which measure what single runs predict
-PREDICTED = "Sizes are of one run: right within a factor of 2 in four of five trainings; combine runs to measure them."
+PREDICTED = "Sizes are of one run: right within a factor of 2 in three of four trainings; combine runs to measure them."
 CLOSING = "no closing pass: "  # begins a note of a run whose scores are of its steps alone
 
 
