@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import rankdata
 
 from ine_callback.scores import Floats
+from ine_callback.stats.ranks import spearman
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ def _agreement(shifts: Floats) -> float:
     known = shifts[:, np.isfinite(shifts).all((0, 2))]
     if len(shifts) < 2 or known.shape[1] < 2:
         return float("nan")
-    ranks = rankdata(known, axis=1) - (known.shape[1] + 1) / 2
-    norms = np.sqrt(np.square(ranks).sum(1))
-    found = [(ranks[a] * ranks[b]).sum(0) / (norms[a] * norms[b]) for a, b in combinations(range(len(ranks)), 2)]
+    queries = range(shifts.shape[2])
+    found = [spearman(one[:, q], other[:, q]) for one, other in combinations(known, 2) for q in queries]
     return float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")

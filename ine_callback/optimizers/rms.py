@@ -103,22 +103,16 @@ class AdagradRule(UpdateRule):
 
 
 @register_optimizer(torch.optim.Adadelta)
-class AdadeltaRule(UpdateRule):
+class AdadeltaRule(RMSpropRule):
     """w -= lr u with u = sqrt(d + eps) / sqrt(v + eps) g; v and d average g^2 and u^2, by rho.
 
     The scalar is the root of the ratio of the block's means, (mean d + eps) / (mean v + eps); before the first step d
-    is 0. Weight decay is part of the gradient.
+    is 0. Weight decay is part of the gradient; there is no momentum.
     """
 
-    rate_options = (*UpdateRule.rate_options, "rho")
+    rate_options = (*SGDRule.rate_options, "rho")
 
-    def rate(
-        self, optimizer: Optimizer, group: Group, parameters: Sequence[nn.Parameter], unscale: Tensor | float
-    ) -> Rate:
-        weight, rest = (self._scale(optimizer, group, parameters, unscale, settled) for settled in (False, True))
-        return Rate(float(group["lr"]), self.step(group), rest, float(group["weight_decay"]) * rest, weight)
-
-    def _scale(
+    def scale(
         self,
         optimizer: Optimizer,
         group: Group,

@@ -169,7 +169,7 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
 
 
 class Curvature:
-    """The Fisher at the final weights: of all rows across layers, or of each layer as Kronecker factors.
+    """The Fisher at the module's present weights: of all rows across layers, or of each layer as Kronecker factors.
 
     Args:
         rows: Number of rows N.

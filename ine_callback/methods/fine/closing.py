@@ -15,8 +15,8 @@ either. Its size is that of c, so mu u is a shift in the query's own unit.
     se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
 
 The contrasts of single rows are shrunk to the mean of all. They know the initial weights alone; the last part stands
-for the order of the rows and for what is not linear. These numbers were chosen on trainings that no table reports
-(docs/methods/fine-accuracy.md).
+for the order of the rows and for what is not linear. These numbers were chosen on the development half of the family
+of protocols and on trainings drawn for it (docs/methods/fine-accuracy.md).
 
 From fixed weights mu is the pass's ranking in the run's size.
 """

@@ -262,7 +262,7 @@ class FINE(Method):
             query_loss[columns] = self._closing.losses
         if self.estimator != "gaussian":
             mu, se = estimators.compute(state, self.estimator)
-            mu[~seen], se[~seen], unit[:] = np.nan, np.nan, np.nan
+            mu[~seen], se[~seen] = np.nan, np.nan
             null_sd = se.copy()
         return Scores(
             queries=self._queries,

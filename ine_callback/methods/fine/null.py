@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ine_callback.methods.base import host
+from ine_callback.scores import Floats
+
 MAX_NULL_DRAWS = 2**17  # per query, in the state
 
 
@@ -26,10 +29,10 @@ def enlarged(tensor: Tensor, rows: int) -> Tensor:
 
 
 def standardised(
-    null: Tensor, query: int, stride: int, seen: NDArray[np.bool_], variance: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    null: Tensor, query: int, stride: int, seen: NDArray[np.bool_], variance: Floats
+) -> tuple[Floats, Floats]:
     """Returns the standardised permuted shifts [M, R] of observed rows with a null, and the held-out draw [M]."""
-    permuted = null[:-1, :, query].cpu().double().numpy()
+    permuted = host(null[:-1, :, query])
     observed, v = seen[::stride], variance[::stride]
     with np.errstate(divide="ignore", invalid="ignore"):
         z = permuted[observed] / np.where(v > 0, np.sqrt(v), np.nan)[observed, None]
