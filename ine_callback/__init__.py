@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif
-    from ine_callback.methods import BIF, FINE, FitContext, FitEndMethod, PerSamplePass
+    from ine_callback.methods import BIF, FINE, IF, FitContext, FitEndMethod, PerSamplePass
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BIF",
     "FINE",
+    "IF",
     "Attribution",
     "BIFScores",
     "Calibration",
@@ -60,7 +61,7 @@ _MODULES = {
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
-    "methods": ["BIF", "FINE", "FitContext", "FitEndMethod", "PerSamplePass"],
+    "methods": ["BIF", "FINE", "IF", "FitContext", "FitEndMethod", "PerSamplePass"],
     "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],

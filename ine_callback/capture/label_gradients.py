@@ -20,8 +20,8 @@ Cotangent = Callable[[Tensor], Tensor]
 MAX_CLASSES = 64
 
 
-def classes_of(loss: Tensor, rows: int) -> int:
-    """Passes that :func:`expect` needs to cover a loss's labels: its classes.
+def labels_of(loss: Tensor, rows: int) -> int:
+    """Passes that :func:`expect` needs to cover a loss's labels: its classes, or the numbers that it predicts.
 
     Args:
         loss: The scalar that is about to be differentiated.
@@ -30,18 +30,19 @@ def classes_of(loss: Tensor, rows: int) -> int:
     Raises:
         InfluenceError: If the loss is of another form, has several terms a row, or too many classes.
     """
-    node, _ = _known(loss)
-    if node.name() != "NllLossBackward0" or len(node._saved_self) != rows:
-        several = "with several terms a row " if node.name().startswith("NllLoss") else ""
+    node, side = _known(loss)
+    classes = node.name().startswith("NllLoss")
+    value = node._saved_target if side else node._saved_self
+    if classes and (node.name() != "NllLossBackward0" or len(value) != rows):
         raise InfluenceError(
-            f"labels='expected': the loss {node.name()} {several}has no list of labels to go through; use "
-            "labels='sampled'."
+            f"labels='expected': the loss {node.name()} with several terms a row has no list of labels to go through; "
+            "use labels='sampled'."
         )
-    count = int(node._saved_self.shape[1])
+    count = int(value.shape[1] if classes else value.numel() // rows)
     if count > MAX_CLASSES:
         raise InfluenceError(
-            f"labels='expected': {count} classes need as many backward passes a batch, at most {MAX_CLASSES} are "
-            "taken; use labels='sampled'."
+            f"labels='expected': {count} {'classes' if classes else 'predicted numbers'} need as many backward passes "
+            f"a batch, at most {MAX_CLASSES} are taken; use labels='sampled'."
         )
     return count
 
@@ -76,21 +77,51 @@ def sample(loss: Tensor, generator: torch.Generator | None = None) -> None:
         _replace(node, side, lambda _: ((p - bits) * weight).to(value.dtype) * _coefficient(node, value))
 
 
-def expect(loss: Tensor, label: int) -> None:
+def expect(loss: Tensor, label: int, rows: int) -> None:
     """Replaces all labels by one class, times the square root of its probability, in the loss's backward pass.
 
     The squares of all classes' gradients then add up to the expectation under the predicted distribution. A row keeps
-    its own label's weight. :func:`classes_of` tells whether the loss can.
+    its own label's weight. Of numbers and bits, one predicted value has an error of the size of its standard deviation
+    under that distribution, and the others have none. :func:`labels_of` tells whether the loss can.
+
+    Args:
+        loss: The scalar that is about to be differentiated.
+        label: Which class, or which of a row's predicted values.
+        rows: Number of rows of the batch.
     """
     node, side = _known(loss)
-    root = (wide(node._saved_self.detach())[:, label] / 2).exp()
+    value = (node._saved_target if side else node._saved_self).detach()
+    if node.name() == "NllLossBackward0":
+        root = (wide(value)[:, label] / 2).exp()
 
-    def replaced(grad: Tensor) -> Tensor:
-        column = torch.full((len(grad), 1), label, dtype=torch.int64, device=grad.device)
-        moved: Tensor = _moved(grad, column) * root[:, None].to(grad.dtype)
-        return moved
+        def replaced(grad: Tensor) -> Tensor:
+            column = torch.full((len(grad), 1), label, dtype=torch.int64, device=grad.device)
+            moved: Tensor = _moved(grad, column) * root[:, None].to(grad.dtype)
+            return moved
 
-    _replace(node, side, replaced)
+        return _replace(node, side, replaced)
+    only = torch.zeros_like(value).view(rows, -1)
+    only[:, label] = 1.0
+    error = torch.full_like(value, 2**0.5)
+    if node.name() != "MseLossBackward0":
+        p = wide(value).sigmoid()
+        error = ((p * (1 - p)).sqrt() * _bce_weight(node, p)).to(value.dtype)
+    _replace(node, side, lambda _: only.view_as(value) * error * _coefficient(node, value))
+
+
+def probabilities(loss: Tensor, rows: int) -> Tensor:
+    """Predicted probabilities of the classes [b, C].
+
+    Raises:
+        InfluenceError: If the loss is no cross entropy with one term a row.
+    """
+    node = loss_node(loss)
+    if node is None or node.name() != "NllLossBackward0" or len(node._saved_self) != rows:
+        raise InfluenceError(
+            "the loss has no classes with one term a row: sampler='logit', 'distance' and 'topk' need a classifier; "
+            "use sampler='curvature'."
+        )
+    return wide(node._saved_self.detach()).exp()
 
 
 def _known(loss: Tensor) -> tuple[Any, int]:

@@ -158,6 +158,18 @@ class KFAC:
             return SpectralOperator(spectrum(factors.diagonal / steps), sides, entrywise=True)
         return SpectralOperator(spectrum(left_values[..., :, None], right_values[..., None, :]), sides)
 
+    def eigenvectors(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
+        """Eigenvectors of a block's left and right covariance [G, K, K], decomposed in float64.
+
+        None where a side is diagonal, and for blocks that were never observed.
+        """
+        factors = self._factors.get(block.name)
+        if factors is None:
+            return None, None
+        sides = zip((factors.left, factors.right), factors.full, strict=True)
+        left, right = (None if not full or x is None else _eigen(x.double(), True)[1] for x, full in sides)
+        return left, right
+
     def state_dict(self) -> dict[str, Any]:
         """Every block's sums, by its name: tensors and plain types."""
         return {

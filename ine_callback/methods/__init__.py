@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from ine_callback.methods.context import FitContext, RowGradients
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
+    from ine_callback.methods.influence.influence import IF
     from ine_callback.methods.passes import PerSamplePass
 
 __all__ = [
     "BIF",
     "FINE",
+    "IF",
     "FitContext",
     "FitEndMethod",
     "FitEndMethods",
@@ -31,6 +33,7 @@ _MODULES = {
     "context": ["FitContext", "RowGradients"],
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],
+    "influence.influence": ["IF"],
     "passes": ["PerSamplePass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, GradSample
 from ine_callback.capture.first_batch import first_batch_faults
-from ine_callback.capture.label_gradients import classes_of, expect, sample
+from ine_callback.capture.label_gradients import expect, labels_of, sample
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
-from ine_callback.errors import CaptureError
+from ine_callback.errors import CaptureError, InfluenceError
 from ine_callback.methods.passes import PerSamplePass
 from ine_callback.queries import Batch, BoundQuery, values_and_gradients
 from ine_callback.queries.sources import DataSource
@@ -78,6 +78,23 @@ class RowGradients:
         ]
         return torch.stack(parts).sum(0) * self._scale[:, None]
 
+    def weighted_sums(self, weights: Tensor) -> dict[Block, Tensor]:
+        """Sums of the rows' gradients, each [Q, *layout], with Q weights for each row [b, Q]."""
+        scaled = weights * self._scale[:, None]
+        return {
+            block: torch.stack([one.wide().weighted_sums(scaled.to(one.wide().dtype)) for one in grad_samples]).sum(0)
+            for block, grad_samples in self._grad_samples.items()
+        }
+
+    def only(self, blocks: Sequence[Block]) -> RowGradients:
+        """The gradients of some blocks."""
+        chosen = {block: self._grad_samples[block] for block in blocks if block in self._grad_samples}
+        return RowGradients(chosen, self._scale, self.terms)
+
+    def rescaled(self, scale: Tensor) -> RowGradients:
+        """The same factors, times other numbers [b]."""
+        return RowGradients(self._grad_samples, scale, self.terms)
+
     def squared_norms(self) -> Tensor:
         """Squared norms [b] of the gradients over all blocks."""
         parts = [
@@ -113,6 +130,8 @@ class FitContext:
         owner: Class named in messages.
         recent: Training rows as pairs of indices [b] and batches, in place of the source's.
         notes: Sentences for the report, such as which parameters per-sample gradients leave out.
+        summed_rate: The sum of the run's learning rates, times what the optimizer makes of these parameters' gradients;
+            None where there was no run.
     """
 
     module: nn.Module
@@ -132,6 +151,7 @@ class FitContext:
     owner: str = "FitContext"
     recent: Sequence[tuple[Tensor, Batch]] | None = None
     notes: list[str] = field(default_factory=list)
+    summed_rate: Callable[[Sequence[nn.Parameter]], float] | None = None
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module)
@@ -160,6 +180,15 @@ class FitContext:
         for part in self.progress(chosen.split(TOGETHER), what):
             yield part, self._on_device(self.source.training(part.tolist()))
 
+    @contextlib.contextmanager
+    def without_progress(self) -> Iterator[None]:
+        """No progress bar for each of many small passes."""
+        before, self.progress = self.progress, untracked
+        try:
+            yield
+        finally:
+            self.progress = before
+
     def _on_device(self, batch: Batch) -> Batch:
         """As evaluation moves it: hooks that augment training batches leave these alone."""
         with self.precision():
@@ -176,16 +205,26 @@ class FitContext:
             InfluenceError: If the loss has no labels to draw.
         """
         what = what or PerSamplePass()
-        generator = torch.Generator(next(self.module.parameters()).device).manual_seed(self.seed)
+        generator = torch.Generator(next(self.module.parameters()).device).manual_seed(self.seed + what.draw)
         for rows, batch in self.batches(what.rows, "per-sample gradients"):
             for draw in range(self._repeats(what, batch, len(rows))):
                 yield rows, self._gradients(what, batch, len(rows), draw, generator)
+
+    def labels(self) -> int | None:
+        """How many labels ``PerSamplePass("expected")`` goes through for each row; None where it cannot."""
+        rows = list(range(min(2, self.rows)))
+        batch = self._on_device(self.source.training(rows))
+        with isolated(self.module), self.precision():
+            try:
+                return labels_of(self.loss(self.module, batch), len(rows))
+            except InfluenceError:
+                return None
 
     def _repeats(self, what: PerSamplePass, batch: Batch, size: int) -> int:
         if what.labels != "expected":
             return 1
         with isolated(self.module), self.precision():
-            return classes_of(self.loss(self.module, batch), size)
+            return labels_of(self.loss(self.module, batch), size)
 
     def _gradients(
         self, what: PerSamplePass, batch: Batch, size: int, draw: int, generator: torch.Generator
@@ -203,7 +242,7 @@ class FitContext:
                 if what.labels == "sampled":
                     sample(loss, generator)
                 elif what.labels == "expected":
-                    expect(loss, draw)
+                    expect(loss, draw, size)
                 capture.see(loss)
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:

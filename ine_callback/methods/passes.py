@@ -18,12 +18,15 @@ class PerSamplePass:
     Args:
         labels: ``"true"``: gradients of the rows' own losses. ``"sampled"``: of losses whose labels are drawn from the
             model's prediction. ``"expected"``: every row comes once for each class c, its gradient times the square
-            root of the predicted probability, so that the squares' sum is the expectation over labels.
+            root of the predicted probability, so that the squares' sum is the expectation over labels. Where numbers
+            or bits are predicted, it comes once for each of them.
         rows: Dataset indices; None: all.
+        draw: Another number draws other labels.
     """
 
     labels: Labels = "true"
     rows: Sequence[int] | None = None
+    draw: int = 0
 
     def __post_init__(self) -> None:
         if self.labels not in get_args(Labels):

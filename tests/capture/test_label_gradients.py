@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.capture.label_gradients import MAX_CLASSES, classes_of, expect, sample
+from ine_callback.capture.label_gradients import MAX_CLASSES, expect, labels_of, sample
 from ine_callback.errors import InfluenceError
 
 ROWS, IN, OUT, TERMS, DRAWS = 3, 2, 3, 4, 4000
@@ -94,8 +94,8 @@ def test_drawn_classes_have_the_exact_fisher(case: str) -> None:
 def test_all_classes_have_the_exact_fisher(case: str) -> None:
     loss, coefficient = SOFTMAX[case]
     probe = loss((X @ W.mT).requires_grad_())
-    assert classes_of(probe, ROWS) == OUT
-    found = torch.stack([logit_gradients(loss, lambda each, c=c: expect(each, c)) for c in range(OUT)])
+    assert labels_of(probe, ROWS) == OUT
+    found = torch.stack([logit_gradients(loss, lambda each, c=c: expect(each, c, ROWS)) for c in range(OUT)])
     scale = torch.as_tensor(coefficient, dtype=torch.float64).expand(ROWS)
     for row, logits in enumerate(X @ W.mT):
         truth = scale[row] ** 2 * softmax_fisher(logits)
@@ -103,7 +103,7 @@ def test_all_classes_have_the_exact_fisher(case: str) -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_classes_of_each_term_are_drawn_apart(flat: bool) -> None:
+def test_labels_of_each_term_are_drawn_apart(flat: bool) -> None:
     """Logits [b, C, T], or flattened: a row's gradient is the mean over its terms, and terms do not covary."""
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(1, OUT, TERMS, generator=g, dtype=torch.float64)
@@ -183,23 +183,24 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_losses_of_another_form_are_refused(case: str) -> None:
     out = (X @ W.mT).requires_grad_()
-    for refuse in (sample, lambda loss: classes_of(loss, ROWS), lambda loss: expect(loss, 0)):
+    for refuse in (sample, lambda loss: labels_of(loss, ROWS), lambda loss: expect(loss, 0, ROWS)):
         with pytest.raises(InfluenceError, match=r"without label smoothing.*use labels='true'"):
             refuse(REFUSED[case](out))
 
 
 def test_labels_that_cannot_be_listed_are_refused() -> None:
     out = (X @ W.mT).requires_grad_()
-    with pytest.raises(InfluenceError, match=r"MseLossBackward0 has no list of labels .* use labels='sampled'"):
-        classes_of(F.mse_loss(out, BITS), ROWS)
+    assert (
+        labels_of(F.mse_loss(out, BITS), ROWS) == labels_of(F.binary_cross_entropy_with_logits(out, BITS), ROWS) == OUT
+    )
     logits, labels = torch.zeros(ROWS, OUT, TERMS, requires_grad=True), torch.zeros(ROWS, TERMS, dtype=torch.int64)
     for loss in (F.cross_entropy(logits, labels), F.cross_entropy(logits.mT.flatten(0, 1), labels.flatten())):
         with pytest.raises(InfluenceError, match=r"with several terms a row has no list of labels"):
-            classes_of(loss, ROWS)
+            labels_of(loss, ROWS)
     wide = torch.zeros(ROWS, MAX_CLASSES + 1, requires_grad=True)
     with pytest.raises(InfluenceError, match=r"65 classes need as many backward passes a batch, at most 64"):
-        classes_of(F.cross_entropy(wide, LABELS), ROWS)
-    assert classes_of(F.cross_entropy(wide[:, :-1], LABELS), ROWS) == MAX_CLASSES
+        labels_of(F.cross_entropy(wide, LABELS), ROWS)
+    assert labels_of(F.cross_entropy(wide[:, :-1], LABELS), ROWS) == MAX_CLASSES
 
 
 def test_draws_are_repeated_by_their_generator_alone() -> None:

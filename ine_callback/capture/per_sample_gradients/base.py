@@ -95,6 +95,14 @@ class GradSample(ABC):
         """The sum of all rows' gradients [*layout]: what autograd adds to the parameter's ``grad``."""
 
     @abstractmethod
+    def weighted(self, weights: Tensor) -> GradSample:
+        """The rows' gradients times one weight each [b]."""
+
+    def weighted_sums(self, weights: Tensor) -> Tensor:
+        """Sums of the rows' gradients [Q, *layout] with Q weights for each row [b, Q]."""
+        return torch.stack([self.weighted(column).total() for column in weights.unbind(1)])
+
+    @abstractmethod
     def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         """Covariances whose Kronecker product approximates ``sum_i g_i g_i^T`` (K-FAC's factors).
 

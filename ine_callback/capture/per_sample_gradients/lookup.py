@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,9 @@ class Lookup(GradSample):
     def total(self) -> Tensor:
         out = self.output_grads.new_zeros(self.entries, self.output_grads.shape[-1])
         return out.index_add_(0, self.ids.flatten(), self.output_grads.flatten(0, 1))[None]
+
+    def weighted(self, weights: Tensor) -> Lookup:
+        return replace(self, output_grads=self.output_grads * weights[:, None, None])
 
     def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         # the covariance of one-hot inputs is diagonal: the frequency of each entry

@@ -116,6 +116,9 @@ class Outer(GradSample):
     def total(self) -> Tensor:
         return torch.einsum("bgpo,bgpi->goi", self.output_grads, self.formed())
 
+    def weighted(self, weights: Tensor) -> Outer:
+        return replace(self, output_grads=self.output_grads * weights[:, None, None, None])
+
     def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         positions = self.output_grads.shape[2]
         interval = min(positions, -(-self.rows * positions // MAX_POSITIONS))

@@ -44,6 +44,9 @@ class Vector(GradSample):
     def total(self) -> Tensor:
         return self.g.sum(0)
 
+    def weighted(self, weights: Tensor) -> Vector:
+        return Vector(self.g * weights[:, None])
+
     def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         return self.g.square().sum(0), self.g.new_ones(())
 

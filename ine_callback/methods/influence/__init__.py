@@ -1,0 +1,1 @@
+"""Influence functions of a trained model: IF, its curvature, its solvers."""

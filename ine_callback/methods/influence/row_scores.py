@@ -1,0 +1,67 @@
+"""Scores of rows, gathered from passes over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ine_callback.methods.context import RowGradients
+from ine_callback.methods.influence.space import ParameterSpace
+
+
+class RowScores:
+    """Scores of rows by layer, as the passes bring their gradients.
+
+    Args:
+        space: The parameters.
+        x: The queries' solutions [Q, P].
+        rows: Dataset indices of the R scored rows.
+        count: Number of training rows N.
+
+    Attributes:
+        rows: Dataset indices [R].
+        by_layer: Scores [R, L, Q], one layer for each block of the space.
+        leverages: Largest leverage of each row [R], with ``rescale``.
+        gradient: Sum of the rows' gradients [P], and of their squared norms.
+    """
+
+    def __init__(self, space: ParameterSpace, x: Tensor, rows: Sequence[int], count: int) -> None:
+        self._space, self._directions, self._count = space, space.split(x), count
+        self.rows = np.asarray(list(rows), dtype=np.int64)
+        self._place = {int(row): k for k, row in enumerate(self.rows)}
+        self.by_layer = np.full((len(self.rows), len(space.blocks), len(x)), np.nan)
+        self.leverages = np.full(len(self.rows), np.nan)
+        self.gradient, self.squares = torch.zeros_like(x[0]), 0.0
+
+    def take(self, rows: Tensor, gradients: RowGradients) -> None:
+        """Scores a batch of rows by their gradients."""
+        with torch.no_grad():
+            own = gradients.only(self._space.blocks).rescaled(torch.full_like(gradients.scale, len(rows)))
+            self._add(rows, self._products(own), own)
+
+    def take_rescaled(
+        self, rows: Tensor, labels: Sequence[RowGradients], own: RowGradients, weights: Tensor, leverages: Tensor
+    ) -> None:
+        """The same with the gradients under all labels, times their weights [b, C]."""
+        with torch.no_grad():
+            found = self._products(own)
+            for one, weight in zip(labels, weights.unbind(1), strict=True):
+                found = found + self._products(one) * weight.to(found)[:, None, None]
+            self._add(rows, found, own)
+        self.leverages[self._at(rows)] = leverages.cpu().numpy()
+
+    def _products(self, gradients: RowGradients) -> Tensor:
+        """Inner products [b, L, Q] with the solutions."""
+        return torch.stack([gradients.only([b]).products({b: self._directions[b]}) for b in self._space.blocks], 1)
+
+    def _add(self, rows: Tensor, products: Tensor, own: RowGradients) -> None:
+        self.by_layer[self._at(rows)] = (products / self._count).double().cpu().numpy()
+        ones = torch.ones_like(own.scale)[:, None]
+        self.gradient += self._space.join(own.weighted_sums(ones))[0].to(self.gradient)
+        self.squares += float(own.squared_norms().sum())
+
+    def _at(self, rows: Tensor) -> list[int]:
+        return [self._place[row] for row in rows.tolist()]

@@ -1,0 +1,47 @@
+"""IF at work: curvature, solutions, and one pass over the rows that turns them into scores."""
+
+from __future__ import annotations
+
+from ine_callback.methods.context import FitContext
+from ine_callback.methods.fit_end import Steps
+from ine_callback.methods.influence.curvature import Curvature
+from ine_callback.methods.influence.fisher import Fisher
+from ine_callback.methods.influence.rif import MAX_APPROXIMATE, MAX_LEVERAGE, all_labels, label_weights
+from ine_callback.methods.influence.row_scores import RowScores
+from ine_callback.methods.influence.sampling import sampler_of
+from ine_callback.methods.influence.settings import STOCHASTIC, IFSettings
+from ine_callback.methods.influence.solvers import solve
+from ine_callback.methods.influence.solvers.exact import inverse_of
+from ine_callback.methods.influence.words import attribution
+from ine_callback.methods.passes import PerSamplePass
+
+FEW_LABELS = 20  # of so many, all are gone through
+
+
+def scored(settings: IFSettings, context: FitContext) -> Steps:
+    """Scores rows at the present weights: see :class:`.IF`."""
+    labels = context.labels()
+    fisher = settings.fisher or _default(labels, settings.rescale is not None)
+    curvature = Curvature(context, settings, fisher)
+    yield from curvature.passes()
+    system = curvature.system()
+    system.batch_size, system.seed, system.progress = settings.batch_size, settings.seed, context.progress
+    if settings.solver in STOCHASTIC:
+        system.sampler = yield from sampler_of(settings, context, system.fisher)
+    v = system.space.join(context.query_gradients()).detach().to(system.damping)
+    solution = solve(system, v, settings)
+    rows = range(context.rows) if settings.rows is None else settings.rows
+    scores = RowScores(system.space, solution.x, rows, context.rows)
+    if settings.rescale is None:
+        yield PerSamplePass(rows=settings.rows), scores.take
+    else:
+        exact = settings.solver == "exact"
+        inverse, most = (inverse_of(system), MAX_LEVERAGE) if exact else (system.precondition, MAX_APPROXIMATE)
+        for which, each, own in all_labels(context, rows, labels or 1, system.space.size):
+            weights, leverages = label_weights(system.space, inverse, each, own, context.rows, most)
+            scores.take_rescaled(which, each, own, weights, leverages)
+    return attribution(settings, fisher, context, system, solution, scores)
+
+
+def _default(labels: int | None, all_needed: bool) -> Fisher:
+    return "exact" if all_needed or (labels is not None and labels <= FEW_LABELS) else "sampled"

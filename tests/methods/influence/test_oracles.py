@@ -1,0 +1,170 @@
+"""IF against the Fisher as a matrix: curvature, solvers, rescaling, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ine_callback import IF
+from ine_callback.methods.influence.curvature import Curvature
+from ine_callback.methods.influence.solvers.exact import dense_fisher
+from tests.helpers.contexts import VECTORS, WIDTH, numbers
+from tests.methods.influence.conftest import LOSSES, NUMBERS, Dense, dense, problem, relative, squared
+
+DAMPING = 5e-3
+
+
+def curvature(found: Dense, settings: IF, fisher: str = "exact") -> Curvature:
+    made = Curvature(found.context, settings, fisher)  # type: ignore[arg-type]
+    for asked, take in made.passes():
+        for rows, gradients in found.context.per_sample(asked):
+            take(rows, gradients)
+    return made
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_the_exact_fisher_is_the_gauss_newton_matrix(case: str) -> None:
+    found = problem(case)
+    matrix = dense_fisher(curvature(found, IF(solver="exact", damping=1.0)).system())
+    assert relative(matrix - torch.eye(len(matrix)).double(), found.fisher) < 1e-10
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_exact_scores_are_those_of_the_dense_solution(case: str) -> None:
+    found = problem(case)
+    scores = found.run(IF(solver="exact", damping=DAMPING))
+    assert relative(scores.scores, found.scores(DAMPING)) < 1e-9
+    assert scores.residual.max() < 1e-12 and scores.settings["fisher"] == "exact"
+
+
+def test_eigenvalues_are_the_fishers_diagonal_in_the_kronecker_basis() -> None:
+    found = problem()
+    made = curvature(found, IF(damping=1.0))
+    ekfac, kfac, start = made._ekfac, made._kfac, 0
+    assert ekfac is not None and kfac is not None
+    for block in made.system().space.blocks:
+        values = ekfac.eigenvalues(block)
+        part = found.fisher[start : start + values.numel(), start : start + values.numel()]
+        start += values.numel()
+        left, right = kfac.eigenvectors(block)
+        assert left is not None and right is not None
+        basis = torch.kron(left[0], right[0])
+        diagonal = torch.einsum("pk,pq,qk->k", basis, part, basis)
+        assert relative(values.flatten(), diagonal) < 1e-10
+        assert float(values.sum()) == pytest.approx(float(part.trace()), rel=1e-10)
+        products = kfac.operator(block, lambda *x: x[0] * x[1]).weight
+        assert products is not None
+
+        def error(diagonal: torch.Tensor, basis: torch.Tensor = basis, part: torch.Tensor = part) -> float:
+            return float((basis @ torch.diag(diagonal.flatten()) @ basis.T - part).norm())
+
+        assert error(values) <= error(products)
+
+
+def test_kronecker_factors_are_exact_for_one_linear_layer_and_squared_errors() -> None:
+    found = dense(nn.Linear(WIDTH, 2).double(), squared, (VECTORS, NUMBERS))
+    wanted = found.scores(DAMPING)
+    for solver in ("kfac", "ekfac", "exact"):
+        assert relative(found.run(IF(solver=solver, damping=DAMPING)).scores, wanted) < 1e-10
+
+
+def test_the_diagonal_solver_divides_by_the_diagonal() -> None:
+    found = problem()
+    x = found.queries / (found.fisher.diagonal() + DAMPING)
+    wanted = found.rows @ x.T / len(found.rows)
+    assert relative(found.run(IF(solver="diagonal", damping=DAMPING)).scores, wanted) < 1e-10
+
+
+def test_identity_is_the_gradients_dot_product() -> None:
+    found = problem()
+    assert relative(found.run(IF(solver="identity")).scores, found.rows @ found.queries.T / len(found.rows)) < 1e-10
+
+
+def test_automatic_damping_is_a_tenth_of_each_blocks_mean_eigenvalue() -> None:
+    found = problem()
+    scores = found.run(IF(solver="exact"))
+    sizes = [5 * (WIDTH + 1), 3 * 6]
+    means = [
+        0.1 * part.diagonal().mean()
+        for part in (found.fisher[: sizes[0], : sizes[0]], found.fisher[sizes[0] :, sizes[0] :])
+    ]
+    assert np.allclose(scores.damping, [float(m) for m in means], rtol=1e-10)
+    matrix = found.fisher + torch.diag(
+        torch.cat([torch.full((n,), float(m), dtype=torch.float64) for n, m in zip(sizes, means, strict=True)])
+    )
+    wanted = found.rows @ torch.linalg.solve(matrix, found.queries.T) / len(found.rows)
+    assert relative(scores.scores, wanted) < 1e-9
+
+
+def test_layers_add_up_and_can_be_chosen() -> None:
+    found = problem()
+    both = found.run(IF(solver="exact", damping=DAMPING, per_layer=True))
+    assert both.layers is not None and both.layers.names == ("0.weight", "2.weight")
+    assert relative(both.layers.scores.sum(1), both.scores) < 1e-12
+    size = 3 * 6
+    last = found.run(IF(solver="exact", damping=DAMPING, layers="last"))
+    block = found.fisher[-size:, -size:] + DAMPING * torch.eye(size).double()
+    wanted = found.rows[:, -size:] @ torch.linalg.solve(block, found.queries[:, -size:].T) / len(found.rows)
+    assert relative(last.scores, wanted) < 1e-9
+    assert relative(found.run(IF(solver="exact", damping=DAMPING, layers=["2"])).scores, wanted) < 1e-9
+
+
+def test_some_rows_are_scored_by_the_curvature_of_all() -> None:
+    found = problem()
+    some = found.run(IF(solver="exact", damping=DAMPING, rows=[7, 3]))
+    assert some.rows.tolist() == [7, 3]
+    assert relative(some.scores, found.scores(DAMPING)[[7, 3]]) < 1e-9
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_rescaling_takes_the_rows_own_part_out_of_the_fisher(case: str) -> None:
+    found = problem(case)
+    count, eye = len(found.rows), torch.eye(len(found.fisher)).double()
+    wanted = torch.stack(
+        [
+            torch.linalg.solve(found.fisher + DAMPING * eye - part / count, g) @ found.queries.T / count
+            for part, g in zip(found.parts, found.rows, strict=True)
+        ]
+    )
+    scores = found.run(IF(solver="exact", damping=DAMPING, rescale="rif"))
+    assert relative(scores.scores, wanted) < 1e-9
+    inverse = torch.linalg.inv(found.fisher + DAMPING * eye)
+    leverages = torch.linalg.eigvals(inverse @ found.parts / count).real.amax(1)
+    assert relative(scores.leverage, leverages) < 1e-8
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.7])
+def test_rescaled_scores_of_least_squares_are_exactly_leaving_one_row_out(ridge: float) -> None:
+    """With the regulariser kept as it is; the queries are linear in the weights."""
+    x, y = VECTORS, numbers(len(VECTORS), 1)
+    count, size = x.shape
+    hessian = 2 * x.T @ x / count + ridge * torch.eye(size).double()
+    module = nn.Linear(size, 1, bias=False).double()
+
+    def fitted(rows: torch.Tensor) -> torch.Tensor:
+        part = 2 * x[rows].T @ x[rows] / count + ridge * torch.eye(size).double()
+        return torch.linalg.solve(part, 2 * x[rows].T @ y[rows] / count)[:, 0]
+
+    whole = fitted(torch.arange(count))
+    with torch.no_grad():
+        module.weight.copy_(whole)
+    found = dense(module, squared, (x, y))
+    directions = numbers(2, size)
+    for query, direction in zip(found.context.queries, directions, strict=True):
+        object.__setattr__(query, "value", lambda module, batch, d=direction: (module.weight[0] * d).sum())
+    scores = found.run(IF(solver="exact", damping=ridge, rescale="rif"))
+    without = torch.stack([fitted(torch.arange(count)[torch.arange(count) != k]) for k in range(count)])
+    assert relative(scores.scores, (without - whole) @ directions.T) < 1e-10 * (1 if ridge > 1e-3 else 10)
+    plain = found.run(IF(solver="exact", damping=ridge))
+    assert relative(plain.scores, (without - whole) @ directions.T) > 0.01
+    if ridge < 1e-3:
+        assert scores.leverage.sum() == pytest.approx(size, rel=1e-6)
+    assert bool((torch.linalg.eigvalsh(hessian) > 0).all())
+
+
+def test_the_rescaling_vanishes_under_strong_damping() -> None:
+    found = problem()
+    plain, rescaled = (found.run(IF(solver="exact", damping=1e4, rescale=how)).scores for how in (None, "rif"))
+    assert np.abs(rescaled / plain - 1).max() < 1e-3
