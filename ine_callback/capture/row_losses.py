@@ -203,6 +203,10 @@ class RowLosses:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sums = state["sums"].to(self._sums, copy=True)
 
+    def total(self) -> Tensor:
+        """Sum over all observations, a scalar on the device."""
+        return self._sums[0].sum()
+
     def mean(self) -> NDArray[np.float64]:
         """Mean loss [N], NaN for rows without a known loss."""
         total, count = self._sums.cpu().double().numpy()

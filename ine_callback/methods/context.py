@@ -20,7 +20,7 @@ from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import CaptureError, InfluenceError
 from ine_callback.methods.passes import PerSamplePass
-from ine_callback.queries import Batch, BoundQuery, values_and_gradients
+from ine_callback.queries import Batch, BoundQuery, gradients, values
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import QueryInfo, Scores, Stage
 from ine_callback.utilities.isolation import isolated
@@ -320,17 +320,18 @@ class FitContext:
         Raises:
             QueryError: If a query's value cannot be differentiated.
         """
-        return self.query_values_and_gradients()[1]
-
-    def query_values_and_gradients(self) -> tuple[Tensor, dict[Block, Tensor]]:
-        """Values [Q] of the queries at the present weights, and their :meth:`query_gradients` from the same passes."""
         blocks = list(self.table)
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.precision():
-            values, found = values_and_gradients(self.queries, self.module, parameters, self.to_device)
+            found = gradients(self.queries, self.module, parameters, self.to_device)
         with torch.no_grad():
             each = iter(found)
-            return values, {block: block.to_layout([next(each) for _ in block.parameters]) for block in blocks}
+            return {block: block.to_layout([next(each) for _ in block.parameters]) for block in blocks}
+
+    def query_values(self) -> Tensor:
+        """Values [Q] of the queries at the present weights."""
+        with isolated(self.module), self.precision():
+            return values(self.queries, self.module, self.to_device)
 
     def features(self, layer: str, rows: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """What a layer gets as input, flattened: pairs of dataset indices [b] and features [b, D].

@@ -1,7 +1,7 @@
 """Queries: what rows are measured against, and where their data comes from."""
 
 from ine_callback.queries.bound import Batch, BoundQuery, QuerySource
-from ine_callback.queries.evaluation import gradients, scalar, values_and_gradients
+from ine_callback.queries.evaluation import gradients, scalar, values
 from ine_callback.queries.kinds import (
     SELF,
     CallableQuery,
@@ -29,5 +29,5 @@ __all__ = [
     "margins",
     "parse",
     "scalar",
-    "values_and_gradients",
+    "values",
 ]

@@ -33,32 +33,29 @@ def gradients(
     Raises:
         QueryError: If a query's value is no scalar or has no gradient.
     """
-    return values_and_gradients(queries, module, parameters, device)[1]
-
-
-def values_and_gradients(
-    queries: Iterable[BoundQuery],
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    device: Callable[[Batch], Batch],
-) -> tuple[Tensor, list[Tensor]]:
-    """Values [Q] of all queries, and their :func:`gradients`, from the same passes; in float32 or better."""
-    queries, values = list(queries), []
+    queries = list(queries)
     out = [
         torch.zeros(len(queries), *p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
         for p in parameters
     ]
     for k, query in enumerate(queries):
-        parts = []
         for weight, batch in query.batches:
             value = scalar(query.value(module, device(batch)), query)
             grads = sharding.gradients(value * weight, module, parameters)
-            parts.append(value.detach().to(torch.promote_types(value.dtype, torch.float32)) * weight)
             for total, grad in zip(out, grads, strict=True):
                 if grad is not None:
                     total[k] += grad.to_dense() if grad.is_sparse else grad
-        values.append(torch.stack(parts).sum())
-    return torch.stack(values) if values else torch.zeros(0), out
+    return out
+
+
+def values(queries: Iterable[BoundQuery], module: nn.Module, device: Callable[[Batch], Batch]) -> Tensor:
+    """Values [Q] of all queries at the present weights, in float32 or better; see :func:`gradients`."""
+    found = []
+    for query in queries:
+        each = [(weight, scalar(query.value(module, device(batch)), query).detach()) for weight, batch in query.batches]
+        wide = [weight * value.to(torch.promote_types(value.dtype, torch.float32)) for weight, value in each]
+        found.append(torch.stack(wide).sum())
+    return torch.stack(found)
 
 
 def scalar(value: Any, query: BoundQuery) -> Tensor:

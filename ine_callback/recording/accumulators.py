@@ -68,6 +68,10 @@ class RowAccumulators:
         for method in self._methods:
             method.grow(rows)
 
+    def summed_loss(self) -> Tensor:
+        """Training loss summed over all observations so far, a scalar on the device; 0 where losses are unknown."""
+        return self._losses.total()
+
     def scores(self) -> Scores:
         """The scores so far of the rows that exist."""
         scores = replace(self._methods[0].compute(), mean_loss=self._losses.mean(), margins=self._margins.means())

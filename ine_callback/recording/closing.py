@@ -1,4 +1,4 @@
-"""The closing pass: when training is over, the rows are passed once more at the final weights, and at two late ones.
+"""The closing pass: when training is over, the rows are passed once more at some of the weights along the run.
 
 Twice each time: with labels drawn from the model's predictions, for the curvature, and with their own labels, for their
 gradients' inner products with the queries' directions. :mod:`ine_callback.methods.closing` has the formula.
@@ -22,16 +22,16 @@ from ine_callback.curvature.spectral import damped, relative
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
-from ine_callback.methods.closing import Closing, averaged
+from ine_callback.methods.closing import Closing, OnePass, averaged
 from ine_callback.methods.context import FitContext, RowGradients
 from ine_callback.methods.passes import PerSamplePass
 from ine_callback.optimizers.registry import rate_of, relative_lr
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.guard import Guard
-from ine_callback.recording.late_weights import LateWeights
 from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Parts
+from ine_callback.recording.snapshots import Snapshots
 from ine_callback.scores import Floats
 from ine_callback.utilities.isolation import isolated
 from ine_callback.utilities.words import CLOSING
@@ -52,18 +52,18 @@ class ClosingPass:
 
     Attributes:
         recent: The batches of the last pass over the rows, for a pass without a context.
-        late: The weights at earlier times.
+        snapshots: The weights at earlier times.
     """
 
     def __init__(self, methods: Sequence[Method], config: RecordingConfig) -> None:
         self._methods = [method for method in methods if method.wants_closing and config.discount]
         self._config = config
-        self.recent, self.late = RecentBatches(bool(self._methods)), LateWeights(bool(self._methods))
+        self.recent, self.snapshots = RecentBatches(bool(self._methods)), Snapshots(bool(self._methods))
 
     def follow(self, parts: Parts) -> None:
         """After each step: keeps the weights if it is time."""
         if not parts.sharded and parts.bound:
-            self.late.keep(parts.training.module, parts.schedule)
+            self.snapshots.keep(parts.training.module, parts.schedule.steps, lambda: _summed_loss(parts))
 
     def run(self, parts: Parts, guard: Guard, context: Callable[[], FitContext] | None) -> None:
         """Makes the pass, unless nobody wants it (any more); where it cannot be had, that is noted.
@@ -95,19 +95,28 @@ class ClosingPass:
         if not all(bool(p.isfinite().all()) for p in module.parameters()):
             raise InfluenceError("the trained weights are not finite")
         with isolated(module):  # puts back the weights, and random numbers that the user's batch hooks draw, too
-            found = [self._pass(context, parts, guard)]
-            if self.late.usable(module, rows, guard.steps * guard.widest):
-                found += [self._pass(context, parts, guard) for _ in self.late.load(module)]
-        if self.late.missing:
-            guard.note(f"closing pass at the last weights alone: {self.late.missing}")
-        return averaged(found)
+            losses = context.query_values().cpu().double().numpy()
+            chosen = self.snapshots.chosen(parts.schedule.steps, float(_summed_loss(parts)))
+            if not self.snapshots.usable(module, chosen, rows, guard.steps * guard.widest):
+                chosen = [None]
+            found = [self._pass(context, parts, guard) for _ in self.snapshots.load(module, chosen)]
+        self.snapshots.clear()
+        if self.snapshots.missing:
+            guard.note(f"closing pass at the last weights alone: {self.snapshots.missing}")
+        return averaged(found, losses)
 
-    def _pass(self, context: FitContext, parts: Parts, guard: Guard) -> Closing:
+    def _pass(self, context: FitContext, parts: Parts, guard: Guard) -> OnePass:
         across = parts.signals.noise.random  # from fixed weights each layer's factors are all that is used
         curvature = Curvature(parts.accumulators.check.count, self._config.max_dim, parts.device, across)
         if not curvature.observe(context):
             guard.note(OWN_LABELS)
         return closing_pass(context, parts, curvature)
+
+
+def _summed_loss(parts: Parts) -> Tensor:
+    """The run's training loss so far; NaN where each process has a part of it."""
+    total = parts.accumulators.summed_loss()
+    return total if parts.processes.count == 1 else torch.full_like(total, torch.nan)
 
 
 def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner: str) -> FitContext:
@@ -135,7 +144,7 @@ def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner
     )
 
 
-def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Closing:
+def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> OnePass:
     """The rows' shifts, and the queries' spread over trainings, at the module's present weights.
 
     Args:
@@ -153,7 +162,7 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
         decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
     directions, initial, between = {}, *torch.zeros(2, len(context.queries), device=parts.device)
-    losses, v = context.query_values_and_gradients()
+    v = context.query_gradients()
     with torch.no_grad():
         if signals.noise.random:
             for block, gradient, u in curvature.damped(v, rates, decays):
@@ -164,8 +173,8 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> Clo
         else:
             directions = curvature.relatively_damped(v)
     found = _contract(context, parts, directions)
-    sd, order, values = (x.cpu().double().numpy() for x in (initial.sqrt(), between.clamp_min(0), losses))
-    return Closing(found[..., 0], found[..., 1:], sd, order, values)
+    sd, order = (x.cpu().double().numpy() for x in (initial.sqrt(), between.clamp_min(0)))
+    return OnePass(found[..., 0], found[..., 1:], sd, order)
 
 
 class Curvature:

@@ -332,7 +332,7 @@ class Recorder:
         The queries' directions are too large to store. They are made anew at the next step, here as in the resumed run,
         so that both end with the same scores.
         """
-        return saved_state(self.guard, self._clock, self._parts, self._steps, self.closing.late)
+        return saved_state(self.guard, self._clock, self._parts, self._steps, self.closing.snapshots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` returned, after :meth:`start` and before the first batch.
@@ -340,7 +340,7 @@ class Recorder:
         Raises:
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
-        restore_state(state, self.guard, self._clock, self._parts, self._steps, self.closing.late)
+        restore_state(state, self.guard, self._clock, self._parts, self._steps, self.closing.snapshots)
 
     # -- what can be read ---------------------------------------------------------------------------------------------
 

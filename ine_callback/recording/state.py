@@ -7,13 +7,15 @@ from collections import Counter
 from typing import Any
 
 from ine_callback.recording.guard import Guard
-from ine_callback.recording.late_weights import LateWeights
 from ine_callback.recording.provenance import Clock
 from ine_callback.recording.setup import Parts
+from ine_callback.recording.snapshots import Snapshots
 from ine_callback.recording.steps import OptimizerSteps
 
 
-def saved_state(guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps, late: LateWeights) -> dict[str, Any]:
+def saved_state(
+    guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps, snapshots: Snapshots
+) -> dict[str, Any]:
     """What :func:`restore_state` goes on from; with several processes, all must call it."""
     together = guard.recording or parts.processes.count == 1  # after the end others may be gone
     if together:
@@ -30,14 +32,14 @@ def saved_state(guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps,
         "left_out": dict(steps.left_out),
         "started": clock.started.isoformat(),
         "seconds": clock.seconds,
-        "late_weights": late.state_dict(),
+        "snapshots": snapshots.state_dict(),
         "ledger": parts.accumulators.state_dict(),
         "signals": parts.signals.state_dict(together) if guard.steps and not guard.failed else None,
     }
 
 
 def restore_state(
-    state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps, late: LateWeights
+    state: dict[str, Any], guard: Guard, clock: Clock, parts: Parts, steps: OptimizerSteps, snapshots: Snapshots
 ) -> None:
     """Goes on from what :func:`saved_state` returned.
 
@@ -49,7 +51,8 @@ def restore_state(
     # checkpoints of 0.1 have no more than the steps
     guard.reason, guard.taken = state.get("reason", ""), state.get("taken", state["steps"])
     guard.widest = state.get("widest", 0)
-    late.load_state_dict(state.get("late_weights", []))
+    if "snapshots" in state:  # earlier checkpoints have none
+        snapshots.load_state_dict(state["snapshots"])
     guard.notes = [*state["notes"], *guard.notes]
     steps.left_out = Counter(state.get("left_out", {}))
     clock.resume(datetime.datetime.fromisoformat(state["started"]), state["seconds"])

@@ -105,7 +105,7 @@ def test_several_processes_score_like_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(two, one, atol=0.1 * np.abs(one).max())  # the run samples other rows for its discount
 
 
-@pytest.mark.parametrize("place", [(FitContext, "__post_init__"), (FitContext, "query_values_and_gradients")])
+@pytest.mark.parametrize("place", [(FitContext, "__post_init__"), (FitContext, "query_values")])
 def test_an_accident_in_the_pass_costs_nothing_but_the_pass(place: tuple[type, str]) -> None:
     callback = InfluenceCallback("val")
     with accident(*place, 0):

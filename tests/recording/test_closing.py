@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ine_callback import FINE, Recorder
 from ine_callback.methods import FitContext, PerSamplePass
-from ine_callback.methods.closing import Closing
+from ine_callback.methods.closing import Closing, OnePass, averaged
 from ine_callback.methods.fine.closing import mu_of, unit_of
 from ine_callback.queries.sources import DataSource
-from ine_callback.recording import closing, late_weights, recent_batches
+from ine_callback.recording import closing, recent_batches, snapshots
 from ine_callback.report import InfluenceReport
 
 ROWS, QUERIES, BATCH, EPOCHS = 96, 3, 16, 4
@@ -63,12 +63,12 @@ def train(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     data: bool = True,
     epochs: int = EPOCHS,
-    late: list[nn.Module] | None = None,
+    every: list[tuple[nn.Module, float]] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Recorder]:
     """Trains with a recorder; rows are shuffled, and an epoch ends with a batch of another size.
 
-    ``late`` gets copies of the model after the steps whose weights are kept.
+    ``every`` gets a copy of the model after each step, with the rows' losses summed up to there.
     """
     model, g = network(), torch.Generator().manual_seed(1)
     descent = optimizer(model.parameters(), **options or {"lr": 0.3})
@@ -86,9 +86,10 @@ def train(
                     value.backward()
                 descent.step()
                 descent.zero_grad()
-                if late is not None and recorder.steps in (13, 19):  # 9/16 and 13/16 of 24 planned steps
-                    late.append(network())
-                    late[-1].load_state_dict(model.state_dict())
+                if every is not None:
+                    summed = (every[-1][1] if every else 0.0) + len(rows) * value.item()
+                    every.append((network(), summed))
+                    every[-1][0].load_state_dict(model.state_dict())
     return model, recorder
 
 
@@ -132,14 +133,20 @@ def dense(model: nn.Module, batches: list[tuple[Tensor, Any]], rate: float) -> D
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_what_is_found_is_dense_algebra_at_three_weights(momentum: float) -> None:
-    method, models = Kept(), list[nn.Module]()
-    model, recorder = train(method, late=models, lr=0.3, momentum=momentum)
+def test_what_is_found_is_dense_algebra_at_three_weights(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "SPACING", 0.0)
+    method, every = Kept(), list[tuple[nn.Module, float]]()
+    _, recorder = train(method, every=every, lr=0.3, momentum=momentum)
     rate = 0.3 * EPOCHS * -(-ROWS // (BATCH - 1)) / (1 - momentum)
-    expected = [dense(each, recorder.closing.recent.batches(), rate) for each in (model, *models)]
-    assert method.found is not None and len(expected) == 3
+    steps = [*range(1, 11), 12, 14, 16, 19, 22, 26, 28]  # each 1.2 times the one before, and the last
+    shares = [abs(np.array([every[t - 1][1] for t in steps]) / every[-1][1] - share) for share in (0.5, 0.7, 0.9)]
+    models = [every[steps[int(share.argmin())] - 1][0] for share in shares]
+    expected = [dense(each, recorder.closing.recent.batches(), rate) for each in models]
+    assert method.found is not None
     shifts = torch.stack([one.shift for one in expected])
     np.testing.assert_allclose(method.found.shift, shifts.mean(0).numpy(), rtol=2e-4, atol=1e-6)
+    ranking = (shifts / shifts.std(1, keepdim=True, correction=0)).mean(0)
+    np.testing.assert_allclose(method.found.ranking, ranking.numpy(), rtol=2e-4, atol=1e-4)
     for name in ("sd", "order"):
         each = torch.stack([getattr(one, name) for one in expected])
         mean = each.square().mean(0).sqrt() if name == "sd" else each.mean(0)
@@ -192,7 +199,7 @@ def test_stale_weights_are_put_back() -> None:
 
 
 def test_earlier_weights_are_left_where_they_cost_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late_weights, "FEW", 10)
+    monkeypatch.setattr(snapshots, "FEW", 10)
     few = Kept()
     _, recorder = train(few, epochs=4)  # 2 x 96 rows beside 4 x 96: more than a quarter
     assert few.found is not None and np.isnan(few.found.agreement)
@@ -201,7 +208,7 @@ def test_earlier_weights_are_left_where_they_cost_too_much(monkeypatch: pytest.M
     many = Kept()
     train(many, epochs=12)
     assert many.found is not None and np.isfinite(many.found.agreement)
-    monkeypatch.setattr(late_weights, "MAX_BYTES", 10)
+    monkeypatch.setattr(snapshots, "MAX_BYTES", 10)
     _, recorder = train(Kept())
     assert "earlier ones take 0 MB each" in notes_of(recorder)[0]
 
@@ -229,7 +236,7 @@ def test_mu_ranks_by_the_pass_and_the_run_in_the_size_of_the_pass() -> None:
     _, alone = train(FINE(closing=False))
     mu, run = recorder.report().scores.mu[:, :2], alone.report().scores.mu[:, :2]
     assert method.found is not None and np.isfinite(recorder.report().scores.se).all()
-    both = method.found.shift / method.found.shift.std(0) + run / run.std(0)
+    both = method.found.ranking / method.found.ranking.std(0) + run / run.std(0)
     ratio = mu / both
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1], ratio.shape), rtol=1e-5)  # one size a query
     assert (ratio > 0).all()
@@ -245,7 +252,8 @@ def test_mu_times_its_unit_is_a_shift_in_the_size_of_the_pass() -> None:
 
 
 def test_the_unit_has_a_part_of_the_order_and_leans_on_other_queries() -> None:
-    found = Closing(np.ones((2, 3)), np.ones((2, 3, 1)), np.array([3.0, 0.1, 5.0]), np.array([0, 0, 550.0]), np.ones(3))
+    sd, order = np.array([3.0, 0.1, 5.0]), np.array([0, 0, 550.0])
+    found = averaged([OnePass(np.eye(3)[:2], np.ones((2, 3, 1)), sd, order)], np.ones(3))
     variance = np.array([9.0, 0.01, 25 + 2 * 550 / 100])
     np.testing.assert_allclose(unit_of(found, 100), 0.46 * np.sqrt(variance + 0.09 * 9.0), rtol=1e-12)
     lost = replace(found, sd=np.array([3.0, np.nan, 5.0]))
@@ -254,7 +262,7 @@ def test_the_unit_has_a_part_of_the_order_and_leans_on_other_queries() -> None:
 
 def test_from_fixed_weights_the_pass_ranks_in_the_size_of_the_run() -> None:
     rows, noise = np.arange(10.0)[:, None], np.ones((10, 1))
-    found = Closing(-rows, np.ones((10, 1, 0)), np.zeros(1), np.zeros(1), np.ones(1))
+    found = averaged([OnePass(-rows, np.ones((10, 1, 0)), np.zeros(1), np.zeros(1))], np.ones(1))
     mu, se, unit = mu_of(found, np.full(10, 3), 7 * rows, noise)
     np.testing.assert_allclose(mu, -7 * rows)
     assert np.isfinite(se).all() and np.isnan(unit).all()
@@ -272,7 +280,8 @@ def test_the_losses_are_the_queries_at_the_end() -> None:
 def test_a_pass_without_some_rows_leaves_these_the_runs_score() -> None:
     rows = np.arange(10.0)
     run, se = (np.stack([x, -x], 1) for x in (rows, np.ones(10)))
-    found = Closing(np.stack([2 * rows, -6 * rows], 1)[:8], np.ones((8, 2, 4)), np.ones(2), np.zeros(2), np.ones(2))
+    shifts = np.stack([2 * rows, -6 * rows], 1)[:8]
+    found = averaged([OnePass(shifts, np.ones((8, 2, 4)), np.ones(2), np.zeros(2))], np.ones(2))
     mu, error, _ = mu_of(found, np.full(10, 3), run, np.abs(se))
     assert np.isfinite(mu).all() and (error > 0).all()
     assert mu[9] == pytest.approx(mu[3] * 3, rel=0.3)  # about as much as they would have got

@@ -1,6 +1,6 @@
 """f-INE's mu after a closing pass: the pass's shifts and the run's own, in units of training randomness.
 
-The pass's shifts s (:mod:`ine_callback.methods.closing`) make scores of their own,
+The pass's mean shifts s (:mod:`ine_callback.methods.closing`) make scores of their own,
 
     c_i = s_i (K_i / mean K) / u,    u = UNIT sqrt(sd^2 + ORDER order / sum K + (FLOOR m)^2)
 
@@ -8,9 +8,9 @@ where sd is the spread of the query over initial weights, K the rows' numbers of
 variance that the order of the rows leaves, and m^2 the median of the first two over all queries: a query that one
 run happens to have settled is not settled in all.
 
-The run has seen the rows at all weights on the way, the pass sees them at late ones, through a better curvature: their
-errors differ. So mu is the sum of both, each divided by its standard deviation over rows, and ranks better than
-either. Its size is that of c, so mu u is a shift in the query's own unit.
+The run has seen the rows at all weights on the way, the pass sees them at a few, through a better curvature: their
+errors differ. So mu is the sum of the run's scores and of the pass's ranking, each divided by its standard deviation
+over rows, and ranks better than either. Its size is that of c, so mu u is a shift in the query's own unit.
 
     se_i^2 = errors of both over initial weights + RELATIVE (mu_i^2 + mean of mu^2)
 
@@ -67,24 +67,23 @@ def mu_of(closing: Closing, observations: NDArray[np.int64], run: Floats, run_se
         run: The run's own mu [N, Q]; NaN for rows without.
         run_se: Its standard errors [N, Q].
     """
-    shift, contrasts = (_of_rows(x, len(run)) for x in (closing.shift, closing.contrasts))
+    shift, ranking, contrasts = (_of_rows(x, len(run)) for x in (closing.shift, closing.ranking, closing.contrasts))
     share = (observations / max(1e-12, float(observations[observations > 0].mean())))[:, None]
     random, unit = closing.sd.any(), unit_of(closing, int(observations.sum()))
-    scale = share / unit if random else share
-    found, count = shift * scale, contrasts.shape[2]
-    own = np.square(contrasts * scale[..., None]).sum(2)
+    found, ranked, count = shift * share / (unit if random else 1.0), ranking * share, contrasts.shape[2]
+    own = np.square(contrasts * share[..., None]).sum(2)
     error = np.sqrt((PRIOR * _mean(own) / max(1, count) + own) / (PRIOR + count))
-    both = np.isfinite(found) & np.isfinite(run)
-    spread, run_spread = (_spread(np.where(both, x, np.nan)) for x in (found, run))
+    both = np.isfinite(ranked) & np.isfinite(run)
+    spread, run_spread = (_spread(np.where(both, x, np.nan)) for x in (ranked, run))
     if not random:  # from fixed weights: the pass ranks better than the run, which has a size
-        mu = found / spread * run_spread
+        mu = ranked / spread * run_spread
         se = np.sqrt(run_se**2 + RELATIVE * (mu**2 + _mean(mu**2)))
         return ClosedScores(np.where(both, mu, run), se, np.full(len(unit), np.nan))
-    total = found / spread + run / run_spread
+    total = ranked / spread + run / run_spread
     width = _spread(total)
     total = total / width
     size = _mean(found * total) / _mean(total**2)  # regression of c on the sum
-    size = np.where(size > 0, size, spread)
+    size = np.where(size > 0, size, _spread(np.where(both, found, np.nan)))
     mu = np.where(both, total, run / run_spread) * size  # rows that the pass did not see have the run's score alone
     errors = np.where(both, error / spread / width, 0.0), run_se / run_spread / np.where(both, width, 1.0)
     se = np.sqrt((errors[0] ** 2 + errors[1] ** 2) * size**2 + RELATIVE * (mu**2 + _mean(mu**2)))
