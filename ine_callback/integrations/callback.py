@@ -34,6 +34,7 @@ from ine_callback.integrations.trainer import (
 )
 from ine_callback.methods import FitContext, FitEndMethod, FitEndMethods, Method, split_methods
 from ine_callback.methods.observation_counts import ObservationCounts
+from ine_callback.optimizers.registry import summed_rates
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
@@ -327,6 +328,7 @@ class InfluenceCallback(Callback):
             progress=progress_of(trainer),
             layers=self.layers,
             owner=self.owner,
+            summed_rates=partial(summed_rates, self._recorder.training.optimizer, self._recorder.schedule.realised),
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

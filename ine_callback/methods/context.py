@@ -130,8 +130,8 @@ class FitContext:
         owner: Class named in messages.
         recent: Training rows as pairs of indices [b] and batches, in place of the source's.
         notes: Sentences for the report, such as which parameters per-sample gradients leave out.
-        summed_rate: The sum of the run's learning rates, times what the optimizer makes of these parameters' gradients;
-            None where there was no run.
+        summed_rates: What the run's learning rates add up to for some parameters, by curvature and by weight decay
+            (:func:`~ine_callback.optimizers.registry.summed_rates`); None where there was no run.
     """
 
     module: nn.Module
@@ -151,7 +151,7 @@ class FitContext:
     owner: str = "FitContext"
     recent: Sequence[tuple[Tensor, Batch]] | None = None
     notes: list[str] = field(default_factory=list)
-    summed_rate: Callable[[Sequence[nn.Parameter]], float] | None = None
+    summed_rates: Callable[[Sequence[nn.Parameter]], tuple[Tensor | float, Tensor | float]] | None = None
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module)

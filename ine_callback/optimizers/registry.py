@@ -201,6 +201,26 @@ def relative_lr(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> flo
     return signed_lr({**group, "lr": group.get(name, 1.0)}) / (float(first.get(name, 1.0)) or 1.0)
 
 
+def summed_rates(
+    optimizer: Optimizer, learning_rates: float, parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor | float, Tensor | float]:
+    """What a run adds to the exponent of the discount of a block, by curvature and by weight decay.
+
+    Args:
+        optimizer: Any torch optimizer, as the run left it.
+        learning_rates: Sum over the run's steps of the first group's learning rate.
+        parameters: The block's parameters.
+
+    Example:
+        >>> import torch
+        >>> one = torch.nn.Parameter(torch.zeros(1))
+        >>> summed_rates(torch.optim.SGD([one], lr=0.1, momentum=0.5), 20.0, [one])
+        (40.0, 0.0)
+    """
+    rate, summed = rate_of(optimizer, parameters), learning_rates * relative_lr(optimizer, parameters)
+    return summed * rate.curvature, summed * rate.decay
+
+
 def signed_lr(group: Group) -> float:
     """The group's learning rate; negative if it climbs, which raises what a gradient contribution would have lowered.
 

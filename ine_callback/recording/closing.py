@@ -25,7 +25,7 @@ from ine_callback.methods import Method
 from ine_callback.methods.closing import Closing, OnePass, averaged
 from ine_callback.methods.context import FitContext, RowGradients
 from ine_callback.methods.passes import PerSamplePass
-from ine_callback.optimizers.registry import rate_of, relative_lr
+from ine_callback.optimizers.registry import summed_rates
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.guard import Guard
@@ -157,10 +157,8 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> One
     rates, decays = {}, {}
     for block in context.table:
         block.outputs = block.key in last  # whose units are draws of the initial weights
-        rate = rate_of(optimizer, block.parameters)
-        summed = parts.schedule.realised * relative_lr(optimizer, block.parameters)
-        rates[block] = torch.as_tensor(summed * rate.curvature, device=parts.device).float()
-        decays[block] = torch.as_tensor(summed * rate.decay, device=parts.device).float()
+        summed = summed_rates(optimizer, parts.schedule.realised, block.parameters)
+        rates[block], decays[block] = (torch.as_tensor(x, device=parts.device).float() for x in summed)
     directions, initial, between = {}, *torch.zeros(2, len(context.queries), device=parts.device)
     v = context.query_gradients()
     with torch.no_grad():

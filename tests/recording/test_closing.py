@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ine_callback import FINE, Recorder
 from ine_callback.methods import FitContext, PerSamplePass
-from ine_callback.methods.closing import Closing, OnePass, averaged
-from ine_callback.methods.fine.closing import mu_of, unit_of
+from ine_callback.methods.closing import Closing
+from ine_callback.methods.fine.closing import unit_of
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording import closing, recent_batches, snapshots
 from ine_callback.report import InfluenceReport
@@ -251,23 +251,6 @@ def test_mu_times_its_unit_is_a_shift_in_the_size_of_the_pass() -> None:
     np.testing.assert_allclose(scores.unit[:2], unit_of(method.found, EPOCHS * ROWS), rtol=1e-9)
 
 
-def test_the_unit_has_a_part_of_the_order_and_leans_on_other_queries() -> None:
-    sd, order = np.array([3.0, 0.1, 5.0]), np.array([0, 0, 550.0])
-    found = averaged([OnePass(np.eye(3)[:2], np.ones((2, 3, 1)), sd, order)], np.ones(3))
-    variance = np.array([9.0, 0.01, 25 + 2 * 550 / 100])
-    np.testing.assert_allclose(unit_of(found, 100), 0.46 * np.sqrt(variance + 0.09 * 9.0), rtol=1e-12)
-    lost = replace(found, sd=np.array([3.0, np.nan, 5.0]))
-    assert np.isnan(unit_of(lost, 100)).tolist() == [False, True, False]
-
-
-def test_from_fixed_weights_the_pass_ranks_in_the_size_of_the_run() -> None:
-    rows, noise = np.arange(10.0)[:, None], np.ones((10, 1))
-    found = averaged([OnePass(-rows, np.ones((10, 1, 0)), np.zeros(1), np.zeros(1))], np.ones(1))
-    mu, se, unit = mu_of(found, np.full(10, 3), 7 * rows, noise)
-    np.testing.assert_allclose(mu, -7 * rows)
-    assert np.isfinite(se).all() and np.isnan(unit).all()
-
-
 def test_the_losses_are_the_queries_at_the_end() -> None:
     method = Kept()
     model, recorder = train(method)
@@ -275,19 +258,6 @@ def test_the_losses_are_the_queries_at_the_end() -> None:
     expected = [cross_entropy(model, (X[ROWS:][:n], Y[ROWS:][:n])).item() for n in (QUERIES, 1)]
     np.testing.assert_allclose(method.found.losses, expected, rtol=1e-12)
     np.testing.assert_array_equal(recorder.report().scores.query_loss, [*method.found.losses, np.nan])
-
-
-def test_a_pass_without_some_rows_leaves_these_the_runs_score() -> None:
-    rows = np.arange(10.0)
-    run, se = (np.stack([x, -x], 1) for x in (rows, np.ones(10)))
-    shifts = np.stack([2 * rows, -6 * rows], 1)[:8]
-    found = averaged([OnePass(shifts, np.ones((8, 2, 4)), np.ones(2), np.zeros(2))], np.ones(2))
-    mu, error, _ = mu_of(found, np.full(10, 3), run, np.abs(se))
-    assert np.isfinite(mu).all() and (error > 0).all()
-    assert mu[9] == pytest.approx(mu[3] * 3, rel=0.3)  # about as much as they would have got
-    run[4] = np.nan  # a row that was never observed
-    mu, error, _ = mu_of(found, np.full(10, 3), run, np.abs(se))
-    assert np.isnan(mu[4]).all() and np.isfinite(np.delete(mu, 4, 0)).all()
 
 
 def test_without_it_scores_are_the_runs_and_tests_are_the_same() -> None:

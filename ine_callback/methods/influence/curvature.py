@@ -134,12 +134,12 @@ class Curvature:
         """Each block's damping."""
         asked, context = self._settings.damping, self._context
         if asked == "run":
-            if context.summed_rate is None:
+            if context.summed_rates is None:
                 raise InfluenceError(
                     "IF: damping='run' needs the learning rates of the run, which are known in a fit with the "
                     "callback only; give a number, or damping='auto'."
                 )
-            return {b: SEGMENTS / max(1e-30, float(context.summed_rate(b.parameters))) for b in space.blocks}
+            return {b: SEGMENTS / max(1e-30, float(context.summed_rates(b.parameters)[0])) for b in space.blocks}
         if asked != "auto":
             return dict.fromkeys(space.blocks, float(asked))
         means = {b: self._source.operator(b, identity).weight for b in space.blocks}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from ine_callback.capture.label_gradients import MAX_CLASSES
+from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Steps
 from ine_callback.methods.influence.curvature import Curvature
 from ine_callback.methods.influence.fisher import Fisher
+from ine_callback.methods.influence.newton import newton_step
 from ine_callback.methods.influence.rif import MAX_APPROXIMATE, MAX_LEVERAGE, all_labels, label_weights
 from ine_callback.methods.influence.row_scores import RowScores
 from ine_callback.methods.influence.sampling import sampler_of
@@ -21,7 +24,13 @@ FEW_LABELS = 20  # of so many, all are gone through
 def scored(settings: IFSettings, context: FitContext) -> Steps:
     """Scores rows at the present weights: see :class:`.IF`."""
     labels = context.labels()
-    fisher = settings.fisher or _default(labels, settings.rescale is not None)
+    all_needed = settings.rescale is not None or bool(settings.groups)
+    if all_needed and labels is None:
+        raise InfluenceError(
+            f"IF: rescale='rif' and groups go through all labels of a row, at most {MAX_CLASSES}, which this loss has "
+            "no list of; leave them out."
+        )
+    fisher = settings.fisher or _default(labels, all_needed)
     curvature = Curvature(context, settings, fisher)
     yield from curvature.passes()
     system = curvature.system()
@@ -34,13 +43,19 @@ def scored(settings: IFSettings, context: FitContext) -> Steps:
     scores = RowScores(system.space, solution.x, rows, context.rows)
     if settings.rescale is None:
         yield PerSamplePass(rows=settings.rows), scores.take
-    else:
-        exact = settings.solver == "exact"
-        inverse, most = (inverse_of(system), MAX_LEVERAGE) if exact else (system.precondition, MAX_APPROXIMATE)
+    if not all_needed:
+        return attribution(settings, fisher, context, system, solution, scores, {})
+    exact = settings.solver == "exact"
+    inverse, most = (inverse_of(system), MAX_LEVERAGE) if exact else (system.precondition, MAX_APPROXIMATE)
+    if settings.rescale is not None:
         for which, each, own in all_labels(context, rows, labels or 1, system.space.size):
             weights, leverages = label_weights(system.space, inverse, each, own, context.rows, most)
             scores.take_rescaled(which, each, own, weights, leverages)
-    return attribution(settings, fisher, context, system, solution, scores)
+    steps = {
+        name: v.double() @ newton_step(context, system.space, inverse, list(group), labels or 1, most)
+        for name, group in (settings.groups or {}).items()
+    }
+    return attribution(settings, fisher, context, system, solution, scores, steps)
 
 
 def _default(labels: int | None, all_needed: bool) -> Fisher:

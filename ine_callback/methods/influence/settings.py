@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -40,6 +40,7 @@ class IFSettings:
     rows: Sequence[int] | None = None
     layers: Sequence[str] | None = None
     per_layer: bool = False
+    groups: Mapping[str, Sequence[int]] | None = None
     at: Sequence[Stage] = ("end",)
     seed: int = 0
 
@@ -66,10 +67,14 @@ class IFSettings:
                 f"IF: sampler={self.sampler!r} draws minibatches, which solver={self.solver!r} has none of; use "
                 "solver='lissa' or 'astra'."
             )
-        if self.rescale and self.solver == "identity":
-            raise InfluenceError("IF: rescale='rif' needs a curvature; choose another solver than 'identity'.")
-        if self.rescale and self.fisher not in (None, "exact"):
-            raise InfluenceError(f"IF: rescale='rif' goes through all labels; fisher={self.fisher!r} does not.")
+        for option, asked in (("rescale='rif'", self.rescale is not None), ("groups", bool(self.groups))):
+            if asked and self.solver == "identity":
+                raise InfluenceError(f"IF: {option} needs a curvature; choose another solver than 'identity'.")
+            if asked and self.fisher not in (None, "exact"):
+                raise InfluenceError(f"IF: {option} goes through all labels; fisher={self.fisher!r} does not.")
+        for name, rows in (self.groups or {}).items():
+            if not len(rows) or len(set(rows)) < len(rows):
+                raise InfluenceError(f"IF: groups[{name!r}] must list at least one row, each once.")
         check_stages("IF", self.at)
 
     def _valid_damping(self) -> bool:
@@ -81,7 +86,8 @@ class IFSettings:
         """The settings as plain types; a list of rows becomes its length."""
         rows = None if self.rows is None else len(self.rows)
         layers = None if self.layers is None else list(self.layers)
-        return asdict(self) | {"rows": rows, "layers": layers, "at": list(self.at)}
+        groups = {name: [int(row) for row in group] for name, group in (self.groups or {}).items()}
+        return asdict(self) | {"rows": rows, "layers": layers, "groups": groups, "at": list(self.at)}
 
 
 def settings_name(settings: IFSettings) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.influence.fisher import Fisher
@@ -34,9 +37,15 @@ TITLES = {
 
 
 def attribution(
-    settings: IFSettings, fisher: Fisher, context: FitContext, system: System, solution: Solution, scores: RowScores
+    settings: IFSettings,
+    fisher: Fisher,
+    context: FitContext,
+    system: System,
+    solution: Solution,
+    scores: RowScores,
+    steps: Mapping[str, Tensor],
 ) -> Attribution:
-    """Scores with their checks."""
+    """Scores with their checks; ``steps`` has the groups' Newton steps in the queries [Q]."""
     damping = {b.name: float(d.flatten()[0]) for b, d in system.space.split(system.damping[None]).items()}
     names = tuple(block.name for block in system.space.blocks)
     arrays = {
@@ -45,6 +54,7 @@ def attribution(
     }
     if np.isfinite(scores.leverages).any():
         arrays["leverage"] = scores.leverages
+    arrays |= {f"newton {name}": step.cpu().numpy() for name, step in steps.items()}
     return Attribution(
         method=settings_name(settings),
         rows=scores.rows,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.methods import FitContext, FitEndMethods
+from ine_callback.methods.influence.curvature import Curvature
 from ine_callback.methods.influence.influence import IF
 from ine_callback.scores import Attribution
 from tests.helpers.contexts import CLASSES, LABELS, ROWS, VECTORS, WIDTH, bound, entropy, numbers
@@ -104,6 +105,14 @@ def dense(module: nn.Module, loss: Callable[[nn.Module, Any], Tensor], data: tup
 def problem(case: str = "cross entropy") -> Dense:
     loss, targets, outputs = LOSSES[case]
     return dense(network(outputs), loss, (VECTORS, targets))
+
+
+def curvature(found: Dense, settings: IF, fisher: str = "exact") -> Curvature:
+    made = Curvature(found.context, settings, fisher)  # type: ignore[arg-type]
+    for asked, take in made.passes():
+        for rows, gradients in found.context.per_sample(asked):
+            take(rows, gradients)
+    return made
 
 
 def relative(found: Any, wanted: Any) -> float:

@@ -8,20 +8,11 @@ import torch
 from torch import nn
 
 from ine_callback import IF
-from ine_callback.methods.influence.curvature import Curvature
 from ine_callback.methods.influence.solvers.exact import dense_fisher
 from tests.helpers.contexts import VECTORS, WIDTH, numbers
-from tests.methods.influence.conftest import LOSSES, NUMBERS, Dense, dense, problem, relative, squared
+from tests.methods.influence.conftest import LOSSES, NUMBERS, curvature, dense, problem, relative, squared
 
 DAMPING = 5e-3
-
-
-def curvature(found: Dense, settings: IF, fisher: str = "exact") -> Curvature:
-    made = Curvature(found.context, settings, fisher)  # type: ignore[arg-type]
-    for asked, take in made.passes():
-        for rows, gradients in found.context.per_sample(asked):
-            take(rows, gradients)
-    return made
 
 
 @pytest.mark.parametrize("case", LOSSES)
@@ -168,3 +159,16 @@ def test_the_rescaling_vanishes_under_strong_damping() -> None:
     found = problem()
     plain, rescaled = (found.run(IF(solver="exact", damping=1e4, rescale=how)).scores for how in (None, "rif"))
     assert np.abs(rescaled / plain - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_groups_newton_step_takes_all_its_rows_out_together(case: str) -> None:
+    found = problem(case)
+    groups = {"one": [5], "many": list(range(20, 50))}
+    scores = found.run(IF(solver="exact", damping=DAMPING, groups=groups, rescale="rif"))
+    count, damped = len(found.rows), found.fisher + DAMPING * torch.eye(len(found.fisher)).double()
+    for name, rows in groups.items():
+        step = torch.linalg.solve(damped - found.parts[rows].sum(0) / count, found.rows[rows].sum(0)) / count
+        assert relative(getattr(scores, f"newton {name}"), found.queries @ step) < 1e-8
+    assert relative(getattr(scores, "newton one"), scores.scores[5]) < 1e-9
+    assert relative(getattr(scores, "newton many"), scores.scores[groups["many"]].sum(0)) > 0.01
