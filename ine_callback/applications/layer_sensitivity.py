@@ -101,7 +101,7 @@ class LayerSensitivity:
         from rich.text import Text
 
         title = f"Sensitivity of blocks by {plain(self.method)} · S relative to the largest · {self.aggregate}"
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title), title_justify="left", title_style="bold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("block")
         table.add_column("layers", justify="right")
         for query in self.queries:
@@ -110,13 +110,13 @@ class LayerSensitivity:
         show = partial(signed, places=3) if self.aggregate == "all" else number
         for block, layers, line in zip(self.blocks, self.layers, relative, strict=True):
             table.add_row(Text(plain(block)), str(len(layers)), *map(show, line))
-        depth = [spearman(np.arange(len(self)), column) for column in self.scores.T]
+        depth = [spearman(np.arange(float(len(self))), column) for column in self.scores.T]
         table.add_section()
         table.add_row("depth", "", *(signed(value, 2) for value in depth))
         lines = [Text(LEGEND, "dim")]
         if self.left_out:
             lines.append(Text(f"In no block: {listed(self.left_out)}", "dim"))
-        return Group(table, *lines)
+        return Group(Text(title, "bold"), table, *lines)
 
     def __str__(self) -> str:
         return as_text(self)
