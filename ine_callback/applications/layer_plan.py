@@ -4,17 +4,17 @@ A sensitive block (large S) gets more experts and is pruned more; a mature one i
 v = max(0, S) / max(S):
 
     experts    f = v^β / sum(v^β) · (T - B m),  ⌊f⌋ + m each; those that remain go to the largest fractions of f
-    sparsity   u = minmax(savgol(minmax(v))),  φ = min(1, η (1 - ε + 2 ε u)),  η such that sum(φ d) = budget · sum(d)
+    sparsity   u = minmax(savgol(v)),  φ = min(1, η (1 - ε + 2 ε u)),  η such that sum(φ d) = budget · sum(d)
 
 T is the number of experts, m the least number in a block, d the number of weights of a block; the Savitzky-Golay filter
-has window 7 and order 3. Source: LayerIF, arXiv 2505.23811. Its code clips φ at .99 and then misses the budget; here
+has window 7 and order 3. Source: LayerIF, arXiv 2505.23811; a further minmax before its filter changes nothing, for the
+filter is linear and keeps constants. Its code clips φ at .99 and then misses the budget; here
 the rest is spread over the other blocks (water-filling). Beside each plan stand two controls of the same budget: the
 rule with the block's place in the network as S (``ramp``), and with S mirrored, max + min - S (``reversed``).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 WINDOW, ORDER = 7, 3  # of the filter
-LEVEL = 1e-9  # relative difference below which two sensitivities, or fractions of experts, are equal
+LEVEL = 1e-9  # relative difference below which two sensitivities are equal
 CONSTANT = "The sensitivities do not differ: the plan is uniform."
 NOTHING = "No sensitivity is above 0: the plan is uniform."
 
@@ -189,7 +189,7 @@ class LayerPlan:
             )
 
         def rule(v: Floats) -> Floats:
-            wanted = _minmax(_smoothed(_minmax(v)) if smooth else v)
+            wanted = _minmax(_smoothed(v) if smooth else v)
             return _filled(1.0 - epsilon + 2.0 * epsilon * wanted, d, float(budget))
 
         return self._allocation(rule)
@@ -215,10 +215,10 @@ def _relative(sensitivity: Floats) -> tuple[Floats, tuple[str, ...]]:
 def _experts(v: Floats, free: int, beta: float) -> NDArray[np.int64]:
     """``free`` experts in proportion to v^β, by largest remainders."""
     weights = v**beta
-    wanted = weights / math.fsum(weights) * free  # fsum: the same sum in any order of the blocks
-    whole = np.floor(wanted + LEVEL)
+    wanted = weights / weights.sum() * free
+    whole: Floats = np.floor(wanted)
     fractions = np.round(wanted - whole, 9)  # equal ones stay equal whatever the unit of S
-    counts = whole.astype(np.int64)
+    counts: NDArray[np.int64] = whole.astype(np.int64)
     first = np.argsort(-fractions, kind="stable")[: free - int(counts.sum())]
     counts[first] += 1
     return counts

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 Aggregate = Literal["positive", "top25", "all"]
-NO_MATRIX = re.compile(
-    r"bias$|(norm|(^|[._])(ln|bn)(_\w+)?)_?\d*\.\w+$", re.IGNORECASE
-)  # biases, and what norm layers hold
+# biases, and what norm layers hold
+NO_MATRIX = re.compile(r"bias$|(norm|(^|[._])(ln|bn)(_\w+)?)_?\d*\.\w+$", re.IGNORECASE)
 MAX_NAMED = 6  # layers that are listed by name
 LEGEND = """\
 S: help of the training rows through the block, summed over the rows. Large: sensitive, trained less than the others.

@@ -67,7 +67,7 @@ def test_experts_keep_the_budget_and_the_order(values: np.ndarray, free: int, mi
 
 
 @given(distinct, st.integers(0, 200), st.floats(1e-30, 1e30), st.randoms(use_true_random=False))
-@example(np.array([1.0, 3.0]), 2, 0.1, Random(0))  # parts of .5 and 1.5: equal but for rounding
+@example(np.array([1.0, 2.0, 5.0]), 4, 0.3, Random(0))  # parts of .5, 1, 2.5: two fractions equal but for rounding
 def test_experts_follow_the_blocks_whatever_their_order_and_the_unit(
     values: np.ndarray, free: int, unit: float, random: Random
 ) -> None:
@@ -115,6 +115,11 @@ def test_the_filter_by_hand() -> None:
     np.testing.assert_allclose(plan_of(values).sparsity(0.5).values, 0.5 * phi / phi.mean(), atol=1e-12)
     raw = 0.7 + 0.6 * (values == 9.0)
     np.testing.assert_allclose(plan_of(values).sparsity(0.5, smooth=False).values, 0.5 * raw / raw.mean(), atol=1e-12)
+
+
+def test_a_cubic_passes_the_filter_as_it_is() -> None:
+    plan = plan_of((np.arange(11.0) - 4) ** 3 + 100)
+    np.testing.assert_allclose(plan.sparsity(0.5).values, plan.sparsity(0.5, smooth=False).values, atol=1e-12)
 
 
 @pytest.mark.parametrize("count", range(2, 7))
