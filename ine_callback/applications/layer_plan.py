@@ -7,10 +7,10 @@ v = max(0, S) / max(S):
     sparsity   u = minmax(savgol(v)),  φ = min(1, η (1 - ε + 2 ε u)),  η such that sum(φ d) = budget · sum(d)
 
 T is the number of experts, m the least number in a block, d the number of weights of a block; the Savitzky-Golay filter
-has window 7 and order 3. Source: LayerIF, arXiv 2505.23811; a further minmax before its filter changes nothing, for the
-filter is linear and keeps constants. Its code clips φ at .99 and then misses the budget; here
-the rest is spread over the other blocks (water-filling). Beside each plan stand two controls of the same budget: the
-rule with the block's place in the network as S (``ramp``), and with S mirrored, max + min - S (``reversed``).
+has window 7 and order 3. Source: LayerIF, arXiv 2505.23811. A minmax before the filter, as there, changes nothing: the
+filter is linear and keeps constants. Its code clips φ at .99 and then misses the budget; here the rest is spread over
+the other blocks (water-filling). Beside each plan stand two controls of the same budget: the rule with the block's
+place in the network as S (``ramp``), and with S mirrored, max + min - S (``reversed``).
 """
 
 from __future__ import annotations

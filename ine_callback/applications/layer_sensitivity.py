@@ -205,7 +205,7 @@ def _summed(scores: Floats, names: Sequence[str], aggregate: Aggregate, who: str
 
 
 def _matching(names: Sequence[str], blocks: str, who: str) -> dict[str, list[int]]:
-    """Positions of the layers of each block, by the expression's group, in the order of the layers."""
+    """Positions of the layers of each block, by the expression's group, in the order of the groups' numbers."""
     try:
         expression = re.compile(blocks)
     except re.error as error:
@@ -218,7 +218,7 @@ def _matching(names: Sequence[str], blocks: str, who: str) -> dict[str, list[int
     for position, name in enumerate(names):
         if (match := expression.search(name)) and match[1]:
             members[match[1]].append(position)
-    return dict(members)
+    return dict(sorted(members.items(), key=lambda item: by_numbers(item[0])))
 
 
 def _repeated(names: Sequence[str]) -> dict[str, list[int]]:
@@ -240,6 +240,16 @@ def _repeated(names: Sequence[str]) -> dict[str, list[int]]:
         if len(found) > 1 and sum(map(len, found.values())) > sum(map(len, best.values())):
             best = found
     return best
+
+
+def by_numbers(name: str) -> list[str | int]:
+    """What names are sorted by: their numbers by value, other text by letters.
+
+    Example:
+        >>> sorted(["h.10", "h.2", "a.3"], key=by_numbers)
+        ['a.3', 'h.2', 'h.10']
+    """
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def listed(names: Sequence[str]) -> str:

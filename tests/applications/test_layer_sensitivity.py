@@ -106,9 +106,11 @@ def test_the_prefix_that_numbers_most_layers_is_taken(names: list[str], blocks: 
 
 
 def test_blocks_by_an_expression() -> None:
-    names = ["layer1.0.conv.weight", "layer1.1.conv.weight", "layer1.1.bn.weight", "layer2.0.conv.weight", "fc.weight"]
-    found = grouped(names, r"(layer\d\.\d)\.conv")
-    assert found == {name.rpartition(".conv")[0]: (name,) for name in names if "conv" in name}
+    names = ["layer1.0.conv.weight", "layer1.1.conv.weight", "layer1.1.bn.weight", "layer1.10.conv.weight", "fc.weight"]
+    expected = {name.rpartition(".conv")[0]: (name,) for name in names if "conv" in name}
+    for given in (names, names[::-1]):  # methods may hold layers in the order of the backward pass
+        found = grouped(given, r"(layer\d+\.\d+)\.conv")
+        assert found == expected and list(found) == list(expected)
     assert list(grouped(STACK, r"(?:net\.)(B\.\d)\.a")) == ["B.0", "B.1", "B.2"]
 
 
