@@ -23,9 +23,10 @@ accuracy (697 rows; {dense} before pruning) by the fraction of weights pruned, Â
 The differences are of the same trainings.
 """
 PLACES = """\
-S of the blocks, from the input to the output, relative to the largest, mean over the trainings: {values}. Its rank
-correlation with depth differs between trainings: {depth} (mean, and standard deviation). Over the trainings it
-correlates with what LayerIF's plan gains over the uniform one: {gains}. So the plan helps where it is like the ramp.
+S of the blocks, from the input to the output, relative to the largest, mean over the trainings: {values}.
+Its rank correlation with depth: {depth} (mean and standard deviation over the trainings). Correlation of that with
+what LayerIF's plan gains over the uniform one: {gains}; near 1 the plan gains
+where it is like the ramp.
 """
 
 
