@@ -35,6 +35,7 @@ def run(module: str, *arguments: str) -> str:
         ("finetuning --dropout 0.1", "## Fine-tuning a small language model"),
         ("randomness", "## Stability"),
         ("overhead", "## Overhead"),
+        ("layers", "## Pruning by the sensitivity of blocks"),
         ("scale", "## Growth with rows"),
         pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
         pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),

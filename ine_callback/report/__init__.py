@@ -1,6 +1,8 @@
 """What users hold: the report, its tables, its disk format, its plots and its HTML. Knows scores only."""
 
 from ine_callback.applications.group import GroupScore
+from ine_callback.applications.layer_plan import Allocation, LayerPlan
+from ine_callback.applications.layer_sensitivity import LayerSensitivity
 from ine_callback.report.compare import Agreement, Comparison
 from ine_callback.report.example import example_report
 from ine_callback.report.reading import ReportError
@@ -12,10 +14,13 @@ from ine_callback.report.table import RowScore, ScoreTable
 
 __all__ = [
     "Agreement",
+    "Allocation",
     "Comparison",
     "GroupScore",
     "Image",
     "InfluenceReport",
+    "LayerPlan",
+    "LayerSensitivity",
     "ReportError",
     "RowScore",
     "RunInfo",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ine_callback.report import plots
 from ine_callback.report.attribution_view import by_method
+from ine_callback.report.layer_plot import layers
 from ine_callback.report.stages import stages
 from ine_callback.utilities.optional import need
 
@@ -69,6 +70,14 @@ class Plots:
         methods = by_method(self._report.attributions)
         several = [name for name, found in methods.items() if len(found) > 1] or [*methods, ""]
         stages(methods.get(several[0] if method is None else method, []), ax, query)
+        return ax
+
+    def layers(
+        self, query: str | None = None, method: str | None = None, blocks: str | None = None, *, ax: Axes | None = None
+    ) -> Axes:
+        """Sensitivity of each block of the network; arguments as in :meth:`.InfluenceReport.layers`."""
+        ax = _given(ax)
+        layers(self._report.layers(method, query, blocks), ax)
         return ax
 
 

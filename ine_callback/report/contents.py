@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from ine_callback.applications import label_errors as labels_of
 from ine_callback.applications import relabel, weights
 from ine_callback.applications.group import GroupScore, group_score
+from ine_callback.applications.layer_plan import LayerPlan
+from ine_callback.applications.layer_sensitivity import Aggregate, LayerSensitivity, layer_sensitivity
 from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable
@@ -324,6 +326,65 @@ class Contents:
             (3, True, True)
         """
         return group_score(self.scores, rows, self.column(query))
+
+    # ---- blocks of the network ----
+
+    def layers(
+        self,
+        method: str | None = None,
+        query: str | None = None,
+        blocks: str | None = None,
+        aggregate: Aggregate = "positive",
+    ) -> LayerSensitivity:
+        """How sensitive each block of the network is: the rows' help through it, summed over the rows.
+
+        Formula and source: :mod:`ine_callback.applications.layer_sensitivity`.
+
+        Args:
+            method: Name of the method; by default the first that kept scores by layer.
+            query: Name of one query; by default all.
+            blocks: Regular expression with one group, the block's name, searched in each layer's name. By default the
+                repeated ``prefix.<number>.``, without biases and norm layers.
+            aggregate: ``"positive"``: scores above 0; ``"top25"``: the largest quarter of these; ``"all"``: all scores.
+
+        Raises:
+            ValueError: Without scores by layer, without two blocks, or where scores are not finite.
+
+        Example:
+            >>> from ine_callback.report import example_report
+            >>> from ine_callback.scores import LayerScores, example_attribution
+            >>> from dataclasses import replace
+            >>> scores = np.arange(10.0).reshape(5, 2, 1)
+            >>> found = replace(example_attribution(), layers=LayerScores(("B.0.weight", "B.1.weight"), scores))
+            >>> example_report().with_attributions(found).layers().of("val")
+            array([20., 25.])
+        """
+        with_layers = [each.method for each in self.attributions if each.layers is not None]
+        found = self.attribution(with_layers[0] if method is None and with_layers else method or "")
+        if found is None:
+            raise ValueError(
+                f"InfluenceReport.layers: no scores by layer {f'by {method!r}' if method else 'of any method'}; train "
+                f"with a method that keeps them, such as IF(per_layer=True). Methods here: {with_layers}"
+            )
+        return layer_sensitivity(found, query, blocks, aggregate)
+
+    def layer_plan(
+        self,
+        method: str | None = None,
+        query: str | None = None,
+        blocks: str | None = None,
+        aggregate: Aggregate = "positive",
+    ) -> LayerPlan:
+        """Plans by sensitivity: ``.experts(total)`` for each block, ``.sparsity(budget)``; arguments: :meth:`layers`.
+
+        Args:
+            method: Name of the method.
+            query: Name of the query; by default the method's first.
+            blocks: Regular expression of the blocks.
+            aggregate: Which rows' scores are summed.
+        """
+        found = self.layers(method, query, blocks, aggregate)
+        return LayerPlan(found.blocks, found.of(query))
 
     def _suspect_column(self, query: str | None) -> int:
         return self.column(self.recommended_query if query is None else query)
