@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from ine_callback.scores import Scores
+from ine_callback.scores import Attribution, Scores
 from ine_callback.stats.tradeoff import tradeoff
 from ine_callback.utilities.validate import listed, row_ids
 
@@ -71,6 +71,49 @@ class GroupScore:
             raise ValueError(f"GroupScore.curve: points is {points}; a curve needs at least 2")
         alpha = np.linspace(0.0, 1.0, points)
         return alpha, self.errors(alpha)
+
+
+@dataclass(frozen=True)
+class NewtonGroup:
+    """Effect of leaving a set S of rows out on one query, by influence functions; in the query's own unit.
+
+    Attributes:
+        query: Name of the query.
+        size: Number of rows in S.
+        method: The method that computed it.
+        first_order: Sum of the rows' scores; NaN where one of them was not scored.
+        newton: By the Newton step of the whole set, which knows that its rows stand in for each other.
+
+    Example:
+        >>> NewtonGroup("val", 40, "IF-EXACT", first_order=0.1, newton=0.3).newton
+        0.3
+    """
+
+    query: str
+    size: int
+    method: str
+    first_order: float
+    newton: float
+
+
+def newton_group(
+    attributions: Sequence[Attribution], rows: Iterable[int] | NDArray[Any], query: str | None
+) -> NewtonGroup:
+    """See :meth:`InfluenceReport.newton_group`."""
+    wanted = {int(row) for row in rows}
+    for found in attributions:
+        column = found.column(query)
+        for name, group in found.settings.get("groups", {}).items():
+            if set(group) == wanted:
+                known = dict(zip(found.rows.tolist(), found.scores[:, column], strict=True))
+                total = float(sum(known.get(row, math.nan) for row in wanted))
+                newton = float(found.arrays[f"newton {name}"][column])
+                return NewtonGroup(found.queries[column].name, len(wanted), found.method, total, newton)
+    raise ValueError(
+        f"InfluenceReport.newton_group: no method took a Newton step of these {len(wanted)} rows; pass "
+        "methods=[FINE(), IF(groups={'mine': rows})], or add what run_if(trainer, module, IF(groups=...)) returns with "
+        "report.with_attributions(found)."
+    )
 
 
 def group_score(scores: Scores, rows: Iterable[int] | NDArray[Any], column: int) -> GroupScore:

@@ -1,4 +1,4 @@
-"""Chains without a fit: around a module that a Trainer trained before, or that comes from a checkpoint."""
+"""Methods without a fit: on a module that a Trainer trained before, or that comes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from ine_callback.methods.bif.bif import BIF
 from ine_callback.methods.bif.in_fit import run_chains
 from ine_callback.methods.bif.row_losses import RowLoss
 from ine_callback.methods.context import FitContext
-from ine_callback.methods.fit_end import Interrupted
+from ine_callback.methods.fit_end import FitEndMethods, Interrupted
+from ine_callback.methods.influence.influence import IF
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
 from ine_callback.report import InfluenceReport
 from ine_callback.scores import Attribution
 
-OWNER = "run_bif"
+OWNER_BIF, OWNER_IF = "run_bif", "run_if"
 
 
 def run_bif(
@@ -73,34 +74,110 @@ def run_bif(
         >>> found.scores.shape
         (64, 1)
     """
+    with _context(
+        OWNER_BIF, trainer, module, queries, train_dataloaders, val_dataloaders, datamodule, max_query_rows
+    ) as context:
+        context.scores = None if report is None else report.scores
+        try:
+            found = run_chains(bif or BIF(), context, loss_fn)
+        except Interrupted as stopped:
+            found = stopped.found
+        return replace(found, notes=(*context.source.notes, *found.notes))
+
+
+def run_if(
+    trainer: Trainer,
+    module: LightningModule,
+    method: IF | None = None,
+    queries: str | Query | list[str | Query] | dict[str, Any] | Callable[..., Any] = "val",
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+    max_query_rows: int = 2000,
+) -> Attribution:
+    """Influence functions of a trained module, with a Trainer's device, precision and progress bar but without a fit.
+
+    ``damping="run"`` needs the learning rates of a fit, and is not known here.
+
+    Args:
+        trainer: The Trainer of the fit, or one with the same precision.
+        module: The trained module.
+        method: Settings; ``at`` has no part in it.
+        queries: As for :class:`~ine_callback.InfluenceCallback`; ``"self"`` is f-INE's alone.
+        train_dataloaders: The training loader; its data set must be indexable.
+        val_dataloaders: Validation loaders, for ``"val"``.
+        datamodule: Where loaders come from; it is prepared and set up for ``"fit"``.
+        max_query_rows: Rows taken of a larger query loader, a fixed random sample.
+
+    Returns:
+        The scores; score > 0: training on the row lowers the query.
+
+    Raises:
+        InfluenceError: If there are several processes, no loader, rows or queries, or the method refuses.
+
+    Example:
+        >>> import lightning, torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> class Line(lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.line = torch.nn.Linear(1, 1)
+        ...
+        ...     def training_step(self, batch, batch_idx):
+        ...         return torch.nn.functional.mse_loss(self.line(batch[0]), batch[1])
+        ...
+        ...     validation_step = training_step
+        >>> data = DataLoader(TensorDataset(torch.ones(6, 1), torch.arange(6.0)[:, None]))
+        >>> trainer = lightning.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> run_if(trainer, Line(), IF("exact"), train_dataloaders=data, val_dataloaders=data).scores.shape
+        (6, 1)
+    """
+    with _context(
+        OWNER_IF, trainer, module, queries, train_dataloaders, val_dataloaders, datamodule, max_query_rows
+    ) as context:
+        methods = FitEndMethods([method or IF()], OWNER_IF, on_error="raise")
+        methods.run(context)
+        if not methods.found:
+            raise KeyboardInterrupt
+        (found,) = methods.found
+        return replace(found, notes=(*context.source.notes, *methods.notes, *found.notes))
+
+
+@contextlib.contextmanager
+def _context(
+    owner: str,
+    trainer: Trainer,
+    module: LightningModule,
+    queries: Any,
+    train_dataloaders: Any,
+    val_dataloaders: Any,
+    datamodule: LightningDataModule | None,
+    max_query_rows: int,
+) -> Iterator[FitContext]:
+    """The trained module with its data, as a method gets it in a fit."""
     if trainer.world_size > 1:
-        raise InfluenceError(f"{OWNER}: {trainer.world_size} processes are not supported; use Trainer(devices=1).")
-    train, val = _loaders(trainer, module, train_dataloaders, val_dataloaders, datamodule)
+        raise InfluenceError(f"{owner}: {trainer.world_size} processes are not supported; use Trainer(devices=1).")
+    train, val = _loaders(owner, trainer, module, train_dataloaders, val_dataloaders, datamodule)
     with _connected(trainer, module, datamodule):
-        loss = ModuleLoss(module, OWNER)
-        source = DataSource(OWNER, loss, train, val, max_query_rows)
+        loss = ModuleLoss(module, owner)
+        source = DataSource(owner, loss, train, val, max_query_rows)
         context = FitContext(
             module,
-            [bound for name, query in parse(queries, OWNER).items() for bound in query.bind(name, source)],
+            [bound for name, query in parse(queries, owner).items() for bound in query.bind(name, source)],
             source,
             loss.training,
             lambda batch: transferred(trainer, batch),
             lambda: evaluating(trainer),
             progress=progress_of(trainer),
-            scores=None if report is None else report.scores,
-            owner=OWNER,
+            owner=owner,
         )
         if not context.queries:
-            raise InfluenceError(f"{OWNER}: BIF has no query: 'self' is f-INE's alone; add 'val' or another one.")
-        try:
-            found = run_chains(bif or BIF(), context, loss_fn)
-        except Interrupted as stopped:
-            found = stopped.found
-    return replace(found, notes=(*source.notes, *found.notes))
+            raise InfluenceError(f"{owner}: there is no query: 'self' is f-INE's alone; add 'val' or another one.")
+        yield context
 
 
 def _loaders(
-    trainer: Trainer, module: LightningModule, train: Any, val: Any, datamodule: LightningDataModule | None
+    owner: str, trainer: Trainer, module: LightningModule, train: Any, val: Any, datamodule: LightningDataModule | None
 ) -> tuple[Any, list[Any]]:
     """The training loader and the validation loaders."""
     if datamodule is not None:
@@ -110,7 +187,7 @@ def _loaders(
     val = _first(val, datamodule, trainer.val_dataloaders, module, "val_dataloader")
     loaders = [] if train is None else tree_leaves(train)
     if len(loaders) != 1:
-        raise InfluenceError(f"{OWNER}: {len(loaders)} training loaders were found; pass train_dataloaders=loader.")
+        raise InfluenceError(f"{owner}: {len(loaders)} training loaders were found; pass train_dataloaders=loader.")
     return loaders[0], [] if val is None else tree_leaves(val)
 
 

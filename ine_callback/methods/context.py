@@ -294,7 +294,12 @@ class FitContext:
                 verification.compare(parameter, parameter, gradient)
         if self._failures:
             raise self._failures.pop()
-        wrong, _, _ = verification.judge(self.table, self._capture.half, self._capture.double_backward)
+        wrong, _, finite = verification.judge(self.table, self._capture.half, self._capture.double_backward)
+        if not finite:
+            raise CaptureError(
+                f"{self.owner}: gradients of the first {TOGETHER} rows asked for are not finite; look for inputs or "
+                "weights that are not."
+            )
         names = {p: name for name, p in self.module.named_parameters()}
         missing = {names[p]: reason for block, reason in wrong.items() for p in block.parameters}
         for block in wrong:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ine_callback.applications import label_errors as labels_of
 from ine_callback.applications import relabel, weights
-from ine_callback.applications.group import GroupScore, group_score
+from ine_callback.applications.group import GroupScore, NewtonGroup, group_score, newton_group
 from ine_callback.applications.layer_plan import LayerPlan
 from ine_callback.applications.layer_sensitivity import Aggregate, LayerSensitivity, layer_sensitivity
 from ine_callback.report import rows as tables
@@ -326,6 +326,15 @@ class Contents:
             (3, True, True)
         """
         return group_score(self.scores, rows, self.column(query))
+
+    def newton_group(self, rows: Iterable[int] | NDArray[Any], query: str | None = None) -> NewtonGroup:
+        """The Newton step of leaving a set of rows out, where :class:`~ine_callback.IF` was given it in ``groups``.
+
+        Raises:
+            ValueError: If no method was given these rows.
+            KeyError: When there is no such query.
+        """
+        return newton_group(self.attributions, rows, query)
 
     # ---- blocks of the network ----
 
