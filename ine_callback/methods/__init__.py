@@ -9,11 +9,15 @@ if TYPE_CHECKING:
     from ine_callback.methods.context import FitContext, RowGradients
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
+    from ine_callback.methods.kairos.kairos import KAIROS
+    from ine_callback.methods.kairos.values import DataValues
     from ine_callback.methods.passes import PerSamplePass
 
 __all__ = [
     "BIF",
     "FINE",
+    "KAIROS",
+    "DataValues",
     "FitContext",
     "FitEndMethod",
     "FitEndMethods",
@@ -31,6 +35,8 @@ _MODULES = {
     "context": ["FitContext", "RowGradients"],
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],
+    "kairos.kairos": ["KAIROS"],
+    "kairos.values": ["DataValues"],
     "passes": ["PerSamplePass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
