@@ -210,5 +210,5 @@ def conformal_p(kernel: Kernel, x: Tensor, sums: Tensor, scored: Tensor, calibra
     own = (sums - 1) / others - kernel.sums(x, scored) / len(scored)
     for part, score in zip(x.split(TILE), own.split(TILE), strict=True):
         c = (of_all - kernel.gram(part, calibration)) / others - baseline
-        found.append((1 + (c >= score[:, None]).sum(1)) / (len(calibration) + 1))
+        found.append((1 + (c >= score[:, None]).sum(1)).to(x) / (len(calibration) + 1))
     return torch.cat(found)

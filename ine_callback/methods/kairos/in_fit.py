@@ -86,13 +86,14 @@ class Reader:
 
     def _read(self, found: Rows, loss: Loss, batch: Batch, size: int) -> None:
         features, labels = self._read_batch(loss, batch, size)
-        if len(features) != size or not features.is_floating_point():
+        if not isinstance(features, Tensor) or features.shape[:1] != (size,) or not features.is_floating_point():
+            what = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "no tensor"
             raise InfluenceError(
-                f"{NAME}: features={self._features!r} gives {features.dtype} of shape {tuple(features.shape)} for a "
-                f"batch of {size} rows; name another layer, or pass features=function with a vector for each row."
+                f"{NAME}: features={self._features!r} gives {what} for a batch of {size} rows; name another layer, or "
+                "pass features=function with a vector of numbers for each row."
             )
         inputs = _inputs(batch, size)
-        found.features.append(_host(features))
+        found.features.append(_host(features.reshape(size, -1)))
         found.labels.append(None if labels is None else labels.cpu())
         found.inputs.append(None if inputs is None else _host(inputs))
 
@@ -112,7 +113,7 @@ class Reader:
                 features = self._input(batch, size)
             if self._wanted:
                 labels = self._labels(loss(context.module, batch), batch, size)
-        return features.flatten(1), labels
+        return features, labels
 
     def _labels(self, loss: Tensor, batch: Batch, size: int) -> Tensor | None:
         """The labels that the loss uses; else the batch's only vector of integers."""
