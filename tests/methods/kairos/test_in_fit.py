@@ -105,7 +105,7 @@ def regression(method: KAIROS) -> Any:
 
 
 def test_a_regression_has_features_alone() -> None:
-    with pytest.raises(InfluenceError, match="have no labels.*lam=1"):
+    with pytest.raises(InfluenceError, match=r"have no labels.*lam=1"):
         regression(KAIROS())
     assert len(regression(KAIROS(lam=1)).rows) == ROWS
 
