@@ -86,8 +86,11 @@ def suspicions(kind: str, seed: int) -> tuple[dict[str, Floats], NDArray[np.bool
     trainer = L.Trainer(max_epochs=EPOCHS, callbacks=[influence], enable_model_summary=False, **quiet)
     trainer.fit(Net(), DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True))
     report = influence.report
+    assert report is not None
+    values = report.attribution("KAIROS")
+    assert values is not None
     found = {"mean loss in the run": report.scores.mean_loss, "self-influence": report.scores.mu[:, 0]}
-    found |= parts("penultimate, σ median", report.attribution("KAIROS"))
+    found |= parts("penultimate, σ median", values)
     for name, sigma in (("median", "median"), ("3 (published)", 3.0)):
         found |= parts(f"pixels, σ {name}", kairos(x, y, v, yv, sigma=sigma).attribution())
     first = kairos(x, y, v, yv, sigma=3.0, loo=False)
