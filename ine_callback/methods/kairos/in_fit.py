@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.capture.row_labels import read_labels
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
+from ine_callback.methods.kairos.inputs import digests
 from ine_callback.methods.kairos.settings import NAME
 from ine_callback.queries import Batch
 from ine_callback.utilities.isolation import isolated
@@ -28,12 +29,12 @@ class Rows:
     Attributes:
         features: [b, d] each.
         labels: Classes [b] each; None where a batch has none.
-        inputs: What the network gets [b, D] each; None where that is no tensor.
+        digests: Of what the network gets, for each row; none where that is no tensor.
     """
 
     features: list[Tensor] = field(default_factory=list)
     labels: list[Tensor | None] = field(default_factory=list)
-    inputs: list[Tensor | None] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
 
     def joined(self, what: str) -> Tensor:
         """The features of all rows [n, d].
@@ -49,12 +50,10 @@ class Rows:
             )
         return torch.cat(self.features)
 
-
-def whole(parts: list[Tensor | None]) -> Tensor | None:
-    """Parts of batches as one tensor; None where one is missing or of another shape."""
-    there = [part for part in parts if part is not None]
-    same = len(there) == len(parts) and len({part.shape[1:] for part in there}) == 1
-    return torch.cat(there) if same else None
+    def known_labels(self) -> Tensor | None:
+        """The labels of all rows [n]; None where a batch has none."""
+        there = [part for part in self.labels if part is not None]
+        return torch.cat(there) if len(there) == len(self.labels) else None
 
 
 class Reader:
@@ -93,9 +92,9 @@ class Reader:
                 "pass features=function with a vector of numbers for each row."
             )
         inputs = _inputs(batch, size)
-        found.features.append(_host(features.reshape(size, -1)))
+        found.features.append(features.detach().cpu().double().reshape(size, -1))
         found.labels.append(None if labels is None else labels.cpu())
-        found.inputs.append(None if inputs is None else _host(inputs))
+        found.digests += [] if inputs is None else digests(inputs)
 
     def _read_batch(self, loss: Loss, batch: Batch, size: int) -> tuple[Tensor, Tensor | None]:
         context = self._context
@@ -182,7 +181,3 @@ def _inputs(batch: Batch, size: int) -> Tensor | None:
     """The first tensor of a batch with a row for each of its rows, flattened [size, D]."""
     first = next(iter(_tensors(batch, size)), None)
     return None if first is None or first.dim() < 2 else first.flatten(1)
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double() if tensor.is_floating_point() else tensor.detach().cpu()

@@ -76,18 +76,16 @@ class KAIROS(KAIROSSettings, FitEndMethod):
 
     def run(self, context: FitContext) -> Attribution:
         """Values the training rows with the features of the present weights."""
-        from ine_callback.methods.kairos.in_fit import Reader, whole  # at first use, as is torch's
+        from ine_callback.methods.kairos.in_fit import Reader  # at first use, as is torch's
         from ine_callback.methods.kairos.inputs import refuse_shared
         from ine_callback.methods.kairos.values import DataValues
 
         reader = Reader(context, self.features, labels=self.lam < 1)
         clean = reader.reference(self.reference)
-        values = DataValues(clean.joined("reference"), whole(clean.labels), self)
+        values = DataValues(clean.joined("reference"), clean.known_labels(), self)
         rows = reader.training()
-        inputs, theirs = whole(rows.inputs), whole(clean.inputs)
-        if inputs is not None and theirs is not None:
-            refuse_shared(inputs, theirs)
-        values.add(rows.joined("training"), whole(rows.labels), context.progress)
+        refuse_shared(rows.digests, clean.digests)
+        values.add(rows.joined("training"), rows.known_labels(), context.progress)
         notes = (f"{NAME}: features are the input of layer {reader.layer!r}",) if reader.layer else ()
         found = values.attribution(self.reference if isinstance(self.reference, str) else "reference", notes)
         features = self.features if isinstance(self.features, str) else getattr(self.features, "__name__", "function")

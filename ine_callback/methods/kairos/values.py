@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.kairos.inputs import LabelModel, features_of, labels_of, refuse_shared
+from ine_callback.methods.kairos.inputs import LabelModel, digests, features_of, labels_of, refuse_shared
 from ine_callback.methods.kairos.settings import NAME, KAIROSSettings
 from ine_callback.scores import Attribution, Check, Floats, QueryInfo
 from ine_callback.stats.mmd import (
@@ -71,7 +71,7 @@ class DataValues:
         v = features_of(reference, "reference")
         if len(v) < 2:
             raise InfluenceError(f"{NAME}: the reference has {len(v)} row; give at least 2, better some hundred.")
-        self.settings, self._given, self._origin = settings, v, v.mean(0)
+        self.settings, self._digests, self._origin = settings, digests(v), v.mean(0)
         self._v = v - self._origin  # distances stay, and rounding of large means goes
         self.sigma = _sigma(self._v, settings)
         count = settings.random_features
@@ -105,7 +105,7 @@ class DataValues:
         """
         x = features_of(x, "training")
         self._check_width(x)
-        refuse_shared(x, self._given)
+        refuse_shared(digests(x), self._digests)
         return self.add(x, y)
 
     def add(self, x: ArrayLike | Tensor, y: Any = None, track: Track = untracked) -> DataValues:
