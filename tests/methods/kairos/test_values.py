@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.kairos.settings import KAIROSSettings
@@ -106,6 +107,7 @@ def test_rows_that_come_and_go_leave_the_values_of_the_rest(random_features: int
     again = less.update(x[gone], y[gone])
     assert again.rows.tolist() == [*rest.tolist(), N, N + 1, N + 2]  # ids are not used twice
     assert np.abs(again.values - whole.values[[*rest, *gone]]).max() < 1e-12
+    assert again.update(x[:1] + 1, y[:1]).rows[-1] == N + 3
 
 
 def test_the_order_of_rows_makes_no_difference() -> None:
@@ -139,6 +141,19 @@ def test_an_attribution_holds_parts_and_settings() -> None:
     assert made.settings["sigma"] == "median" and made.settings["sigma_used"] == found.sigma
     assert made.queries[0].name == "clean" and made.p is None and made.conformal_p.min() > 0
     assert set(kairos(x, None, v, None, lam=1).attribution().columns) == {"features", "conformal_p"}
+
+
+@pytest.mark.parametrize("sigma", [1.0, "median"])
+def test_p_values_of_a_row_like_the_reference_are_uniform(sigma: Any) -> None:
+    """Beside nine rows of another kind; with M = 38, on {1, …, 20}/20."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(1500):
+        x, v = rng.normal(size=(10, 2)), rng.normal(size=(38, 2))
+        x[1:] += 2
+        found.append(kairos(x, None, v, None, lam=1, sigma=sigma).conformal_p()[0])
+    smooth = np.array(found) - rng.random(1500) / 20  # uniform on [0, 1] for a uniform discrete law
+    assert stats.kstest(smooth, "uniform").pvalue > 0.01
+    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.017)
 
 
 def test_too_few_random_features_are_noticed() -> None:
