@@ -222,6 +222,14 @@ def test_labels_come_from_the_loss_or_the_batch(loss: Callable[..., Tensor]) -> 
     assert np.abs(made.scores[:, 0] - free.values).max() < 1e-12
 
 
+def test_labels_of_the_loss_come_before_others_of_the_batch() -> None:
+    module = nn.Sequential(nn.Linear(4, CLASSES, dtype=torch.float64))
+    ids = torch.arange(len(LABELS))
+    method = KAIROS(reference=(*REFERENCE, torch.arange(40)), features="input")
+    made = method.run(bound(module, entropy, (VECTORS, LABELS, ids)))
+    assert np.abs(made.scores[:, 0] - kairos(VECTORS, LABELS, *REFERENCE).values).max() < 1e-12
+
+
 def test_it_is_built_from_yaml() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
