@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if
-    from ine_callback.methods import BIF, FINE, IF, FitContext, FitEndMethod, PerSamplePass
+    from ine_callback.methods import BIF, FINE, IF, KAIROS, DataValues, FitContext, FitEndMethod, PerSamplePass
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
+    from ine_callback.methods.kairos.values import kairos
     from ine_callback.optimizers import register_optimizer
     from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recording.config import RecordingConfig
@@ -26,10 +27,12 @@ __all__ = [
     "BIF",
     "FINE",
     "IF",
+    "KAIROS",
     "Attribution",
     "BIFScores",
     "Calibration",
     "CallableQuery",
+    "DataValues",
     "EachRow",
     "FitContext",
     "FitEndMethod",
@@ -47,6 +50,7 @@ __all__ = [
     "__version__",
     "bif_scores",
     "calibrate",
+    "kairos",
     "register_layer",
     "register_optimizer",
     "run_bif",
@@ -62,7 +66,8 @@ _MODULES = {
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
-    "methods": ["BIF", "FINE", "IF", "FitContext", "FitEndMethod", "PerSamplePass"],
+    "methods.kairos.values": ["kairos"],
+    "methods": ["BIF", "FINE", "IF", "KAIROS", "DataValues", "FitContext", "FitEndMethod", "PerSamplePass"],
     "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],

@@ -1,6 +1,6 @@
-"""The command ``ine-callback``: show, export and compare saved reports without writing Python.
+"""The command ``ine-callback``: saved reports, and values of rows in files, without writing Python.
 
-Built on the standard library's argparse: five commands need no more. jsonargparse builds parsers from signatures, which
+Built on the standard library's argparse: six commands need no more. jsonargparse builds parsers from signatures, which
 would show users Python's docstrings, and Typer is a new dependency that completes by starting the program at every TAB.
 """
 
@@ -83,6 +83,17 @@ the extra 'report': pip install "ine_callback[report]"
 examples:
   ine-callback html influence
   ine-callback html influence -o report.html"""
+KAIROS_EXAMPLES = """\
+Needs no model: a value above 0 means that the row brings the training rows closer to the
+reference, which must be clean and share no row with them. A file is .npz with arrays x
+and y, or .parquet or .csv with a column y and numbers in all others. Rows are counted
+from 0. Features should be scaled or embedded: distances are what counts.
+
+examples:
+  ine-callback kairos train.npz reference.npz
+  ine-callback kairos train.npz reference.npz --top 20 --json
+  ine-callback kairos train.csv reference.csv --label y --sigma 3 -o values.csv
+  ine-callback kairos train.npz reference.npz --lam 1 --random-features 1024 -o values.parquet"""
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 
@@ -169,6 +180,19 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
 
     page = command("html", _html, "draw report.html again", HTML_EXAMPLES, "PATH")
     output(page, "report.html in PATH")
+
+    values = command("kairos", _kairos, "values of rows in a file against clean rows", KAIROS_EXAMPLES)
+    for name, what in (("train", "file of the rows to value"), ("reference", "file of clean rows")):
+        values.add_argument(name, metavar=name.upper(), type=Path, help=what).complete = file  # type: ignore[attr-defined]
+    values.add_argument("--label", metavar="NAME", default="y", help="array or column of the labels; default y")
+    values.add_argument("--sigma", type=float, help="the kernel's bandwidth; by default the median distance")
+    values.add_argument("--lam", type=float, default=0.97, help="weight of features, 1: no labels; default .97")
+    values.add_argument("--first-order", action="store_true", help="as published, in place of exact leave-one-out")
+    values.add_argument("--random-features", type=int, metavar="D", help="approximate the kernel, for many rows")
+    values.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    values.add_argument("--top", type=int, metavar="K", default=ROWS_PER_END, help="rows shown of each end; default 10")
+    values.add_argument("--json", action="store_true", help="the same as JSON")
+    output(values, "only the ends are printed; all rows go to FILE, .csv or .parquet")
 
     shell = command("completion", _completion, "print a completion script for your shell", COMPLETION_EXAMPLES)
     shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
@@ -266,6 +290,42 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _html(arguments: argparse.Namespace) -> int:
     path = arguments.path / "report.html" if arguments.file is None else arguments.file
     print(plain(InfluenceReport.load(arguments.path).write_html(path)))
+    return FOUND
+
+
+def _kairos(arguments: argparse.Namespace) -> int:
+    from ine_callback.methods.kairos.files import check_output, read_rows, write_values
+    from ine_callback.methods.kairos.values import kairos  # imports torch, which no other command needs
+
+    if arguments.top < 1:
+        raise ValueError(f"kairos: --top is {arguments.top}; show at least 1 row")
+    if arguments.file is not None:
+        check_output(arguments.file)
+    found = kairos(
+        *read_rows(arguments.train, arguments.label),
+        *read_rows(arguments.reference, arguments.label),
+        sigma="median" if arguments.sigma is None else arguments.sigma,
+        lam=arguments.lam,
+        loo=not arguments.first_order,
+        random_features=arguments.random_features,
+        seed=arguments.seed,
+    ).attribution()
+    heads = {"row": found.rows, "value": found.scores[:, 0]} | {k: v[:, 0] for k, v in found.columns.items()}
+    order = found.scores[:, 0].argsort(kind="stable")
+    ends = {"most harmful": order[: arguments.top], "most helpful": order[::-1][: arguments.top]}
+    if arguments.json:
+        lists = {name: [{k: v[at].item() for k, v in heads.items()} for at in which] for name, which in ends.items()}
+        _say_json({"settings": dict(found.settings), "reasons": found.reasons, "notes": list(found.notes)} | lists)
+    else:
+        print(f"{found.headline}\n{found.legend}")
+        for name, which in ends.items():
+            print(f"\n{name}\n" + "".join(f"{head:>12s}" for head in heads))
+            for at in which:
+                print(f"{found.rows[at]:12d}" + "".join(f"{v[at]:+12.4f}" for k, v in heads.items() if k != "row"))
+        for line in (*found.reasons, *found.notes):
+            print(f"\nNote: {plain(line)}")
+    if arguments.file is not None:
+        print(plain(write_values(found, arguments.file)), file=sys.stderr if arguments.json else sys.stdout)
     return FOUND
 
 

@@ -246,7 +246,7 @@ class InfluenceCallback(Callback):
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._fit_end = FitEndMethods(ending, owner, self.on_error)
         infos = [query.info for query in self._recorder.bound]
-        self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size)
+        self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size, self._source)
         self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             saved, self._saved = self._saved, {}

@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
     from ine_callback.methods.influence.influence import IF
+    from ine_callback.methods.kairos.kairos import KAIROS
+    from ine_callback.methods.kairos.values import DataValues
     from ine_callback.methods.passes import PerSamplePass
 
 __all__ = [
     "BIF",
     "FINE",
     "IF",
+    "KAIROS",
+    "DataValues",
     "FitContext",
     "FitEndMethod",
     "FitEndMethods",
@@ -34,6 +38,8 @@ _MODULES = {
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],
     "influence.influence": ["IF"],
+    "kairos.kairos": ["KAIROS"],
+    "kairos.values": ["DataValues"],
     "passes": ["PerSamplePass"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -345,22 +345,37 @@ class FitContext:
             layer: Dotted name of the module.
             rows: Dataset indices; None: all.
         """
-        child = self.module.get_submodule(layer)
         for part, batch in self.batches(rows, "features"):
-            found: list[Any] = []
+            yield part, self.layer_input(layer, self.loss, batch, len(part))[1].detach()
 
-            def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any] = found) -> None:
-                found.append(args[0] if args else next(iter(kwargs.values()), None))
+    def layer_input(
+        self, layer: str, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """One batch's loss, and what a layer gets as input meanwhile, flattened [size, D]; both with their graphs.
 
-            handle = child.register_forward_pre_hook(keep, with_kwargs=True)
-            try:
-                with isolated(self.module), self.precision(), torch.no_grad():
-                    self.loss(self.module, batch)
-            finally:
-                handle.remove()
-            if len(found) != 1 or not isinstance(found[0], Tensor) or len(found[0]) != len(part):
-                raise CaptureError(
-                    f"{self.owner}: layer {layer!r} was called {len(found)} times for a batch, not once with one input "
-                    f"for each of {len(part)} rows; name another one."
-                )
-            yield part, found[0].detach().flatten(1)
+        Args:
+            layer: Dotted name of the module.
+            loss: Computes the loss, such as :attr:`loss`, or for data of queries ``source.loss``.
+            batch: On the device.
+            size: Its number of rows.
+
+        Raises:
+            CaptureError: If the layer does not get one input for each row, once.
+        """
+        found: list[Any] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else next(iter(kwargs.values()), None))
+
+        handle = self.module.get_submodule(layer).register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with isolated(self.module), self.precision():
+                value = loss(self.module, batch)
+        finally:
+            handle.remove()
+        if len(found) != 1 or not isinstance(found[0], Tensor) or len(found[0]) != size:
+            raise CaptureError(
+                f"{self.owner}: layer {layer!r} was called {len(found)} times for a batch, not once with one input "
+                f"for each of {size} rows; name another one."
+            )
+        return value, found[0].flatten(1)

@@ -31,6 +31,7 @@ from torch import Tensor
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.packing import packed, unpacked
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.queries.bound import QuerySource
 from ine_callback.scores import Attribution, QueryInfo, Stage, attribute_name
 from ine_callback.utilities.isolation import isolated
 
@@ -64,11 +65,13 @@ class FitEndMethod(ABC):
         at: When it runs: after so many finished epochs, or at the ``"end"`` of training.
         needs: What must be there, checked before training starts: ``"queries"`` with a loss of their own (``"self"`` is
             none), ``"whole_weights"`` in each process, ``"training_rows"`` that can be read by their index.
+        data: Data that it reads beside the training rows, as queries name theirs; looked up before training.
     """
 
     name: str
     at: Sequence[Stage] = ("end",)
     needs: Sequence[Need] = ("queries", "whole_weights", "training_rows")
+    data: Sequence[Any] = ()
 
     @abstractmethod
     def run(self, context: FitContext) -> Attribution | Steps:
@@ -127,7 +130,14 @@ class FitEndMethods:
         self.notes: list[str] = []
         self._reached: set[Stage] = set()
 
-    def check(self, queries: Sequence[QueryInfo], sharded: bool, unreadable: str, processes: int = 1) -> None:
+    def check(
+        self,
+        queries: Sequence[QueryInfo],
+        sharded: bool,
+        unreadable: str,
+        processes: int = 1,
+        source: QuerySource | None = None,
+    ) -> None:
         """Refuses before training what a method would lack at its end.
 
         Args:
@@ -135,12 +145,16 @@ class FitEndMethods:
             sharded: Whether processes hold parts of the weights.
             unreadable: Why training rows cannot be read by their index; empty where they can.
             processes: How many train together.
+            source: Where methods get further data from.
 
         Raises:
             InfluenceError: Naming the method, what it lacks and the remedy.
         """
         for method in self.methods:
             method.check(processes)
+            if source is not None:
+                for data in method.data:
+                    source.batches(data)
             if "queries" in method.needs and not queries:
                 raise InfluenceError(
                     f"{self._owner}: {method.name} has no query: 'self' is f-INE's alone; add 'val' or another one."

@@ -20,9 +20,10 @@ import pytest
 from ine_callback.cli import main, parser
 from ine_callback.report import example_report
 from tests.helpers.report.hostile import hostile
+from tests.helpers.row_files import save_row_files
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("show", "export", "compare", "html", "completion")
+COMMANDS = ("show", "export", "compare", "html", "kairos", "completion")
 ESCAPES = "x\x1b]0;owned\x07\x1b[2J\x9b31m\nline"
 
 
@@ -30,6 +31,7 @@ ESCAPES = "x\x1b]0;owned\x07\x1b[2J\x9b31m\nline"
 def _reports(tmp_path: Path) -> None:
     example_report().save(tmp_path / "influence")
     example_report(seed=1).save(tmp_path / "other")
+    save_row_files(tmp_path)
 
 
 def process(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:

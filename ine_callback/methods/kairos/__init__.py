@@ -1,0 +1,1 @@
+"""KAIROS: values of training rows by how they move the training set towards a clean reference; no model needed."""
