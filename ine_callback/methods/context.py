@@ -78,6 +78,22 @@ class RowGradients:
         ]
         return torch.stack(parts).sum(0) * self._scale[:, None]
 
+    def position_products(self, directions: dict[Block, Tensor], positions: int) -> Tensor:
+        """The parts of :meth:`products` by position [b, P, Q].
+
+        Blocks of other numbers of positions, and those that have lost theirs, count the same at each.
+        """
+        total: Tensor | None = None
+        for block, grad_samples in self._grad_samples.items():
+            for one in grad_samples if block in directions else ():
+                found = one.wide().position_signals(directions[block])
+                if found is None or found.shape[1] != positions:
+                    whole = one.wide().signals(directions[block]) / positions
+                    found = whole[:, None].expand(-1, positions, -1)
+                total = found if total is None else total + found
+        assert total is not None
+        return total * self._scale[:, None, None]
+
     def weighted_sums(self, weights: Tensor) -> dict[Block, Tensor]:
         """Sums of the rows' gradients, each [Q, *layout], with Q weights for each row [b, Q]."""
         scaled = weights * self._scale[:, None]

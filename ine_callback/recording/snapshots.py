@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 SHARES = (0.5, 0.7, 0.9)  # of the training loss that the run summed up
 RATIO = 1.2  # of the steps of one snapshot and the one before
+ROUNDING = 1e-4  # of the loss so far: losses near 0 are lost in the sum's rounding
 SPACING = 0.08  # of the loss so far: snapshots that are nearer to each other are not both kept
 MAX_BYTES = 2**29  # of weights and buffers, each time
 FEW = 20_000  # rows that are passed again whatever that costs
@@ -106,14 +107,15 @@ class Snapshots:
         self._kept = [*kept, self._kept[-1]]
 
     def _clock(self, kept: Sequence[Snapshot], end: tuple[int, float] | None = None) -> list[float]:
-        """The times of snapshots: summed losses where these are known and never fall, else steps."""
+        """The times of snapshots: summed losses where these are known and do not fall, else steps."""
         for one in kept:
             if one.copied is not None:
                 one.copied.synchronize()  # over long ago
         losses = [float(one.loss) for one in kept] + ([] if end is None else [end[1]])
         steps = [float(one.steps) for one in kept] + ([] if end is None else [float(end[0])])
-        known = bool(np.isfinite(losses).all()) and losses[0] > 0 and bool((np.diff(losses) >= 0).all())
-        return losses if known else steps
+        known = bool(np.isfinite(losses).all()) and losses[0] > 0
+        falls = known and bool((np.diff(losses) < -ROUNDING * losses[-1]).any())
+        return steps if falls or not known else list(np.maximum.accumulate(losses))
 
     def state_dict(self) -> dict[str, Any]:
         """What was kept; a checkpoint is larger by that."""

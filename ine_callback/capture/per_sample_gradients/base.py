@@ -78,6 +78,10 @@ class GradSample(ABC):
         """Inner products <U_q, g_i> [b, Q] with directions U [Q, *layout]."""
         return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
+    def position_signals(self, direction: Tensor) -> Tensor | None:
+        """The parts of :meth:`signals` by position [b, P, Q]; None where gradients have lost their positions."""
+        return None
+
     @abstractmethod
     def unit_energies(self, weights: Tensor) -> Tensor:
         """Weighted squared gradients of output units [b, C], without products of different positions.

@@ -72,6 +72,9 @@ class Lookup(GradSample):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.output_grads).sum(1) for u in direction], 1) @ weights.T
 
+    def position_signals(self, direction: Tensor) -> Tensor:
+        return torch.stack([(u[0][self.ids] * self.output_grads).sum(2) for u in direction], 2)
+
     def unit_energies(self, weights: Tensor) -> Tensor:
         return self.output_grads.square().sum(1) @ weights.T
 

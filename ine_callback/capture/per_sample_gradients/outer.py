@@ -101,6 +101,11 @@ class Outer(GradSample):
         chunks = row_chunks(self.rows, direction[0].numel())
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
 
+    def position_signals(self, direction: Tensor) -> Tensor:
+        inputs = self.formed()
+        found = [((inputs @ u.transpose(-1, -2)) * self.output_grads).sum((1, 3)) for u in direction]
+        return torch.stack(found, 2)
+
     @property
     def _inner_first(self) -> bool:
         """Whether a row's [P, O] is smaller than its gradient [O, I]."""

@@ -45,6 +45,8 @@ class IF(IFSettings, FitEndMethod):
         rows: Dataset indices to score; None: all.
         layers: Patterns of module names to which scores are restricted, or ``"last"``; None: all.
         per_layer: Whether each layer gets a score of its own; they add up to the row's.
+        per_token: Whether each position of a row (a sequence's tokens) gets a part of its score, by where the row's
+            gradient arises. Layers without positions, such as norms, count the same at each.
         groups: Sets of rows by name: for each the Newton step of leaving all of it out (:mod:`.newton`), which
             ``report.group(rows, newton=True)`` tells; at most 64 labels.
         at: When it runs: numbers of finished epochs, or the ``"end"`` of training.

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import RowGradients
 from ine_callback.methods.influence.space import ParameterSpace
+from ine_callback.scores import Floats, TokenScores
 
 
 class RowScores:
@@ -20,6 +22,7 @@ class RowScores:
         x: The queries' solutions [Q, P].
         rows: Dataset indices of the R scored rows.
         count: Number of training rows N.
+        per_token: Whether to keep the positions' parts.
 
     Attributes:
         rows: Dataset indices [R].
@@ -28,19 +31,23 @@ class RowScores:
         gradient: Sum of the rows' gradients [P], and of their squared norms.
     """
 
-    def __init__(self, space: ParameterSpace, x: Tensor, rows: Sequence[int], count: int) -> None:
+    def __init__(self, space: ParameterSpace, x: Tensor, rows: Sequence[int], count: int, per_token: bool) -> None:
         self._space, self._directions, self._count = space, space.split(x), count
         self.rows = np.asarray(list(rows), dtype=np.int64)
         self._place = {int(row): k for k, row in enumerate(self.rows)}
         self.by_layer = np.full((len(self.rows), len(space.blocks), len(x)), np.nan)
         self.leverages = np.full(len(self.rows), np.nan)
         self.gradient, self.squares = torch.zeros_like(x[0]), 0.0
+        self._per_token = per_token
+        self._tokens: list[Floats] = [np.zeros((0, len(x)))] * len(self.rows)
 
     def take(self, rows: Tensor, gradients: RowGradients) -> None:
         """Scores a batch of rows by their gradients."""
         with torch.no_grad():
             own = gradients.only(self._space.blocks).rescaled(torch.full_like(gradients.scale, len(rows)))
             self._add(rows, self._products(own), own)
+            if self._per_token:
+                self._add_tokens(rows, own)
 
     def take_rescaled(
         self, rows: Tensor, labels: Sequence[RowGradients], own: RowGradients, weights: Tensor, leverages: Tensor
@@ -62,6 +69,22 @@ class RowScores:
         ones = torch.ones_like(own.scale)[:, None]
         self.gradient += self._space.join(own.weighted_sums(ones))[0].to(self.gradient)
         self.squares += float(own.squared_norms().sum())
+
+    def _add_tokens(self, rows: Tensor, own: RowGradients) -> None:
+        last = max(own, key=lambda block: block.position)
+        found = own.grad_samples(last)[-1].wide().position_signals(self._directions[last])
+        if found is None or found.shape[1] < 2:
+            raise InfluenceError("IF: per_token=True, but the last layer's gradients have no positions; leave it out.")
+        parts = own.position_products(self._directions, found.shape[1]) / self._count
+        for place, part in zip(self._at(rows), parts.double().cpu().numpy(), strict=True):
+            self._tokens[place] = part
+
+    def tokens(self) -> TokenScores | None:
+        """The positions' parts, which add up to the rows' scores; None where they were not asked for."""
+        if not self._per_token:
+            return None
+        offsets = np.cumsum([0, *map(len, self._tokens)])
+        return TokenScores(offsets, np.concatenate(self._tokens))
 
     def _at(self, rows: Tensor) -> list[int]:
         return [self._place[row] for row in rows.tolist()]

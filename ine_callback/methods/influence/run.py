@@ -40,7 +40,7 @@ def scored(settings: IFSettings, context: FitContext) -> Steps:
     v = system.space.join(context.query_gradients()).detach().to(system.damping)
     solution = solve(system, v, settings)
     rows = range(context.rows) if settings.rows is None else settings.rows
-    scores = RowScores(system.space, solution.x, rows, context.rows)
+    scores = RowScores(system.space, solution.x, rows, context.rows, settings.per_token)
     if settings.rescale is None:
         yield PerSamplePass(rows=settings.rows), scores.take
     if not all_needed:

@@ -40,6 +40,7 @@ class IFSettings:
     rows: Sequence[int] | None = None
     layers: Sequence[str] | None = None
     per_layer: bool = False
+    per_token: bool = False
     groups: Mapping[str, Sequence[int]] | None = None
     at: Sequence[Stage] = ("end",)
     seed: int = 0
@@ -75,6 +76,8 @@ class IFSettings:
         for name, rows in (self.groups or {}).items():
             if not len(rows) or len(set(rows)) < len(rows):
                 raise InfluenceError(f"IF: groups[{name!r}] must list at least one row, each once.")
+        if self.per_token and self.rescale:
+            raise InfluenceError("IF: per_token=True has no rescaled scores; leave out rescale.")
         check_stages("IF", self.at)
 
     def _valid_damping(self) -> bool:

@@ -61,6 +61,7 @@ def attribution(
         queries=context.infos,
         scores=scores.by_layer.sum(1),
         layers=LayerScores(names, scores.by_layer) if settings.per_layer else None,
+        tokens=scores.tokens(),
         checks=tuple(_checks(settings, solution, scores)),
         settings=settings.settings() | {"fisher": fisher, "damping_used": damping, "parameters": system.space.size},
         arrays=arrays,

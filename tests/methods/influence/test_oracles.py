@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ine_callback import IF
+from ine_callback.methods import FitEndMethods
 from ine_callback.methods.influence.solvers.exact import dense_fisher
-from tests.helpers.contexts import VECTORS, WIDTH, numbers
+from tests.helpers.contexts import VECTORS, WIDTH, bound, numbers
 from tests.methods.influence.conftest import LOSSES, NUMBERS, curvature, dense, problem, relative, squared
 
 DAMPING = 5e-3
@@ -172,3 +175,38 @@ def test_a_groups_newton_step_takes_all_its_rows_out_together(case: str) -> None
         assert relative(getattr(scores, f"newton {name}"), found.queries @ step) < 1e-8
     assert relative(getattr(scores, "newton one"), scores.scores[5]) < 1e-9
     assert relative(getattr(scores, "newton many"), scores.scores[groups["many"]].sum(0)) > 0.01
+
+
+def test_tokens_add_up_and_are_the_positions_part_of_the_gradient() -> None:
+    """A table and a linear layer by position; the norm between them has lost its positions."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 7)).double()
+    ids = torch.randint(7, (len(VECTORS), 5), generator=torch.Generator().manual_seed(1))
+
+    def loss(module: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(module(batch[0]).mT, batch[1])
+
+    context = bound(module, loss, (ids, ids.roll(1, 1)))
+    methods = FitEndMethods([IF(solver="identity", per_token=True, per_layer=True)], "Test", "raise")
+    methods.run(context)
+    found = methods.found[0]
+    assert (
+        found.tokens is not None
+        and found.layers is not None
+        and np.diff(found.tokens.offsets).tolist() == [5] * len(ids)
+    )
+    parts = np.stack([found.tokens.of(k) for k in range(len(ids))])
+    np.testing.assert_allclose(parts.sum(1), found.scores, rtol=1e-10, atol=1e-14)
+    query = context.queries[0]
+    value = sum(weight * query.value(module, batch) for weight, batch in query.batches)
+    directions = torch.autograd.grad(value, list(module.parameters()))  # type: ignore[arg-type]
+    row = 3
+    norm = found.layers.scores[row, [k for k, n in enumerate(found.layers.names) if n.startswith("1.")], 0].sum()
+    hidden = module[0](ids[row])
+    normed = module[1](hidden)
+    out = module[2](normed)
+    of_out, of_hidden = torch.autograd.grad(nn.functional.cross_entropy(out, ids[row].roll(1)), [out, hidden])
+    head = ((normed @ directions[3].T + directions[4]) * of_out).sum(1)
+    table = (directions[0][ids[row]] * of_hidden).sum(1)
+    wanted = (head + table).detach().numpy() / len(ids) + norm / 5
+    np.testing.assert_allclose(parts[row, :, 0], wanted, rtol=1e-9, atol=1e-14)
