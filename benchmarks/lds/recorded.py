@@ -47,7 +47,9 @@ def scores(problem: Problem, seed: int, discount: bool = True) -> Floats:
             for rows in torch.randperm(len(problem.x)).split(problem.batch)[:steps]:
                 batch = (problem.x[rows], problem.y[rows])
                 with recorder.batch(rows, batch):
-                    loss(model, batch).backward()
+                    value = loss(model, batch)
+                    recorder.see(value)
+                    value.backward()
                 optimizer.step()
                 optimizer.zero_grad()
     found: Floats = recorder.report().scores.mu.reshape(len(problem.x), 2, -1).transpose(1, 0, 2)

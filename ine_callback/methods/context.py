@@ -86,8 +86,8 @@ class RowGradients:
         total: Tensor | None = None
         for block, grad_samples in self._grad_samples.items():
             for one in grad_samples if block in directions else ():
-                found = one.wide().position_signals(directions[block])
-                if found is None or found.shape[1] != positions:
+                found = one.wide().position_signals(directions[block]) if one.positions == positions else None
+                if found is None:
                     whole = one.wide().signals(directions[block]) / positions
                     found = whole[:, None].expand(-1, positions, -1)
                 total = found if total is None else total + found

@@ -78,6 +78,11 @@ class GradSample(ABC):
         """Inner products <U_q, g_i> [b, Q] with directions U [Q, *layout]."""
         return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
+    @property
+    def positions(self) -> int | None:
+        """Number of positions P; None where gradients have lost them."""
+        return None
+
     def position_signals(self, direction: Tensor) -> Tensor | None:
         """The parts of :meth:`signals` by position [b, P, Q]; None where gradients have lost their positions."""
         return None

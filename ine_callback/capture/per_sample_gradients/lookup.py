@@ -72,6 +72,10 @@ class Lookup(GradSample):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.output_grads).sum(1) for u in direction], 1) @ weights.T
 
+    @property
+    def positions(self) -> int:
+        return self.ids.shape[1]
+
     def position_signals(self, direction: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.output_grads).sum(2) for u in direction], 2)
 

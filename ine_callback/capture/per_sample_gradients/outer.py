@@ -101,6 +101,10 @@ class Outer(GradSample):
         chunks = row_chunks(self.rows, direction[0].numel())
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
 
+    @property
+    def positions(self) -> int:
+        return self.output_grads.shape[2]
+
     def position_signals(self, direction: Tensor) -> Tensor:
         inputs = self.formed()
         found = [((inputs @ u.transpose(-1, -2)) * self.output_grads).sum((1, 3)) for u in direction]

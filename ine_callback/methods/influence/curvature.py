@@ -110,11 +110,11 @@ class Curvature:
         Raises:
             InfluenceError: If no block is chosen, or ``damping="run"`` and the run's learning rates are not known.
         """
-        blocks = chosen_blocks(sorted(self._context.table, key=lambda block: block.position), self._settings.layers)
+        blocks = chosen_blocks(list(self._context.table), self._settings.layers)
         if not blocks:
             names = ", ".join(sorted({_module(b) for b in self._context.table})[:8])
             raise InfluenceError(f"IF: layers={self._settings.layers!r} fits no captured layer; there are {names}.")
-        space = ParameterSpace(blocks)
+        space = ParameterSpace(sorted(blocks, key=lambda block: block.position))
         # on the device, in the widest dtype
         like = torch.cat([p.detach().flatten()[:1] for b in blocks for p in b.parameters])
         like = like.to(torch.promote_types(like.dtype, torch.float32))
@@ -151,8 +151,8 @@ def chosen_blocks(blocks: list[Block], layers: object) -> list[Block]:
     if layers is None:
         return blocks
     if layers == "last" or layers == ["last"]:
-        last = max(blocks, key=lambda block: block.position)
-        return [block for block in blocks if _module(block) == _module(last)]
+        # blocks come in the order of the backward pass, so the first one is the last layer's
+        return [block for block in blocks if _module(block) == _module(blocks[0])]
     patterns = [layers] if isinstance(layers, str) else list(layers)  # type: ignore[call-overload]
     return [block for block in blocks if any(fnmatchcase(_module(block), pattern) for pattern in patterns)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,11 +72,12 @@ class RowScores:
         self.squares += float(own.squared_norms().sum())
 
     def _add_tokens(self, rows: Tensor, own: RowGradients) -> None:
-        last = max(own, key=lambda block: block.position)
-        found = own.grad_samples(last)[-1].wide().position_signals(self._directions[last])
-        if found is None or found.shape[1] < 2:
-            raise InfluenceError("IF: per_token=True, but the last layer's gradients have no positions; leave it out.")
-        parts = own.position_products(self._directions, found.shape[1]) / self._count
+        counts = Counter(one.positions or 1 for block in own for one in own.grad_samples(block))
+        del counts[1]
+        if not counts:
+            raise InfluenceError("IF: per_token=True, but no layer's gradients have positions; leave it out.")
+        positions = counts.most_common(1)[0][0]
+        parts = own.position_products(self._directions, positions) / self._count
         for place, part in zip(self._at(rows), parts.double().cpu().numpy(), strict=True):
             self._tokens[place] = part
 

@@ -45,7 +45,7 @@ def sampler_of(
     features: dict[int, Tensor] = {}
 
     def take(rows: Tensor, gradients: RowGradients) -> None:
-        last = max(gradients, key=lambda block: block.position)
+        last = next(iter(gradients))  # in the order of the backward pass
         inputs: Tensor = gradients.grad_samples(last)[0].activations  # type: ignore[attr-defined]
         features.update(zip(rows.tolist(), inputs.flatten(1, -2).mean(1).cpu(), strict=True))
 
