@@ -83,7 +83,7 @@ def main() -> None:
         rows += [(title, line) for k, line in enumerate(lines) if k % 8 != 4]
     print(f"{len(rows)} training lines of {len(queries)} documents.")
 
-    methods = [FINE(), IF(per_token=True), IF("astra", damping="auto", iterations=100, batch_size=64)]
+    methods = [FINE(), IF(per_token=True), IF("astra", damping="run", iterations=100, batch_size=64)]
     influence = InfluenceCallback(queries=queries, methods=methods, dirpath=args.out)
     L.seed_everything(args.seed, verbose=False)
     model, started = TiedLM(len(alphabet)), time.perf_counter()

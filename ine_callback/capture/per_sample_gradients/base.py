@@ -78,6 +78,10 @@ class GradSample(ABC):
         """Inner products <U_q, g_i> [b, Q] with directions U [Q, *layout]."""
         return self.parts(direction, direction.new_ones(1, math.prod(self.units)))[..., 0]
 
+    def low_rank_signals(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner products [b, Q] with directions ``left right`` of rank r: left [Q, G, O, r], right [Q, G, r, I]."""
+        return self.signals(left @ right)
+
     @property
     def positions(self) -> int | None:
         """Number of positions P; None where gradients have lost them."""

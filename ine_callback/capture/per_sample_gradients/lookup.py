@@ -72,6 +72,10 @@ class Lookup(GradSample):
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.stack([(u[0][self.ids] * self.output_grads).sum(1) for u in direction], 1) @ weights.T
 
+    def low_rank_signals(self, left: Tensor, right: Tensor) -> Tensor:
+        found = [(a[0][self.ids] * (self.output_grads @ b[0].mT)).sum((1, 2)) for a, b in zip(left, right, strict=True)]
+        return torch.stack(found, 1)
+
     @property
     def positions(self) -> int:
         return self.ids.shape[1]

@@ -101,6 +101,13 @@ class Outer(GradSample):
         chunks = row_chunks(self.rows, direction[0].numel())
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
 
+    def low_rank_signals(self, left: Tensor, right: Tensor) -> Tensor:
+        queries, groups, _, rank = left.shape
+        inner = self.projected(right.permute(1, 3, 0, 2).reshape(groups, -1, queries * rank))  # [b, G, P, Q r]
+        outer = self.output_grads @ left.permute(1, 2, 0, 3).reshape(groups, -1, queries * rank)
+        found: Tensor = (inner * outer).sum((1, 2)).unflatten(1, (queries, rank)).sum(2)
+        return found
+
     @property
     def positions(self) -> int:
         return self.output_grads.shape[2]

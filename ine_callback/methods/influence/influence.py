@@ -44,6 +44,8 @@ class IF(IFSettings, FitEndMethod):
         tol: Relative residual at which conjugate gradients stop, and rise at which descent shortens its step.
         rows: Dataset indices to score; None: all.
         layers: Patterns of module names to which scores are restricted, or ``"last"``; None: all.
+        query_rank: Singular vectors of each layer's part of a solution that are kept, such as 32: for many queries of a
+            large model, which are then solved in chunks that fit into memory. None: all.
         per_layer: Whether each layer gets a score of its own; they add up to the row's.
         per_token: Whether each position of a row (a sequence's tokens) gets a part of its score, by where the row's
             gradient arises. Layers without positions, such as norms, count the same at each.

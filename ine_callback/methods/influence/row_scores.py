@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import RowGradients
-from ine_callback.methods.influence.space import ParameterSpace
+from ine_callback.methods.influence.directions import Directions
 from ine_callback.scores import Floats, TokenScores
 
 
@@ -19,8 +19,8 @@ class RowScores:
     """Scores of rows by layer, as the passes bring their gradients.
 
     Args:
-        space: The parameters.
-        x: The queries' solutions [Q, P].
+        directions: The queries' solutions.
+        queries: Number of queries Q.
         rows: Dataset indices of the R scored rows.
         count: Number of training rows N.
         per_token: Whether to keep the positions' parts.
@@ -32,15 +32,15 @@ class RowScores:
         gradient: Sum of the rows' gradients [P], and of their squared norms.
     """
 
-    def __init__(self, space: ParameterSpace, x: Tensor, rows: Sequence[int], count: int, per_token: bool) -> None:
-        self._space, self._directions, self._count = space, space.split(x), count
+    def __init__(self, directions: Directions, queries: int, rows: Sequence[int], count: int, per_token: bool) -> None:
+        self._space, self._directions, self._count = directions.space, directions, count
         self.rows = np.asarray(list(rows), dtype=np.int64)
         self._place = {int(row): k for k, row in enumerate(self.rows)}
-        self.by_layer = np.full((len(self.rows), len(space.blocks), len(x)), np.nan)
+        self.by_layer = np.full((len(self.rows), len(self._space.blocks), queries), np.nan)
         self.leverages = np.full(len(self.rows), np.nan)
-        self.gradient, self.squares = torch.zeros_like(x[0]), 0.0
+        self.gradient, self.squares = torch.zeros(self._space.size), 0.0
         self._per_token = per_token
-        self._tokens: list[Floats] = [np.zeros((0, len(x)))] * len(self.rows)
+        self._tokens: list[Floats] = [np.zeros((0, queries))] * len(self.rows)
 
     def take(self, rows: Tensor, gradients: RowGradients) -> None:
         """Scores a batch of rows by their gradients."""
@@ -63,12 +63,13 @@ class RowScores:
 
     def _products(self, gradients: RowGradients) -> Tensor:
         """Inner products [b, L, Q] with the solutions."""
-        return torch.stack([gradients.only([b]).products({b: self._directions[b]}) for b in self._space.blocks], 1)
+        return torch.stack([self._directions.products(gradients, block) for block in self._space.blocks], 1)
 
     def _add(self, rows: Tensor, products: Tensor, own: RowGradients) -> None:
         self.by_layer[self._at(rows)] = (products / self._count).double().cpu().numpy()
         ones = torch.ones_like(own.scale)[:, None]
-        self.gradient += self._space.join(own.weighted_sums(ones))[0].to(self.gradient)
+        total = self._space.join(own.weighted_sums(ones))[0]
+        self.gradient = self.gradient.to(total) + total
         self.squares += float(own.squared_norms().sum())
 
     def _add_tokens(self, rows: Tensor, own: RowGradients) -> None:
@@ -77,7 +78,8 @@ class RowScores:
         if not counts:
             raise InfluenceError("IF: per_token=True, but no layer's gradients have positions; leave it out.")
         positions = counts.most_common(1)[0][0]
-        parts = own.position_products(self._directions, positions) / self._count
+        whole = {block: self._directions.whole(block) for block in self._space.blocks}
+        parts = own.position_products(whole, positions) / self._count
         for place, part in zip(self._at(rows), parts.double().cpu().numpy(), strict=True):
             self._tokens[place] = part
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from ine_callback.capture.label_gradients import MAX_CLASSES
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Steps
 from ine_callback.methods.influence.curvature import Curvature
-from ine_callback.methods.influence.fisher import Fisher
+from ine_callback.methods.influence.directions import Directions
+from ine_callback.methods.influence.fisher import MAX_BYTES, Fisher
 from ine_callback.methods.influence.newton import newton_step
-from ine_callback.methods.influence.rif import MAX_APPROXIMATE, MAX_LEVERAGE, all_labels, label_weights
+from ine_callback.methods.influence.rif import MAX_APPROXIMATE, MAX_LEVERAGE, Inverse, all_labels, label_weights
 from ine_callback.methods.influence.row_scores import RowScores
 from ine_callback.methods.influence.sampling import sampler_of
 from ine_callback.methods.influence.settings import STOCHASTIC, IFSettings
 from ine_callback.methods.influence.solvers import solve
+from ine_callback.methods.influence.solvers.base import System, together
 from ine_callback.methods.influence.solvers.exact import inverse_of
 from ine_callback.methods.influence.words import attribution
 from ine_callback.methods.passes import PerSamplePass
 
 FEW_LABELS = 20  # of so many, all are gone through
+HELD_VECTORS = 8  # as large as the parameters, that a solver holds for each query
 
 
 def scored(settings: IFSettings, context: FitContext) -> Steps:
@@ -37,25 +46,53 @@ def scored(settings: IFSettings, context: FitContext) -> Steps:
     system.batch_size, system.seed, system.progress = settings.batch_size, settings.seed, context.progress
     if settings.solver in STOCHASTIC:
         system.sampler = yield from sampler_of(settings, context, system.fisher)
-    v = system.space.join(context.query_gradients()).detach().to(system.damping)
-    solution = solve(system, v, settings)
+    steps = _newton_steps(settings, context, system, labels or 1)
+    directions, solutions, effects = Directions(system.space, settings.query_rank), [], []
+    for some in _chunks(settings, context, system):
+        v = system.space.join(context.query_gradients(some)).detach().to(system.damping)
+        solution = solve(system, v, settings)
+        directions.add(solution.x)
+        solutions.append(replace(solution, x=solution.x[:, :0]))
+        effects.append({name: v.double() @ step for name, step in steps.items()})
     rows = range(context.rows) if settings.rows is None else settings.rows
-    scores = RowScores(system.space, solution.x, rows, context.rows, settings.per_token)
+    scores = RowScores(directions, len(context.queries), rows, context.rows, settings.per_token)
     if settings.rescale is None:
         yield PerSamplePass(rows=settings.rows), scores.take
-    if not all_needed:
-        return attribution(settings, fisher, context, system, solution, scores, {})
-    exact = settings.solver == "exact"
-    inverse, most = (inverse_of(system), MAX_LEVERAGE) if exact else (system.precondition, MAX_APPROXIMATE)
-    if settings.rescale is not None:
+    else:
+        inverse, most = _inverse(settings, system)
         for which, each, own in all_labels(context, rows, labels or 1, system.space.size):
             weights, leverages = label_weights(system.space, inverse, each, own, context.rows, most)
             scores.take_rescaled(which, each, own, weights, leverages)
-    steps = {
-        name: v.double() @ newton_step(context, system.space, inverse, list(group), labels or 1, most)
-        for name, group in (settings.groups or {}).items()
+    newton = {name: torch.cat([each[name] for each in effects]) for name in steps}
+    return attribution(settings, fisher, context, system, together(solutions), scores, newton)
+
+
+def _inverse(settings: IFSettings, system: System) -> tuple[Inverse, float]:
+    """``(F + D)^-1`` for leverages, by EK-FAC where there is no exact one; and the largest leverage to believe."""
+    if settings.solver == "exact":
+        return inverse_of(system), MAX_LEVERAGE
+    return system.precondition, MAX_APPROXIMATE
+
+
+def _newton_steps(settings: IFSettings, context: FitContext, system: System, labels: int) -> dict[str, Tensor]:
+    """By how much the parameters move [P] when each group is left out."""
+    if not settings.groups:
+        return {}
+    inverse, most = _inverse(settings, system)
+    return {
+        name: newton_step(context, system.space, inverse, list(group), labels, most)
+        for name, group in settings.groups.items()
     }
-    return attribution(settings, fisher, context, system, solution, scores, steps)
+
+
+def _chunks(settings: IFSettings, context: FitContext, system: System) -> Iterator[slice]:
+    """Queries that are solved together: all, or as many as fit where little is kept of them."""
+    count = len(context.queries)
+    if settings.query_rank is not None:
+        per_query = HELD_VECTORS * system.space.size * system.damping.element_size()
+        count = max(1, min(count, MAX_BYTES // per_query))
+    for start in range(0, len(context.queries), count):
+        yield slice(start, start + count)
 
 
 def _default(labels: int | None, all_needed: bool) -> Fisher:

@@ -39,6 +39,7 @@ class IFSettings:
     tol: float = 1e-3
     rows: Sequence[int] | None = None
     layers: Sequence[str] | None = None
+    query_rank: int | None = None
     per_layer: bool = False
     per_token: bool = False
     groups: Mapping[str, Sequence[int]] | None = None
@@ -46,8 +47,10 @@ class IFSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size"):
+        for name in ("iterations", "batch_size", "query_rank"):
             value = getattr(self, name)
+            if name == "query_rank" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InfluenceError(f"IF: {name}={value!r} must be an integer of at least 1.")
         for name, kind in (("solver", SolverName), ("sampler", SamplerName)):

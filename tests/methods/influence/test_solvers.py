@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ine_callback import IF
+from ine_callback.capture.per_sample_gradients import Lookup, Outer
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.influence.curvature import Curvature
 from ine_callback.methods.influence.samplers import Curvature as ByCurvature
@@ -183,3 +184,26 @@ def test_drawn_labels_are_the_same_in_every_product(monkeypatch: pytest.MonkeyPa
     some = torch.arange(40)
     one, other = (system.product(x, some, draw=k) for k in (1, 2))
     assert not torch.equal(one, other)
+
+
+def test_queries_of_low_rank_in_chunks_are_nearly_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = problem().run(IF(damping=DAMPING)).scores
+    monkeypatch.setattr("ine_callback.methods.influence.run.MAX_BYTES", 10)  # a query at a time
+    assert relative(problem().run(IF(damping=DAMPING, query_rank=99)).scores, whole) < 1e-12
+    errors = [relative(problem().run(IF(damping=DAMPING, query_rank=rank)).scores, whole) for rank in (1, 2)]
+    assert errors[1] < errors[0] and errors[1] < 0.3
+    exact = problem().run(IF("exact", damping=DAMPING, query_rank=2, groups={"a": [1, 2]}))
+    wanted = problem().run(IF("exact", damping=DAMPING, groups={"a": [1, 2]}))
+    assert relative(getattr(exact, "newton a"), getattr(wanted, "newton a")) < 1e-10
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_products_of_low_rank_are_those_of_the_directions(rank: int) -> None:
+    groups, out, inputs, positions = 2, 5, 4, 3
+    outer = Outer(numbers(6, groups, positions, inputs), numbers(6, groups, positions, out)).with_bias()
+    lookup = Lookup(torch.randint(7, (6, positions)), numbers(6, positions, 4), 7)
+    for one, rows, columns in ((outer, out, inputs + 1), (lookup, 7, 4)):
+        g = groups if one is outer else 1
+        left, right = numbers(2, g, rows, rank), numbers(2, g, rank, columns)
+        assert relative(one.low_rank_signals(left, right), one.signals(left @ right)) < 1e-12
+        assert one.positions == positions

@@ -99,6 +99,18 @@ class Solution:
     exact: bool = True
 
 
+def together(solutions: Sequence[Solution]) -> Solution:
+    """The solutions of chunks of queries as one."""
+    largest = [one.largest for one in solutions if one.largest is not None]
+    return Solution(
+        torch.cat([one.x for one in solutions]),
+        torch.cat([one.residual for one in solutions]),
+        max(one.iterations for one in solutions),
+        max(largest) if largest else None,
+        all(one.exact for one in solutions),
+    )
+
+
 class Solver(Protocol):
     """Solves for all queries at once."""
 
