@@ -2,25 +2,27 @@
 
 Time is counted in training loss, not in steps. A row acts on the model by its gradient, and gradients vanish with the
 losses: a run that fits its rows early does most of its learning in its first steps, one that never does learns all the
-time. So snapshots are taken at geometrically growing steps, and those nearest to :data:`SHARES` of the summed loss are
-used. Which these are is known at the end only; snapshots before half of the loss so far can never be among them, and
-are dropped on the way.
+time. A step counts ``log(1 + loss / mean loss of the run)``, so that a few steps of huge losses are not the whole run.
+Snapshots are taken at geometrically growing steps, and those nearest to :data:`SHARES` of that time are used. Which
+these are is known at the end only; those before the first share of the time so far are dropped on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-SHARES = (0.5, 0.7, 0.9)  # of the training loss that the run summed up
+SHARES = (0.5, 0.7, 0.9)  # of the run's time
 RATIO = 1.2  # of the steps of one snapshot and the one before
 ROUNDING = 1e-4  # of the loss so far: losses near 0 are lost in the sum's rounding
-SPACING = 0.08  # of the loss so far: snapshots that are nearer to each other are not both kept
+SPACING = 0.08  # of the time so far: snapshots that are nearer to each other are not both kept
 MAX_BYTES = 2**29  # of weights and buffers, each time
 FEW = 20_000  # rows that are passed again whatever that costs
 SHARE = 0.25  # of the rows that the training saw: beyond FEW, at most so many are passed again
@@ -31,16 +33,21 @@ class Snapshot:
     """Weights at one time.
 
     Attributes:
-        tensors: Trainable parameters and buffers by name, in the host's memory.
+        tensors: Trainable parameters and buffers by name, in the host's memory; None once they are dropped.
         steps: Steps taken before.
         loss: Summed training loss before, in the host's memory.
         copied: When the copies to the host are over; None: at once.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] | None
     steps: int
     loss: Tensor
     copied: Any = None
+
+    def wait(self) -> None:
+        """Until the copies are over, which they were long ago."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 class Snapshots:
@@ -62,16 +69,20 @@ class Snapshots:
         ...     snapshots.keep(model, step, lambda: torch.tensor(1 - 0.9**step))  # almost all is learned in 20 steps
         >>> chosen = snapshots.chosen(100, 1.0)
         >>> [model.weight.item() for _ in snapshots.load(model, chosen)]
-        [5.0, 12.0, 22.0]
+        [10.0, 16.0, 31.0]
     """
 
     def __init__(self, wanted: bool) -> None:
         self.wanted, self.missing = wanted, ""
-        self._kept: list[Snapshot] = []
+        self._all: list[Snapshot] = []
         self._next = 1
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._kept())
+
+    def _kept(self) -> list[int]:
+        """Which snapshots have their tensors."""
+        return [k for k, one in enumerate(self._all) if one.tensors is not None]
 
     def keep(self, module: nn.Module, steps: int, loss: Callable[[], Tensor]) -> None:
         """Called after each step: copies the weights if it is time.
@@ -91,48 +102,50 @@ class Snapshots:
             return
         self._thin()
         tensors = {name: _on_host(tensor) for name, tensor in changing.items()}
-        self._kept.append(Snapshot(tensors, steps, _on_host(loss().detach()), _recorded(changing)))
+        self._all.append(Snapshot(tensors, steps, _on_host(loss().detach()), _recorded(changing)))
 
     def _thin(self) -> None:
-        """Drops what cannot be used, by the losses that are on the host by now."""
-        if len(self._kept) < 2:
+        """Drops what will not be used, by the losses that are on the host by now."""
+        kept = self._kept()
+        if len(kept) < 2:
             return
-        clock = self._clock(self._kept)
-        needed = [k for k in range(len(clock) - 1) if clock[k + 1] > min(SHARES) * clock[-1]]
-        last, kept = -np.inf, []
-        for k in needed:
-            if clock[k] >= last + SPACING * clock[-1]:
-                kept.append(self._kept[k])
+        clock, last = self._clock(), -np.inf
+        for k, after in pairwise(kept):
+            needed = clock[after] > min(SHARES) * clock[-1] and clock[k] >= last + SPACING * clock[-1]
+            if needed:
                 last = clock[k]
-        self._kept = [*kept, self._kept[-1]]
+            else:
+                self._all[k].tensors = None
 
-    def _clock(self, kept: Sequence[Snapshot], end: tuple[int, float] | None = None) -> list[float]:
-        """The times of snapshots: summed losses where these are known and do not fall, else steps."""
-        for one in kept:
-            if one.copied is not None:
-                one.copied.synchronize()  # over long ago
-        losses = [float(one.loss) for one in kept] + ([] if end is None else [end[1]])
-        steps = [float(one.steps) for one in kept] + ([] if end is None else [float(end[0])])
-        known = bool(np.isfinite(losses).all()) and losses[0] > 0
-        falls = known and bool((np.diff(losses) < -ROUNDING * losses[-1]).any())
-        return steps if falls or not known else list(np.maximum.accumulate(losses))
+    def _clock(self, end: tuple[int, float] | None = None) -> NDArray[np.float64]:
+        """The times of all snapshots, and of the end: by losses where these are known and not below 0, else steps."""
+        for one in self._all:
+            one.wait()
+        times = [(one.steps, float(one.loss)) for one in self._all] + ([] if end is None else [end])
+        steps: NDArray[np.float64] = np.array([time[0] for time in times], dtype=np.float64)
+        losses = np.array([time[1] for time in times])
+        gained = np.diff(losses, prepend=0.0)
+        if not np.isfinite(losses).all() or losses[-1] <= 0 or (gained < -ROUNDING * losses[-1]).any():
+            return steps
+        taken = np.maximum(np.diff(steps, prepend=0.0), 1e-12)
+        counted = np.log1p(gained.clip(0) / taken * (steps[-1] / losses[-1]))
+        clock: NDArray[np.float64] = np.cumsum(taken * counted)
+        return clock
 
     def state_dict(self) -> dict[str, Any]:
         """What was kept; a checkpoint is larger by that."""
-        for one in self._kept:
-            if one.copied is not None:
-                one.copied.synchronize()
-        kept = [{"tensors": one.tensors, "steps": one.steps, "loss": float(one.loss)} for one in self._kept]
-        return {"kept": kept, "next": self._next}
+        for one in self._all:
+            one.wait()
+        taken = [{"tensors": one.tensors, "steps": one.steps, "loss": float(one.loss)} for one in self._all]
+        return {"taken": taken, "next": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` returned."""
         self._next = state["next"]
-        if self.wanted:
-            self._kept = [
-                Snapshot({n: t.cpu() for n, t in one["tensors"].items()}, one["steps"], torch.tensor(one["loss"]))
-                for one in state["kept"]
-            ]
+        for one in state["taken"] if self.wanted else ():
+            tensors = one["tensors"]
+            moved = None if tensors is None else {name: tensor.cpu() for name, tensor in tensors.items()}
+            self._all.append(Snapshot(moved, one["steps"], torch.tensor(one["loss"])))
 
     def chosen(self, steps: int, loss: float) -> list[Snapshot | None]:
         """The snapshots nearest to :data:`SHARES` of the run, each once; None stands for the present weights.
@@ -141,16 +154,15 @@ class Snapshots:
             steps: Optimizer steps of the run.
             loss: Its summed training loss; NaN where it is not known.
         """
-        choices: list[Snapshot | None] = [one for one in self._kept if one.steps < steps]
-        clock = np.array(self._clock([one for one in choices if one is not None], (steps, loss)))
-        choices.append(None)
-        nearest = {int(np.abs(clock - share * clock[-1]).argmin()) for share in SHARES}
-        return [choices[k] for k in sorted(nearest)]
+        clock, count = self._clock((steps, loss)), len(self._all)
+        at = np.array([*(k for k in self._kept() if self._all[k].steps < steps), count])
+        nearest = {int(at[np.abs(clock[at] - share * clock[-1]).argmin()]) for share in SHARES}
+        return [None if k == count else self._all[k] for k in sorted(nearest)]
 
     def usable(self, module: nn.Module, chosen: Sequence[Snapshot | None], rows: int, observed: int) -> bool:
         """Whether they are whole, and passing ``rows`` rows for each costs little beside training on ``observed``."""
         again, changing = rows * (len(chosen) - 1), set(_changing(module))
-        if any(one is not None and set(one.tensors) != changing for one in chosen):
+        if any(one is not None and set(one.tensors or ()) != changing for one in chosen):
             self.missing = "other parameters were trained when earlier ones were kept"
         elif again > max(FEW, SHARE * observed):
             self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
@@ -161,9 +173,8 @@ class Snapshots:
     def load(self, module: nn.Module, chosen: Sequence[Snapshot | None]) -> Iterator[None]:
         """Gives the module each of them in turn, the present ones first; putting these back is up to the caller."""
         for one in sorted(chosen, key=lambda one: one is not None):
-            if one is not None:
-                if one.copied is not None:
-                    one.copied.synchronize()
+            if one is not None and one.tensors is not None:
+                one.wait()
                 with torch.no_grad():
                     for name, tensor in _changing(module).items():
                         tensor.copy_(one.tensors[name])
@@ -171,7 +182,7 @@ class Snapshots:
 
     def clear(self) -> None:
         """Frees the memory."""
-        self._kept.clear()
+        self._all.clear()
 
 
 def _changing(module: nn.Module) -> dict[str, Tensor]:

@@ -139,8 +139,11 @@ def test_what_is_found_is_dense_algebra_at_three_weights(momentum: float, monkey
     _, recorder = train(method, every=every, lr=0.3, momentum=momentum)
     rate = 0.3 * EPOCHS * -(-ROWS // (BATCH - 1)) / (1 - momentum)
     steps = [*range(1, 11), 12, 14, 16, 19, 22, 26, 28]  # each 1.2 times the one before, and the last
-    shares = [abs(np.array([every[t - 1][1] for t in steps]) / every[-1][1] - share) for share in (0.5, 0.7, 0.9)]
-    models = [every[steps[int(share.argmin())] - 1][0] for share in shares]
+    taken = np.diff(steps, prepend=0)
+    gained = np.diff([every[t - 1][1] for t in steps], prepend=0.0) / taken / (every[-1][1] / 28)
+    time = np.cumsum(taken * np.log1p(gained))
+    nearest = [int(abs(time / time[-1] - share).argmin()) for share in (0.5, 0.7, 0.9)]
+    models = [every[steps[k] - 1][0] for k in nearest]
     expected = [dense(each, recorder.closing.recent.batches(), rate) for each in models]
     assert method.found is not None
     shifts = torch.stack([one.shift for one in expected])
