@@ -269,9 +269,10 @@ class GradientSample:
         stored = {block: rows.map(lambda x: x[: self._filled]) for block, rows in self._stored.items() if block in v}
         if not stored:
             return {}
-        gram = torch.stack([rows.gram(rows) * rates[block] for block, rows in stored.items()]).sum(0)
+        system = torch.zeros((), dtype=torch.float64, device=next(iter(v.values())).device)
+        for block, rows in stored.items():  # one after the other: each is as large as the rows, squared
+            system = system + rows.gram(rows).double() * rates[block]
         products = torch.stack([rows.products(v[b].float()) * rates[b] for b, rows in stored.items()]).sum(0)
-        system = gram.double()
         system.diagonal().add_(self._filled)
         coefficients = torch.cholesky_solve(products.double(), torch.linalg.cholesky(system)).float()
         return {block: v[block] - rows.combined(coefficients).to(v[block].dtype) for block, rows in stored.items()}

@@ -36,8 +36,8 @@ from ine_callback.scores import Floats
 from ine_callback.utilities.isolation import isolated
 from ine_callback.utilities.words import CLOSING
 
-EXACT = 4096  # rows: their Gram matrix is factorised
-MAX_ROWS = 4096  # for the curvature; of more rows as many are chosen at random
+EXACT = 6144  # rows: their Gram matrix is factorised, in .8 GB
+MAX_ROWS = 4096  # of more rows, as many are chosen at random for Kronecker factors
 OWN_LABELS = "closing pass: no labels can be drawn for this loss: the curvature is of the rows' own labels"
 DAMPING = 0.1  # of the mean curvature, from fixed weights
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
@@ -194,7 +194,7 @@ class Curvature:
     def observe(self, context: FitContext) -> bool:
         """Passes over rows with drawn labels. False if none can be drawn, and the rows' own labels are used."""
         some = None
-        if self._rows > MAX_ROWS and context.recent is None:
+        if self._rows > EXACT and context.recent is None:
             some = torch.randperm(self._rows, generator=torch.Generator().manual_seed(context.seed))[:MAX_ROWS].tolist()
         try:
             self._pass(context, PerSamplePass("sampled", some))
@@ -206,11 +206,11 @@ class Curvature:
         return True
 
     def _pass(self, context: FitContext, what: PerSamplePass) -> None:
-        seen = 0
+        seen, most = 0, self._rows if self._rows <= EXACT else MAX_ROWS
         for rows, gradients in context.per_sample(what):
             self._add(gradients, len(rows))
             seen += len(rows)
-            if seen >= MAX_ROWS:  # batches of the last pass over the rows come in random order
+            if seen >= most:  # batches of the last pass over the rows come in random order
                 break
 
     def _add(self, gradients: RowGradients, size: int) -> None:
