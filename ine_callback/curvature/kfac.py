@@ -161,10 +161,12 @@ class KFAC:
     def eigenvectors(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
         """Eigenvectors of a block's left and right covariance [G, K, K], decomposed in float64.
 
-        None where a side is diagonal, and for blocks that were never observed.
+        None where a side is diagonal, and for blocks that were never observed, or in another layout.
         """
         factors = self._factors.get(block.name)
-        if factors is None:
+        if factors is None or factors.left is None or factors.right is None or len(block.layout) == 1:
+            return None, None
+        if (factors.left.shape[1], factors.right.shape[1]) != block.layout[1:]:  # a bias may have been apart
             return None, None
         sides = zip((factors.left, factors.right), factors.full, strict=True)
         left, right = (None if not full or x is None else _eigen(x.double(), True)[1] for x, full in sides)

@@ -55,12 +55,17 @@ class Curvature:
             yield few, lambda rows, gradients: None
             return
         asked = PerSamplePass(LABELS[self._labels])
-        if self._kfac is not None:
+        if self._settings.basis == "run":
+            if self._context.factors is None:
+                raise InfluenceError("IF: basis='run' needs f-INE's factors; add FINE() to methods, or leave it out.")
+            self._kfac = None
+        elif self._kfac is not None:
             yield asked, self._factors
             self._kfac.end_step()
             if self._settings.solver == "kfac":
                 return
-        self._ekfac = EKFAC(self._kfac, self._context.rows)
+        factors = self._context.factors if self._settings.basis == "run" else self._kfac
+        self._ekfac = EKFAC(factors, self._context.rows)
         if self._kfac is not None and self.fisher.stored:
             for _, gradients in self.fisher.batches(None, 0):
                 self._diagonal(gradients)

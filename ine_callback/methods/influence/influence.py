@@ -33,6 +33,8 @@ class IF(IFSettings, FitEndMethod):
             preconditioned by EK-FAC. ``"lissa"``: the same without. ``"datainf"``: the mean of inverses.
         fisher: Labels of the Fisher: ``"exact"``: all of them, by their probability; ``"sampled"``: one drawn for each
             row; ``"empirical"``: the rows' own. None: exact for at most 20 labels, else sampled.
+        basis: Where EK-FAC's eigenvectors come from: a pass at the ``"end"``, or the Kronecker factors that f-INE's
+            ``"run"`` has averaged, which saves the pass. Eigenvalues are of the final weights in both.
         damping: D: ``"auto"``: a tenth of each block's mean eigenvalue; a number; ``"run"``: what the run itself leaves
             undamped, ``3 / (sum of learning rates)`` times what the optimizer makes of them (SOURCE, arXiv 2405.12186).
         rescale: ``"rif"``: without the row's own part of the Fisher; at most 64 labels.

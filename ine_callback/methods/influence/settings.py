@@ -29,6 +29,7 @@ class IFSettings:
 
     solver: SolverName = "ekfac"
     fisher: Fisher | None = None
+    basis: Literal["end", "run"] = "end"
     damping: Damping | float = "auto"
     rescale: Literal["rif"] | None = None
     sampler: SamplerName = "uniform"
@@ -58,6 +59,10 @@ class IFSettings:
                 raise InfluenceError(f"IF: {name}={getattr(self, name)!r} is none of {', '.join(get_args(kind))}.")
         if self.fisher not in (None, *get_args(Fisher)):
             raise InfluenceError(f"IF: fisher={self.fisher!r} is none of {', '.join(get_args(Fisher))}.")
+        if self.basis not in ("end", "run"):
+            raise InfluenceError(f"IF: basis={self.basis!r} is neither 'end' nor 'run'.")
+        if self.basis == "run" and self.solver not in ("ekfac", "pcg", "astra"):
+            raise InfluenceError(f"IF: basis='run' is EK-FAC's, which solver={self.solver!r} does not use.")
         if self.rescale not in (None, "rif"):
             raise InfluenceError(f"IF: rescale={self.rescale!r} is neither 'rif' nor None.")
         if not self._valid_damping():

@@ -92,6 +92,16 @@ def test_damping_by_the_run_is_three_over_its_summed_learning_rates(fitted: tupl
     np.testing.assert_allclose(damping, 3 / (steps * 0.2 / (1 - 0.5)), rtol=1e-9)
 
 
+def test_eigenvectors_of_the_runs_factors_save_a_pass() -> None:
+    _, callback, _ = fit([FINE(), IF(basis="run", damping=1e-3), IF("exact", damping=1e-3)], on_error="raise")
+    ours, exact = (callback.report.attribution(name).scores[:, 0] for name in ("IF-EKFAC", "IF-EXACT"))
+    assert np.corrcoef(ours, exact)[0, 1] > 0.6
+    _, plain, _ = fit([FINE(), IF(damping=1e-3)], on_error="raise")
+    assert np.corrcoef(ours, plain.report.attribution("IF-EKFAC").scores[:, 0])[0, 1] > 0.8
+    _, without, _ = fit([IF(basis="run")])
+    assert any("basis='run' needs f-INE's factors" in note for note in without.report.run.notes)
+
+
 def test_without_a_fit_the_scores_are_the_same(fitted: tuple[Any, Any, L.Trainer]) -> None:
     module, callback, _ = fitted
     trainer, before = L.Trainer(**QUIET), {k: v.clone() for k, v in module.state_dict().items()}
@@ -177,6 +187,8 @@ def test_a_model_that_is_not_trained_fails_its_check() -> None:
         ({"step": -1.0}, "step=-1.0 must be between"),
         ({"sampler": "random", "solver": "lissa"}, "sampler='random' is none of uniform"),
         ({"sampler": "logit"}, "solver='ekfac' has none of"),
+        ({"basis": "start"}, "basis='start' is neither"),
+        ({"basis": "run", "solver": "cg"}, "basis='run' is EK-FAC's"),
         ({"rescale": "loo"}, "rescale='loo' is neither"),
         ({"rescale": "rif", "solver": "identity"}, "rescale='rif' needs a curvature"),
         ({"rescale": "rif", "fisher": "sampled"}, "goes through all labels"),
