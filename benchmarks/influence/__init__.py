@@ -1,0 +1,1 @@
+"""Influence functions at the trained weights: calibration, retraining without halves, samplers, solvers, other libraries."""
