@@ -37,6 +37,7 @@ def run(module: str, *arguments: str) -> str:
         ("overhead", "## Overhead"),
         ("layers", "## Pruning by the sensitivity of blocks"),
         ("scale", "## Growth with rows"),
+        ("influence", "## Influence functions at the trained weights"),
         pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
         pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),
         pytest.param("lds --problems transformer --only run", "## Retraining, transformer", marks=pytest.mark.long),

@@ -1,1 +1,1 @@
-"""Influence functions at the trained weights: calibration, retraining without halves, samplers, solvers, other libraries."""
+"""Influence functions at the trained weights: calibration, halves left out, samplers, solvers, other libraries."""

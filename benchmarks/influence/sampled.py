@@ -1,7 +1,7 @@
 """Rows that stand for all: how far off the solution is when the Fisher comes from m sampled rows, and what it removes.
 
-A network 64-12-10 on 1,200 digits. ``x = (F + D)^-1 v`` with v the gradient of the mean loss's part of class 8; the weights
-move by tau x, which is to unlearn the class. F1 joins what is unlearnt and what is kept on the held-out rows,
+A network 64-12-10 on 1,200 digits. ``x = (F + D)^-1 v`` with v the gradient of the mean loss's part of class 8; the
+weights move by tau x, which is to unlearn the class. F1 joins what is unlearnt and what is kept on the held-out rows,
 
     F1 = 2 (1 - a) b / (1 - a + b),    a: accuracy on the class, b: on the rest
 
@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks.influence.shared import CLASSES, context_of, driven, mean_and_error, network, shuffled_digits, system_of
+from benchmarks.influence.shared import context_of, driven, mean_and_error, network, shuffled_digits, system_of
 from benchmarks.network import cross_entropy
 from ine_callback import IF
 from ine_callback.methods.influence.samplers import SamplerName
@@ -89,7 +89,9 @@ def measured(quick: bool) -> dict[str, Any]:
         """The solution by a weighted Fisher of some rows, and the Fisher's trace."""
         part = (f[which] * weights.to(f).sqrt()[:, None, None]).flatten(0, 1)
         matrix = part.T @ part
-        return torch.cholesky_solve(v.T, torch.linalg.cholesky(matrix + torch.diag(system.damping))).T, float(matrix.trace())
+        return torch.cholesky_solve(v.T, torch.linalg.cholesky(matrix + torch.diag(system.damping))).T, float(
+            matrix.trace()
+        )
 
     wanted, whole = solved(torch.arange(len(f)), torch.full((len(f),), 1 / len(f)))
     scale = max(SCALES, key=lambda tau: f1(tau * wanted[0]))
@@ -106,7 +108,9 @@ def measured(quick: bool) -> dict[str, Any]:
                 traces.append(trace / whole)
             of_name = found.setdefault(name, {})
             of_name[str(size)] = {
-                "F1": mean_and_error(unlearnt), "error": mean_and_error(errors), "trace": mean_and_error(traces)
+                "F1": mean_and_error(unlearnt),
+                "error": mean_and_error(errors),
+                "trace": mean_and_error(traces),
             }
     zero = torch.zeros_like(wanted[0])
     return {
