@@ -57,6 +57,15 @@ def test_quick_form_runs_and_renders(call: str, title: str, tmp_path: Path) -> N
     assert title in run("results", str(file), "--plots", str(plots))
 
 
+def test_rescaled_influence_is_what_leaving_a_row_out_does() -> None:
+    """At n = 200, d = 64 the plain one underestimates it by four."""
+    found = importlib.import_module("benchmarks.influence.calibration").logistic(0, 1e-4)
+    alone = found["single rows, own logit"]
+    assert 0.9 < alone["RIF"]["slope"] < 1.1 and alone["IF"]["slope"] < 0.5
+    groups = found["cluster groups, test logits"]
+    assert 0.8 < groups["Newton step"]["slope"] < 1.2 and groups["RIF"]["slope"] < 0.7 > groups["IF"]["slope"]
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("devinterp"), reason="devinterp is not installed")
 def test_devinterp_samples_the_same_posterior(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
