@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.influence import calibration, halves, peers, products, sampled
+from benchmarks.influence import calibration, halves, peers, products, sampled, single_rows
 from benchmarks.influence.markdown import section
 from benchmarks.network import machine
 
-TABLES: dict[str, Callable[[bool], dict[str, Any]]] = {
+TABLES: dict[str, Callable[[bool], Any]] = {
     "calibration": calibration.measured,
+    "single_rows": single_rows.measured,
     "halves": halves.measured,
     "sampled": sampled.measured,
     "products": products.measured,

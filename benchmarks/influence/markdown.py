@@ -63,12 +63,12 @@ disk. Two faults of dattri's EK-FAC are mended here (benchmarks/lds/peers.py).
 def section(results: dict[str, Any]) -> Iterable[str]:
     """The section of a file of results."""
     yield HEAD
-    by_ridge = results["calibration"]["logistic"]
+    by_ridge = results["calibration"]
     yield CALIBRATION.format(splits=len(next(iter(by_ridge.values()))))
     for ridge, splits in by_ridge.items():
         yield RIDGE.format(ridge=ridge)
         yield logistic(splits)
-    networks = results["calibration"]["network"]
+    networks = results["single_rows"]
     yield NETWORK.format(
         gradient=max(one["gradient"] for one in networks), rows=networks[0]["rows"], seeds=len(networks)
     )
