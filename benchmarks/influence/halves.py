@@ -28,22 +28,22 @@ from ine_callback import IF, Recorder
 from ine_callback.methods.context import FitContext
 from ine_callback.queries import MarginQuery, Query, margins
 
-HIDDEN, BATCH, RATE, MOMENTUM, DECAY = 24, 50, 0.03, 0.9, 1e-3
+BATCH, RATE, MOMENTUM, DECAY = 50, 0.03, 0.9, 1e-3
 SPREAD = (1 / 8, 1 / 5)  # of the initial weights
 SOLVERS = ("identity", "kfac", "ekfac", "astra", "exact", "pcg")
 DAMPINGS: tuple[float | str, ...] = (3e-4, 3e-3, 1e-2, "run", "auto")
 DIFFERENCES = (("astra", "ekfac"), ("ekfac", "identity"), ("exact", "ekfac"), ("astra", "exact"))
-RESAMPLES = 400
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows x, y; held-out rows xq, yq; how long and how often to train."""
+    """Rows x, y; held-out rows xq, yq; how wide a network, how long and how often to train."""
 
     x: Tensor
     y: Tensor
     xq: Tensor
     yq: Tensor
+    hidden: int
     epochs: int
     subsets: int
     trainings: int
@@ -52,7 +52,7 @@ class Problem:
 def problem(quick: bool) -> Problem:
     x, y = shuffled_digits(0)
     rows, queries = (200, 8) if quick else (600, 40)
-    sizes = (5, 12, 2) if quick else (40, 50, 4)
+    sizes = (8, 5, 12, 2) if quick else (24, 40, 50, 4)
     x = x.float()
     return Problem(x[:rows], y[:rows], x[1000 : 1000 + queries], y[1000 : 1000 + queries], *sizes)
 
@@ -66,7 +66,7 @@ def halves(p: Problem) -> Tensor:
 
 def retrained(p: Problem, kept: Tensor, seed: int) -> Tensor:
     """Margins [subsets, Q] of networks trained on the kept rows, from initial weights of their own."""
-    models = [network(HIDDEN, 1000 * seed + k, SPREAD).float() for k in range(len(kept))]
+    models = [network(p.hidden, 1000 * seed + k, SPREAD).float() for k in range(len(kept))]
     stacked = [
         torch.stack(same).detach().requires_grad_() for same in zip(*(m.parameters() for m in models), strict=True)
     ]
@@ -93,7 +93,7 @@ def retrained(p: Problem, kept: Tensor, seed: int) -> Tensor:
 
 def recorded(p: Problem, seed: int) -> tuple[FitContext, Floats]:
     """A network trained on all rows, as IF gets it, and f-INE's scores [N, Q] of that training."""
-    module = network(HIDDEN, 10**6 + seed, SPREAD).float()
+    module = network(p.hidden, 10**6 + seed, SPREAD).float()
     optimizer = torch.optim.SGD(module.parameters(), RATE, MOMENTUM, weight_decay=DECAY)
     steps = p.epochs * (len(p.y) // BATCH)
     queries: dict[str, Query] = {"margin": MarginQuery((p.xq, p.yq), per_row=True)}
@@ -111,7 +111,7 @@ def recorded(p: Problem, seed: int) -> tuple[FitContext, Floats]:
     return context, recorder.report().scores.mu
 
 
-def difference(one: list[Floats], other: list[Floats], kept: Floats, truth: Floats) -> dict[str, float]:
+def difference(one: list[Floats], other: list[Floats], kept: Floats, truth: Floats, resamples: int) -> dict[str, float]:
     """Mean over models of the LDS less another one, with its 95 % interval over resampled halves."""
     rng = np.random.default_rng(0)
 
@@ -123,14 +123,14 @@ def difference(one: list[Floats], other: list[Floats], kept: Floats, truth: Floa
         ]
         return float(np.mean(means))
 
-    drawn = [less(rng.integers(len(kept), size=len(kept))) for _ in range(RESAMPLES)]
+    drawn = [less(rng.integers(len(kept), size=len(kept))) for _ in range(resamples)]
     low, high = np.percentile(drawn, (2.5, 97.5))
     return {"difference": less(slice(None)), "low": float(low), "high": float(high)}
 
 
 def measured(quick: bool) -> dict[str, Any]:
     """LDS of each solver and damping, of f-INE, and differences."""
-    p, models = problem(quick), 2 if quick else 3
+    p, models, resamples = (problem(quick), 2, 20) if quick else (problem(quick), 3, 400)
     dampings = DAMPINGS[3:] if quick else DAMPINGS
     kept = halves(p)
     each = np.stack([retrained(p, kept, seed).double().numpy() for seed in range(p.trainings)])
@@ -162,7 +162,7 @@ def measured(quick: bool) -> dict[str, Any]:
     }
     differences = {
         f"{one} less {other}": {
-            str(d): difference(of(scores, one, d), of(scores, other, d), chosen, truth) for d in dampings
+            str(d): difference(of(scores, one, d), of(scores, other, d), chosen, truth, resamples) for d in dampings
         }
         for one, other in DIFFERENCES
     }

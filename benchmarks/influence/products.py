@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.influence.halves import BATCH, DECAY, HIDDEN, MOMENTUM, RATE, SPREAD, Problem, problem
+from benchmarks.influence.halves import BATCH, DECAY, MOMENTUM, RATE, SPREAD, Problem, problem
 from benchmarks.influence.shared import context_of, mean_and_error, network, system_of
 from benchmarks.network import cross_entropy
 from ine_callback import IF
@@ -39,7 +39,7 @@ class Counted(System):
 
 def trained(p: Problem, seed: int) -> FitContext:
     """A network trained on all rows."""
-    module = network(HIDDEN, 10**6 + seed, SPREAD).float()
+    module = network(p.hidden, 10**6 + seed, SPREAD).float()
     optimizer = torch.optim.SGD(module.parameters(), RATE, MOMENTUM, weight_decay=DECAY)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(p.epochs):
