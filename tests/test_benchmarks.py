@@ -38,6 +38,7 @@ def run(module: str, *arguments: str) -> str:
         ("layers", "## Pruning by the sensitivity of blocks"),
         ("scale", "## Growth with rows"),
         ("values", "## Values against clean rows"),
+        ("influence", "## Influence functions at the trained weights"),
         pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
         pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),
         pytest.param("lds --problems transformer --only run", "## Retraining, transformer", marks=pytest.mark.long),
@@ -55,6 +56,15 @@ def test_quick_form_runs_and_renders(call: str, title: str, tmp_path: Path) -> N
     run(*shlex.split(call), "--quick", "--json", str(file))
     assert json.loads(file.read_text())["protocol"]
     assert title in run("results", str(file), "--plots", str(plots))
+
+
+def test_rescaled_influence_is_what_leaving_a_row_out_does() -> None:
+    """At n = 200, d = 64 the plain one underestimates it by four."""
+    found = importlib.import_module("benchmarks.influence.calibration").logistic(0, 1e-4)
+    alone = found["single rows, own logit"]
+    assert 0.9 < alone["RIF"]["slope"] < 1.1 and alone["IF"]["slope"] < 0.5
+    groups = found["cluster groups, test logits"]
+    assert 0.8 < groups["Newton step"]["slope"] < 1.2 and groups["RIF"]["slope"] < 0.7 > groups["IF"]["slope"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("devinterp"), reason="devinterp is not installed")

@@ -1,0 +1,1 @@
+"""Influence functions at the trained weights: calibration, halves left out, samplers, solvers, other libraries."""
