@@ -17,7 +17,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext, RowGradients
 from ine_callback.methods.fit_end import Take
 from ine_callback.methods.influence.fisher import LABELS, Fisher, FisherRows, fisher_rows
-from ine_callback.methods.influence.settings import IFSettings
+from ine_callback.methods.influence.settings import ACROSS_LAYERS, IFSettings
 from ine_callback.methods.influence.solvers.base import System
 from ine_callback.methods.influence.space import ParameterSpace
 from ine_callback.methods.passes import PerSamplePass
@@ -138,6 +138,9 @@ class Curvature:
     def _damping(self, space: ParameterSpace) -> dict[Block, float]:
         """Each block's damping."""
         asked, context = self._settings.damping, self._context
+        if asked is None:
+            across = self._settings.solver in ACROSS_LAYERS and context.summed_rates is not None
+            asked = "run" if across else "auto"
         if asked == "run":
             if context.summed_rates is None:
                 raise InfluenceError(

@@ -37,6 +37,7 @@ class IF(IFSettings, FitEndMethod):
             ``"run"`` has averaged, which saves the pass. Eigenvalues are of the final weights in both.
         damping: D: ``"auto"``: a tenth of each block's mean eigenvalue; a number; ``"run"``: what the run itself leaves
             undamped, ``3 / (sum of learning rates)`` times what the optimizer makes of them (SOURCE, arXiv 2405.12186).
+            None: that of the run for solvers that reach the solution across layers, where it is known; else auto.
         rescale: ``"rif"``: without the row's own part of the Fisher; at most 64 labels.
         sampler: Which rows make up a minibatch of a stochastic solver, see :mod:`.samplers`.
         iterations: Most steps of an iterative solver.

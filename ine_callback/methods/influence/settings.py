@@ -17,6 +17,7 @@ SolverName = Literal["ekfac", "kfac", "diagonal", "identity", "exact", "cg", "pc
 Damping = Literal["auto", "run"]
 STOCHASTIC = ("astra", "lissa")
 ITERATIVE = (*STOCHASTIC, "cg", "pcg")
+ACROSS_LAYERS = (*ITERATIVE, "exact")  # which need more damping than approximations by layer do
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class IFSettings:
     solver: SolverName = "ekfac"
     fisher: Fisher | None = None
     basis: Literal["end", "run"] = "end"
-    damping: Damping | float = "auto"
+    damping: Damping | float | None = None
     rescale: Literal["rif"] | None = None
     sampler: SamplerName = "uniform"
     iterations: int = 200
@@ -89,6 +90,8 @@ class IFSettings:
         check_stages("IF", self.at)
 
     def _valid_damping(self) -> bool:
+        if self.damping is None:
+            return True
         if isinstance(self.damping, str):
             return self.damping in get_args(Damping)
         return not isinstance(self.damping, bool) and self.damping > 0 and math.isfinite(self.damping)
