@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ine_callback.applications.sampler import InfluenceSampler
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
-    from ine_callback.integrations.rerun import run_bif, run_if
+    from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
     from ine_callback.methods import BIF, FINE, IF, KAIROS, DataValues, FitContext, FitEndMethod, PerSamplePass
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
@@ -55,13 +55,14 @@ __all__ = [
     "register_optimizer",
     "run_bif",
     "run_if",
+    "run_unlearning",
 ]
 
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
 _MODULES = {
     "methods.bif.calibration": ["Calibration", "calibrate"],
     "methods.bif.evaluation": ["EachRow"],
-    "integrations.rerun": ["run_bif", "run_if"],
+    "integrations.rerun": ["run_bif", "run_if", "run_unlearning"],
     "methods.bif.run": ["bif_scores"],
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],

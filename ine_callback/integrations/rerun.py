@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ine_callback.errors import InfluenceError
@@ -19,13 +20,15 @@ from ine_callback.methods.bif.row_losses import RowLoss
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import FitEndMethods, Interrupted
 from ine_callback.methods.influence.influence import IF
+from ine_callback.methods.influence.run import weights_without
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
 from ine_callback.report import InfluenceReport
 from ine_callback.scores import Attribution
+from ine_callback.utilities.isolation import isolated
 
-OWNER_BIF, OWNER_IF = "run_bif", "run_if"
+OWNER_BIF, OWNER_IF, OWNER_UNLEARNING = "run_bif", "run_if", "run_unlearning"
 
 
 def run_bif(
@@ -143,6 +146,38 @@ def run_if(
         return replace(found, notes=(*context.source.notes, *methods.notes, *found.notes))
 
 
+def run_unlearning(
+    trainer: Trainer,
+    module: LightningModule,
+    rows: Sequence[int],
+    method: IF | None = None,
+    train_dataloaders: Any = None,
+    datamodule: LightningDataModule | None = None,
+) -> dict[str, Tensor]:
+    """The weights that a training without some rows would have ended at, by one Newton step.
+
+    To be loaded with ``module.load_state_dict(found, strict=False)``. The module itself stays as it is.
+
+    Args:
+        trainer: The Trainer of the fit, or one with the same precision.
+        module: The trained module.
+        rows: Dataset indices of the rows to leave out.
+        method: Solver, damping and layers; by default EK-FAC. Iterative solvers take EK-FAC's inverse here.
+        train_dataloaders: The training loader; its data set must be indexable.
+        datamodule: Where loaders come from; it is prepared and set up for ``"fit"``.
+
+    Returns:
+        All parameters by name; layers that ``method`` leaves out are as they were.
+
+    Raises:
+        InfluenceError: As :func:`run_if`, and where the rows' gradients under all labels do not fit into memory.
+    """
+    settings = replace(method or IF(), groups={"rows": list(rows)})
+    data = train_dataloaders, None, datamodule
+    with _context(OWNER_UNLEARNING, trainer, module, "self", *data, 1) as context, isolated(module):
+        return weights_without(settings, context)["rows"]
+
+
 @contextlib.contextmanager
 def _context(
     owner: str,
@@ -171,7 +206,7 @@ def _context(
             progress=progress_of(trainer),
             owner=owner,
         )
-        if not context.queries:
+        if not context.queries and owner != OWNER_UNLEARNING:
             raise InfluenceError(f"{owner}: there is no query: 'self' is f-INE's alone; add 'val' or another one.")
         yield context
 

@@ -32,14 +32,7 @@ HELD_VECTORS = 8  # as large as the parameters, that a solver holds for each que
 
 def scored(settings: IFSettings, context: FitContext) -> Steps:
     """Scores rows at the present weights: see :class:`.IF`."""
-    labels = context.labels()
-    all_needed = settings.rescale is not None or bool(settings.groups)
-    if all_needed and labels is None:
-        raise InfluenceError(
-            f"IF: rescale='rif' and groups go through all labels of a row, at most {MAX_CLASSES}, which this loss has "
-            "no list of; leave them out."
-        )
-    fisher = settings.fisher or _default(labels, all_needed)
+    labels, fisher = _labels(settings, context)
     curvature = Curvature(context, settings, fisher)
     yield from curvature.passes()
     system = curvature.system()
@@ -65,6 +58,39 @@ def scored(settings: IFSettings, context: FitContext) -> Steps:
             scores.take_rescaled(which, each, own, weights, leverages)
     newton = {name: torch.cat([each[name] for each in effects]) for name in steps}
     return attribution(settings, fisher, context, system, together(solutions), scores, newton)
+
+
+def weights_without(settings: IFSettings, context: FitContext) -> dict[str, dict[str, Tensor]]:
+    """The parameters after the Newton step of each group of ``settings.groups``, by group and by name."""
+    labels, fisher = _labels(settings, context)
+    curvature = Curvature(context, settings, fisher)
+    for asked, take in curvature.passes():
+        for rows, gradients in context.per_sample(asked):
+            take(rows, gradients)
+    system, names = curvature.system(), {p: name for name, p in context.module.named_parameters()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for group, step in _newton_steps(settings, context, system, labels or 1).items():
+        moved = found[group] = {name: p.detach().clone() for p, name in names.items()}
+        for block, part in system.space.split(step[None]).items():
+            for parameter, change in zip(block.parameters, block.from_layout(part[0]), strict=True):
+                moved[names[parameter]] += change.to(parameter)
+    return found
+
+
+def _labels(settings: IFSettings, context: FitContext) -> tuple[int | None, Fisher]:
+    """How many labels a row has, where they can be listed, and which Fisher to take; refuses what cannot be."""
+    for what, listed in {"rows": settings.rows or (), **(settings.groups or {})}.items():
+        if lost := [row for row in listed if not 0 <= row < context.rows]:
+            raise InfluenceError(f"IF: {what!r} lists row {lost[0]}; there are rows 0 to {context.rows - 1}.")
+    labels = context.labels()
+    all_needed = settings.rescale is not None or bool(settings.groups)
+    if all_needed and labels is None:
+        raise InfluenceError(
+            f"IF: rescale='rif' and groups go through all labels of a row, at most {MAX_CLASSES}, which this loss has "
+            "no list of; leave them out."
+        )
+    few = labels is not None and labels <= FEW_LABELS
+    return labels, settings.fisher or ("exact" if all_needed or few else "sampled")
 
 
 def _inverse(settings: IFSettings, system: System) -> tuple[Inverse, float]:
@@ -93,7 +119,3 @@ def _chunks(settings: IFSettings, context: FitContext, system: System) -> Iterat
         count = max(1, min(count, MAX_BYTES // per_query))
     for start in range(0, len(context.queries), count):
         yield slice(start, start + count)
-
-
-def _default(labels: int | None, all_needed: bool) -> Fisher:
-    return "exact" if all_needed or (labels is not None and labels <= FEW_LABELS) else "sampled"

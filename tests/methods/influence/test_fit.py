@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ine_callback import FINE, IF, InfluenceCallback, InfluenceReport, Query, run_if
+from ine_callback import FINE, IF, InfluenceCallback, InfluenceReport, Query, run_if, run_unlearning
 from ine_callback.errors import InfluenceError
 from tests.helpers.bif.training import QUIET
 
@@ -113,43 +113,66 @@ def test_without_a_fit_the_scores_are_the_same(fitted: tuple[Any, Any, L.Trainer
         run_if(trainer, module, IF(damping="run"), **data)
     with pytest.raises(InfluenceError, match=r"layers=\['nothing'\] fits no captured layer; there are net.0, net.3"):
         run_if(trainer, module, IF(layers=["nothing"]), **data)
+    for options in ({"rows": [3, 40]}, {"groups": {"rows": [40]}}):
+        with pytest.raises(InfluenceError, match="'rows' lists row 40; there are rows 0 to 39"):
+            run_if(trainer, module, IF(**options), **data)  # type: ignore[arg-type]
     with pytest.raises(InfluenceError, match="batch_size=256 is larger than the 40 training rows"):
         run_if(trainer, module, IF("astra"), **data)
 
 
+DECAY = 0.02
+
+
+def _logistic(rows: Any) -> Net:
+    """Trained to the end on some rows, whose losses are divided by the number of all; with weight decay."""
+    module, keep = Net(nn.Linear(WIDTH, 3)), list(rows)
+    descent = torch.optim.LBFGS(module.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
+
+    def closure() -> Tensor:
+        descent.zero_grad()
+        loss = F.cross_entropy(module.net(X[keep]), Y[keep], reduction="sum") / ROWS
+        loss = loss + DECAY / 2 * sum(p.square().sum() for p in module.parameters())
+        loss.backward()
+        return loss
+
+    descent.step(closure)  # type: ignore[arg-type]
+    return module
+
+
 def test_the_score_is_the_effect_of_leaving_a_row_out() -> None:
     """Logistic regression, trained to the end with and without each of some rows; damping is its weight decay."""
-    decay = 0.02
-
-    def fitted_without(row: int | None) -> Net:
-        module = Net(nn.Linear(WIDTH, 3))
-        keep = [k for k in range(ROWS) if k != row]
-        descent = torch.optim.LBFGS(module.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
-
-        def closure() -> Tensor:
-            descent.zero_grad()
-            loss = F.cross_entropy(module.net(X[keep]), Y[keep], reduction="sum") / ROWS
-            loss = loss + decay / 2 * sum(p.square().sum() for p in module.parameters())
-            loss.backward()
-            return loss
-
-        descent.step(closure)  # type: ignore[arg-type]
-        return module
-
-    whole = fitted_without(None)
+    whole = _logistic(range(ROWS))
     data: dict[str, Any] = {"train_dataloaders": DataLoader(TRAIN, 8), "val_dataloaders": DataLoader(VAL, 12)}
     found = [
-        run_if(L.Trainer(**QUIET), whole, IF("exact", damping=decay, rescale=how), **data) for how in (None, "rif")
+        run_if(L.Trainer(**QUIET), whole, IF("exact", damping=DECAY, rescale=how), **data) for how in (None, "rif")
     ]  # type: ignore[arg-type]
 
     def loss(module: Net) -> float:
         return float(F.cross_entropy(module.net(X[ROWS:]), Y[ROWS:]))
 
-    truth = np.array([loss(fitted_without(row)) - loss(whole) for row in range(12)])
+    truth = np.array([loss(_logistic([k for k in range(ROWS) if k != row])) - loss(whole) for row in range(12)])
     plain, rescaled = (one.scores[:12, 0] for one in found)
     assert np.corrcoef(plain, truth)[0, 1] > 0.98
     slopes = [float(score @ truth / (score @ score)) for score in (plain, rescaled)]
     assert abs(slopes[1] - 1) < 0.15 and abs(slopes[1] - 1) < abs(slopes[0] - 1)
+
+
+def test_unlearnt_weights_are_near_those_of_a_training_without_the_rows() -> None:
+    """The former test's problem, without eight rows of one class."""
+    rows = [row for row in range(ROWS) if Y[row] == 2][:8]
+    whole, truth = _logistic(range(ROWS)), _logistic([row for row in range(ROWS) if row not in rows])
+    before = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    found = run_unlearning(L.Trainer(**QUIET), whole, rows, IF("exact", damping=DECAY), DataLoader(TRAIN, 8))
+    moved, left = 0.0, 0.0
+    for name, wanted in truth.named_parameters():
+        assert torch.equal(before[name], whole.get_parameter(name))
+        moved += float((wanted - before[name]).square().sum().detach())
+        left += float((wanted - found[name]).square().sum().detach())
+    assert left < 0.1 * moved
+    again = Net(nn.Linear(WIDTH, 3))
+    again.load_state_dict(found, strict=False)
+    missed = [float((model.net(X[rows]).argmax(1) != 2).double().mean()) for model in (whole, again, truth)]
+    assert missed[1] == pytest.approx(missed[2], abs=0.13) and missed[1] > missed[0]
 
 
 def test_a_gradient_that_is_not_finite_names_layer_and_batch() -> None:
