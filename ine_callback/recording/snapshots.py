@@ -45,7 +45,7 @@ class Snapshot:
     copied: Any = None
 
     def wait(self) -> None:
-        """Until the copies are over, which they were long ago."""
+        """Until the copies are over."""
         if self.copied is not None:
             self.copied.synchronize()
 
@@ -105,9 +105,9 @@ class Snapshots:
         self._all.append(Snapshot(tensors, steps, _on_host(loss().detach()), _recorded(changing)))
 
     def _thin(self) -> None:
-        """Drops what will not be used, by the losses that are on the host by now."""
+        """Drops what will not be used; if a copy is still under way, the next time."""
         kept = self._kept()
-        if len(kept) < 2:
+        if len(kept) < 2 or not all(one.copied is None or one.copied.query() for one in self._all):
             return
         clock, last = self._clock(), -np.inf
         for k, after in pairwise(kept):

@@ -45,11 +45,11 @@ def _is_mask(index: Any) -> bool:
 
 
 def _of_host() -> bool:
-    """Whether what is asked for lies on the host: the optimizer's count of steps, row numbers from the loader."""
+    """Whether what is asked for lies on the host: counts of steps, row numbers from the loader, losses of snapshots."""
     frame = sys._getframe(1)
     while frame is not None:
         if "/ine_callback/" in frame.f_code.co_filename:
-            return frame.f_code.co_filename.endswith("/row_ids.py")
+            return frame.f_code.co_filename.endswith(("/row_ids.py", "/snapshots.py"))
         if "/torch/optim/" in frame.f_code.co_filename:
             return True
         frame = frame.f_back  # type: ignore[assignment]
