@@ -17,6 +17,7 @@ from ine_callback.scores import Attribution, Check, LayerScores
 
 HIGH_LEVERAGE = 0.95
 MAX_RESIDUAL = {"exact": 1e-3, "cg": 1e-2, "pcg": 1e-2, "astra": 0.2, "lissa": 0.2}
+MIN_COVERAGE = 0.9
 MAX_GRADIENT = 0.5  # of the rows' gradients, that do not cancel in their mean
 LEGEND = (
     "score: to first order, by how much the query rises when the model is trained without the row; above 0: training "
@@ -62,7 +63,7 @@ def attribution(
         scores=scores.by_layer.sum(1),
         layers=LayerScores(names, scores.by_layer) if settings.per_layer else None,
         tokens=scores.tokens(),
-        checks=tuple(_checks(settings, solution, scores)),
+        checks=(*_checks(settings, solution, scores), *_coverage(settings, context, system)),
         settings=settings.settings() | {"fisher": fisher, "damping_used": damping, "parameters": system.space.size},
         arrays=arrays,
         notes=tuple(_notes(settings, solution, scores)),
@@ -92,6 +93,16 @@ def _checks(settings: IFSettings, solution: Solution, scores: RowScores) -> list
         remedy = "raise damping: these rows' own scores are hardly determined"
         checks.append(Check(f"rows with a leverage above {HIGH_LEVERAGE:g}", high, "below 0.01", high < 0.01, remedy))
     return checks
+
+
+def _coverage(settings: IFSettings, context: FitContext, system: System) -> list[Check]:
+    """How much of the model is scored, where nobody asked for a part of it."""
+    if settings.layers is not None or context.layers is not None:
+        return []
+    trainable = sum(p.numel() for p in context.module.parameters() if p.requires_grad)
+    share = system.space.size / max(1, trainable)
+    remedy = "register the layers that the notes name with @register_layer"
+    return [Check("captured share of the parameters", share, f"above {MIN_COVERAGE:g}", share > MIN_COVERAGE, remedy)]
 
 
 def _notes(settings: IFSettings, solution: Solution, scores: RowScores) -> list[str]:

@@ -224,6 +224,24 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
         IF(**options)
 
 
+def test_a_layer_that_is_not_captured_fails_the_check_of_coverage() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.out = nn.Parameter(torch.randn(WIDTH, 8)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x @ self.odd.sin())  # type: ignore[no-any-return]
+
+    data: dict[str, Any] = {"train_dataloaders": DataLoader(TRAIN, 8), "val_dataloaders": DataLoader(VAL, 12)}
+    found = run_if(L.Trainer(**QUIET), Net(Odd()), IF(), **data)
+    (check,) = [check for check in found.checks if check.name == "captured share of the parameters"]
+    assert not check.passed and check.value == pytest.approx(27 / (27 + 8 * WIDTH))
+    assert any("net.odd" in note for note in found.notes)
+    restricted = run_if(L.Trainer(**QUIET), Net(Odd()), IF(layers=["net.out"]), **data)
+    assert all(check.name != "captured share of the parameters" for check in restricted.checks)
+
+
 def test_losses_without_a_list_of_labels_are_refused_where_it_is_needed() -> None:
     class Sequence(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
