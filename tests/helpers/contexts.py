@@ -35,6 +35,32 @@ def entropy(module: nn.Module, batch: Any) -> Tensor:
 VECTORS, LABELS = numbers(ROWS, WIDTH), choices(CLASSES, ROWS)
 
 
+class Tied(nn.Module):
+    """Embedding and output share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH)
+        self.out = nn.Linear(WIDTH, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.norm(self.embed(x)))
+        return out
+
+
+class Twice(nn.Module):
+    """One layer that a pass uses twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.inner(self.inner(x).tanh()).tanh())
+        return out
+
+
 def bound(module: nn.Module, loss: Loss, data: tuple[Tensor, ...], **options: Any) -> FitContext:
     loader = DataLoader(TensorDataset(*data), batch_size=16)
     source = DataSource("Test", loss, loader, [loader], 10**6)

@@ -24,6 +24,8 @@ from tests.helpers.contexts import (
     VECTORS,
     WIDTH,
     Loss,
+    Tied,
+    Twice,
     bound,
     choices,
     entropy,
@@ -35,32 +37,6 @@ from tests.helpers.oracle import TELLS
 from tests.helpers.vision import Vision
 
 TERMS = 5
-
-
-class Tied(nn.Module):
-    """Embedding and output share one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH)
-        self.out = nn.Linear(WIDTH, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.norm(self.embed(x)))
-        return out
-
-
-class Twice(nn.Module):
-    """One layer that a pass uses twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.inner(self.inner(x).tanh()).tanh())
-        return out
 
 
 class Image(nn.Sequential):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample
-from ine_callback.errors import CaptureError
 from ine_callback.methods.context import TOGETHER, FitContext, RowGradients
 from ine_callback.methods.influence.space import ParameterSpace
 from ine_callback.methods.passes import Labels, PerSamplePass
@@ -58,14 +57,12 @@ class FisherRows:
 
     Attributes:
         stored: Whether the gradients are stored.
-        passes: Rows that were passed through the model so far, times their labels.
     """
 
     def __init__(self, context: FitContext, fisher: Fisher) -> None:
         self._context, self.labels = context, LABELS[fisher]
-        self.stored, self.passes = True, 0
+        self.stored = True
         self._groups: dict[tuple[object, ...], _Stored] = {}
-        self._group_of: list[tuple[object, ...]] = []  # of each stored gradient, in order
         self._places: dict[int, list[tuple[tuple[object, ...], int]]] = {}
         self._counts: dict[tuple[object, ...], int] = {}
 
@@ -76,7 +73,6 @@ class FisherRows:
 
     def keep(self, rows: Tensor, gradients: RowGradients) -> None:
         """Stores a batch's gradients, if all rows' fit into memory."""
-        self.passes += len(rows)
         if not self.stored:
             return
         gradients = _detached(fisher_rows(gradients, len(rows)))
@@ -106,7 +102,6 @@ class FisherRows:
                 part = chosen[start : start + TOGETHER]
                 asked = PerSamplePass(self.labels, part.tolist(), draw * self.rows + start)
                 for which, gradients in self._context.per_sample(asked):
-                    self.passes += len(which)
                     yield torch.arange(start, start + len(which)), fisher_rows(gradients, len(which))
 
     def _from_memory(self, rows: Tensor | None) -> Iterator[tuple[Tensor, RowGradients]]:
@@ -190,6 +185,4 @@ def _concatenated(chunks: Sequence[RowGradients]) -> RowGradients:
     def join(block: Block, k: int, name: str, _: Tensor) -> Tensor:
         return torch.cat([getattr(chunk.grad_samples(block)[k], name) for chunk in chunks])
 
-    if any(set(chunk) != set(chunks[0]) for chunk in chunks):
-        raise CaptureError("FisherRows: batches of one shape have different layers")
     return _of(chunks[0], join, torch.cat([chunk.scale for chunk in chunks]))

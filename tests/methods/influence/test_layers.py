@@ -13,33 +13,11 @@ from torch import Tensor, nn
 
 from ine_callback import IF
 from ine_callback.methods import FitContext, FitEndMethods, PerSamplePass
-from tests.helpers.contexts import CLASSES, LABELS, ROWS, VECTORS, WIDTH, bound, choices, entropy, numbers
+from tests.helpers.contexts import CLASSES, LABELS, ROWS, VECTORS, Tied, Twice, bound, choices, entropy, numbers
 from tests.methods.influence.conftest import Dense, curvature, relative
 
 TOKENS = 5
 IDS = choices(7, ROWS, TOKENS)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(7, WIDTH), nn.LayerNorm(WIDTH)
-        self.out = nn.Linear(WIDTH, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.norm(self.embed(x)))
-        return out
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.inner(torch.tanh(self.inner(x))))
-        return out
 
 
 def tokens(module: nn.Module, batch: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -207,3 +209,17 @@ def test_products_of_low_rank_are_those_of_the_directions(rank: int) -> None:
         left, right = numbers(2, g, rows, rank), numbers(2, g, rank, columns)
         assert relative(one.low_rank_signals(left, right), one.signals(left @ right)) < 1e-12
         assert one.positions == positions
+
+
+def test_the_whole_fisher_is_factorised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("ine_callback.methods.influence.solvers.exact")  # the package has a function of that name
+    made, original = [], module.dense_fisher
+
+    def counted(system: System) -> Tensor:
+        made.append(1)
+        return original(system)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(module, "dense_fisher", counted)
+    monkeypatch.setattr("ine_callback.methods.influence.run.MAX_BYTES", 10)  # a query at a time
+    problem().run(IF("exact", damping=DAMPING, rescale="rif", groups={"a": [1, 2]}, query_rank=99))
+    assert len(made) == 1

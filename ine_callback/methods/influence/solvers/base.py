@@ -34,6 +34,7 @@ class System:
         sampler: Draws them.
         seed: Of the draws.
         progress: Shows a bar.
+        factor: Cholesky factor of F + D [P, P] in float64, once it was needed.
     """
 
     space: ParameterSpace
@@ -44,6 +45,7 @@ class System:
     sampler: Sampler = field(default_factory=Uniform)
     seed: int = 0
     progress: Callable[[Sequence[Any], str], Iterable[Any]] = _no_progress
+    factor: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)

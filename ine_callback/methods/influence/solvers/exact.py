@@ -43,10 +43,13 @@ def exact(system: System, v: Tensor) -> Solution:
 
 
 def inverse_of(system: System) -> Callable[[Tensor], Tensor]:
-    """``(F + D)^-1`` of vectors [n, P], in float64; see :func:`exact`."""
-    factor, failed = torch.linalg.cholesky_ex(dense_fisher(system))
-    if int(failed):
-        raise InfluenceError(
-            f"IF: solver='exact': the Fisher with damping {float(system.damping.min()):.3g} is singular; raise damping."
-        )
+    """``(F + D)^-1`` of vectors [n, P], in float64, factorised once for a system; see :func:`exact`."""
+    if system.factor is None:
+        system.factor, failed = torch.linalg.cholesky_ex(dense_fisher(system))
+        if int(failed):
+            raise InfluenceError(
+                f"IF: solver='exact': the Fisher with damping {float(system.damping.min()):.3g} is singular; raise "
+                "damping."
+            )
+    factor = system.factor
     return lambda x: torch.cholesky_solve(x.double().T, factor).T
