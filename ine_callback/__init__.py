@@ -7,10 +7,22 @@ from ine_callback._version import __version__
 
 if TYPE_CHECKING:
     from ine_callback.applications.sampler import InfluenceSampler
+    from ine_callback.applications.suppression import SuppressTokens, suppressed_cross_entropy
+    from ine_callback.applications.token_mask import TokenMask, token_mask
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
-    from ine_callback.methods import BIF, FINE, IF, KAIROS, DataValues, FitContext, FitEndMethod, PerSamplePass
+    from ine_callback.methods import (
+        BIF,
+        FINE,
+        IF,
+        KAIROS,
+        DataValues,
+        FitContext,
+        FitEndMethod,
+        PerSamplePass,
+        TokenInfluence,
+    )
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
@@ -47,6 +59,9 @@ __all__ = [
     "Recorder",
     "RecordingConfig",
     "SelfQuery",
+    "SuppressTokens",
+    "TokenInfluence",
+    "TokenMask",
     "__version__",
     "bif_scores",
     "calibrate",
@@ -56,6 +71,8 @@ __all__ = [
     "run_bif",
     "run_if",
     "run_unlearning",
+    "suppressed_cross_entropy",
+    "token_mask",
 ]
 
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
@@ -68,7 +85,17 @@ _MODULES = {
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods.kairos.values": ["kairos"],
-    "methods": ["BIF", "FINE", "IF", "KAIROS", "DataValues", "FitContext", "FitEndMethod", "PerSamplePass"],
+    "methods": [
+        "BIF",
+        "FINE",
+        "IF",
+        "KAIROS",
+        "DataValues",
+        "FitContext",
+        "FitEndMethod",
+        "PerSamplePass",
+        "TokenInfluence",
+    ],
     "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],
@@ -76,6 +103,8 @@ _MODULES = {
     "report": ["InfluenceReport"],
     "scores": ["Attribution"],
     "applications.sampler": ["InfluenceSampler"],
+    "applications.suppression": ["SuppressTokens", "suppressed_cross_entropy"],
+    "applications.token_mask": ["TokenMask", "token_mask"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
