@@ -85,6 +85,7 @@ class TokenMask:
 
     def save(self, path: str | Path) -> None:
         """Writes a Parquet file with one line for each chosen token."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         meta = {_META: json.dumps({"tokens": self.tokens, "settings": dict(self.settings)})}
         columns = {"row": self.rows, "position": self.positions, "label": self.labels}
         pq.write_table(pa.table(columns).replace_schema_metadata(meta), path)
@@ -162,8 +163,8 @@ def _chosen(
     most: int,
 ) -> NDArray[np.bool_]:
     """The tokens taken [T], at most ``most``."""
-    number: Floats = np.bincount(document, above).astype(np.float64)
-    total: Floats = np.bincount(document, np.where(above, scores, 0.0))
+    number = np.asarray(np.bincount(document, above), dtype=np.float64)
+    total = np.asarray(np.bincount(document, np.where(above, scores, 0.0)), dtype=np.float64)
     n, f = _scaled(number), _scaled(total)
     with np.errstate(invalid="ignore"):
         rank = np.nan_to_num(2 * n * f / (n + f))
