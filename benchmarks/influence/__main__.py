@@ -30,12 +30,17 @@ TABLES: dict[str, Callable[[bool], Any]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
+    parser.add_argument(
+        "--only", nargs="+", choices=TABLES, help="these tables anew, the others as they are in the file"
+    )
     parser.add_argument("--quick", action="store_true", help="few rows, halves, draws and steps: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     results: dict[str, Any] = {"protocol": "influence", "machine": machine()}
-    for name, measured in TABLES.items():
-        results[name] = measured(args.quick)
+    if args.only:
+        results = json.loads(args.json.read_text())
+    for name in args.only or TABLES:
+        results[name] = TABLES[name](args.quick)
         args.json.write_text(json.dumps(results, indent=1))
     print("\n".join(section(results)))
 

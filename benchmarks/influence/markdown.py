@@ -56,7 +56,11 @@ PEERS = """\
 **Beside other libraries.** EK-FAC by the rows' own labels (empirical Fisher) of one such network, damping {damping:g}:
 agreement with this package's scores, and CPU seconds of a whole call (median, least to most of {calls} calls in turn,
 the first left out). The network is tiny, so these are the costs of a call; kronfluence writes its factors and scores to
-disk. Two faults of dattri's EK-FAC are mended here (benchmarks/lds/peers.py).
+disk. Two faults of dattri's EK-FAC are mended here (benchmarks/lds/peers.py). pyDVL's Fisher is another one.
+"""
+
+
+WIDER = """The same with 1,500 rows and one wider hidden layer, median seconds of two calls (times ours):
 """
 
 
@@ -93,6 +97,8 @@ def section(results: dict[str, Any]) -> Iterable[str]:
     yield products(found["solvers"])
     yield PEERS.format(**{key: results["peers"][key] for key in ("damping", "calls")})
     yield peers(results["peers"])
+    yield WIDER
+    yield wider(results["peers"]["wider"])
 
 
 def logistic(splits: Sequence[dict[str, Any]]) -> str:
@@ -168,6 +174,16 @@ def peers(found: dict[str, Any]) -> str:
         rows[-1] += [f"{a:.3f} ({b:.3f} to {c:.3f})" for a, b, c in (row["seconds"], row["times ours"])]
     rows += [[f"{name}: not installed", *[""] * 5] for name in found["missing"]]
     return table(["", "Spearman", "scale", "relative error at that scale", "seconds", "times ours"], rows)
+
+
+def wider(found: dict[str, Any]) -> str:
+    libraries = list(next(iter(found.values())))
+    rows = []
+    for name in libraries:
+        each = [by_library[name][0] for by_library in found.values()]
+        ours = [by_library["ine_callback"][0] for by_library in found.values()]
+        rows.append([name, *(f"{a:.2f} ({a / b:.1f})" for a, b in zip(each, ours, strict=True))])
+    return table(["", *(f"{width} wide" for width in found)], rows)
 
 
 def _slope_and_error(each: Sequence[dict[str, float]]) -> str:
