@@ -66,10 +66,10 @@ class AirRep:
         >>> from tempfile import TemporaryDirectory
         >>> from torch.utils.data import TensorDataset
         >>> _ = torch.manual_seed(0)
-        >>> x, dev = torch.randn(100, 3), torch.randn(24, 3)
+        >>> x, dev = torch.randn(100, 3), torch.randn(40, 3)
         >>> def train(rows, seed):  # stands for a training: the loss falls with the rows' mean product with the dev row
         ...     return -(dev @ x[rows].mean(0))
-        >>> airrep = AirRep(FeatureEncoder(lambda batch: batch[0], [x]), 60, 10, TensorDataset(dev), steps=300)
+        >>> airrep = AirRep(FeatureEncoder(lambda batch: batch[0], [x]), 100, 10, TensorDataset(dev), "mean", 200)
         >>> with TemporaryDirectory() as folder:
         ...     found = airrep.collect(train, TensorDataset(x), folder, progress=False).fit(progress=False)
         >>> found.usable, airrep.scores(TensorDataset(dev[:2])).attribution("AirRep").scores.shape
@@ -99,7 +99,7 @@ class AirRep:
                 f"{NAME}: the encoder {type(encoder).__name__} has nothing to train; pass a module with parameters "
                 "that need gradients, or FeatureEncoder(function, sample) for a function of a batch."
             )
-        self.encoder, self.dev = encoder, dev
+        self.encoder, self.dev = encoder.eval(), dev  # both passes of the gradient cache must agree
         self.dataset: Dataset[Any] | None = None
         self.collected: Collected | None = None
         self.evaluation: Evaluation | None = None
@@ -135,6 +135,8 @@ class AirRep:
             raise InfluenceError(f"{NAME}.collect: {dev} dev rows are too few; give at least 8, better some hundred.")
         self.settings.rows_of(total)
         collecting.refuse_shared(dataset, self.dev)
+        for some in (dataset, self.dev):  # an encoder that cannot read rows fails now, not after the trainings
+            embed(self.encoder, reader(some, self.encoder), torch.arange(2))
         self.collected = collecting.collect(train, total, dev, Path(folder), self.settings, at_once, progress)
         self.dataset = dataset
         self._counts = np.bincount(self.collected.rows.ravel(), minlength=total) * self.settings.seeds
@@ -258,7 +260,6 @@ class AirRep:
             raise
         except Exception as error:  # safetensors, json and torch each have errors of their own
             raise InfluenceError(f"{NAME}.load: {folder} holds no fit of this encoder: {error}") from None
-        encoder.eval()
         return found
 
     def _evaluated(self, parts: Split, losses: Tensor, before: Tensor, after: Tensor, raw: Tensor | None) -> Evaluation:
@@ -280,7 +281,6 @@ class AirRep:
         )
 
     def _embed(self, queries: Dataset[Any]) -> Tensor:
-        self.encoder.eval()
         return embed(self.encoder, reader(queries, self.encoder), torch.arange(len(queries))).cpu()  # type: ignore[arg-type]
 
     def _fitted(self, what: str) -> tuple[Tensor, Evaluation]:

@@ -26,7 +26,7 @@ def train(
     settings: AirRepSettings,
     progress: bool = True,
 ) -> list[float]:
-    """Trains the encoder in evaluation mode, so that a row's embedding is the same in both passes of the cache.
+    """Trains the encoder, which is in evaluation mode: a row's embedding is the same in both passes of the cache.
 
     Args:
         encoder: Maps a batch to [b, d]; parameters that need gradients are trained.
@@ -41,7 +41,6 @@ def train(
     Returns:
         The loss of each step.
     """
-    encoder.eval()
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
     g = torch.Generator().manual_seed(settings.seed)
@@ -95,6 +94,5 @@ def score(
     encoder: nn.Module, read_queries: Read, read_rows: Read, queries: Tensor, subsets: Tensor, pooling: Pooling
 ) -> Tensor:
     """Scores f [Q, M] of subsets [M, n] for dev rows [Q], without gradients."""
-    encoder.eval()
     rows, places = subsets.unique(return_inverse=True)
     return pooled(embed(encoder, read_queries, queries), embed(encoder, read_rows, rows)[places], pooling)
