@@ -41,7 +41,7 @@ def test_it_learns_what_training_does(fitted: AirRep) -> None:
     assert evaluation is not None
     assert evaluation.lds > 0.9 > 0.6 > evaluation.untrained and evaluation.usable and evaluation.ceiling == 1
     assert (evaluation.queries, evaluation.subsets, evaluation.dropped) == (12, 15, 0)
-    assert fitted.losses[-1] < 0.1 * fitted.losses[0]
+    assert fitted.losses[-1] < 0.3 * fitted.losses[0]
     x, dev = data()
     scores = fitted.scores(TensorDataset(dev)).attribution("AirRep").scores  # type: ignore[union-attr]
     true = (x @ dev.T).numpy()
