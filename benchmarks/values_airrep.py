@@ -145,7 +145,10 @@ def scored(seed: int, subsets: int, dev: int, steps: int) -> tuple[dict[str, flo
         found = {AIRREP: evaluation.lds, UNTRAINED: evaluation.untrained}
         found[MEAN] = fitted(of, Path(folder, "one"), seed, pooling="mean", **settings)[1].lds
         _, random = fitted(of, Path(folder, "two"), seed, seeds=2, **settings)
-        found |= {"AirRep, 2 random first weights": random.lds, "their noise ceiling": random.ceiling}
+        found |= {
+            "AirRep, 2 random first weights": random.lds,
+            "noise ceiling of 2 random first weights": random.ceiling,
+        }
     assert airrep.collected is not None
     parts = split(airrep.collected.losses.mean(1).T, airrep.settings)
     held = torch.from_numpy(airrep.collected.rows)[parts.held_subsets]

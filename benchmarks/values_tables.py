@@ -27,14 +27,14 @@ AIRREP_HEAD = """\
 python -m benchmarks.values_airrep --json values-airrep.json
 ```
 
-Digits, 1,000 training rows; an MLP is trained anew on {subsets} subsets of 60 rows. A quarter of the subsets, and of the
-{dev} dev rows, judges each score: LDS, mean ± half a 95 % interval over {seeds} seeds. Gradients and the Fisher are those
-of one training on all rows. Collecting and fitting took {seconds:.1f} CPU seconds, the median.
+Digits, 1,000 training rows; an MLP is trained anew on {subsets} subsets of 60 rows. A quarter of the subsets, and of
+the {dev} dev rows, judges each score: LDS, mean ± half a 95 % interval over {seeds} seeds. Gradients and the Fisher are
+those of one training on all rows. Collecting and fitting took {seconds:.1f} CPU seconds, the median.
 """
 PRICE_HEAD = """\
-A training row of 128 tokens for one query, in one thread: counted operations (matrix products and attention) and CPU time.
-The gradient is that of a transformer of 12 layers of width 256, the small encoder has one layer of width 64, the default
-encoder takes the large one's features; `benchmarks/airrep_price.py` says exactly what is counted.
+A training row of 128 tokens for one query, in one thread: counted operations (matrix products and attention) and CPU
+time. The gradient is that of a transformer of 12 layers of width 256, the small encoder has one layer of width 64, the
+default encoder takes the large one's features; `benchmarks/airrep_price.py` says exactly what is counted.
 """
 
 
@@ -55,7 +55,9 @@ def values(results: dict[str, Any]) -> Iterable[str]:
 def airrep(results: dict[str, Any]) -> Iterable[str]:
     """The section of ``benchmarks.values_airrep``."""
     yield AIRREP_HEAD.format(**{key: results[key] for key in ("subsets", "dev", "seeds", "seconds")})
-    yield table(["score", "LDS"], ([n, f"{s['mean']:.3f} ± {s['half_width']:.3f}"] for n, s in results["scores"].items()))
+    yield table(
+        ["score", "LDS"], ([n, f"{s['mean']:.3f} ± {s['half_width']:.3f}"] for n, s in results["scores"].items())
+    )
     rows = []
     for name, gate in results["gates"].items():
         half = "" if gate["half_width"] is None else f" ± {gate['half_width']:.3f}"
