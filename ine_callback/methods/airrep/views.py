@@ -55,7 +55,10 @@ def attribution(scores: Floats, names: Sequence[str], evaluation: Evaluation, se
 
 
 def report_of(found: Attribution, counts: NDArray[np.int64], settings: AirRepSettings) -> InfluenceReport:
-    """A report without scores by f-INE; a row's observations are the trainings on subsets that held it [N]."""
+    """A report without scores by f-INE; a row's observations are the trainings on subsets that held it [N].
+
+    That the encoder is not usable is the first line of every view of the report.
+    """
     rows = len(found.rows)
     observed = ObservationCounts()
     observed.start(rows, (), torch.device("cpu"))
@@ -64,6 +67,10 @@ def report_of(found: Attribution, counts: NDArray[np.int64], settings: AirRepSet
         config=asdict(settings),
         seed=settings.seed,
         rows=rows,
-        notes=["Observations count the trainings on subsets that held the row; there was no run to record."],
+        incomplete="" if found.reliable else NOT_USABLE,
+        notes=[
+            f"{NAME}: {found.headline}.",
+            "Observations count the trainings on subsets that held the row; there was no run to record.",
+        ],
     )
     return InfluenceReport(observed.compute(), run, [found])

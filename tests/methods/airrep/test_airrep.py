@@ -23,6 +23,7 @@ from ine_callback.methods.airrep.collect import draw_subset
 from ine_callback.methods.airrep.encoder import FeatureEncoder, penultimate
 from ine_callback.methods.airrep.settings import AirRepSettings
 from ine_callback.methods.airrep.views import NOT_USABLE
+from ine_callback.report import example_report
 from tests.methods.airrep.problem import DEV, ROWS, SIZE, WIDTH, Products, airrep, data, first, rows
 
 pytest.importorskip("safetensors")
@@ -59,6 +60,14 @@ def test_scores_are_a_report_with_the_evaluation(fitted: AirRep, tmp_path: Path)
     assert "Learned representation (AirRep)" in text and "held-out LDS" in text
     with pytest.raises(InfluenceError, match="1 names for 2 queries"):
         fitted.scores(TensorDataset(dev[:2]), names=["a"])
+
+
+def test_beside_the_scores_of_a_run_they_are_a_column(fitted: AirRep) -> None:
+    found = fitted.scores(TensorDataset(data()[1][:2]), names=["val", "other"]).attribution("AirRep")
+    assert found is not None
+    table = example_report().with_attributions(found).to_pandas()
+    assert table["airrep"][table["query"] == "val"].to_numpy() == pytest.approx(found.scores[:60, 0])
+    assert table["airrep"][table["query"] == "self"].isna().all()
 
 
 def test_a_group_is_pooled_and_one_row_its_score(fitted: AirRep) -> None:
@@ -131,6 +140,7 @@ def test_losses_without_meaning_are_found_out(tmp_path: Path) -> None:
     attribution = report.attribution("AirRep")
     assert attribution is not None and not attribution.reliable and attribution.notes[0] == NOT_USABLE
     assert "UNRELIABLE" in str(report) and "NOT USABLE" in str(report)
+    assert NOT_USABLE in report.to_markdown() and "held-out LDS" in report.to_markdown()
 
 
 def test_seeds_measure_the_ceiling(tmp_path: Path) -> None:
@@ -265,6 +275,15 @@ def test_bad_data_is_refused_before_the_first_training(tmp_path: Path) -> None:
         with pytest.raises(InfluenceError, match=rf"size={size} makes subsets of \d+ of 120 rows"):
             airrep(size=size).collect(none, rows(), tmp_path)
     assert not none.calls and not list(tmp_path.iterdir())
+
+
+def test_without_safetensors_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    none = Products(dies_at=0)
+    with pytest.raises(
+        ImportError, match=r'AirRep.collect needs safetensors; run: pip install "ine_callback\[airrep\]"'
+    ):
+        airrep().collect(none, rows(), tmp_path)
 
 
 def test_subsets_of_half_of_the_rows_warn(tmp_path: Path) -> None:
