@@ -26,7 +26,7 @@ from ine_callback.methods.airrep.split import Split, split
 from ine_callback.methods.airrep.training import score, train
 from ine_callback.methods.airrep.views import attribution, report_of
 from ine_callback.report import InfluenceReport
-from ine_callback.report.files import replace_file
+from ine_callback.report.files import find, replacing
 from ine_callback.scores import Floats
 from ine_callback.utilities.optional import need
 from ine_callback.utilities.options import check_count
@@ -230,8 +230,9 @@ class AirRep:
         tensors = {name: t.detach().cpu().clone().contiguous() for name, t in self.encoder.state_dict().items()}
         tensors |= {EMBEDDINGS: embeddings, COUNTS: torch.from_numpy(self._counts)}
         facts = {"settings": asdict(self.settings), "evaluation": asdict(evaluation)}
-        replace_file(Path(folder) / WEIGHTS, files.save(tensors))
-        replace_file(Path(folder) / FACTS, json.dumps(facts, indent=1).encode())
+        with replacing(Path(folder), (WEIGHTS, FACTS)) as aside:
+            (aside / WEIGHTS).write_bytes(files.save(tensors))
+            (aside / FACTS).write_text(json.dumps(facts, indent=1))
         return Path(folder)
 
     @classmethod
@@ -247,7 +248,7 @@ class AirRep:
             OSError: If there are none.
         """
         files = need("safetensors.torch", f"{NAME}.load", EXTRA)
-        raw, text = (Path(folder) / WEIGHTS).read_bytes(), (Path(folder) / FACTS).read_text()
+        raw, text = ((find(Path(folder), name) or Path(folder, name)).read_bytes() for name in (WEIGHTS, FACTS))
         try:
             tensors, facts = files.load(raw), json.loads(text)
             found = cls(encoder, **facts["settings"])

@@ -149,3 +149,24 @@ def test_an_evaluation_says_whether_training_gained_anything() -> None:
     found = Evaluation(0.3, (0.2, 0.4), 0.1, (0.01, 0.3), 0.2, math.nan, 5, 6, 0)
     assert found.usable and not Evaluation(0.3, (0.2, 0.4), 0.1, (-0.01, 0.3), 0.2, 1.0, 5, 6, 0).usable
     assert "seeds do not agree" in str(found) and "[0.200, 0.400]" in str(found)
+
+
+def world(seed: int, queries: int, subsets: int) -> tuple[Any, Any, Any]:
+    """Losses of queries and subsets with common causes, and a good and a poor prediction of them [Q, M]."""
+    rng = np.random.default_rng(seed)
+    u, w = rng.normal(size=(5, subsets)), rng.normal(size=(queries, 5))
+    noise = [rng.normal(size=w.shape) for _ in range(2)]
+    return w @ u + 0.8 * rng.normal(size=(queries, subsets)), (w + 0.8 * noise[0]) @ u, (w + 2 * noise[1]) @ u
+
+
+@pytest.mark.long
+def test_intervals_cover_what_endless_queries_and_subsets_would_score() -> None:
+    truth, good, poor = world(0, 1500, 1500)
+    whole = lds(good, truth)
+    gain = whole - lds(poor, truth)
+    covered = np.zeros(2)
+    for seed in range(1, 101):
+        truth, good, poor = world(seed, 30, 40)
+        (low, high), (least, most) = intervals(good, poor, truth, seed)
+        covered += low <= whole <= high, least <= gain <= most
+    assert (covered >= 88).all(), covered  # 95 expected; fewer than 88 in 2 of 1,000 such tests
