@@ -7,10 +7,22 @@ from ine_callback._version import __version__
 
 if TYPE_CHECKING:
     from ine_callback.applications.sampler import InfluenceSampler
+    from ine_callback.applications.suppression import SuppressTokens, suppressed_cross_entropy
+    from ine_callback.applications.token_mask import TokenMask, token_mask
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
-    from ine_callback.methods import BIF, FINE, IF, KAIROS, DataValues, FitContext, FitEndMethod, PerSamplePass
+    from ine_callback.methods import (
+        BIF,
+        FINE,
+        IF,
+        KAIROS,
+        DataValues,
+        FitContext,
+        FitEndMethod,
+        PerSamplePass,
+        TokenInfluence,
+    )
     from ine_callback.methods.airrep.airrep import AirRep
     from ine_callback.methods.airrep.encoder import FeatureEncoder
     from ine_callback.methods.airrep.retraining import retraining
@@ -52,6 +64,9 @@ __all__ = [
     "Recorder",
     "RecordingConfig",
     "SelfQuery",
+    "SuppressTokens",
+    "TokenInfluence",
+    "TokenMask",
     "__version__",
     "bif_scores",
     "calibrate",
@@ -62,6 +77,8 @@ __all__ = [
     "run_bif",
     "run_if",
     "run_unlearning",
+    "suppressed_cross_entropy",
+    "token_mask",
 ]
 
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
@@ -77,7 +94,17 @@ _MODULES = {
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods.kairos.values": ["kairos"],
-    "methods": ["BIF", "FINE", "IF", "KAIROS", "DataValues", "FitContext", "FitEndMethod", "PerSamplePass"],
+    "methods": [
+        "BIF",
+        "FINE",
+        "IF",
+        "KAIROS",
+        "DataValues",
+        "FitContext",
+        "FitEndMethod",
+        "PerSamplePass",
+        "TokenInfluence",
+    ],
     "optimizers": ["register_optimizer"],
     "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],
@@ -85,6 +112,8 @@ _MODULES = {
     "report": ["InfluenceReport"],
     "scores": ["Attribution"],
     "applications.sampler": ["InfluenceSampler"],
+    "applications.suppression": ["SuppressTokens", "suppressed_cross_entropy"],
+    "applications.token_mask": ["TokenMask", "token_mask"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,7 +1,8 @@
 """The command ``ine-callback``: saved reports, and values of rows in files, without writing Python.
 
-Built on the standard library's argparse: six commands need no more. jsonargparse builds parsers from signatures, which
-would show users Python's docstrings, and Typer is a new dependency that completes by starting the program at every TAB.
+Built on the standard library's argparse, which is enough for a handful of commands. jsonargparse builds parsers from
+signatures, which would show users Python's docstrings, and Typer is a new dependency that completes by starting the
+program at every TAB.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from ine_callback._version import __version__
 from ine_callback.report import InfluenceReport, ScoreTable
@@ -94,6 +97,14 @@ examples:
   ine-callback kairos train.npz reference.npz --top 20 --json
   ine-callback kairos train.csv reference.csv --label y --sigma 3 -o values.csv
   ine-callback kairos train.npz reference.npz --lam 1 --random-features 1024 -o values.parquet"""
+TOKENS_EXAMPLES = """\
+Of a report with scores of tokens, by TokenInfluence(...) or IF(per_token="label"). The rule
+is IF-Guide's: tokens above a quantile of all scores, with their neighbours, document by
+document, up to a budget. Train with SuppressTokens(dataset, TokenMask.load(FILE)).
+
+examples:
+  ine-callback tokens influence
+  ine-callback tokens influence --quantile 0.98 --window 0 --budget 0.03 -o mask.parquet"""
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 
@@ -193,6 +204,14 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
     values.add_argument("--top", type=int, metavar="K", default=ROWS_PER_END, help="rows shown of each end; default 10")
     values.add_argument("--json", action="store_true", help="the same as JSON")
     output(values, "only the ends are printed; all rows go to FILE, .csv or .parquet")
+
+    tokens = command("tokens", _tokens, "which tokens to suppress in the next training", TOKENS_EXAMPLES, "PATH")
+    tokens.add_argument("--method", metavar="NAME", help="one that has scored tokens; by default the last")
+    tokens.add_argument("--query", metavar="NAME", help="the query; by default the method's first")
+    tokens.add_argument("--quantile", type=float, default=0.99, help="chosen are scores above it; default .99")
+    tokens.add_argument("--window", type=int, default=1, metavar="K", help="neighbours on each side; default 1")
+    tokens.add_argument("--budget", type=float, default=0.02, help="largest share of all tokens; default .02")
+    output(tokens, "only counts are printed; the mask goes to FILE, .parquet")
 
     shell = command("completion", _completion, "print a completion script for your shell", COMPLETION_EXAMPLES)
     shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
@@ -326,6 +345,22 @@ def _kairos(arguments: argparse.Namespace) -> int:
             print(f"\nNote: {plain(line)}")
     if arguments.file is not None:
         print(plain(write_values(found, arguments.file)), file=sys.stderr if arguments.json else sys.stdout)
+    return FOUND
+
+
+def _tokens(arguments: argparse.Namespace) -> int:
+    report = InfluenceReport.load(arguments.path)
+    mask = report.token_mask(arguments.method, arguments.query, arguments.quantile, arguments.window, arguments.budget)
+    rows, counts = np.unique(mask.rows, return_counts=True)
+    print(f"{len(mask):,} of {mask.tokens:,} tokens ({mask.share:.2%}) in {len(rows):,} rows")
+    for at in (-counts).argsort(kind="stable")[:ROWS_PER_END]:
+        places = mask.positions[mask.rows == rows[at]]
+        print(
+            f"row {rows[at]:>8d}: {counts[at]} at {', '.join(map(str, places[:12]))}{' …' if len(places) > 12 else ''}"
+        )
+    if arguments.file is not None:
+        mask.save(arguments.file)
+        print(plain(arguments.file))
     return FOUND
 
 

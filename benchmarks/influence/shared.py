@@ -16,7 +16,7 @@ from benchmarks.data import digits
 from benchmarks.metrics import Floats
 from ine_callback import IF
 from ine_callback.methods.context import FitContext
-from ine_callback.methods.fit_end import FitEndMethods, Take
+from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods, Take
 from ine_callback.methods.influence.curvature import Curvature
 from ine_callback.methods.influence.solvers.base import System
 from ine_callback.methods.passes import PerSamplePass
@@ -61,8 +61,8 @@ def context_of(
     return FitContext(module, bound, source, loss, owner="benchmarks.influence", summed_rates=rates)
 
 
-def scored(context: FitContext, method: IF) -> Attribution:
-    """What IF finds."""
+def scored(context: FitContext, method: FitEndMethod) -> Attribution:
+    """What a method finds."""
     methods = FitEndMethods([method], "benchmarks.influence", on_error="raise")
     methods.run(context)
     return methods.found[0]

@@ -29,12 +29,18 @@ class LossReading:
         terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar.
         scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
         own: The same for each row [b], whose terms may be more or heavier than others'; 0 for a row without terms.
+        each: Loss of every term [b, T], such as a sequence's tokens.
+        weights: Weight of every term in the mean or sum [b, T]; 0 for one that is ignored.
+        labels: Class of every term [b, T], where terms have one.
     """
 
     rows: Tensor
     terms: Tensor
     scale: Tensor
     own: Tensor
+    each: Tensor
+    weights: Tensor
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Scale:
     rows: Tensor | float
 
 
+@torch.no_grad()  # not detach(), which would drop derivatives of forward mode
 def read_loss(loss: Tensor, rows: int) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
@@ -76,7 +83,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
             return None
         name = node.name()
         if name in _LOSSES:
-            return _reading(_LOSSES[name](node), mask, node._saved_reduction, coefficient, rows)
+            return _reading(node, mask, coefficient, rows)
         factor = _constant_factor(node, name)
         if factor is not None and factor.dim() == 0:
             coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
@@ -99,11 +106,10 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _reading(
-    terms: tuple[Tensor, Tensor], mask: Tensor | None, reduction: int, coefficient: Tensor, rows: int
-) -> LossReading | None:
-    """Makes the reading from the terms and their weights, both [n], ordered by rows."""
-    losses, weights = terms
+def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int) -> LossReading | None:
+    """Makes the reading from a loss's node, the weights of its terms [n], ordered by rows, and its coefficient."""
+    losses, weights = _LOSSES[node.name()](node)
+    reduction = node._saved_reduction
     if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
         return None
     losses, weights = losses.reshape(rows, -1), weights.reshape(rows, -1)
@@ -114,12 +120,13 @@ def _reading(
     total = weights.sum(1)
     row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
     own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
-    return LossReading(row_losses, 1 / coefficient, rows / (coefficient * weights.sum()), own)
+    labels = node._saved_target.reshape(rows, -1) if node.name().startswith("NllLoss") else None
+    scale = rows / (coefficient * weights.sum())
+    return LossReading(row_losses, 1 / coefficient, scale, own, losses, weights, labels)
 
 
 def _nll(node: Any) -> tuple[Tensor, Tensor]:
-    target = node._saved_target.detach()
-    log_p = node._saved_self.detach()
+    target, log_p = node._saved_target, node._saved_self
     ignored = target == signed(node._saved_ignore_index)
     safe = target.masked_fill(ignored, 0)
     losses = -wide(log_p).gather(1, safe.unsqueeze(1)).squeeze(1)
@@ -138,14 +145,14 @@ def signed(index: int) -> int:
 
 
 def _mse(node: Any) -> tuple[Tensor, Tensor]:
-    losses = (wide(node._saved_self.detach()) - wide(node._saved_target.detach())).square()
+    losses = (wide(node._saved_self) - wide(node._saved_target)).square()
     return losses, torch.ones_like(losses)
 
 
 def _bce(node: Any) -> tuple[Tensor, Tensor]:
     losses = F.binary_cross_entropy_with_logits(
-        wide(node._saved_self.detach()),
-        wide(node._saved_target.detach()),
+        wide(node._saved_self),
+        wide(node._saved_target),
         pos_weight=node._saved_pos_weight,
         reduction="none",
     )

@@ -21,6 +21,7 @@ from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import FitEndMethods, Interrupted
 from ine_callback.methods.influence.influence import IF
 from ine_callback.methods.influence.run import weights_without
+from ine_callback.methods.influence.token_influence import TokenInfluence
 from ine_callback.queries import Query, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
@@ -91,7 +92,7 @@ def run_bif(
 def run_if(
     trainer: Trainer,
     module: LightningModule,
-    method: IF | None = None,
+    method: IF | TokenInfluence | None = None,
     queries: str | Query | list[str | Query] | dict[str, Any] | Callable[..., Any] = "val",
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
@@ -106,7 +107,8 @@ def run_if(
         trainer: The Trainer of the fit, or one with the same precision.
         module: The trained module.
         method: Settings; ``at`` has no part in it.
-        queries: As for :class:`~ine_callback.InfluenceCallback`; ``"self"`` is f-INE's alone.
+        queries: As for :class:`~ine_callback.InfluenceCallback`; ``"self"`` is f-INE's alone. A
+            :class:`~ine_callback.TokenInfluence` has its own texts and needs none.
         train_dataloaders: The training loader; its data set must be indexable.
         val_dataloaders: Validation loaders, for ``"val"``.
         datamodule: Where loaders come from; it is prepared and set up for ``"fit"``.
@@ -135,10 +137,12 @@ def run_if(
         >>> run_if(trainer, Line(), IF("exact"), train_dataloaders=data, val_dataloaders=data).scores.shape
         (6, 1)
     """
+    method = method or IF()
+    asked = queries if "queries" in method.needs else None
     with _context(
-        OWNER_IF, trainer, module, queries, train_dataloaders, val_dataloaders, datamodule, max_query_rows
+        OWNER_IF, trainer, module, asked, train_dataloaders, val_dataloaders, datamodule, max_query_rows
     ) as context:
-        methods = FitEndMethods([method or IF()], OWNER_IF, on_error="raise")
+        methods = FitEndMethods([method], OWNER_IF, on_error="raise")
         methods.run(context)
         if not methods.found:
             raise KeyboardInterrupt
@@ -174,7 +178,7 @@ def run_unlearning(
     """
     settings = replace(method or IF(), groups={"rows": list(rows)})
     data = train_dataloaders, None, datamodule
-    with _context(OWNER_UNLEARNING, trainer, module, "self", *data, 1) as context, isolated(module):
+    with _context(OWNER_UNLEARNING, trainer, module, None, *data, 1) as context, isolated(module):
         return weights_without(settings, context)["rows"]
 
 
@@ -196,9 +200,10 @@ def _context(
     with _connected(trainer, module, datamodule):
         loss = ModuleLoss(module, owner)
         source = DataSource(owner, loss, train, val, max_query_rows)
+        asked = {} if queries is None else parse(queries, owner)
         context = FitContext(
             module,
-            [bound for name, query in parse(queries, owner).items() for bound in query.bind(name, source)],
+            [bound for name, query in asked.items() for bound in query.bind(name, source)],
             source,
             loss.training,
             lambda batch: transferred(trainer, batch),
@@ -206,7 +211,7 @@ def _context(
             progress=progress_of(trainer),
             owner=owner,
         )
-        if not context.queries and owner != OWNER_UNLEARNING:
+        if not context.queries and queries is not None:
             raise InfluenceError(f"{owner}: there is no query: 'self' is f-INE's alone; add 'val' or another one.")
         yield context
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
     from ine_callback.methods.influence.influence import IF
+    from ine_callback.methods.influence.token_influence import TokenInfluence
     from ine_callback.methods.kairos.kairos import KAIROS
     from ine_callback.methods.kairos.values import DataValues
     from ine_callback.methods.passes import PerSamplePass
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "PerSamplePass",
     "RowGradients",
+    "TokenInfluence",
     "split_methods",
     "training_methods",
 ]
@@ -38,6 +40,7 @@ _MODULES = {
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],
     "influence.influence": ["IF"],
+    "influence.token_influence": ["TokenInfluence"],
     "kairos.kairos": ["KAIROS"],
     "kairos.values": ["DataValues"],
     "passes": ["PerSamplePass"],

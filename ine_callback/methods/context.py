@@ -335,11 +335,11 @@ class FitContext:
         if note not in self.notes:
             self.notes.append(note)
 
-    def query_gradients(self, some: slice = slice(None)) -> dict[Block, Tensor]:
+    def query_gradients(self, queries: Sequence[BoundQuery] | None = None) -> dict[Block, Tensor]:
         """Gradients [Q, *layout] of the queries at the present weights, by block; after a per-sample pass.
 
         Args:
-            some: Which queries.
+            queries: Other ones than the run's, or some of them.
 
         Raises:
             QueryError: If a query's value cannot be differentiated.
@@ -347,7 +347,7 @@ class FitContext:
         blocks = list(self.table)
         parameters = [p for block in blocks for p in block.parameters]
         with isolated(self.module), self.precision():
-            found = gradients(self.queries[some], self.module, parameters, self.to_device)
+            found = gradients(queries or self.queries, self.module, parameters, self.to_device)
         with torch.no_grad():
             each = iter(found)
             return {block: block.to_layout([next(each) for _ in block.parameters]) for block in blocks}

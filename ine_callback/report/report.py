@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ine_callback.applications.token_mask import TokenMask, token_mask
+from ine_callback.errors import InfluenceError
 from ine_callback.report import (
     attribution_store,
     compare,
@@ -70,6 +72,32 @@ class InfluenceReport(Contents, legacy.FormerNames):
         methods = {each.method for each in found}
         others = [each for each in self.attributions if each.method not in methods]
         return InfluenceReport(self.scores, self.run, [*others, *found])
+
+    def token_mask(
+        self,
+        method: str | None = None,
+        query: str | None = None,
+        quantile: float = 0.99,
+        window: int = 1,
+        budget: float = 0.02,
+    ) -> TokenMask:
+        """Which tokens to suppress: those that raise the query most, see :mod:`ine_callback.applications.token_mask`.
+
+        Args:
+            method: One that has scored tokens; by default the last one.
+            query: Name of its query, the first by default.
+            quantile: Tokens with a score above this quantile are chosen, with their neighbours.
+            window: How many neighbours on each side.
+            budget: Most chosen tokens, as a share of all tokens.
+
+        Raises:
+            InfluenceError: If there are no scores of tokens, or a setting is impossible.
+        """
+        found = [each for each in self.attributions if each.tokens is not None and method in (None, each.method)]
+        if not found:
+            who = "no method" if method is None else repr(method)
+            raise InfluenceError(f"token_mask: {who} has scored tokens; add TokenInfluence(...) to methods.")
+        return token_mask(found[-1], query, quantile, window, budget)
 
     @classmethod
     def combine(cls, reports: Sequence[InfluenceReport]) -> InfluenceReport:

@@ -19,11 +19,12 @@ import pytest
 
 from ine_callback.cli import main, parser
 from ine_callback.report import example_report
+from tests.helpers.attributions import of_tokens
 from tests.helpers.report.hostile import hostile
 from tests.helpers.row_files import save_row_files
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("show", "export", "compare", "html", "kairos", "completion")
+COMMANDS = ("show", "export", "compare", "html", "kairos", "tokens", "completion")
 ESCAPES = "x\x1b]0;owned\x07\x1b[2J\x9b31m\nline"
 
 
@@ -66,6 +67,8 @@ def test_every_command_teaches_by_an_example() -> None:
 def test_examples_of_the_help_work(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "completion" in line:
         pytest.importorskip("shtab")
+    if "tokens" in line:
+        example_report().with_attributions(of_tokens()).save("influence")
     words = [word.replace("lightning_logs/version_0/", "") for word in shlex.split(line)[1:]]
     assert main(words) == 0
     out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from ine_callback import InfluenceCallback, InfluenceReport
+from ine_callback import InfluenceCallback, InfluenceReport, TokenMask
 
 Load = Callable[[str], ModuleType]
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,3 +128,18 @@ def test_poison_finds_who_taught_the_odd_answer(example: Load) -> None:
     # of 30 poisoned rows chance has 0.75 among the first 30; one odd answer finds 22.6 of them, ten find 27.6
     assert found["f-INE, margin of one odd answer"][0] > 12 and found["f-INE, mean margin of ten"][0] > 20
     assert found["f-INE, mean margin of ten"][2] < 0.1 and found["at random"][2] > 0.9
+
+
+def test_suppress_tokens_trains_a_model_that_curses_less(program: Callable[..., str], tmp_path: Path) -> None:
+    printed = program("suppress_tokens.py", "--out", "mask", "--epochs", "12", "--characters", "9000")
+    mask = TokenMask.load(tmp_path / "mask" / "mask.parquet")
+    assert f"{len(mask)} of {mask.tokens} characters are suppressed" in printed and mask.share <= 0.05
+    assert "trained as it is:" in printed and "trained suppressed:" in printed
+
+
+@pytest.mark.long
+def test_suppress_tokens_with_hugging_face(program: Callable[..., str]) -> None:
+    pytest.importorskip("transformers")
+    printed = program("suppress_tokens_hf.py", "--out", "folder")
+    plain, careful = (float(line.split(": ")[1].split("%")[0]) for line in printed.splitlines() if "trained " in line)
+    assert plain > 10 and careful < plain / 3

@@ -31,6 +31,13 @@ def whole(method: str = "my method", **changed: Any) -> Attribution:
     return Attribution(method, np.array([7, 2, 9]), (VAL, OTHER), scores, **held | changed)
 
 
+def of_tokens(rows: int = 60, length: int = 5) -> Attribution:
+    """Scores of each row's tokens on one query."""
+    scores = np.random.default_rng(0).standard_normal((rows * length, 1))
+    tokens, sums = TokenScores(np.arange(rows + 1) * length, scores), scores.reshape(rows, length, 1).sum(1)
+    return Attribution("token influence", np.arange(rows), (QueryInfo("positive", "custom", "?"),), sums, tokens=tokens)
+
+
 def parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """All that a value holds, with the names on the way; arrays as bytes with their shape and type."""
     if isinstance(value, np.ndarray):

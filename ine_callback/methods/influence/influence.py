@@ -50,8 +50,9 @@ class IF(IFSettings, FitEndMethod):
         query_rank: Singular vectors of each layer's part of a solution that are kept, such as 32: for many queries of a
             large model, which are then solved in chunks that fit into memory. None: all.
         per_layer: Whether each layer gets a score of its own; they add up to the row's.
-        per_token: Whether each position of a row (a sequence's tokens) gets a part of its score, by where the row's
-            gradient arises. Layers without positions, such as norms, count the same at each.
+        per_token: Whether each token of a row gets a part of its score. ``"position"`` (or True): by where the row's
+            gradient arises; layers without positions, such as norms, count the same at each. ``"label"``: by the
+            token's own loss, see :mod:`.label_parts`.
         groups: Sets of rows by name: for each the Newton step of leaving all of it out (:mod:`.newton`), which
             ``report.group(rows, newton=True)`` tells; at most 64 labels.
         at: When it runs: numbers of finished epochs, or the ``"end"`` of training.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from ine_callback.methods.fit_end import Steps
 from ine_callback.methods.influence.curvature import Curvature
 from ine_callback.methods.influence.directions import Directions
 from ine_callback.methods.influence.fisher import MAX_BYTES, Fisher
+from ine_callback.methods.influence.label_parts import label_parts
 from ine_callback.methods.influence.newton import newton_step
 from ine_callback.methods.influence.rif import MAX_APPROXIMATE, MAX_LEVERAGE, Inverse, all_labels, label_weights
 from ine_callback.methods.influence.row_scores import RowScores
@@ -25,13 +26,21 @@ from ine_callback.methods.influence.solvers.base import System, together
 from ine_callback.methods.influence.solvers.exact import inverse_of
 from ine_callback.methods.influence.words import attribution
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.queries import BoundQuery
 
 FEW_LABELS = 20  # of so many, all are gone through
 HELD_VECTORS = 8  # as large as the parameters, that a solver holds for each query
 
 
-def scored(settings: IFSettings, context: FitContext) -> Steps:
-    """Scores rows at the present weights: see :class:`.IF`."""
+def scored(settings: IFSettings, context: FitContext, queries: Sequence[BoundQuery] | None = None) -> Steps:
+    """Scores rows at the present weights: see :class:`.IF`.
+
+    Args:
+        settings: IF's.
+        context: The trained model.
+        queries: In place of the run's.
+    """
+    queries = context.queries if queries is None else queries
     labels, fisher = _labels(settings, context)
     curvature = Curvature(context, settings, fisher)
     yield from curvature.passes()
@@ -41,14 +50,14 @@ def scored(settings: IFSettings, context: FitContext) -> Steps:
         system.sampler = yield from sampler_of(settings, context, system.fisher)
     steps = _newton_steps(settings, context, system, labels or 1)
     directions, solutions, effects = Directions(system.space, settings.query_rank), [], []
-    for some in _chunks(settings, context, system):
+    for some in _chunks(settings, queries, system):
         v = system.space.join(context.query_gradients(some)).detach().to(system.damping)
         solution = solve(system, v, settings)
         directions.add(solution.x)
         solutions.append(replace(solution, x=solution.x[:, :0]))
         effects.append({name: v.double() @ step for name, step in steps.items()})
     rows = range(context.rows) if settings.rows is None else settings.rows
-    scores = RowScores(directions, len(context.queries), rows, context.rows, settings.per_token)
+    scores = RowScores(directions, len(queries), rows, context.rows, settings.per_token in (True, "position"))
     if settings.rescale is None:
         yield PerSamplePass(rows=settings.rows), scores.take
     else:
@@ -56,8 +65,12 @@ def scored(settings: IFSettings, context: FitContext) -> Steps:
         for which, each, own in all_labels(context, rows, labels or 1, system.space.size):
             weights, leverages = label_weights(system.space, inverse, each, own, context.rows, most)
             scores.take_rescaled(which, each, own, weights, leverages)
+    if settings.per_token == "label":
+        for row in label_parts(context, directions, settings.rows):
+            scores.take_labels(row)
     newton = {name: torch.cat([each[name] for each in effects]) for name in steps}
-    return attribution(settings, fisher, context, system, together(solutions), scores, newton)
+    infos = tuple(query.info for query in queries)
+    return attribution(settings, fisher, context, infos, system, together(solutions), scores, newton)
 
 
 def weights_without(settings: IFSettings, context: FitContext) -> dict[str, dict[str, Tensor]]:
@@ -111,11 +124,11 @@ def _newton_steps(settings: IFSettings, context: FitContext, system: System, lab
     }
 
 
-def _chunks(settings: IFSettings, context: FitContext, system: System) -> Iterator[slice]:
+def _chunks(settings: IFSettings, queries: Sequence[BoundQuery], system: System) -> Iterator[Sequence[BoundQuery]]:
     """Queries that are solved together: all, or as many as fit where little is kept of them."""
-    count = len(context.queries)
+    count = len(queries)
     if settings.query_rank is not None:
         per_query = HELD_VECTORS * system.space.size * system.damping.element_size()
         count = max(1, min(count, MAX_BYTES // per_query))
-    for start in range(0, len(context.queries), count):
-        yield slice(start, start + count)
+    for start in range(0, len(queries), count):
+        yield queries[start : start + count]

@@ -15,6 +15,7 @@ from ine_callback.scores import Stage
 
 SolverName = Literal["ekfac", "kfac", "diagonal", "identity", "exact", "cg", "pcg", "astra", "lissa", "datainf"]
 Damping = Literal["auto", "run"]
+TokenParts = Literal["position", "label"]
 STOCHASTIC = ("astra", "lissa")
 ITERATIVE = (*STOCHASTIC, "cg", "pcg")
 ACROSS_LAYERS = (*ITERATIVE, "exact")  # which need more damping than approximations by layer do
@@ -43,7 +44,7 @@ class IFSettings:
     layers: Sequence[str] | None = None
     query_rank: int | None = None
     per_layer: bool = False
-    per_token: bool = False
+    per_token: bool | TokenParts = False
     groups: Mapping[str, Sequence[int]] | None = None
     at: Sequence[Stage] = ("end",)
     seed: int = 0
@@ -85,8 +86,10 @@ class IFSettings:
         for name, rows in (self.groups or {}).items():
             if not len(rows) or len(set(rows)) < len(rows):
                 raise InfluenceError(f"IF: groups[{name!r}] must list at least one row, each once.")
+        if self.per_token not in (False, True, *get_args(TokenParts)):
+            raise InfluenceError(f"IF: per_token={self.per_token!r} is neither 'position' nor 'label', True nor False.")
         if self.per_token and self.rescale:
-            raise InfluenceError("IF: per_token=True has no rescaled scores; leave out rescale.")
+            raise InfluenceError(f"IF: per_token={self.per_token!r} has no rescaled scores; leave out rescale.")
         check_stages("IF", self.at)
 
     def _valid_damping(self) -> bool:

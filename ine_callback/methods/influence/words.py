@@ -13,11 +13,12 @@ from ine_callback.methods.influence.fisher import Fisher
 from ine_callback.methods.influence.row_scores import RowScores
 from ine_callback.methods.influence.settings import ITERATIVE, IFSettings, settings_name
 from ine_callback.methods.influence.solvers.base import Solution, System
-from ine_callback.scores import Attribution, Check, LayerScores
+from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo
 
 HIGH_LEVERAGE = 0.95
 MAX_RESIDUAL = {"exact": 1e-3, "cg": 1e-2, "pcg": 1e-2, "astra": 0.2, "lissa": 0.2}
 MIN_COVERAGE = 0.9
+MAX_TOKEN_ERROR = 0.01
 MAX_GRADIENT = 0.5  # of the rows' gradients, that do not cancel in their mean
 LEGEND = (
     "score: to first order, by how much the query rises when the model is trained without the row; above 0: training "
@@ -41,6 +42,7 @@ def attribution(
     settings: IFSettings,
     fisher: Fisher,
     context: FitContext,
+    queries: tuple[QueryInfo, ...],
     system: System,
     solution: Solution,
     scores: RowScores,
@@ -55,15 +57,17 @@ def attribution(
     }
     if np.isfinite(scores.leverages).any():
         arrays["leverage"] = scores.leverages
+    if scores.labels is not None:
+        arrays["token labels"] = scores.labels
     arrays |= {f"newton {name}": step.cpu().numpy() for name, step in steps.items()}
     return Attribution(
         method=settings_name(settings),
         rows=scores.rows,
-        queries=context.infos,
+        queries=queries,
         scores=scores.by_layer.sum(1),
         layers=LayerScores(names, scores.by_layer) if settings.per_layer else None,
         tokens=scores.tokens(),
-        checks=(*_checks(settings, solution, scores), *_coverage(settings, context, system)),
+        checks=(*_checks(settings, solution, scores), *_coverage(settings, context, system), *_tokens(scores)),
         settings=settings.settings() | {"fisher": fisher, "damping_used": damping, "parameters": system.space.size},
         arrays=arrays,
         notes=tuple(_notes(settings, solution, scores)),
@@ -103,6 +107,22 @@ def _coverage(settings: IFSettings, context: FitContext, system: System) -> list
     share = system.space.size / max(1, trainable)
     remedy = "register the layers that the notes name with @register_layer"
     return [Check("captured share of the parameters", share, f"above {MIN_COVERAGE:g}", share > MIN_COVERAGE, remedy)]
+
+
+def _tokens(scores: RowScores) -> list[Check]:
+    """Whether a row's tokens add up to its score, where they come from a pass of their own."""
+    found = scores.tokens()
+    if found is None or scores.labels is None:
+        return []
+    whole = scores.by_layer.sum(1)
+    sums = np.stack([found.of(k).sum(0) for k in range(len(whole))])
+    error = float(np.linalg.norm(sums - whole) / max(float(np.linalg.norm(whole)), 1e-300))
+    remedy = (
+        "its operations have no forward mode of differentiation, or the loss has other terms; take parts by position"
+    )
+    return [
+        Check("tokens' sums against rows' scores", error, f"below {MAX_TOKEN_ERROR:g}", error < MAX_TOKEN_ERROR, remedy)
+    ]
 
 
 def _notes(settings: IFSettings, solution: Solution, scores: RowScores) -> list[str]:
