@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     sections |= {"cleanup": cleanup, "family": family.section, "finetuning": finetuning.section}
     sections |= {"label_errors": label_tables.label_errors, "layers": layer_tables.layers}
-    sections |= {"values": values_tables.values}
+    sections |= {"values": values_tables.values, "values_airrep": values_tables.airrep}
     sections |= {"influence": influence.section}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))

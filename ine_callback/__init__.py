@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         PerSamplePass,
         TokenInfluence,
     )
+    from ine_callback.methods.airrep.airrep import AirRep
+    from ine_callback.methods.airrep.encoder import FeatureEncoder
+    from ine_callback.methods.airrep.retraining import retraining
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
@@ -40,12 +43,14 @@ __all__ = [
     "FINE",
     "IF",
     "KAIROS",
+    "AirRep",
     "Attribution",
     "BIFScores",
     "Calibration",
     "CallableQuery",
     "DataValues",
     "EachRow",
+    "FeatureEncoder",
     "FitContext",
     "FitEndMethod",
     "InfluenceCallback",
@@ -68,6 +73,7 @@ __all__ = [
     "kairos",
     "register_layer",
     "register_optimizer",
+    "retraining",
     "run_bif",
     "run_if",
     "run_unlearning",
@@ -77,6 +83,9 @@ __all__ = [
 
 # Imported at first use: reading a report, also by the command line, needs neither torch nor Lightning.
 _MODULES = {
+    "methods.airrep.airrep": ["AirRep"],
+    "methods.airrep.encoder": ["FeatureEncoder"],
+    "methods.airrep.retraining": ["retraining"],
     "methods.bif.calibration": ["Calibration", "calibrate"],
     "methods.bif.evaluation": ["EachRow"],
     "integrations.rerun": ["run_bif", "run_if", "run_unlearning"],

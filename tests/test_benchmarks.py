@@ -38,6 +38,7 @@ def run(module: str, *arguments: str) -> str:
         ("layers", "## Pruning by the sensitivity of blocks"),
         ("scale", "## Growth with rows"),
         ("values", "## Values against clean rows"),
+        ("values_airrep", "## Values learned from retraining"),
         ("influence", "## Influence functions at the trained weights"),
         pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
         pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),
