@@ -19,8 +19,8 @@ A transformer of one block, {seeds} seeds, mean ± standard error. `language`: 2
 the tokens. `as many`: above the 98th, no neighbours, as many tokens as are unwanted.
 """
 WRITES = """\
-Trained anew with the chosen tokens suppressed: share of written texts with unwanted passages, perplexity of clean texts,
-and how many of the chosen tokens are unwanted, and of the unwanted chosen.
+Trained anew with the chosen tokens suppressed: share of written texts with unwanted passages, perplexity of clean
+texts, and how many of the chosen tokens are unwanted, and of the unwanted chosen.
 """
 SCORED = (
     "EK-FAC",
