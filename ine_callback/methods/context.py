@@ -254,7 +254,7 @@ class FitContext:
             with isolated(self.module), self.precision():
                 capture.start_batch(size)
                 loss = self.loss(self.module, batch)
-                reading = read_loss(loss, size)
+                reading = read_loss(loss, size, capture.views)
                 if what.labels == "sampled":
                     sample(loss, generator)
                 elif what.labels == "expected":
@@ -294,7 +294,7 @@ class FitContext:
                 return self.loss(module, batch)
 
         # these passes are in evaluation mode, so what a training step does to its rows is no fault here
-        faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, training=False)
+        faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, False, views=True)
         for note in unchecked:
             self._note(f"per-sample gradients: {note}")
         for module, reason in faults.items():
