@@ -6,18 +6,31 @@ from typing import TYPE_CHECKING, Any
 from ine_callback._version import __version__
 
 if TYPE_CHECKING:
+    from ine_callback.applications.fairness import Subspaces
     from ine_callback.applications.sampler import InfluenceSampler
     from ine_callback.capture.layers import register_layer
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
-    from ine_callback.methods import BIF, FINE, IF, KAIROS, DataValues, FitContext, FitEndMethod, PerSamplePass
+    from ine_callback.methods import (
+        BIF,
+        FINE,
+        IF,
+        KAIROS,
+        DataValues,
+        FairSubspaces,
+        FitContext,
+        FitEndMethod,
+        PerSamplePass,
+    )
     from ine_callback.methods.bif.calibration import Calibration, calibrate
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
+    from ine_callback.methods.fairness.settings import FairSettings
+    from ine_callback.methods.fairness.subspaces import fair_subspaces
     from ine_callback.methods.kairos.values import kairos
     from ine_callback.optimizers import register_optimizer
-    from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
+    from ine_callback.queries import CallableQuery, GapQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recording.config import RecordingConfig
     from ine_callback.recording.recorder import Recorder
     from ine_callback.report import InfluenceReport
@@ -34,8 +47,11 @@ __all__ = [
     "CallableQuery",
     "DataValues",
     "EachRow",
+    "FairSettings",
+    "FairSubspaces",
     "FitContext",
     "FitEndMethod",
+    "GapQuery",
     "InfluenceCallback",
     "InfluenceReport",
     "InfluenceSampler",
@@ -47,9 +63,11 @@ __all__ = [
     "Recorder",
     "RecordingConfig",
     "SelfQuery",
+    "Subspaces",
     "__version__",
     "bif_scores",
     "calibrate",
+    "fair_subspaces",
     "kairos",
     "register_layer",
     "register_optimizer",
@@ -68,13 +86,26 @@ _MODULES = {
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods.kairos.values": ["kairos"],
-    "methods": ["BIF", "FINE", "IF", "KAIROS", "DataValues", "FitContext", "FitEndMethod", "PerSamplePass"],
+    "methods.fairness.settings": ["FairSettings"],
+    "methods.fairness.subspaces": ["fair_subspaces"],
+    "methods": [
+        "BIF",
+        "FINE",
+        "IF",
+        "KAIROS",
+        "DataValues",
+        "FairSubspaces",
+        "FitContext",
+        "FitEndMethod",
+        "PerSamplePass",
+    ],
     "optimizers": ["register_optimizer"],
-    "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
+    "queries": ["CallableQuery", "GapQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],
     "recording.recorder": ["Recorder"],
     "report": ["InfluenceReport"],
     "scores": ["Attribution"],
+    "applications.fairness": ["Subspaces"],
     "applications.sampler": ["InfluenceSampler"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

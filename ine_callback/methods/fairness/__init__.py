@@ -1,0 +1,1 @@
+"""Fair subspaces: which directions of the features tell about a sensitive attribute, and what leaving them out costs."""
