@@ -85,6 +85,26 @@ class PathPoint:
     p: float
 
 
+def holds_subspaces(found: Attribution) -> bool:
+    """Whether an attribution is one of :class:`~ine_callback.FairSubspaces`, with all that it holds."""
+    wanted = {"path": len(COLUMNS), "directions": 4}
+    return found.method == NAME and all(
+        name in found.arrays and found.arrays[name].ndim == 2 and found.arrays[name].shape[1] == width
+        for name, width in wanted.items()
+    )
+
+
+def subspaces_of(found: Attribution | None) -> Subspaces:
+    """The subspaces that a report's attribution holds.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if found is None:
+        raise ValueError(f"{WHO}: FairSubspaces did not run here; train with methods=[FINE(), FairSubspaces(...)]")
+    return Subspaces(found)
+
+
 class Subspaces:
     """The subspaces that :class:`~ine_callback.FairSubspaces` found; needs neither the network nor its data.
 
@@ -102,14 +122,14 @@ class Subspaces:
         >>> z = (x[:, 0] + 0.5 * rng.normal(size=400) > 0).astype(int)
         >>> y = x[:, 0] + x[:, 1] + rng.normal(size=400)
         >>> found = fair_subspaces(x, y, z)
-        >>> [each.kind for each in found.directions], found.path[0].gap < 1e-9, found.path[-1].gap > 1
-        (['shared'], True, True)
+        >>> len(found.directions), found.path[0].gap < 1e-9, found.path[-1].gap > 1
+        (2, True, True)
         >>> found.choose(gap=0.5).keep, type(found.projection(keep=0)).__name__
         (0.25, 'Projection')
     """
 
     def __init__(self, attribution: Attribution) -> None:
-        if "path" not in attribution.arrays or "removed" not in attribution.arrays:
+        if not holds_subspaces(attribution):
             raise ValueError(f"{WHO}: attribution by {attribution.method!r} holds no subspaces; use FairSubspaces")
         self.attribution = attribution
 

@@ -53,8 +53,8 @@ class Rows:
         widths = sorted({part.shape[1] for part in self.features})
         if len(widths) > 1:
             raise InfluenceError(
-                f"{owner}: features of {what} rows have the widths {widths}, such as sequences of several lengths; pass "
-                "features=function that returns one vector for each row, such as a mean over the tokens."
+                f"{owner}: features of {what} rows have the widths {widths}, such as sequences of several lengths; "
+                "pass features=function that returns one vector for each row, such as a mean over the tokens."
             )
         return torch.cat(self.features)
 
@@ -108,8 +108,8 @@ class Reader:
         if not isinstance(features, Tensor) or features.shape[:1] != (size,) or not features.is_floating_point():
             what = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "no tensor"
             raise InfluenceError(
-                f"{self._owner}: features={self._features!r} gives {what} for a batch of {size} rows; name another layer, or "
-                "pass features=function with a vector of numbers for each row."
+                f"{self._owner}: features={self._features!r} gives {what} for a batch of {size} rows; name another "
+                "layer, or pass features=function with a vector of numbers for each row."
             )
         inputs = _inputs(batch, size)
         found.features.append(features.detach().cpu().double().reshape(size, -1))
@@ -148,8 +148,8 @@ class Reader:
         if found is None or not (found.is_floating_point() or found.dtype == torch.uint8):
             kind = "no tensor" if found is None else f"of type {found.dtype}"
             raise InfluenceError(
-                f'{self._owner}: features="input", but what comes first in a batch is {kind}; take features="penultimate", or '
-                "a function of module and batch."
+                f'{self._owner}: features="input", but what comes first in a batch is {kind}; take '
+                'features="penultimate", or a function of module and batch.'
             )
         return found.float() if found.dtype == torch.uint8 else found
 
@@ -157,8 +157,8 @@ class Reader:
         names = dict(self._context.module.named_modules())
         if self._features not in names:
             raise InfluenceError(
-                f"{self._owner}: features={self._features!r} is no layer of the module; choose 'penultimate', 'input', or one "
-                f"of {[name for name in names if name][-5:]}."
+                f"{self._owner}: features={self._features!r} is no layer of the module; choose 'penultimate', "
+                f"'input', or one of {[name for name in names if name][-5:]}."
             )
         return str(self._features)
 
@@ -178,8 +178,8 @@ class Reader:
                 handle.remove()
         if not called:
             raise InfluenceError(
-                f'{self._owner}: features="penultimate", but no layer with parameters is called with numbers for each of '
-                f'{size} rows; take features="input", or a function of module and batch.'
+                f'{self._owner}: features="penultimate", but no layer with parameters is called with numbers for '
+                f'each of {size} rows; take features="input", or a function of module and batch.'
             )
         return called[-1]
 
@@ -220,8 +220,8 @@ def checked_features(x: ArrayLike | Tensor, owner: str, what: str) -> Tensor:
         raise InfluenceError(f"{owner}: features of {what} rows are no array of numbers: {error}") from None
     if found.dim() < 2 or not found.numel():
         raise InfluenceError(
-            f"{owner}: features of {what} rows have the shape {tuple(found.shape)}; give [rows, features], at least one "
-            "of each."
+            f"{owner}: features of {what} rows have the shape {tuple(found.shape)}; give [rows, features], at least "
+            "one of each."
         )
     found = found.double().flatten(1)
     bad = torch.where(~found.isfinite().all(1))[0].numpy()

@@ -157,7 +157,7 @@ class GapQuery(Query):
         positive: The class whose probability is the score; of several, their sum. A model with one output a row has its
             logistic function in place of it.
         groups: The two values of the attribute that are compared, "1 less 0"; rows with others are left out.
-        forward: Maps (module, batch) to logits [b, C], [b, 1] or [b]; by default ``module(x)`` for a batch ``(x, ...)``.
+        forward: Maps (module, batch) to logits [b, C], [b, 1] or [b]; by default ``module(x)`` of a batch ``(x, ...)``.
     """
 
     def __init__(

@@ -39,7 +39,8 @@ def quantile_slices(values: Tensor, slices: int) -> Tensor:
         tensor([0, 1, 0, 1])
     """
     inner = torch.quantile(values.double(), torch.linspace(0, 1, slices + 1, dtype=torch.float64)[1:-1])
-    return torch.unique(torch.searchsorted(inner, values.double(), right=True), return_inverse=True)[1]
+    found: Tensor = torch.unique(torch.searchsorted(inner, values.double(), right=True), return_inverse=True)[1]
+    return found
 
 
 def whitening(x: Tensor, weights: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:

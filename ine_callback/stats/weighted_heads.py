@@ -29,7 +29,8 @@ def least_squares(x: Tensor, y: Tensor, weights: Tensor, ridge: float) -> Tensor
     """
     wide = _wide(x)
     gram = (wide * weights[:, None]).T @ wide + ridge * torch.eye(wide.shape[1], dtype=x.dtype)
-    return torch.linalg.solve(gram, wide.T @ (weights * y)[:, None])
+    found: Tensor = torch.linalg.solve(gram, wide.T @ (weights * y)[:, None])
+    return found
 
 
 def logistic(x: Tensor, classes: Tensor, weights: Tensor, ridge: float, start: Tensor | None = None) -> Tensor:
@@ -54,13 +55,14 @@ def logistic(x: Tensor, classes: Tensor, weights: Tensor, ridge: float, start: T
     wide, count = _wide(x), classes.shape[1]
     if wide.shape[1] * count > LARGEST:
         raise InfluenceError(
-            f"a logistic head on {x.shape[1]} features for {count} classes has {wide.shape[1] * count:,} unknowns, more "
-            f"than {LARGEST:,}; take features=function that returns fewer, such as a fixed projection."
+            f"a logistic head on {x.shape[1]} features for {count} classes has {wide.shape[1] * count:,} unknowns, "
+            f"more than {LARGEST:,}; take features=function that returns fewer, such as a fixed projection."
         )
     fixed, theta = wide.detach(), _minimum(wide.detach(), classes, weights.detach(), ridge, start)
     gradient = _gradient(wide, classes, weights, theta, ridge)
     hessian = _hessian(fixed, weights.detach(), (fixed @ theta).softmax(1), ridge)
-    return theta - torch.linalg.solve(hessian, gradient.T.reshape(-1)).reshape(count, -1).T
+    step: Tensor = torch.linalg.solve(hessian, gradient.T.reshape(-1)).reshape(count, -1).T
+    return theta - step
 
 
 def _minimum(wide: Tensor, classes: Tensor, weights: Tensor, ridge: float, start: Tensor | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""Fair subspaces: which directions of the features tell about a sensitive attribute, and what leaving them out costs."""
+"""Fair subspaces: directions of the features that tell about a sensitive attribute, and what leaving them out costs."""

@@ -118,14 +118,14 @@ class Estimator:
         """Whitened features and the two spaces."""
         mean, root = whitening(self._x, weights, self._shrinkage)
         whitened = torch.linalg.solve_triangular(root, (self._x - mean).T, upper=False).T
-        spaces = [
+        ours, theirs = (
             eigenspace(kernel(whitened, one.slices, weights, self._sdr), slice(len(mean) - d, None))
             for one, d in zip((self._target, self._groups), self._ranks, strict=True)
-        ]
-        product = spaces[1].T @ spaces[0]
+        )
+        product = theirs.T @ ours
         between = product @ product.T
         vectors = torch.linalg.eigh(between.detach())[1]
-        return Geometry(mean, root, whitened, *spaces, between, vectors)
+        return Geometry(mean, root, whitened, ours, theirs, between, vectors)
 
     def head(self, geometry: Geometry, keep: int, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [1 + p, C] of the head at a point, and its outputs [n, C]."""

@@ -73,8 +73,8 @@ class FairSubspaces(FairSettings, FitEndMethod):
         super().__post_init__()
         if self.sensitive is None:
             raise InfluenceError(
-                f"{WHO}: sensitive=None names no attribute; give a batch's key or position, a function of the batch, or "
-                "one value for each training row."
+                f"{WHO}: sensitive=None names no attribute; give a batch's key or position, a function of the batch, "
+                "or one value for each training row."
             )
         check_name(self.features, WHO)
 
@@ -107,8 +107,8 @@ def _values(named: Any, rows: Tensor, batch: Any, option: str) -> Tensor:
     every = torch.as_tensor(np.asarray(named))
     if every.dim() != 1 or len(every) <= int(rows.max()):
         raise InfluenceError(
-            f"{WHO}: {option} has {len(every) if every.dim() else 0} values, and there is a row {int(rows.max())}; give one "
-            "for each training row."
+            f"{WHO}: {option} has {len(every) if every.dim() else 0} values, and there is a row {int(rows.max())}; "
+            "give one for each training row."
         )
     return every[rows]
 

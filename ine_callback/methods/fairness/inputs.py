@@ -58,10 +58,10 @@ def as_array(values: Any, count: int, what: str) -> NDArray[Any]:
 def missing(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Which rows have no value [n]: NaN, None, or an integer below 0."""
     if values.dtype.kind == "f":
-        return np.isnan(values)
+        return np.asarray(np.isnan(values))
     if values.dtype.kind == "O":
         return np.array([value is None or value != value for value in values], dtype=bool)
-    return values < 0 if values.dtype.kind == "i" else np.zeros(len(values), bool)
+    return np.asarray(values < 0) if values.dtype.kind == "i" else np.zeros(len(values), bool)
 
 
 def variable(values: NDArray[Any], slices: int, what: str, least: int) -> Variable:
@@ -95,8 +95,8 @@ def variable(values: NDArray[Any], slices: int, what: str, least: int) -> Variab
     if int(counts.min()) < least:
         k = int(counts.argmin())
         raise InfluenceError(
-            f"{WHO}: {names[k]!r} of the {what} has {int(counts[k])} rows, fewer than {least}; merge it with another, or "
-            "leave its rows out."
+            f"{WHO}: {names[k]!r} of the {what} has {int(counts[k])} rows, fewer than {least}; merge it with another, "
+            "or leave its rows out."
         )
     numbers = None if whole else torch.from_numpy(values.astype(np.float64))
     return Variable(torch.eye(len(names), dtype=torch.float64)[codes], names, numbers)

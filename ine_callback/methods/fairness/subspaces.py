@@ -2,7 +2,7 @@
 
 The definition is ours, after the abstract of "Fairness through subspace decomposition" (arXiv 2510.23935), which names
 the parts: sufficient dimension reduction for target and sensitive attribute, shared directions added one at a time, the
-error and the fairness gap as they are added, influence functions, distance covariance. The paper itself we have not read.
+error and the fairness gap as they are added, influence functions, distance covariance. We could not read the paper.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ine_callback.stats.sufficient_dimension import (
 )
 
 QUERIES = (
-    QueryInfo("gap", "custom", "Does this row lower the parity gap of a linear head on the features?"),
-    QueryInfo("risk", "custom", "Does this row lower the mean loss of a linear head on the features?"),
+    QueryInfo(f"{NAME}/gap", "custom", "Does this row lower the parity gap of a linear head on the features?"),
+    QueryInfo(f"{NAME}/risk", "custom", "Does this row lower the mean loss of a linear head on the features?"),
 )
 LEGEND = (
-    "A score > 0: without the row, the gap or the loss of a linear head on all features would be greater by about that. "
+    "A score > 0: without the row, gap or loss of a linear head on all features would be greater by about that. "
     "The definition of the subspaces is ours, after the abstract of arXiv 2510.23935."
 )
 CONSTANT = 1e-9  # variance of a direction relative to the largest, below which the features do not vary
@@ -174,7 +174,7 @@ def _ranks(
         sizes.append(size)
         tests.append(p_values)
     if not min(sizes):
-        return _Ranks(*sizes, *tests, float("nan"), 0)
+        return _Ranks(sizes[0], sizes[1], tests[0], tests[1], float("nan"), 0)
 
     def space(slices: Tensor, size: int) -> Tensor:
         return eigenspace(kernel(whitened, slices, uniform, settings.sdr), slice(p - size, None))
@@ -186,7 +186,8 @@ def _ranks(
     ]
     threshold = float(np.quantile(chance, QUANTILE))
     cosines = _cosines(ours, space(groups.slices, sizes[1]))
-    return _Ranks(*sizes, *tests, threshold, sum(cosine > min(threshold, 1 - 1e-9) for cosine in cosines))
+    shared = sum(cosine > min(threshold, 1 - 1e-9) for cosine in cosines)
+    return _Ranks(sizes[0], sizes[1], tests[0], tests[1], threshold, shared)
 
 
 def _cosines(one: Tensor, other: Tensor) -> list[float]:
