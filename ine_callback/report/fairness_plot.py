@@ -34,10 +34,12 @@ def fairness(found: Subspaces, ax: Axes) -> None:
             x, loss, Z95 * loss_se, Z95 * se, color=color, marker="o", markersize=4.5, linewidth=1.4,
             elinewidth=0.8, alpha=0.9, label=word,
         )  # fmt: skip
-    for point in path:
+    middle = (path[0].gap + path[-1].gap) / 2
+    for point in path:  # on the free side of a falling line
+        first = point.gap <= middle
         ax.annotate(
-            f"keep {point.keep:.3g}: {point.accuracy:.0%}", (point.gap, point.loss), xytext=(6, 6),
-            textcoords="offset points", fontsize=7.5, color=INK,
+            f"keep {point.keep:.3g}: {point.accuracy:.0%}", (point.gap, point.loss), xytext=(6, 6) if first else (-6, -11),
+            textcoords="offset points", fontsize=7.5, color=INK, ha="left" if first else "right",
         )  # fmt: skip
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     dress(ax, "What leaving the attribute out costs", "gap between groups", "loss")

@@ -216,7 +216,7 @@ def _path(
 def _directions(ranks: _Ranks, found: Influence) -> np.ndarray[Any, Any]:
     """A line for each direction: number of its kind, cosine, and the ends of the cosine's 95 % interval."""
     pairs = min(ranks.target, ranks.sensitive)
-    cosines = [(float(c), float(se)) for c, se in zip(found.value[:pairs], found.standard_error[:pairs], strict=True)]
+    cosines = [(min(float(c), 1.0), float(se)) for c, se in zip(found.value[:pairs], found.standard_error[:pairs], strict=True)]
     shared, others = cosines[pairs - ranks.shared :][::-1], cosines[: pairs - ranks.shared][::-1]
     of_kind = {"target": others + [(0.0, 0.0)] * (ranks.target - pairs), "shared": shared}
     of_kind["sensitive"] = others + [(0.0, 0.0)] * (ranks.sensitive - pairs)
