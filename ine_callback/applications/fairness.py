@@ -88,10 +88,12 @@ class PathPoint:
 def holds_subspaces(found: Attribution) -> bool:
     """Whether an attribution is one of :class:`~ine_callback.FairSubspaces`, with all that it holds."""
     wanted = {"path": len(COLUMNS), "directions": 4}
-    return found.method == NAME and all(
-        name in found.arrays and found.arrays[name].ndim == 2 and found.arrays[name].shape[1] == width
-        for name, width in wanted.items()
-    )
+    shapes = {name: found.arrays[name].shape for name in wanted if name in found.arrays}
+    if found.method != NAME or {name: shape[1:] for name, shape in shapes.items()} != {
+        k: (v,) for k, v in wanted.items()
+    }:
+        return False
+    return bool(shapes["path"][0] and np.isin(found.arrays["directions"][:, 0], range(len(KINDS))).all())
 
 
 def subspaces_of(found: Attribution | None) -> Subspaces:

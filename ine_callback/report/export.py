@@ -46,8 +46,8 @@ def to_arrow(report: Contents) -> pa.Table:
 def _of_methods(report: Contents) -> dict[str, NDArray[np.float64]]:
     """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score.
 
-    A method whose name is a column already gets a number behind it. One that shares no query with the report has a column
-    ``method/query`` for each of its own.
+    A method whose name is a column already gets a number behind it. One that shares no query with the report has a
+    column ``method/query`` for each of its own.
     """
     found: dict[str, NDArray[np.float64]] = {}
     for stages in by_method(report.attributions).values():

@@ -36,10 +36,10 @@ def fairness(found: Subspaces, ax: Axes) -> None:
         )  # fmt: skip
     middle = (path[0].gap + path[-1].gap) / 2
     for point in path:  # on the free side of a falling line
-        first = point.gap <= middle
+        shift, side = ((6, 6), "left") if point.gap <= middle else ((-6, -11), "right")
         ax.annotate(
-            f"keep {point.keep:.3g}: {point.accuracy:.0%}", (point.gap, point.loss), xytext=(6, 6) if first else (-6, -11),
-            textcoords="offset points", fontsize=7.5, color=INK, ha="left" if first else "right",
+            f"keep {point.keep:.3g}: {point.accuracy:.0%}", (point.gap, point.loss), xytext=shift,
+            textcoords="offset points", fontsize=7.5, color=INK, ha=side,
         )  # fmt: skip
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     dress(ax, "What leaving the attribute out costs", "gap between groups", "loss")

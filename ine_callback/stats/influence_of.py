@@ -8,14 +8,21 @@ about −IFᵢ/(n − 1). T contains all steps that lead to the estimate, also t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Estimate = Callable[[Tensor], Tensor]
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
 NUMBERS = 2e7  # float64s that one chunk of a Jacobian may hold at a time, about, where the caller knows a row's width
+
+
+def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
+    """No progress bar."""
+    return steps
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,14 @@ class Influence:
         return -self.rows / (len(self.rows) - 1)
 
 
-def influence_of(estimate: Estimate, weights: Tensor, width: int = 1) -> Influence:
+def influence_of(estimate: Estimate, weights: Tensor, width: int = 1, track: Track = untracked) -> Influence:
     """Influence of each row on estimates, by differentiating them in the rows' weights.
 
     Args:
         estimate: T: weights [n] that sum to 1 to estimates [m]; differentiable.
         weights: Where it is differentiated, such as 1/n for each row.
         width: Numbers that T holds for each row, about: it bounds the memory.
+        track: Shows a bar.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
@@ -55,13 +63,10 @@ def influence_of(estimate: Estimate, weights: Tensor, width: int = 1) -> Influen
         >>> found.value, found.rows[:, 0]
         (tensor([3.0000, 4.6667], dtype=torch.float64), tensor([-2., -1.,  3.], dtype=torch.float64))
     """
-    chunk = max(1, min(32, int(NUMBERS / (len(weights) * width))))
-
-    def twice(w: Tensor) -> tuple[Tensor, Tensor]:
-        value = estimate(w)
-        return value, value
-
-    jacobian, value = torch.func.jacrev(twice, has_aux=True, chunk_size=chunk)(weights)
+    value, pull, *_ = torch.func.vjp(estimate, weights)
+    chunks = torch.eye(len(value), dtype=value.dtype).split(max(1, min(32, int(NUMBERS / (len(weights) * width)))))
+    parts = [torch.func.vmap(pull)(chunk)[0] for chunk in track(chunks, "influence on the estimates")]
+    jacobian = torch.cat(parts)
     return Influence(value.detach(), (jacobian - (jacobian @ weights)[:, None]).T.detach())
 
 

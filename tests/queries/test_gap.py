@@ -33,7 +33,7 @@ def measured(module: nn.Module, query: Query) -> tuple[Tensor, Tensor]:
 
 def expected(module: nn.Module, positive: list[int], groups: tuple[int, int] = (1, 0)) -> tuple[Tensor, Tensor]:
     score = module(X).softmax(1)[:, positive].sum(1) if module is SEVERAL else module(X)[:, 0].sigmoid()
-    value = score[Z == groups[0]].mean() - score[Z == groups[1]].mean()
+    value = score[groups[0] == Z].mean() - score[groups[1] == Z].mean()
     return value.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(value, list(module.parameters()))])
 
 

@@ -11,7 +11,7 @@ from ine_callback.stats.sufficient_dimension import Reduction
 WHO = "FairSubspaces"  # in messages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FairSettings:
     """How subspaces are found.
 

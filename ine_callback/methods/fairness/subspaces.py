@@ -109,7 +109,7 @@ def fair_subspaces(
     ranks = _ranks(reduced, target, groups, shrinkage, settings, track)
     sizes = (ranks.target, ranks.sensitive)
     estimator = Estimator(reduced, target, groups, sizes, settings.sdr, shrinkage, ranks.shared, settings.seed)
-    found = influence_of(estimator, estimator.uniform, reduced.shape[1])
+    found = influence_of(estimator, estimator.uniform, reduced.shape[1], track)
     geometry = estimator.geometry(estimator.uniform)
     arrays = {"path": _path(estimator, geometry, groups, found, settings), "directions": _directions(ranks, found)}
     arrays |= _modules(estimator, geometry, ranks, origin, basis)
@@ -216,7 +216,9 @@ def _path(
 def _directions(ranks: _Ranks, found: Influence) -> np.ndarray[Any, Any]:
     """A line for each direction: number of its kind, cosine, and the ends of the cosine's 95 % interval."""
     pairs = min(ranks.target, ranks.sensitive)
-    cosines = [(min(float(c), 1.0), float(se)) for c, se in zip(found.value[:pairs], found.standard_error[:pairs], strict=True)]
+    cosines = [
+        (min(float(c), 1.0), float(se)) for c, se in zip(found.value[:pairs], found.standard_error[:pairs], strict=True)
+    ]
     shared, others = cosines[pairs - ranks.shared :][::-1], cosines[: pairs - ranks.shared][::-1]
     of_kind = {"target": others + [(0.0, 0.0)] * (ranks.target - pairs), "shared": shared}
     of_kind["sensitive"] = others + [(0.0, 0.0)] * (ranks.sensitive - pairs)

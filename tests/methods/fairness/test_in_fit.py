@@ -1,4 +1,4 @@
-"""Fair subspaces in a fit: training that stays as it is, the free function's numbers, the report's plot, what is refused."""
+"""Fair subspaces in a fit: training as it is, the free function's numbers, the report's plot, what is refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def test_missing_settings_are_refused_before_training() -> None:
 
 
 def test_a_group_that_is_too_small_costs_nothing_else(alone: tuple[Model, Any]) -> None:
-    with pytest.warns(UserWarning, match="fair failed: InfluenceError: FairSubspaces: '1' of the sensitive attribute has 9"):
+    with pytest.warns(
+        UserWarning, match="fair failed: InfluenceError: FairSubspaces: '1' of the sensitive attribute has 9"
+    ):
         model, influence, _ = fit([FINE(), FairSubspaces(sensitive=[*[0] * 87, *[1] * 9])])
     assert_untouched(model, alone)
     assert not influence.report.attributions
@@ -127,7 +129,9 @@ def test_it_is_built_from_yaml() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--method", type=FairSubspaces)
-    start = "{class_path: ine_callback.methods.FairSubspaces, init_args: {sdr: save, slices: 5, at: [2, end], sensitive: "
+    start = (
+        "{class_path: ine_callback.methods.FairSubspaces, init_args: {sdr: save, slices: 5, at: [2, end], sensitive: "
+    )
     for text, sensitive in (("group", "group"), ("2", 2), ("[0, 1, 0]", [0, 1, 0])):
         built = parser.instantiate_classes(parser.parse_args(["--method", start + text + "}}"])).method
         assert built == FairSubspaces(sensitive=sensitive, sdr="save", slices=5, at=[2, "end"])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ine_callback import FairSettings, Subspaces, fair_subspaces
 from ine_callback.errors import InfluenceError
@@ -151,9 +150,7 @@ def test_scores_are_the_changes_without_the_rows() -> None:
     row = int(found.top(1, "fair/risk")[0])
     keep = np.arange(len(x)) != row
     ranks = found.settings["shrinkage_used"], FairSettings(permutations=39, target_rank=1, sensitive_rank=2)
-    change = [
-        fair_subspaces(x[k], y[k], z[k], ranks[1]).path[-1].loss for k in (keep, np.ones(len(x), dtype=bool))
-    ]
+    change = [fair_subspaces(x[k], y[k], z[k], ranks[1]).path[-1].loss for k in (keep, np.ones(len(x), dtype=bool))]
     assert change[0] - change[1] == pytest.approx(found.scores[row, 1], rel=0.1)
     assert found.scores[row, 1] > 0
 
@@ -287,8 +284,6 @@ def test_save_sees_a_spread_that_sir_does_not() -> None:
     z = np.arange(300) % 2
     x = rng.normal(size=(300, 3)) * np.stack([1 + 2 * z, np.ones(300), np.ones(300)], 1)
     y = (x[:, 1] > 0).astype(int)
-    kinds = {how: fair_subspaces(x, y, z, FairSettings(how, permutations=19)).directions for how in ("sir", "save")}  # type: ignore[arg-type]
+    kinds = {how: fair_subspaces(x, y, z, FairSettings(sdr=how, permutations=19)).directions for how in ("sir", "save")}  # type: ignore[arg-type]
     assert [each.kind for each in kinds["sir"]] == ["target"]
     assert sorted(each.kind for each in kinds["save"]) == ["sensitive", "target"]
-
-
