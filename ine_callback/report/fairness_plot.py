@@ -34,9 +34,9 @@ def fairness(found: Subspaces, ax: Axes) -> None:
             x, loss, Z95 * loss_se, Z95 * se, color=color, marker="o", markersize=4.5, linewidth=1.4,
             elinewidth=0.8, alpha=0.9, label=word,
         )  # fmt: skip
-    middle = (path[0].gap + path[-1].gap) / 2
-    for point in path:  # on the free side of a falling line
-        shift, side = ((6, 6), "left") if point.gap <= middle else ((-6, -11), "right")
+    for k, point in enumerate(path):  # beside a falling line, by turns, since points gather at its end
+        below = (len(path) - k) % 2 == 1 and k > 0
+        shift, side = ((-6, -11), "right") if below else ((6, 6), "left")
         ax.annotate(
             f"keep {point.keep:.3g}: {point.accuracy:.0%}", (point.gap, point.loss), xytext=shift,
             textcoords="offset points", fontsize=7.5, color=INK, ha=side,

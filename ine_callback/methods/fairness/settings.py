@@ -23,7 +23,7 @@ class FairSettings:
         sensitive_rank: Directions of the sensitive attribute, likewise.
         permutations: Of each test; no p-value is below 1/(permutations + 1).
         shrinkage: Of the features' covariance towards a multiple of the identity, 0 to 1; None: that of Ledoit and Wolf
-            where there are fewer than 10 rows a feature, else 0.
+            where there are fewer than 10 rows a feature, or a direction rests on a single row, else 0.
         seed: Of the permutations, and of the rows for the distance covariance.
 
     Raises:

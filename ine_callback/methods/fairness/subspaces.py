@@ -43,6 +43,7 @@ LEGEND = (
     "A score > 0: without the row, gap or loss of a linear head on all features would be greater by about that. "
     "The definition of the subspaces is ours, after the abstract of arXiv 2510.23935."
 )
+LEVERAGE = 0.5  # of a row, above which some direction rests on it alone
 CONSTANT = 1e-9  # variance of a direction relative to the largest, below which the features do not vary
 PERMUTED, QUANTILE, Z95 = 99, 0.95, 1.96  # permuted attributes for the threshold of cosines
 CHECKED, AGREES = 12, 0.9  # rows left out for the check of the influence values
@@ -147,14 +148,21 @@ def _support(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shrinkage(x: Tensor, settings: FairSettings) -> float:
     n, p = x.shape
+    if settings.shrinkage is not None and settings.shrinkage > 0:
+        return float(settings.shrinkage)
+    if p < n - 1:
+        mean, root = whitening(x, x.new_full((n,), 1 / n), 0.0)
+        leverage = torch.linalg.solve_triangular(root, (x - mean).T, upper=False).square().sum(0) / n
+    else:
+        leverage = torch.ones(n)
     if settings.shrinkage is None:
-        return ledoit_wolf(x) if 10 * p > n else 0.0
-    if settings.shrinkage == 0 and p >= n - 1:
+        return ledoit_wolf(x) if 10 * p > n or leverage.max() > LEVERAGE else 0.0
+    if leverage.max() > 1 - 1e-6:
+        what = f"row {int(leverage.argmax())} alone varies in one of them" if p < n - 1 else f"there are {n} rows"
         raise InfluenceError(
-            f"{WHO}: {p} features vary over {n} rows, and shrinkage=0 cannot whiten them; leave shrinkage out, or give "
-            "fewer features."
+            f"{WHO}: shrinkage=0, but {p} features vary, and {what}; leave shrinkage out, or give fewer features."
         )
-    return float(settings.shrinkage)
+    return 0.0
 
 
 def _ranks(

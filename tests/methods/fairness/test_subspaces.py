@@ -201,6 +201,16 @@ def test_dead_features_are_left_out_and_change_nothing() -> None:
     assert wide.projection(keep=0)(torch.ones(1, 9)).shape == (1, 9)
 
 
+def test_a_feature_of_a_single_row_is_shrunk() -> None:
+    x, y, z = problem()
+    wide = np.concatenate([x, np.eye(300)[:, 5:6]], 1)
+    with pytest.raises(InfluenceError, match="7 features vary, and row 5 alone varies in one of them"):
+        fair_subspaces(wide, y, z, FairSettings(shrinkage=0))
+    found = fair_subspaces(wide, y, z, QUICK).attribution
+    assert found.settings["shrinkage_used"] > 0 and found.reliable
+    assert fair_subspaces(x, y, z, QUICK).attribution.settings["shrinkage_used"] == 0
+
+
 def test_rows_without_the_attribute_are_left_out_and_counted() -> None:
     x, y, z = problem()
     known = np.arange(300) >= 7
@@ -245,7 +255,7 @@ def test_more_features_than_rows_need_shrinkage() -> None:
     rng = np.random.default_rng(0)
     x, z = rng.normal(size=(80, 100)), np.arange(80) % 2
     y = (x[:, 0] > 0).astype(int)
-    with pytest.raises(InfluenceError, match="79 features vary over 80 rows, and shrinkage=0 cannot"):
+    with pytest.raises(InfluenceError, match="shrinkage=0, but 79 features vary, and there are 80 rows"):
         fair_subspaces(x, y, z, FairSettings(shrinkage=0))
     assert fair_subspaces(x, y, z, QUICK).attribution.settings["shrinkage_used"] > 0.1
     with pytest.raises(InfluenceError, match="sensitive_rank=2, but 'sir' finds at most 1"):
