@@ -88,7 +88,7 @@ def trade_off(seed: int, n: int) -> dict[str, float]:
     z = (u[:, 0] + 0.5 * rng.normal(size=n) > 0).astype(int)
     y = u @ np.array([0.8, 1.0, 0.0, 0.0]) + rng.normal(size=n)
     each = _estimator(u, y, z)
-    found = each(each.uniform)[1:].reshape(-1, len(MEASURES)).numpy()
+    found = torch.stack(each(each.uniform))[1:].reshape(-1, len(MEASURES)).numpy()
     share = np.array(each.keeps)
     risk, gap = (1 - share) ** 2 * 0.64, share * 0.8 * 2 * np.sqrt(2 / np.pi) / np.sqrt(1.25)
     return {"risk": float(np.abs(found[:, 0] - 1 - risk).max()), "gap": float(np.abs(found[:, 2] - gap).max())}
@@ -101,12 +101,12 @@ def rows_left_out(seed: int, n: int, draws: int) -> dict[str, float]:
     z = (u[:, 0] + 0.5 * rng.normal(size=n) > 0).astype(int)
     y = u @ np.array([0.8, 1.0, 0, 0, 0.5]) + rng.normal(size=n)
     each = _estimator(u @ rng.normal(size=(5, 5)), y, z)
-    found = influence_of(each, each.uniform, 5)
+    found = influence_of(each, each.uniform)
     measured = left_out(each, range(n), n) - found.value
     last = len(found.value) - len(MEASURES)
     asked = {"cosine": 0, "loss without": 1, "loss": last, "gap": last + MEASURES.index("gap")}
     out: dict[str, float] = {"mean": float(found.rows.mean(0).abs().max())}
-    drawn = [each(torch.tensor(rng.multinomial(n, np.full(n, 1 / n)) / n)) for _ in range(draws)]
+    drawn = [torch.stack(each(torch.tensor(rng.multinomial(n, np.full(n, 1 / n)) / n))) for _ in range(draws)]
     spread = torch.stack(drawn).std(0)
     for name, k in asked.items():
         correlation, slope = agreement(found.removal[:, k], measured[:, k])

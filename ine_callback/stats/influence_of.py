@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Estimate = Callable[[Tensor], Tensor]
+Estimate = Callable[[Tensor], Tensor | Sequence[Tensor]]
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
-NUMBERS = 2e7  # float64s that one chunk of a Jacobian may hold at a time, about, where the caller knows a row's width
 
 
 def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
@@ -48,13 +47,13 @@ class Influence:
         return -self.rows / (len(self.rows) - 1)
 
 
-def influence_of(estimate: Estimate, weights: Tensor, width: int = 1, track: Track = untracked) -> Influence:
+def influence_of(estimate: Estimate, weights: Tensor, track: Track = untracked) -> Influence:
     """Influence of each row on estimates, by differentiating them in the rows' weights.
 
     Args:
-        estimate: T: weights [n] that sum to 1 to estimates [m]; differentiable.
+        estimate: T: weights [n] that sum to 1 to m estimates, a tensor or single numbers; differentiable. Of single
+            numbers each costs only what it is made of.
         weights: Where it is differentiated, such as 1/n for each row.
-        width: Numbers that T holds for each row, about: it bounds the memory.
         track: Shows a bar.
 
     Example:
@@ -63,11 +62,15 @@ def influence_of(estimate: Estimate, weights: Tensor, width: int = 1, track: Tra
         >>> found.value, found.rows[:, 0]
         (tensor([3.0000, 4.6667], dtype=torch.float64), tensor([-2., -1.,  3.], dtype=torch.float64))
     """
-    value, pull, *_ = torch.func.vjp(estimate, weights)
-    chunks = torch.eye(len(value), dtype=value.dtype).split(max(1, min(32, int(NUMBERS / (len(weights) * width)))))
-    parts = [torch.func.vmap(pull)(chunk)[0] for chunk in track(chunks, "influence on the estimates")]
-    jacobian = torch.cat(parts)
-    return Influence(value.detach(), (jacobian - (jacobian @ weights)[:, None]).T.detach())
+    with torch.enable_grad():
+        leaf = weights.detach().clone().requires_grad_()
+        values = list(estimate(leaf))
+        rows = [
+            torch.autograd.grad(value, leaf, retain_graph=True)[0] if value.requires_grad else torch.zeros_like(leaf)
+            for value in track(values, "influence on the estimates")
+        ]
+    jacobian = torch.stack(rows)
+    return Influence(torch.stack(values).detach(), (jacobian - (jacobian @ weights)[:, None]).T.detach())
 
 
 def left_out(estimate: Estimate, rows: Sequence[int], count: int) -> Tensor:
@@ -82,7 +85,7 @@ def left_out(estimate: Estimate, rows: Sequence[int], count: int) -> Tensor:
     for row in rows:
         weights = torch.full((count,), 1 / (count - 1), dtype=torch.float64)
         weights[row] = 0
-        found.append(estimate(weights).detach())
+        found.append(torch.stack(list(estimate(weights))).detach())
     return torch.stack(found)
 
 

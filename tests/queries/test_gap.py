@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ine_callback import InfluenceCallback, Query
 from ine_callback.errors import InfluenceError, QueryError
 from ine_callback.queries import GapQuery, gradients, parse, values
-from ine_callback.queries.sources import DataSource
+from ine_callback.queries.sources import LARGEST_BATCH, DataSource
 from tests.helpers.bif.training import Model, loaders
 
 G = torch.Generator().manual_seed(0)
@@ -44,6 +44,22 @@ def test_it_is_the_gap_of_all_rows_whatever_the_batches(size: int, positive: Any
     value, gradient = measured(SEVERAL, Query.gap(2, loader, positive=positive))
     truth = expected(SEVERAL, [positive] if isinstance(positive, int) else positive)
     assert abs(value - truth[0]) < 1e-12 and (gradient - truth[1]).abs().max() < 1e-12
+
+
+def test_many_rows_are_several_batches() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, z = (
+        torch.randn(2 * LARGEST_BATCH + 9, 4, dtype=torch.float64, generator=g),
+        torch.arange(2 * LARGEST_BATCH + 9) % 2,
+    )
+    query = Query.gap(1, (x, z), positive=0)
+    assert len(query.bind("gap", source())[0].batches) == 3
+    value, gradient = measured(SEVERAL, query)
+    score = SEVERAL(x).softmax(1)[:, 0]
+    truth = score[z == 1].mean() - score[z == 0].mean()
+    assert abs(value - truth) < 1e-12
+    parts = torch.autograd.grad(truth, list(SEVERAL.parameters()))
+    assert (gradient - torch.cat([part.flatten() for part in parts])).abs().max() < 1e-12
 
 
 def test_functions_groups_and_single_outputs() -> None:

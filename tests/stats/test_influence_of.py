@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -73,6 +72,17 @@ def test_its_standard_error_is_the_bootstrap_s() -> None:
     assert ((ratio > 0.9) & (ratio < 1.1)).all(), ratio
 
 
-@pytest.mark.parametrize("width", [1, 10**9])
-def test_chunks_change_nothing(width: int) -> None:
-    assert torch.allclose(influence_of(whole, UNIFORM, width).rows, influence_of(whole, UNIFORM, 1).rows, atol=1e-12)
+def test_weights_that_are_not_normalised_are_taken_as_shares() -> None:
+    """A mean Σ wᵢ xᵢ has the influence xᵢ − mean."""
+    found = influence_of(lambda w: w @ X, UNIFORM)
+    assert (found.rows - (X - X.mean(0))).abs().max() < 1e-12
+
+
+def test_single_numbers_give_what_a_tensor_gives() -> None:
+    one, other = influence_of(whole, UNIFORM), influence_of(lambda w: [*beta(w), *whole(w)[5:]], UNIFORM)
+    assert (one.rows - other.rows).abs().max() < 1e-12
+
+
+def test_a_constant_has_no_influence() -> None:
+    found = influence_of(lambda w: [w @ Y, w.new_tensor(float("nan"))], UNIFORM)
+    assert torch.isnan(found.value[1]) and not found.rows[:, 1].any() and torch.isfinite(found.rows[:, 0]).all()

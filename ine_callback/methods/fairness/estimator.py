@@ -149,26 +149,24 @@ class Estimator:
         at = {keep: self.head(geometry, keep, weights)[1] for keep in self.fitted}
         return [torch.lerp(at[below], at[above], share) for below, above, share in self.points]
 
-    def measured(self, outputs: Tensor, weights: Tensor) -> Tensor:
+    def measured(self, outputs: Tensor, weights: Tensor) -> list[Tensor]:
         """The five measures of some outputs."""
         predicted, groups, slices = measures.scores(outputs), self._groups.slices, self._target.slices
         some = weights[self.sample]
-        return torch.stack(
-            [
-                measures.loss(outputs, self._answers, weights),
-                measures.accuracy(outputs, self._answers, weights),
-                measures.gap(predicted, groups, weights),
-                measures.equalised_odds(predicted, groups, slices, weights),
-                distance_covariance(predicted[self.sample], groups[self.sample], some / some.sum()),
-            ]
-        )
+        return [
+            measures.loss(outputs, self._answers, weights),
+            measures.accuracy(outputs, self._answers, weights),
+            measures.gap(predicted, groups, weights),
+            measures.equalised_odds(predicted, groups, slices, weights),
+            distance_covariance(predicted[self.sample], groups[self.sample], some / some.sum()),
+        ]
 
-    def __call__(self, weights: Tensor) -> Tensor:
-        """Cosines, then the measures of each point [cosines + 5 points]."""
+    def __call__(self, weights: Tensor) -> list[Tensor]:
+        """Cosines, then the measures of each point: single numbers."""
         weights = weights / weights.sum()
         geometry = self.geometry(weights)
-        found = [self.measured(each, weights) for each in self.outputs(geometry, weights)]
-        return torch.cat([geometry.cosines, *found])
+        found = [one for each in self.outputs(geometry, weights) for one in self.measured(each, weights)]
+        return [*geometry.cosines, *found]
 
     def ends(self, weights: Tensor) -> Tensor:
         """Loss and gap with all directions kept, and the loss with none: for the check by leaving rows out [3]."""

@@ -110,7 +110,7 @@ def fair_subspaces(
     ranks = _ranks(reduced, target, groups, shrinkage, settings, track)
     sizes = (ranks.target, ranks.sensitive)
     estimator = Estimator(reduced, target, groups, sizes, settings.sdr, shrinkage, ranks.shared, settings.seed)
-    found = influence_of(estimator, estimator.uniform, reduced.shape[1], track)
+    found = influence_of(estimator, estimator.uniform, track)
     geometry = estimator.geometry(estimator.uniform)
     arrays = {"path": _path(estimator, geometry, groups, found, settings), "directions": _directions(ranks, found)}
     arrays |= _modules(estimator, geometry, ranks, origin, basis)
@@ -152,7 +152,7 @@ def _shrinkage(x: Tensor, settings: FairSettings) -> float:
         return float(settings.shrinkage)
     if p < n - 1:
         mean, root = whitening(x, x.new_full((n,), 1 / n), 0.0)
-        leverage = torch.linalg.solve_triangular(root, (x - mean).T, upper=False).square().sum(0) / n
+        leverage = (1 + torch.linalg.solve_triangular(root, (x - mean).T, upper=False).square().sum(0)) / n
     else:
         leverage = torch.ones(n)
     if settings.shrinkage is None:
