@@ -8,20 +8,15 @@ about −IFᵢ/(n − 1). T contains all steps that lead to the estimate, also t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ine_callback.utilities.tracking import Track, untracked
+
 Estimate = Callable[[Tensor], Tensor | Sequence[Tensor]]
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-
-
-def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """No progress bar."""
-    return steps
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,17 @@ suffice, the components outside of them are independent of the target and may be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ine_callback.utilities.tracking import Track, untracked
+
 Reduction = Literal["sir", "save", "dr"]
 LEVEL = 0.05  # of the test of a further direction
 TIE = 1e-9  # eigenvalues nearer than this have no eigenspaces of their own
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-
-
-def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """No progress bar."""
-    return steps
 
 
 def quantile_slices(values: Tensor, slices: int) -> Tensor:

@@ -25,15 +25,8 @@ from ine_callback.methods.row_features import checked_features
 from ine_callback.scores import Attribution, Check, QueryInfo
 from ine_callback.stats.distance_covariance import permutation_p
 from ine_callback.stats.influence_of import Influence, agreement, influence_of, left_out
-from ine_callback.stats.sufficient_dimension import (
-    Track,
-    eigenspace,
-    kernel,
-    ledoit_wolf,
-    rank,
-    untracked,
-    whitening,
-)
+from ine_callback.stats.sufficient_dimension import eigenspace, kernel, ledoit_wolf, rank, whitening
+from ine_callback.utilities.tracking import Track, untracked
 
 QUERIES = (
     QueryInfo(f"{NAME}/gap", "custom", "Does this row lower the parity gap of a linear head on the features?"),

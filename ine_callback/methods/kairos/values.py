@@ -30,12 +30,11 @@ from ine_callback.stats.mmd import (
     FourierKernel,
     GaussianKernel,
     Kernel,
-    Track,
     conformal_p,
     median_distance,
-    untracked,
 )
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.tracking import Track, untracked
 from ine_callback.utilities.validate import listed, row_ids
 
 QUESTION = "Does this row bring the training set closer to the reference?"

@@ -63,7 +63,7 @@ def test_the_report_shows_the_path(tmp_path: Path) -> None:
     assert drawn == pytest.approx(np.array([(p.gap, p.loss) for p in found.path]))
     assert len(axes.texts) == len(found.path)
     page = report.write_html(tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64,iVBOR") == 1 and "cosine" in page
+    assert page.count('<img src="data:image/png;base64,iVBOR') == 1 and "cosine" in page
     frame = report.to_pandas()
     assert frame["fair/gap"][:ROWS].to_numpy() == pytest.approx(found.attribution.scores[:, 0])
     assert "fair/risk" in frame.columns
