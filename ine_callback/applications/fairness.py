@@ -161,8 +161,8 @@ class Subspaces:
     def projection(self, keep: float = 0.0) -> nn.Module:
         """A module that leaves sensitive directions out of features [b, p], to put before the head.
 
-        It is affine, with buffers and no parameter; what it returns lies in the features' own coordinates, so that the
-        network's head fits, with fewer errors after some further training.
+        It is affine, with buffers and no parameter. What it returns lies in the features' own coordinates, so that the
+        network's head can stay; train that a little further, or take :meth:`head`.
 
         Args:
             keep: Directions kept, in the order of the path; of a fraction the next direction is shrunk to that share.

@@ -15,7 +15,6 @@ from torch import Tensor
 from ine_callback.errors import InfluenceError
 
 ITERATIONS, ENOUGH = 100, 1e-12  # Newton steps at most, and the gradient at which they end
-LARGEST = 6000  # unknowns of a logistic head: its Hessian then has 288 MB
 
 
 def least_squares(x: Tensor, y: Tensor, weights: Tensor, ridge: float) -> Tensor:
@@ -44,7 +43,7 @@ def logistic(x: Tensor, classes: Tensor, weights: Tensor, ridge: float, start: T
         start: Coefficients near the minimum, where some are known.
 
     Raises:
-        InfluenceError: If it has too many unknowns, or Newton's method does not converge.
+        InfluenceError: If Newton's method does not converge.
 
     Example:
         >>> x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]], dtype=torch.float64)
@@ -53,11 +52,6 @@ def logistic(x: Tensor, classes: Tensor, weights: Tensor, ridge: float, start: T
         (tensor(True), tensor(True))
     """
     wide, count = _wide(x), classes.shape[1]
-    if wide.shape[1] * count > LARGEST:
-        raise InfluenceError(
-            f"a logistic head on {x.shape[1]} features for {count} classes has {wide.shape[1] * count:,} unknowns, "
-            f"more than {LARGEST:,}; take features=function that returns fewer, such as a fixed projection."
-        )
     fixed, theta = wide.detach(), _minimum(wide.detach(), classes, weights.detach(), ridge, start)
     gradient = _gradient(wide, classes, weights, theta, ridge)
     hessian = _hessian(fixed, weights.detach(), (fixed @ theta).softmax(1), ridge)
@@ -85,7 +79,7 @@ def _minimum(wide: Tensor, classes: Tensor, weights: Tensor, ridge: float, start
             scale /= 2
         theta = theta - scale * step
         value = objective(theta)
-    raise InfluenceError("a logistic head did not converge in 100 Newton steps; scale the features, or take fewer.")
+    raise InfluenceError("logistic: no minimum in 100 Newton steps; raise ridge, or take fewer features.")
 
 
 def _gradient(wide: Tensor, classes: Tensor, weights: Tensor, theta: Tensor, ridge: float) -> Tensor:

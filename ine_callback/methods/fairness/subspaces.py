@@ -36,6 +36,7 @@ LEGEND = (
     "A score > 0: without the row, gap or loss of a linear head on all features would be greater by about that. "
     "The definition of the subspaces is ours, after the abstract of arXiv 2510.23935."
 )
+UNKNOWNS = 6000  # of a logistic head: its Hessian then has 288 MB
 LEVERAGE = 0.5  # of a row, above which some direction rests on it alone
 CONSTANT = 1e-9  # variance of a direction relative to the largest, below which the features do not vary
 PERMUTED, QUANTILE, Z95 = 99, 0.95, 1.96  # permuted attributes for the threshold of cosines
@@ -99,6 +100,7 @@ def fair_subspaces(
     groups = variable(attribute[rows], settings.slices, "sensitive attribute", GROUP_ROWS)
     origin, basis = _support(features[rows])
     reduced = (features[rows] - origin) @ basis
+    _check_head(reduced.shape[1], target)
     shrinkage = _shrinkage(reduced, settings)
     ranks = _ranks(reduced, target, groups, shrinkage, settings, track)
     sizes = (ranks.target, ranks.sensitive)
@@ -137,6 +139,15 @@ def _support(x: Tensor) -> tuple[Tensor, Tensor]:
     if not varies.any():
         raise InfluenceError(f"{WHO}: the features are the same for all rows; name another layer.")
     return origin, torch.eye(len(values), dtype=x.dtype) if varies.all() else vectors[:, varies]
+
+
+def _check_head(features: int, target: Variable) -> None:
+    unknowns = (1 + features) * len(target.names)
+    if target.numbers is None and unknowns > UNKNOWNS:
+        raise InfluenceError(
+            f"{WHO}: a head on {features:,} features for {len(target.names)} classes has {unknowns:,} unknowns, "
+            f"more than {UNKNOWNS:,}; take features=function that returns fewer, such as a fixed projection."
+        )
 
 
 def _shrinkage(x: Tensor, settings: FairSettings) -> float:

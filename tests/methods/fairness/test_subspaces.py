@@ -76,7 +76,13 @@ def test_full_removal_is_leace() -> None:
     assert np.abs(removed - leace(x, z)).max() < 1e-10
     means = np.stack([removed[z == k].mean(0) for k in range(3)])
     assert np.abs(means - means[0]).max() < 1e-12
+
+
+def test_full_removal_is_what_concept_erasure_does() -> None:
+    x, y, z = problem()
     peer = pytest.importorskip("concept_erasure", reason="needs concept-erasure, of the extra peers")
+    found = fair_subspaces(x, y, z, FairSettings(permutations=39, sensitive_rank=2))
+    removed = found.projection(keep=0)(torch.tensor(x)).numpy()
     one_hot = torch.eye(3)[torch.tensor(z)]
     theirs = peer.LeaceEraser.fit(torch.tensor(x), one_hot, shrinkage=False, svd_tol=1e-9)(torch.tensor(x))
     assert np.abs(removed - theirs.numpy()).max() < 1e-10
@@ -260,6 +266,13 @@ def test_more_features_than_rows_need_shrinkage() -> None:
     assert fair_subspaces(x, y, z, QUICK).attribution.settings["shrinkage_used"] > 0.1
     with pytest.raises(InfluenceError, match="sensitive_rank=2, but 'sir' finds at most 1"):
         fair_subspaces(x, y, z, FairSettings(sensitive_rank=2))
+
+
+def test_a_head_too_large_to_differentiate_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(700, 640)), np.arange(700) % 10
+    with pytest.raises(InfluenceError, match=r"640 features for 10 classes has 6,410 unknowns.*features=function"):
+        fair_subspaces(x, y, np.arange(700) % 2)
 
 
 @pytest.mark.parametrize(
