@@ -55,13 +55,13 @@ def as_array(values: Any, count: int, what: str) -> NDArray[Any]:
     return found
 
 
-def missing(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which rows have no value [n]: NaN, None, or an integer below 0."""
+def missing(values: NDArray[Any], below_zero: bool) -> NDArray[np.bool_]:
+    """Which rows have no value [n]: NaN or None, and where that is asked an integer below 0."""
     if values.dtype.kind == "f":
         return np.asarray(np.isnan(values))
     if values.dtype.kind == "O":
         return np.array([value is None or value != value for value in values], dtype=bool)
-    return np.asarray(values < 0) if values.dtype.kind == "i" else np.zeros(len(values), bool)
+    return np.asarray(values < 0) if below_zero and values.dtype.kind == "i" else np.zeros(len(values), bool)
 
 
 def variable(values: NDArray[Any], slices: int, what: str, least: int) -> Variable:

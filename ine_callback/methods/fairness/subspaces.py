@@ -87,15 +87,15 @@ def fair_subspaces(
     settings = settings or FairSettings()
     features = checked_features(x, WHO, "training")
     attribute = as_array(z, len(features), "sensitive attribute")
-    absent = missing(attribute)
+    absent = missing(attribute, below_zero=True)
     rows = np.flatnonzero(~absent)
     if not rows.size:
         raise InfluenceError(
             f"{WHO}: the sensitive attribute is missing in all {len(absent):,} rows; nothing is known."
         )
     answers = as_array(y, len(features), "target")[rows]
-    if missing(answers).any():
-        raise InfluenceError(f"{WHO}: the target is missing in {int(missing(answers).sum()):,} rows; leave them out.")
+    if unanswered := int(missing(answers, below_zero=False).sum()):  # -1 and 1 are classes
+        raise InfluenceError(f"{WHO}: the target is missing in {unanswered:,} rows; leave them out.")
     target = variable(answers, settings.slices, "target", CLASS_ROWS)
     groups = variable(attribute[rows], settings.slices, "sensitive attribute", GROUP_ROWS)
     origin, basis = _support(features[rows])

@@ -228,6 +228,11 @@ def test_rows_without_the_attribute_are_left_out_and_counted() -> None:
         assert "7 rows have no sensitive attribute and are left out" in found.attribution.notes
 
 
+def test_classes_may_be_called_minus_one_and_one() -> None:
+    x, y, z = problem()
+    assert fair_subspaces(x, 2 * y - 1, z, QUICK).path == fair_subspaces(x, y, z, QUICK).path
+
+
 def test_numbers_are_sliced() -> None:
     x, y, _ = problem()
     found = fair_subspaces(x, y, x[:, 0] + 0.1, FairSettings(slices=4, permutations=39))
