@@ -163,13 +163,13 @@ def test_scores_are_the_changes_without_the_rows() -> None:
 
 def test_independent_attributes_share_nothing() -> None:
     shared = []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         x = rng.normal(size=(100, 3))
         y, z = (x[:, 0] > 0).astype(int), rng.permutation(np.arange(100) % 2)
         found = fair_subspaces(x, y, z, FairSettings(permutations=39, target_rank=1, seed=seed))
         shared.append(any(each.kind == "shared" for each in found.directions))
-    assert sum(shared) <= 3  # 5 %
+    assert sum(shared) <= 2  # 5 %
 
 
 @pytest.mark.parametrize("groups", [2, 3])
