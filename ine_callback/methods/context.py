@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,9 @@ from ine_callback.queries import Batch, BoundQuery, gradients, values
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import QueryInfo, Scores, Stage
 from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.tracking import Track, untracked
 
 TOGETHER = 64  # rows of a pass's batch
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-
-
-def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """No progress bar."""
-    return steps
 
 
 class RowGradients:
