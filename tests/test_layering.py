@@ -18,7 +18,7 @@ LAYERS = (
     ("errors",),
     ("utilities",),
     ("scores", "stats", "distributed", "data"),
-    ("capture", "applications"),
+    ("capture", "applications", "effects"),
     ("optimizers", "curvature", "queries", "report"),
     ("scoring", "methods"),
     ("recording",),

@@ -1,0 +1,233 @@
+"""From a table and a question to an estimate: adjustment set, cross-fitting, each row's influence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.effects.adjustment import names, valid_sets
+from ine_callback.effects.data import EffectData
+from ine_callback.effects.effect import Effect, Positivity, positivity
+from ine_callback.effects.estimands import OPTIMAL, Estimand, Rows
+from ine_callback.effects.formulas import Floats
+from ine_callback.effects.nuisances import Nuisances, nuisances
+from ine_callback.errors import InfluenceError
+from ine_callback.utilities.tracking import Track, untracked
+
+SMALLEST_FOLD, SMALLEST_ARM, SMALLEST_SAMPLE, SMALLEST_WEIGHT = 50, 10, 20, 0.5
+MOST_SETS = 32  # that are compared by their estimated variance
+COMPARED_FOLDS = 2
+
+
+def estimate(
+    data: EffectData,
+    estimand: Estimand,
+    nuisances: str | tuple[Any, Any] | Nuisances = "spline",
+    folds: int = 5,
+    seed: int = 0,
+    smallest_sample: float = SMALLEST_SAMPLE,
+    track: Track = untracked,
+) -> Effect:
+    """Estimates an effect, and each row's influence on the estimate.
+
+    The nuisances of a fold's rows are fitted on the other folds. Where the set of lowest variance is not known from the
+    graph, for a node is hidden, each half of the folds takes the valid set whose estimated variance is lowest on the
+    other half.
+
+    Args:
+        data: Columns with their graph.
+        estimand: ``ATE()``, ``WCDE()``, ``NDE()`` or ``NIE()``.
+        nuisances: ``"spline"``, ``"linear"``, or (regressor, classifier) with scikit-learn's methods.
+        folds: Of cross-fitting.
+        seed: Deals the rows into folds.
+        smallest_sample: An effective sample size below it is refused.
+        track: Shows a bar.
+
+    Raises:
+        InfluenceError: If no set is valid, which names the broken conditions; on too few rows a fold; or if the
+            effective sample size shows that rows of some kind hardly occur with one treatment.
+
+    Example:
+        >>> from ine_callback.effects import ATE
+        >>> rng = np.random.default_rng(0)
+        >>> c = rng.normal(size=2000)
+        >>> a = rng.random(2000) < 1 / (1 + np.exp(-c))
+        >>> y = 2.0 * a + c + rng.normal(size=2000)
+        >>> found = estimate(EffectData({"C": c, "A": a, "Y": y}, "A", "Y", "C -> A -> Y; C -> Y"), ATE(), "linear")
+        >>> found
+        Effect(ATE 2.055 ± 0.05, 2000 rows)
+        >>> found.adjustment, found.top(3)
+        ((('C',),), array([0]))
+    """
+    models = _models(nuisances)
+    estimand.check(data.graph)
+    _check_rows(data, folds)
+    fold = deal(data.treated, folds, np.random.default_rng(seed))
+    choice = choose(data, estimand, models, fold, seed, track)
+    found = cross_fit(data, estimand, choice.sets, models, fold, seed, track)
+    size = positivity(found.weights)
+    _check_positivity(estimand.name, size, smallest_sample)
+    graph = data.graph
+    adjusted = tuple(dict.fromkeys(tuple(sorted(each)) for each in choice.sets))
+    return Effect(
+        estimand.name, graph.treatment, graph.outcome, found.estimate, found.influence, adjusted, choice.why,
+        estimand.assumptions(graph), size, folds, models.name,
+    )  # fmt: skip
+
+
+_models = nuisances  # the argument of the same name hides it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Adjustment sets of each fold, and why these."""
+
+    sets: tuple[frozenset[str], ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """What cross-fitting found: the estimate, influence [N], weights by name [N]."""
+
+    estimate: float
+    influence: Floats
+    weights: dict[str, Floats]
+
+
+def deal(treated: NDArray[np.bool_], folds: int, rng: Any) -> Rows:
+    """Each row's fold [N], with the treated dealt evenly."""
+    fold = np.empty(len(treated), dtype=np.int64)
+    start = 0
+    for arm in (True, False):
+        mine = rng.permutation(np.flatnonzero(treated == arm))
+        fold[mine] = (start + np.arange(len(mine))) % folds
+        start += len(mine)
+    return fold
+
+
+def choose(data: EffectData, estimand: Estimand, models: Nuisances, fold: Rows, seed: int, track: Track) -> Choice:
+    """The adjustment set of each fold.
+
+    Raises:
+        InfluenceError: If the named set is not valid, or none is.
+    """
+    graph, folds = data.graph, int(fold.max()) + 1
+    if estimand.adjust != OPTIMAL:
+        given = [estimand.adjust] if isinstance(estimand.adjust, str) else estimand.adjust
+        return Choice((_named(data, estimand, given),) * folds, "you named it; it is valid in this graph")
+    best = estimand.optimal(graph)
+    if not best & graph.hidden and not (faults := estimand.faults(graph, best)):
+        return Choice((best,) * folds, "valid in this graph, and of the lowest variance")
+    candidates = list(islice(valid_sets(graph, estimand.faults), MOST_SETS))
+    if not candidates:
+        best -= graph.hidden
+        faults = estimand.faults(graph, best)
+        raise InfluenceError(f"{estimand.name}: no set of columns is valid. Of {names(best)}: {'; '.join(faults)}.")
+    if len(candidates) == 1:
+        return Choice((candidates[0],) * folds, "the only valid set without hidden nodes")
+    half = fold % 2
+    chosen: list[frozenset[str]] = []
+    for side in (0, 1):
+        rows = np.flatnonzero(half != side)  # the other half chooses
+        variances = [
+            _variance(data, estimand, each, models, rows, seed) for each in track(candidates, "adjustment sets")
+        ]
+        chosen.append(candidates[int(np.argmin(variances))])
+    why = (
+        f"of {len(candidates)} valid sets without hidden nodes, the one of the lowest estimated variance; each half of "
+        "the folds chose for the other"
+    )
+    return Choice(tuple(chosen[k % 2] for k in range(folds)), why)
+
+
+def cross_fit(
+    data: EffectData,
+    estimand: Estimand,
+    sets: Sequence[frozenset[str]],
+    models: Nuisances,
+    fold: Rows,
+    seed: int,
+    track: Track = untracked,
+) -> CrossFit:
+    """The estimate with nuisances of each fold from all other folds.
+
+    Args:
+        data: Columns with their graph.
+        estimand: What is asked.
+        sets: Adjustment set of each fold.
+        models: Regressions and classifiers.
+        fold: Each row's fold [N]; −1 leaves the row out.
+        seed: Draws partners.
+        track: Shows a bar.
+    """
+    terms = np.zeros(len(data))
+    weights: dict[str, Floats] = {}
+    for k in track(range(len(sets)), estimand.name):
+        train, test = np.flatnonzero((fold != k) & (fold >= 0)), np.flatnonzero(fold == k)
+        found = estimand.terms(data, sets[k], train, test, models, np.random.default_rng([seed, k]))
+        terms[test] = found.values
+        for name, weight in found.weights.items():
+            weights.setdefault(name, np.zeros(len(data)))[test] = weight
+    there = fold >= 0
+    value = float(terms[there].mean())
+    return CrossFit(value, np.where(there, terms - value, 0.0), weights)
+
+
+def _variance(
+    data: EffectData, estimand: Estimand, adjust: frozenset[str], models: Nuisances, rows: Rows, seed: int
+) -> float:
+    """Estimated asymptotic variance of the estimator with a set, on some rows."""
+    fold = np.full(len(data), -1, dtype=np.int64)
+    fold[rows] = deal(data.treated[rows], COMPARED_FOLDS, np.random.default_rng(seed))
+    found = cross_fit(data, estimand, [adjust] * COMPARED_FOLDS, models, fold, seed)
+    return float((found.influence[rows] ** 2).mean())
+
+
+def _named(data: EffectData, estimand: Estimand, given: Sequence[str]) -> frozenset[str]:
+    graph, chosen = data.graph, frozenset(given)
+    if unknown := sorted(chosen - set(graph.observed)):
+        raise InfluenceError(
+            f"{estimand.name}: {', '.join(map(repr, unknown))} cannot be adjusted for; choose among {graph.observed}."
+        )
+    if faults := estimand.faults(graph, chosen):
+        better = next(valid_sets(graph, estimand.faults), None)
+        remedy = "no set of columns is" if better is None else f"{names(better)} is"
+        raise InfluenceError(f"{estimand.name}: {names(chosen)} is not valid, {remedy}: {'; '.join(faults)}.")
+    return chosen
+
+
+def _check_rows(data: EffectData, folds: int) -> None:
+    if folds < 2:
+        raise InfluenceError(f"estimate: folds={folds}; nuisances need rows of other folds, so take 2 or more.")
+    if len(data) < folds * SMALLEST_FOLD:
+        raise InfluenceError(
+            f"estimate: {len(data)} rows in {folds} folds are fewer than {SMALLEST_FOLD} a fold; take fewer folds or "
+            "more rows."
+        )
+    smaller = int(min(data.treated.sum(), (~data.treated).sum()))
+    if smaller < folds * SMALLEST_ARM:
+        raise InfluenceError(
+            f"estimate: {smaller} rows with the rarer treatment in {folds} folds are fewer than {SMALLEST_ARM} a fold; "
+            "take fewer folds or more rows."
+        )
+
+
+def _check_positivity(name: str, found: Positivity, smallest: float) -> None:
+    remedy = "adjust for fewer columns, or keep rows of kinds that occur with both treatments"
+    for part, size in found.effective_size.items():
+        if size < smallest:
+            raise InfluenceError(
+                f"{name}: positivity fails: for {part!r} the rows are worth {size:.1f} equally weighted ones, fewer "
+                f"than {smallest:g}; {remedy}."
+            )
+        if found.mean_weight[part] < SMALLEST_WEIGHT:
+            raise InfluenceError(
+                f"{name}: positivity fails: for {part!r} the weights add up to {found.mean_weight[part]:.0%} of the "
+                f"rows, so whole kinds of rows are missing; {remedy}."
+            )
