@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import cost, label_tables, layer_tables, values_tables
+from benchmarks.effects import markdown as effects
 from benchmarks.fairness import markdown as fairness
 from benchmarks.family import markdown as family
 from benchmarks.finetuning import markdown as finetuning
@@ -389,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections |= {"label_errors": label_tables.label_errors, "layers": layer_tables.layers}
     sections |= {"values": values_tables.values, "values_airrep": values_tables.airrep}
     sections |= {"influence": influence.section, "tokens": tokens.section, "fairness": fairness.section}
+    sections |= {"effects": effects.section}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

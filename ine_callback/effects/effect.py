@@ -10,32 +10,13 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from scipy.stats import norm
 
-from ine_callback.effects.formulas import Floats, effective_size
+from ine_callback.effects.formulas import Floats
+from ine_callback.effects.positivity import Positivity
 from ine_callback.utilities.terminal import as_text
 from ine_callback.utilities.words import number, plain, probability, signed
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-
-@dataclass(frozen=True)
-class Positivity:
-    """How well rows of each kind occur with either treatment.
-
-    Attributes:
-        largest_weight: By part of the estimate, the largest weight.
-        mean_weight: By part of the estimate; about 1 where rows of all kinds are there.
-        effective_size: By part of the estimate, (Σ w)² / Σ w²: as many equally weighted rows would be as good.
-    """
-
-    largest_weight: dict[str, float]
-    mean_weight: dict[str, float]
-    effective_size: dict[str, float]
-
-    @property
-    def smallest(self) -> float:
-        """The smallest effective sample size."""
-        return min(self.effective_size.values())
 
 
 @dataclass(frozen=True)
@@ -112,7 +93,7 @@ class Effect:
             "why": self.why,
             "assumptions": list(self.assumptions),
             "largest_weight": self.positivity.largest_weight,
-            "mean_weight": self.positivity.mean_weight,
+            "imbalance": self.positivity.imbalance,
             "effective_size": self.positivity.effective_size,
             "folds": self.folds,
             "nuisances": self.nuisances,
@@ -126,13 +107,6 @@ class Effect:
 
     def __repr__(self) -> str:
         return f"Effect({self.estimand} {self.estimate:.4g} ± {self.standard_error:.2g}, {len(self.influence)} rows)"
-
-
-def positivity(weights: dict[str, Floats]) -> Positivity:
-    """What weights by part of an estimate [N] say about positivity."""
-    largest = {name: float(weight.max()) for name, weight in weights.items()}
-    mean = {name: float(weight.mean()) for name, weight in weights.items()}
-    return Positivity(largest, mean, {name: effective_size(weight) for name, weight in weights.items()})
 
 
 def render(effects: list[Effect]) -> Group:
@@ -164,12 +138,13 @@ def render(effects: list[Effect]) -> Group:
 def _words(effect: Effect) -> list[str]:
     sets = " and ".join("{" + ", ".join(each) + "}" for each in effect.adjustment)
     rows = ", ".join(map(str, np.argsort(-np.abs(effect.influence), kind="stable")[:5].tolist()))
-    largest = max(effect.positivity.largest_weight.values())
+    largest, imbalance = max(effect.positivity.largest_weight.values()), max(effect.positivity.imbalance.values())
     return [
         f"{effect.estimand} holds if",
         *(f"  - {each}" for each in effect.assumptions),
         f"  adjusted for {sets}: {effect.why}",
-        f"  {len(effect.influence)} rows, {effect.folds} folds, {effect.nuisances}; largest weight {largest:.3g}",
+        f"  {len(effect.influence)} rows, {effect.folds} folds, {effect.nuisances}; largest weight {largest:.3g}, "
+        f"imbalance {imbalance:.2f} sd",
         f"  carried most by rows {rows}; without the first of them {signed(_without(effect), 5)}",
         "",
     ]

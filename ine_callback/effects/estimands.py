@@ -22,16 +22,30 @@ PARTNERS = 64  # rows that each row is paired with, for means over independent d
 OPTIMAL = "optimal"
 
 
+class Weighted(NamedTuple):
+    """Rows of a fold that stand for all rows, in one part of an estimate.
+
+    Attributes:
+        weight: What their outcomes are multiplied with [n]; 0 where they are not looked at.
+        columns: Whose weighted means should be those of all rows [n, k].
+        reference: Weights of the rows that they stand for [n].
+    """
+
+    weight: Floats
+    columns: Floats
+    reference: Floats
+
+
 class Terms(NamedTuple):
     """What each row of a fold adds.
 
     Attributes:
         values: [n]; their mean is the estimate.
-        weights: By name, what outcomes of rows were multiplied with [n], 0 where they were not looked at.
+        parts: By name.
     """
 
     values: Floats
-    weights: dict[str, Floats]
+    parts: dict[str, Weighted]
 
 
 class Estimand:
@@ -95,13 +109,13 @@ class ATE(Estimand):
     ) -> Terms:
         z, a, y = data.matrix(adjust), data.treated, data.outcome
         share = models.probability(z[train], a[train])(z[test])
-        arms, weights = [], {}
+        arms, parts = [], {}
         for arm, chance in ((True, share), (False, 1 - share)):
             mine = train[a[train] == arm]
             weight = (a[test] == arm) / chance
-            weights[f"{data.graph.treatment} = {int(arm)}"] = weight
+            parts[f"{data.graph.treatment} = {int(arm)}"] = Weighted(weight, z[test], np.ones(len(test)))
             arms.append(potential_mean(y[test], models.mean(z[mine], y[mine])(z[test]), weight))
-        return Terms(arms[0] - arms[1], weights)
+        return Terms(arms[0] - arms[1], parts)
 
 
 @dataclass(frozen=True)
@@ -146,17 +160,17 @@ class WCDE(Estimand):
         z1, z2 = data.matrix(adjust & data.graph.mediators), data.matrix(adjust - data.graph.mediators)
         z = np.concatenate([z1, z2], 1)
         mixed = [np.concatenate([z1[train], z2[order]], 1) for order in shifted(train, 2, rng)]
-        arms, weights = [], {}
+        arms, parts = [], {}
         for arm in (True, False):
             mine = train[a[train] == arm]
             mu = models.mean(z[mine], y[mine])
             # one ratio, of pairs drawn independently to the arm's rows, holds density ratio and propensity in one
             ratio = models.odds(np.concatenate(mixed), z[mine])(z[test])
             weight = (a[test] == arm) * ratio * (len(train) / len(mine))
-            weights[f"{data.graph.treatment} = {int(arm)}"] = weight
+            parts[f"{data.graph.treatment} = {int(arm)}"] = Weighted(weight, z[test], np.ones(len(test)))
             h1, h2 = paired_means(mu, z1[test], z2[test], rng)
             arms.append(weighted_controlled(y[test], mu(z[test]), weight, h1, h2, float(h1.mean())))
-        return Terms(arms[0] - arms[1], weights)
+        return Terms(arms[0] - arms[1], parts)
 
 
 @dataclass(frozen=True)
@@ -216,13 +230,16 @@ class _Natural(Estimand):
         for arm, chance in ((1, share), (0, 1 - share)):
             mine, weight = train[a[train] == arm], (a[test] == arm) / chance
             values = potential_mean(y[test], models.mean(c[mine], y[mine])(c[test]), weight)
-            found[arm, arm] = Terms(values, {f"{data.graph.treatment} = {arm}": weight})
+            part = Weighted(weight, c[test], np.ones(len(test)))
+            found[arm, arm] = Terms(values, {f"{data.graph.treatment} = {arm}": part})
         treated, others = train[a[train]], train[~a[train]]
         mu = models.mean(mc[treated], y[treated])
         g = models.mean(c[others], mu(mc[others]))(c[test])
         weight = a[test] * (1 - late) / (late * (1 - share))
-        values = cross_mean(y[test], mu(mc[test]), weight, g, ~a[test] / (1 - share))
-        found[1, 0] = Terms(values, {f"{data.graph.treatment} = 1, mediators as under 0": weight})
+        reference = ~a[test] / (1 - share)
+        values = cross_mean(y[test], mu(mc[test]), weight, g, reference)
+        part = Weighted(weight, mc[test], reference)
+        found[1, 0] = Terms(values, {f"{data.graph.treatment} = 1, mediators as under 0": part})
         return found
 
 
@@ -242,7 +259,7 @@ class NDE(_Natural):
     ) -> Terms:
         found = self.cross(data, adjust, train, test, models)
         one, other = found[1, 0], found[0, 0]
-        return Terms(one.values - other.values, one.weights | other.weights)
+        return Terms(one.values - other.values, one.parts | other.parts)
 
 
 @dataclass(frozen=True)
@@ -261,7 +278,7 @@ class NIE(_Natural):
     ) -> Terms:
         found = self.cross(data, adjust, train, test, models)
         one, other = found[1, 1], found[1, 0]
-        return Terms(one.values - other.values, one.weights | other.weights)
+        return Terms(one.values - other.values, one.parts | other.parts)
 
 
 def shifted(rows: Rows, count: int, rng: Any) -> list[Rows]:

@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from ine_callback.effects.adjustment import names, valid_sets
 from ine_callback.effects.data import EffectData
-from ine_callback.effects.effect import Effect, Positivity, positivity
-from ine_callback.effects.estimands import OPTIMAL, Estimand, Rows
+from ine_callback.effects.effect import Effect
+from ine_callback.effects.estimands import OPTIMAL, Estimand, Rows, Weighted
 from ine_callback.effects.formulas import Floats
 from ine_callback.effects.nuisances import Nuisances, nuisances
+from ine_callback.effects.positivity import Positivity, positivity
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.tracking import Track, untracked
 
-SMALLEST_FOLD, SMALLEST_ARM, SMALLEST_SAMPLE, SMALLEST_WEIGHT = 50, 10, 20, 0.5
+SMALLEST_FOLD, SMALLEST_ARM, SMALLEST_SAMPLE = 50, 10, 20
+LARGEST_IMBALANCE = 0.25  # standard deviations (Rubin 2001; Stuart 2010)
 MOST_SETS = 32  # that are compared by their estimated variance
 COMPARED_FOLDS = 2
 
@@ -30,7 +32,7 @@ def estimate(
     nuisances: str | tuple[Any, Any] | Nuisances = "spline",
     folds: int = 5,
     seed: int = 0,
-    smallest_sample: float = SMALLEST_SAMPLE,
+    refuse: bool = True,
     track: Track = untracked,
 ) -> Effect:
     """Estimates an effect, and each row's influence on the estimate.
@@ -45,7 +47,8 @@ def estimate(
         nuisances: ``"spline"``, ``"linear"``, or (regressor, classifier) with scikit-learn's methods.
         folds: Of cross-fitting.
         seed: Deals the rows into folds.
-        smallest_sample: An effective sample size below it is refused.
+        refuse: Whether weights that show a lack of positivity are an error: an effective sample size below 20, or means
+            of weighted rows more than .25 standard deviations from those that they stand for.
         track: Shows a bar.
 
     Raises:
@@ -62,7 +65,7 @@ def estimate(
         >>> found
         Effect(ATE 2.055 ± 0.05, 2000 rows)
         >>> found.adjustment, found.top(3)
-        ((('C',),), array([0]))
+        ((('C',),), array([1338, 1258,  313]))
     """
     models = _models(nuisances)
     estimand.check(data.graph)
@@ -70,13 +73,13 @@ def estimate(
     fold = deal(data.treated, folds, np.random.default_rng(seed))
     choice = choose(data, estimand, models, fold, seed, track)
     found = cross_fit(data, estimand, choice.sets, models, fold, seed, track)
-    size = positivity(found.weights)
-    _check_positivity(estimand.name, size, smallest_sample)
+    if refuse:
+        _check_positivity(estimand.name, found.positivity)
     graph = data.graph
     adjusted = tuple(dict.fromkeys(tuple(sorted(each)) for each in choice.sets))
     return Effect(
         estimand.name, graph.treatment, graph.outcome, found.estimate, found.influence, adjusted, choice.why,
-        estimand.assumptions(graph), size, folds, models.name,
+        estimand.assumptions(graph), found.positivity, folds, models.name,
     )  # fmt: skip
 
 
@@ -93,11 +96,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class CrossFit:
-    """What cross-fitting found: the estimate, influence [N], weights by name [N]."""
+    """What cross-fitting found: the estimate, influence [N], and what its weights say."""
 
     estimate: float
     influence: Floats
-    weights: dict[str, Floats]
+    positivity: Positivity
 
 
 def deal(treated: NDArray[np.bool_], folds: int, rng: Any) -> Rows:
@@ -167,16 +170,16 @@ def cross_fit(
         track: Shows a bar.
     """
     terms = np.zeros(len(data))
-    weights: dict[str, Floats] = {}
+    parts: dict[tuple[str, frozenset[str]], list[Weighted]] = {}
     for k in track(range(len(sets)), estimand.name):
         train, test = np.flatnonzero((fold != k) & (fold >= 0)), np.flatnonzero(fold == k)
         found = estimand.terms(data, sets[k], train, test, models, np.random.default_rng([seed, k]))
         terms[test] = found.values
-        for name, weight in found.weights.items():
-            weights.setdefault(name, np.zeros(len(data)))[test] = weight
+        for name, part in found.parts.items():
+            parts.setdefault((name, sets[k]), []).append(part)
     there = fold >= 0
     value = float(terms[there].mean())
-    return CrossFit(value, np.where(there, terms - value, 0.0), weights)
+    return CrossFit(value, np.where(there, terms - value, 0.0), positivity(parts))
 
 
 def _variance(
@@ -218,16 +221,17 @@ def _check_rows(data: EffectData, folds: int) -> None:
         )
 
 
-def _check_positivity(name: str, found: Positivity, smallest: float) -> None:
+def _check_positivity(name: str, found: Positivity) -> None:
     remedy = "adjust for fewer columns, or keep rows of kinds that occur with both treatments"
     for part, size in found.effective_size.items():
-        if size < smallest:
+        if size < SMALLEST_SAMPLE:
             raise InfluenceError(
                 f"{name}: positivity fails: for {part!r} the rows are worth {size:.1f} equally weighted ones, fewer "
-                f"than {smallest:g}; {remedy}."
+                f"than {SMALLEST_SAMPLE}; {remedy}."
             )
-        if found.mean_weight[part] < SMALLEST_WEIGHT:
+        if found.imbalance[part] > LARGEST_IMBALANCE:
             raise InfluenceError(
-                f"{name}: positivity fails: for {part!r} the weights add up to {found.mean_weight[part]:.0%} of the "
-                f"rows, so whole kinds of rows are missing; {remedy}."
+                f"{name}: positivity fails: for {part!r} the weighted rows differ from those that they stand for by "
+                f"{found.imbalance[part]:.2f} standard deviations of a column, so whole kinds of rows are missing; "
+                f"{remedy}."
             )

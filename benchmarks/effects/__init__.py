@@ -1,0 +1,1 @@
+"""Effects measured: variances over adjustment sets, coverage, other packages."""
