@@ -4,8 +4,8 @@
 
 The protocol of arXiv 2506.09871: the WCDE in the paper's two graphs, by all valid adjustment sets; coefficients
 ±U(.5, 1.5), noise of standard deviation .25 as published and 1, parents added up as they are (linear nuisances) or by
-their sines (splines). Then coverage of all estimands in a linear model with one mediator, and the ATE beside doubleml's
-where that is installed. Nothing is tuned.
+their sines (splines). Then coverage of all estimands in a linear model with one mediator, paths under tiers in one of
+eight nodes, and the ATE beside doubleml's where that is installed. Nothing is tuned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.effects import natural
+from benchmarks.effects import natural, tiers
 from benchmarks.effects.graphs import GRAPHS, variances
 from benchmarks.effects.markdown import section
 from benchmarks.network import machine
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["graphs"][f"{name}, {function}, noise {noise:g}, {rows} rows"] = found
     rows, runs = 1000, 4 if args.quick else 500
     results |= {"rows": rows, "coverage runs": runs, "coverage": natural.coverage(rows, runs)}
+    runs = 2 if args.quick else 100
+    results |= {"paths": {kind: tiers.measured(kind, 2000, runs) for kind in tiers.KINDS}, "paths runs": runs}
     results["doubleml"] = natural.beside_doubleml(rows, 1 if args.quick else 20)
     args.json.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(section(results)))

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from ine_callback.effects import WCDE, EffectData
 from ine_callback.effects.adjustment import names, valid_sets, wcde_faults
-from ine_callback.effects.estimate import LARGEST_IMBALANCE, SMALLEST_SAMPLE, cross_fit, deal
+from ine_callback.effects.estimation import LARGEST_IMBALANCE, SMALLEST_SAMPLE, cross_fit, deal
 from ine_callback.effects.graph import causal_graph
 from ine_callback.effects.nuisances import nuisances
 

@@ -50,6 +50,7 @@ class EffectData:
     ) -> None:
         hidden = frozenset(hidden)
         self.graph: CausalGraph = causal_graph(graph, treatment, outcome, tiers, hidden)
+        self.tiers = None if tiers is None else tuple(map(tuple, tiers))
         given = {str(name): columns[name] for name in columns}
         missing = sorted(set(self.graph.graph) - hidden - set(given))
         if missing:

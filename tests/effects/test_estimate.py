@@ -71,7 +71,7 @@ def test_influence_sums_to_nothing_and_predicts_the_estimate_without_a_row() -> 
 
 def test_leaving_a_row_out_moves_the_estimate_as_its_influence_says() -> None:
     """By estimating anew without it, with the others in the same folds."""
-    from ine_callback.effects.estimate import cross_fit, deal
+    from ine_callback.effects.estimation import cross_fit, deal
 
     made, models = data(600), nuisances("linear")
     fold = deal(made.treated, 5, np.random.default_rng(0))

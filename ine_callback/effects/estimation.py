@@ -69,7 +69,7 @@ def estimate(
     """
     models = _models(nuisances)
     estimand.check(data.graph)
-    _check_rows(data, folds)
+    check_rows(data, folds)
     fold = deal(data.treated, folds, np.random.default_rng(seed))
     choice = choose(data, estimand, models, fold, seed, track)
     found = cross_fit(data, estimand, choice.sets, models, fold, seed, track)
@@ -205,7 +205,12 @@ def _named(data: EffectData, estimand: Estimand, given: Sequence[str]) -> frozen
     return chosen
 
 
-def _check_rows(data: EffectData, folds: int) -> None:
+def check_rows(data: EffectData, folds: int) -> None:
+    """Refuses too few rows.
+
+    Raises:
+        InfluenceError: If so, or on fewer than two folds.
+    """
     if folds < 2:
         raise InfluenceError(f"estimate: folds={folds}; nuisances need rows of other folds, so take 2 or more.")
     if len(data) < folds * SMALLEST_FOLD:
