@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ine_callback.effects.graph import OWNER, CausalGraph, Tiers, causal_graph
+from ine_callback.effects.outcome import Outcome
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.validate import listed
 
@@ -22,7 +23,7 @@ class EffectData:
         columns: Names to arrays [N], or [N, d] of a node with several numbers; a data frame does too. Text is taken as
             categories.
         treatment: Name of the column of the treatment, 0 or 1 (False or True) in each row.
-        outcome: Name of the column of the outcome, numbers.
+        outcome: Name of the column of the outcome, numbers; or an :class:`Outcome` of a training.
         graph: ``"C -> A; A -> M -> Y"``, or a ``networkx.DiGraph``.
         tiers: In its place: groups of names in causal order, each caused by all of the earlier ones.
         hidden: Nodes of the graph that nobody measured.
@@ -43,15 +44,19 @@ class EffectData:
         self,
         columns: Mapping[str, ArrayLike] | Any,
         treatment: str,
-        outcome: str,
+        outcome: str | Outcome,
         graph: str | Any | None = None,
         tiers: Tiers | None = None,
         hidden: Iterable[str] = (),
     ) -> None:
         hidden = frozenset(hidden)
+        given = {str(name): columns[name] for name in columns}
+        if isinstance(outcome, Outcome):
+            if outcome.name in given:
+                raise InfluenceError(f"{OWNER}: the outcome {outcome.name!r} is a column, too; give it another name=.")
+            given[outcome.name], outcome = outcome.values, outcome.name
         self.graph: CausalGraph = causal_graph(graph, treatment, outcome, tiers, hidden)
         self.tiers = None if tiers is None else tuple(map(tuple, tiers))
-        given = {str(name): columns[name] for name in columns}
         missing = sorted(set(self.graph.graph) - hidden - set(given))
         if missing:
             raise InfluenceError(
@@ -114,14 +119,13 @@ class EffectData:
 def _numbers(name: str, column: Any) -> Floats:
     """A column as numbers [N, d]; categories as 0 and 1 for each but the first."""
     found = np.asarray(column)
-    if found.dtype.kind in "OUS":
-        try:
-            found = found.astype(np.float64)
-        except (TypeError, ValueError):
-            if found.ndim != 1 or any(value is None for value in found):
-                raise InfluenceError(f"{OWNER}: column {name!r} has missing values; drop these rows.") from None
-            levels, codes = np.unique(found.astype(str), return_inverse=True)
-            found = np.eye(len(levels))[codes][:, 1:]
+    if found.dtype.kind == "O" and not any(isinstance(value, str) for value in found.flat):
+        found = found.astype(np.float64)  # None becomes NaN
+    if found.dtype.kind in "OUS" and found.ndim == 1:  # text, also of digits
+        if not all(isinstance(value, (str, bytes)) for value in found):
+            raise InfluenceError(f"{OWNER}: column {name!r} has text and missing values; drop these rows.")
+        levels, codes = np.unique(found.astype(str), return_inverse=True)
+        found = np.eye(len(levels))[codes][:, 1:]
     if found.dtype.kind not in "fiub" or found.ndim not in (1, 2):
         raise InfluenceError(
             f"{OWNER}: column {name!r} is of type {found.dtype} and shape {found.shape}; give numbers or text, [rows] "

@@ -170,6 +170,9 @@ def test_data_frames_and_categories_are_columns() -> None:
     assert estimate(EffectData(frame, "A", "Y", GRAPH), ATE()).estimate == estimate(data(), ATE()).estimate
     kinds = np.array(["x", "y", "z"])[np.random.default_rng(0).integers(0, 3, 600)]
     assert data(C=kinds).matrix(["C"]).shape == (600, 2)
+    digits = np.random.default_rng(0).integers(0, 5, 600).astype(str)  # text, so no numbers
+    assert (data(C=digits).matrix(["C"]) == (digits[:, None] == list("1234"))).all()
+    assert data(C=np.array([1, 2.5] * 300, dtype=object)).matrix(["C"]).shape == (600, 1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_data_frames_and_categories_are_columns() -> None:
         ({"C": np.r_[np.nan, np.zeros(599)]}, "'C' has no finite number in row 0;"),
         ({"C": np.zeros(5)}, "unequal lengths"),
         ({"C": np.zeros((600, 2, 2))}, "'C' is of type float64 and shape"),
-        ({"C": np.array([None, "a"] * 300)}, "'C' has missing values"),
+        ({"C": np.array([None, "a"] * 300)}, "'C' has text and missing values"),
         ({"Y": np.zeros((600, 2))}, "outcome 'Y' has 2 numbers a row"),
     ],
 )

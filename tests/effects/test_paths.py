@@ -1,4 +1,4 @@
-"""Paths under tiers: the posterior by brute force, products, derivatives, coverage, and published formulas that fail."""
+"""Paths under tiers: the posterior by brute force, products, derivatives, coverage, and formulas that fail."""
 
 from __future__ import annotations
 
