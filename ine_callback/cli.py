@@ -105,6 +105,10 @@ document, up to a budget. Train with SuppressTokens(dataset, TokenMask.load(FILE
 examples:
   ine-callback tokens influence
   ine-callback tokens influence --quantile 0.98 --window 0 --budget 0.03 -o mask.parquet"""
+EFFECTS_EXAMPLES = """\
+examples:
+  ine-callback effects fit table.csv --graph graph.txt --treatment A --outcome Y --estimand wcde
+  ine-callback effects fit --help"""
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 
@@ -212,6 +216,9 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
     tokens.add_argument("--window", type=int, default=1, metavar="K", help="neighbours on each side; default 1")
     tokens.add_argument("--budget", type=float, default=0.02, help="largest share of all tokens; default .02")
     output(tokens, "only counts are printed; the mask goes to FILE, .parquet")
+
+    effects = command("effects", _effects, "effects of a table's columns by a causal graph", EFFECTS_EXAMPLES)
+    effects.add_argument("rest", nargs=argparse.REMAINDER, metavar="fit|show|adjust ...", help="each has --help")
 
     shell = command("completion", _completion, "print a completion script for your shell", COMPLETION_EXAMPLES)
     shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
@@ -346,6 +353,12 @@ def _kairos(arguments: argparse.Namespace) -> int:
     if arguments.file is not None:
         print(plain(write_values(found, arguments.file)), file=sys.stderr if arguments.json else sys.stdout)
     return FOUND
+
+
+def _effects(arguments: argparse.Namespace) -> int:
+    from ine_callback.effects.command import main as run  # which no other command needs
+
+    return run(arguments.rest or ["--help"])
 
 
 def _tokens(arguments: argparse.Namespace) -> int:

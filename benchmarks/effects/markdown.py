@@ -11,11 +11,11 @@ HEAD = """\
 ## Effects
 
 ```bash
-python -m benchmarks.effects --json effects.json
+python -m benchmarks.effects --json effects.json --repetitions {repetitions}
 ```
 
 WCDE in the two graphs of arXiv 2506.09871, all valid sets, {sets} sets of coefficients with {repetitions} repetitions
-each (of sin {fewer}). Numbers are means over the sets of coefficients. The paper has noise of standard deviation .25,
+each (of sin half). Numbers are means over the sets of coefficients. The paper has noise of standard deviation .25,
 with which hardly any row has the mediators of the other treatment; 1 is ours. "Refused" is the share of estimates that
 `estimate` would not give, for positivity. {{G1, G2}} is optimal.
 """
@@ -23,7 +23,7 @@ with which hardly any row has the mediators of the other treatment; 1 is ours. "
 
 def section(results: dict[str, Any]) -> Iterable[str]:
     """The section of ``benchmarks.effects``."""
-    yield HEAD.format(**{key: results[key] for key in ("sets", "repetitions", "fewer")})
+    yield HEAD.format(**{key: results[key] for key in ("sets", "repetitions")})
     for name, found in results["graphs"].items():
         columns = list(next(iter(found.values())))
         optimal = found["{G1, G2}"]["variance"]
@@ -37,7 +37,7 @@ def section(results: dict[str, Any]) -> Iterable[str]:
     )
     columns = list(next(iter(results["paths"].values())))
     rows = ([key, *(number(each[c]) for c in columns)] for key, each in results["paths"].items())
-    yield table([f"paths under tiers, 8 nodes, 2,000 rows, {results['paths runs']} runs", *columns], rows)
+    yield table([f"paths under tiers, 8 nodes, 2,000 rows, {results['repetitions']} runs", *columns], rows)
     if results["doubleml"]:
         yield table(["ATE beside doubleml, same models", ""], ([k, number(v)] for k, v in results["doubleml"].items()))
 

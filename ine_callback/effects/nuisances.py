@@ -58,6 +58,11 @@ class Basis:
         self._many = [len(np.unique(column)) > 2 for column in x.T]  # a square of two values is no new column
         expanded = self._expand(x)
         self._middle, deviation = expanded.mean(0), expanded.std(0)
+        start = 0
+        for knots in self._knots:  # splines where few rows are would hardly be penalised if each had its own scale
+            width = 1 if knots is None else len(knots) - DEGREE - 2
+            deviation[start : start + width] = np.sqrt((deviation[start : start + width] ** 2).mean())
+            start += width
         self._deviation = np.where(deviation > 1e-12, deviation, 1.0)
         found: Floats = (expanded - self._middle) / self._deviation
         return found

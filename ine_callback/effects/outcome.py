@@ -99,16 +99,14 @@ class Outcome:
         from ine_callback.utilities.isolation import isolated
 
         if isinstance(getattr(batches, "sampler", None), RandomSampler):
-            raise InfluenceError(
-                "Outcome.prediction: the loader shuffles, so rows lose their place; shuffle=False."
-            )
+            raise InfluenceError("Outcome.prediction: the loader shuffles, so rows lose their place; shuffle=False.")
         parts = []
         with isolated(module), torch.no_grad():
             for batch in batches:
                 part = value(module, batch)
                 if part.dim() != 1:
                     raise InfluenceError(
-                        f"Outcome.prediction: value gives the shape {tuple(part.shape)}; return one number for each row."
+                        f"Outcome.prediction: value gives the shape {tuple(part.shape)}; return one number a row."
                     )
                 parts.append(part.detach().cpu().double().numpy())
         return cls(name, np.concatenate(parts))
