@@ -106,9 +106,11 @@ examples:
   ine-callback tokens influence
   ine-callback tokens influence --quantile 0.98 --window 0 --budget 0.03 -o mask.parquet"""
 EFFECTS_EXAMPLES = """\
+`ine-callback effects fit --help` has the options.
+
 examples:
   ine-callback effects fit table.csv --graph graph.txt --treatment A --outcome Y --estimand wcde
-  ine-callback effects fit --help"""
+  ine-callback effects adjust graph.txt --treatment A --outcome Y"""
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 

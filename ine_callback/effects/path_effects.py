@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class PathEffect:
         within: Mean squared standard error of a graph.
         between: Variance of the effect over graphs.
         by: ``"natural effect"`` or ``"linear model"``.
+        effective_size: Of a natural effect, the smallest effective sample size of a graph; below 20, do not believe it.
+        imbalance: Of a natural effect, the largest one of a graph, see :class:`Positivity`; above .25, the same.
     """
 
     nodes: tuple[str, ...]
@@ -59,6 +61,8 @@ class PathEffect:
     within: float
     between: float
     by: str
+    effective_size: float
+    imbalance: float
 
     @property
     def standard_error(self) -> float:
@@ -140,15 +144,24 @@ def paths(
     return Paths(tuple(made), graphs, tau)
 
 
-Found = list[tuple[float, float, Floats]]  # of each graph: its share, effect and influence [N]
+class Found(NamedTuple):
+    """What a graph says of a path: its share, the effect, influence [N], and positivity of a natural effect."""
+
+    share: float
+    effect: float
+    influence: Floats
+    effective_size: float = np.nan
+    imbalance: float = np.nan
 
 
-def _averaged(path: tuple[str, ...], stability: float, each: Found, by: str) -> PathEffect:
-    share, effect = np.array([one[0] for one in each]), np.array([one[1] for one in each])
-    influence = np.stack([one[2] for one in each])
+def _averaged(path: tuple[str, ...], stability: float, each: Sequence[Found], by: str) -> PathEffect:
+    share, effect = np.array([one.share for one in each]), np.array([one.effect for one in each])
+    influence = np.stack([one.influence for one in each])
     mean, rows = float(share @ effect), influence.shape[1]
     within = float(share @ (influence**2).sum(1)) / rows**2
-    return PathEffect(path, stability, mean, share @ influence, within, float(share @ (effect - mean) ** 2), by)
+    between = float(share @ (effect - mean) ** 2)
+    size, imbalance = min(one.effective_size for one in each), max(one.imbalance for one in each)
+    return PathEffect(path, stability, mean, share @ influence, within, between, by, size, imbalance)
 
 
 def _stable(graphs: Posterior, data: EffectData, tau: float) -> Iterator[tuple[str, ...]]:
@@ -175,7 +188,7 @@ def _one_tier(data: EffectData) -> bool:
 
 def _natural(
     data: EffectData, graphs: Posterior, path: tuple[str, ...], models: Nuisances, fold: Any, seed: int
-) -> Found:
+) -> list[Found]:
     """Natural effects by what graphs adjust for: graphs that do not differ in it are one."""
     causes = _before(data)
     asked: dict[tuple[Estimand, frozenset[str]], float] = {}
@@ -191,7 +204,9 @@ def _natural(
     kept = {one: share for one, share in asked.items() if share >= SMALLEST_SHARE}
     for (estimand, adjust), share in kept.items():
         fit = cross_fit(data, estimand, [adjust] * folds, models, fold, seed)
-        found.append((share / sum(kept.values()), fit.estimate, fit.influence))
+        checks = fit.positivity
+        size, imbalance = checks.smallest, max(checks.imbalance.values())
+        found.append(Found(share / sum(kept.values()), fit.estimate, fit.influence, size, imbalance))
     return found
 
 
@@ -212,7 +227,7 @@ def _graphs(
         yield dict(zip(sets, (one for one, _ in chosen), strict=True)), float(np.prod([share for _, share in chosen]))
 
 
-def _linear(data: EffectData, graphs: Posterior, path: tuple[str, ...]) -> Found:
+def _linear(data: EffectData, graphs: Posterior, path: tuple[str, ...]) -> list[Found]:
     """Products of coefficients, one for each choice of the path's sets of parents."""
     steps = [
         [(share, *_coefficient(data, u, v, found)) for found, share in graphs.given(u, v, SMALLEST_SHARE).items()]
@@ -221,12 +236,12 @@ def _linear(data: EffectData, graphs: Posterior, path: tuple[str, ...]) -> Found
     return [_product(chosen) for chosen in product(*steps)]
 
 
-def _product(chosen: Sequence[tuple[float, float, Floats]]) -> tuple[float, float, Floats]:
+def _product(chosen: Sequence[tuple[float, float, Floats]]) -> Found:
     share, effect, influence = 1.0, 1.0, np.zeros_like(chosen[0][2])
     for chance, coefficient, moved in chosen:
         influence = influence * coefficient + effect * moved
         share, effect = share * chance, effect * coefficient
-    return share, effect, influence
+    return Found(share, effect, influence)
 
 
 def _coefficient(data: EffectData, cause: str, node: str, parents: frozenset[str]) -> tuple[float, Floats]:
@@ -244,7 +259,7 @@ def _render(found: Paths) -> Group:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, title="effects along paths", title_justify="left")
-    for head in ("path", "stability", "effect", "± se", "over all graphs", "by"):
+    for head in ("path", "stability", "effect", "± se", "over all graphs", "by", "n_eff", "imbalance"):
         table.add_column(head, justify="left" if head in ("path", "by") else "right")
     for one in found.found:
         table.add_row(
@@ -254,6 +269,8 @@ def _render(found: Paths) -> Group:
             number(one.standard_error, 3),
             signed(one.averaged[0], 3),
             one.by,
+            number(one.effective_size, 0),
+            number(one.imbalance, 2),
         )
     words = (
         f"Paths of stability {found.tau:g} or more, given the order of the tiers. Effects are of graphs that hold the "

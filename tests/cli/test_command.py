@@ -20,11 +20,12 @@ import pytest
 from ine_callback.cli import main, parser
 from ine_callback.report import example_report
 from tests.helpers.attributions import of_tokens
+from tests.helpers.effect_files import save_effect_files
 from tests.helpers.report.hostile import hostile
 from tests.helpers.row_files import save_row_files
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("show", "export", "compare", "html", "kairos", "tokens", "completion")
+COMMANDS = ("show", "export", "compare", "html", "kairos", "tokens", "effects", "completion")
 ESCAPES = "x\x1b]0;owned\x07\x1b[2J\x9b31m\nline"
 
 
@@ -33,6 +34,7 @@ def _reports(tmp_path: Path) -> None:
     example_report().save(tmp_path / "influence")
     example_report(seed=1).save(tmp_path / "other")
     save_row_files(tmp_path)
+    save_effect_files(tmp_path)
 
 
 def process(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:

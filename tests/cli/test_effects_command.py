@@ -7,33 +7,21 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import csv, parquet
+from pyarrow import parquet
 
 from ine_callback.cli import main
 from ine_callback.effects import WCDE, EffectData, estimate
+from ine_callback.effects.command import EXAMPLES
 from ine_callback.effects.files import load
+from tests.helpers.effect_files import GRAPH, effect_columns, save_effect_files
 
-GRAPH = "C -> A; C -> M; C -> Y; A -> M -> Y; A -> Y"
 ROLES = "--treatment A --outcome Y"
 
 
-def columns() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    c = rng.choice(["red", "green", "blue"], 600)
-    a = rng.random(600) < np.where(c == "red", 0.6, 0.4)
-    m = a + rng.normal(size=600)
-    return {"C": c, "A": a, "M": m, "Y": a + m + (c == "red") + rng.normal(size=600)}
-
-
 @pytest.fixture(autouse=True)
-def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    table = pa.table(columns())
-    csv.write_csv(table, "table.csv")
-    parquet.write_table(table, "table.parquet")
-    Path("graph.txt").write_text(GRAPH.replace("; ", "\n"))
+def _files(tmp_path: Path) -> None:
+    save_effect_files(tmp_path)
 
 
 def ran(line: str) -> int:
@@ -44,7 +32,7 @@ def ran(line: str) -> int:
 def test_estimates_are_those_of_python(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"fit table.{kind} --graph graph.txt {ROLES} --estimand wcde --adjust C,M --nuisances linear --seed 3 --json"
     assert ran(line) == 0
-    expected = estimate(EffectData(columns(), "A", "Y", GRAPH), WCDE(adjust=["C", "M"]), "linear", seed=3)
+    expected = estimate(EffectData(effect_columns(), "A", "Y", GRAPH), WCDE(adjust=["C", "M"]), "linear", seed=3)
     assert json.loads(capsys.readouterr().out) == [expected.to_dict()]
 
 
@@ -94,3 +82,10 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         ran("fit table.csv")
     assert ended.value.code == 2
+
+
+def test_examples_of_the_help_work(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip() for line in EXAMPLES.replace("\\\n", "").splitlines() if line.startswith("  ine-callback")]
+    assert len(lines) == 4
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_products_along_all_paths_add_up_to_the_total_effect() -> None:
 def test_the_influence_on_a_product_is_its_derivative_in_the_rows_weights() -> None:
     made = EffectData(chain(200, 0), "A", "Y", tiers=CHAIN)
     whole = {v: {frozenset(name for tier in CHAIN[:k] for name in tier): 1.0} for k, (v,) in enumerate(CHAIN)}
-    ((share, effect, influence),) = _linear(made, Posterior(whole), ("A", "M", "N", "Y"))
+    ((share, effect, influence, *_),) = _linear(made, Posterior(whole), ("A", "M", "N", "Y"))
 
     def estimate(w: torch.Tensor) -> torch.Tensor:
         found = torch.ones((), dtype=torch.float64)
@@ -125,6 +125,7 @@ def test_effects_of_one_tier_are_natural_effects_and_cover_the_truth() -> None:
     for seed in range(30):
         for one in paths(data(800, seed)).found:
             assert one.by == NATURAL and abs(one.influence.mean()) < 1e-12
+            assert one.effective_size > 20 and one.imbalance < 0.25
             if one.nodes in true:
                 covered.append(abs(one.effect - true[one.nodes]) < 1.96 * one.standard_error)
     assert len(covered) > 75 and 0.88 <= np.mean(covered) <= 1
