@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "coverage": natural.coverage(ROWS, sets * repetitions),
     }
     results["doubleml"] = natural.beside_doubleml(ROWS, 1 if args.quick else 20)
-    results["paths"] = {kind: tiers.measured(kind, 2000, repetitions) for kind in tiers.KINDS}
+    runs = 2 if args.quick else 100
+    results |= {"paths": {kind: tiers.measured(kind, 2000, runs) for kind in tiers.KINDS}, "paths runs": runs}
     results["graphs"] = {}
     for function, models, noise, rows in CASES[:1] if args.quick else CASES:
         for name in GRAPHS:

@@ -37,7 +37,7 @@ def section(results: dict[str, Any]) -> Iterable[str]:
     )
     columns = list(next(iter(results["paths"].values())))
     rows = ([key, *(number(each[c]) for c in columns)] for key, each in results["paths"].items())
-    yield table([f"paths under tiers, 8 nodes, 2,000 rows, {results['repetitions']} runs", *columns], rows)
+    yield table([f"paths under tiers, 8 nodes, 2,000 rows, {results['paths runs']} runs", *columns], rows)
     if results["doubleml"]:
         yield table(["ATE beside doubleml, same models", ""], ([k, number(v)] for k, v in results["doubleml"].items()))
 

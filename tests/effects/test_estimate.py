@@ -16,8 +16,10 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from ine_callback.effects import ATE, NDE, NIE, WCDE, EffectData, estimate
 from ine_callback.effects.estimands import Estimand, paired_means, shifted
+from ine_callback.effects.estimation import choose, cross_fit, deal
 from ine_callback.effects.nuisances import Basis, Logistic, Ridge, nuisances
 from ine_callback.errors import InfluenceError
+from ine_callback.utilities.tracking import untracked
 
 GRAPH = "C -> A; C -> M; C -> Y; A -> M -> Y; A -> Y"
 TRUE = {"ATE": 0.02, "WCDE": 0.5, "NDE": 0.5, "NIE": -0.48}
@@ -71,8 +73,6 @@ def test_influence_sums_to_nothing_and_predicts_the_estimate_without_a_row() -> 
 
 def test_leaving_a_row_out_moves_the_estimate_as_its_influence_says() -> None:
     """By estimating anew without it, with the others in the same folds."""
-    from ine_callback.effects.estimation import cross_fit, deal
-
     made, models = data(600), nuisances("linear")
     fold = deal(made.treated, 5, np.random.default_rng(0))
     whole = cross_fit(made, ATE(), [frozenset({"C"})] * 5, models, fold, 0)
@@ -257,3 +257,17 @@ def test_the_package_alone_imports_none_of_it() -> None:
     code = "import ine_callback.effects, sys; print([m for m in ('torch', 'lightning', 'sklearn') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_each_half_of_the_rows_chooses_for_the_other() -> None:
+    """Of the first half of the folds P tells the outcome and R the treatment, of the second the other way round."""
+    rng = np.random.default_rng(0)
+    c, p, r = rng.normal(size=(3, 2000))
+    fold = rng.integers(0, 4, 2000)
+    first = fold % 2 == 0
+    a = rng.random(2000) < 1 / (1 + np.exp(-c - 1.5 * np.where(first, r, p)))
+    y = a + c + 2 * np.where(first, p, r) + 0.5 * rng.normal(size=2000)
+    graph = "C -> A -> Y; C -> H -> Y; P -> H; R -> H"
+    made = EffectData({"C": c, "P": p, "R": r, "A": a, "Y": y}, "A", "Y", graph, hidden=["H"])
+    found = choose(made, ATE(), nuisances("linear"), fold, 0, untracked)
+    assert found.sets == (frozenset("CR"), frozenset("CP")) * 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from ine_callback.effects import ATE, EffectData, Outcome, estimate
+from ine_callback.effects import ATE, NDE, NIE, EffectData, Outcome, estimate
 from ine_callback.errors import InfluenceError
 from ine_callback.report import example_report
 
@@ -47,8 +47,6 @@ def test_a_model_that_looks_at_the_group_has_an_effect_of_it() -> None:
     data = EffectData(
         {"group": group, "skill": skill}, "group", outcome, "group -> skill -> prediction; group -> prediction"
     )
-    from ine_callback.effects import NDE, NIE
-
     assert abs(estimate(data, NDE(), "linear").estimate - 0.3) < 1e-3
     indirect = estimate(data, NIE(), "linear")
     assert abs(indirect.estimate - 1) < 4 * indirect.standard_error
