@@ -40,7 +40,7 @@ def sampled(
 
 def variances(
     name: str, function: str, models: str, noise: float, rows: int, sets: int, repetitions: int, seed: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """By adjustment set: variance, squared error and coverage over repetitions, averaged over sets of coefficients."""
     graph, fitted, rng = causal_graph(GRAPHS[name], "A", "Y"), nuisances(models), np.random.default_rng(seed)
     candidates = list(valid_sets(graph, wcde_faults))
@@ -73,6 +73,10 @@ def variances(
                     "refused": float(1 - kept.mean()),
                 }
             )
-    return {
-        key: {what: float(np.nanmean([one[what] for one in all_])) for what in all_[0]} for key, all_ in found.items()
-    }
+    return {key: {what: _mean([one[what] for one in all_]) for what in all_[0]} for key, all_ in found.items()}
+
+
+def _mean(values: list[float]) -> float | None:
+    """Of those that are there; None of none."""
+    there = [value for value in values if value == value]
+    return float(np.mean(there)) if there else None

@@ -42,5 +42,5 @@ def section(results: dict[str, Any]) -> Iterable[str]:
         yield table(["ATE beside doubleml, same models", ""], ([k, number(v)] for k, v in results["doubleml"].items()))
 
 
-def _short(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 0.1 else number(value)
+def _short(value: float | None) -> str:
+    return number(value) if value is None or abs(value) >= 0.1 else f"{value:.4f}"
