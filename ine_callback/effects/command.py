@@ -124,10 +124,10 @@ def _lines(graph: CausalGraph, estimand: Estimand) -> list[str]:
     sets = [frozenset(s) for size in range(len(graph.observed) + 1) for s in combinations(graph.observed, size)]
     for each in sets[:LISTED]:
         faults = estimand.faults(graph, each)
-        word = "lowest variance" if each == best and not faults else "valid"
+        word = estimand.best if each == best and not faults else "valid"
         lines.append(f"{names(each)}: {'no: ' + '; '.join(faults) if faults else word}")
     if best not in sets[:LISTED]:
-        seen = f"not observed: {names(best & graph.hidden)}" if best & graph.hidden else "lowest variance"
+        seen = f"not observed: {names(best & graph.hidden)}" if best & graph.hidden else estimand.best
         faults = estimand.faults(graph, best)
         lines.append(f"{names(best)}: {'no: ' + '; '.join(faults) if faults else seen}")
     more = len(sets) - LISTED

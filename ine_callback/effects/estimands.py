@@ -52,6 +52,7 @@ class Estimand:
     """Base of what can be asked: its adjustment sets, what it assumes, and each row's terms."""
 
     name: ClassVar[str]
+    best: ClassVar[str] = "of the lowest variance"  # what the optimal set is
     adjust: str | Sequence[str]
 
     def faults(self, graph: CausalGraph, adjust: frozenset[str]) -> list[str]:
@@ -59,7 +60,7 @@ class Estimand:
         raise NotImplementedError
 
     def optimal(self, graph: CausalGraph) -> frozenset[str]:
-        """The set of lowest variance if no node were hidden."""
+        """The set that is taken unless nodes of it are hidden."""
         raise NotImplementedError
 
     def assumptions(self, graph: CausalGraph) -> tuple[str, ...]:
@@ -182,6 +183,7 @@ class _Natural(Estimand):
         adjust: Names of columns C, or ``"optimal"`` for the parents of treatment, mediators and outcome.
     """
 
+    best: ClassVar[str] = "the parents of treatment, mediators and outcome"
     mediators: Sequence[str] | None = None
     adjust: str | Sequence[str] = OPTIMAL
 

@@ -126,7 +126,7 @@ def choose(data: EffectData, estimand: Estimand, models: Nuisances, fold: Rows, 
         return Choice((_named(data, estimand, given),) * folds, "you named it; it is valid in this graph")
     best = estimand.optimal(graph)
     if not best & graph.hidden and not (faults := estimand.faults(graph, best)):
-        return Choice((best,) * folds, "valid in this graph, and of the lowest variance")
+        return Choice((best,) * folds, f"valid in this graph: {estimand.best}")
     candidates = list(islice(valid_sets(graph, estimand.faults), MOST_SETS))
     if not candidates:
         best -= graph.hidden

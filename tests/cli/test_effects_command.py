@@ -50,7 +50,7 @@ def test_saved_effects_are_shown_as_they_were(capsys: pytest.CaptureFixture[str]
 def test_adjust_lists_sets_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert ran(f"adjust graph.txt {ROLES} --estimand wcde") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "{C, M}: lowest variance" and len(lines) == 4
+    assert lines[-1] == "{C, M}: of the lowest variance" and len(lines) == 4
     assert lines[0].startswith("{}: no: condition 1: {} leaves a back-door path open between A and Y; condition 3")
     assert ran(f"adjust graph.txt {ROLES} --hidden C") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("{C}: not observed: {C}")
