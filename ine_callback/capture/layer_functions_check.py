@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ine_callback.capture.attributes import plain_parameters
-from ine_callback.capture.hooks import Capture, first_input, in_words
+from ine_callback.capture.hooks import Capture, in_words
 from ine_callback.capture.layers import LayerFunction, by_row, grad_samples_of, layer_function
+from ine_callback.capture.layers.calls import first_input
 from ine_callback.capture.layers.normalization import ALTERNATIVES
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.utilities.isolation import isolated

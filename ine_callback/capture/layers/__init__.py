@@ -7,7 +7,13 @@ A new type needs one decorated function, here or in a user's code::
         return {"scale": torch.einsum("b...d,b...d->bd", activations, output_grads)}
 """
 
-from ine_callback.capture.layers import convolution, embedding, linear, normalization  # noqa: F401  register their types
+from ine_callback.capture.layers import (  # noqa: F401  register their types
+    convolution,
+    embedding,
+    linear,
+    normalization,
+    recurrent,
+)
 from ine_callback.capture.layers.registry import (
     LayerFunction,
     RowMismatch,
