@@ -196,7 +196,7 @@ class Capture:
         self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
-        """Calls ``receive`` when a backward pass has the gradients of the outputs, of several: those that it computes."""
+        """Calls ``receive`` when a backward pass has the outputs' gradients; of several outputs those it computes."""
         if isinstance(outputs, Tensor):
             outputs.register_hook(receive)
             return

@@ -271,7 +271,7 @@ MODELS = [
     Regime("LSTM, two layers, packed sequences", "models", lambda: Classifier(Packed(nn.LSTM)), series),
     Regime("RNN, two layers, packed sequences", "models", lambda: Classifier(Packed(nn.RNN)), series),
     Regime("LSTMCell in a loop", "models", lambda: Classifier(Cells()), series),
-    Regime("LSTM, activation checkpointing", "models", lambda: Classifier(Recurrent(nn.LSTM, checkpointed=True)), series),
+    Regime("LSTM, checkpointed", "models", lambda: Classifier(Recurrent(nn.LSTM, checkpointed=True)), series),
     Regime(
         "LSTM, bf16-mixed",
         "models",

@@ -145,8 +145,8 @@ def _products(
         with isolated(module):
             torch.manual_seed(0)
             loss = run(module, batch)
-            layers = {child for child, name in capture.names.items() if name in called and not drops_between_layers(child)}
-            layers -= unordered
+            layers = {child for child, name in capture.names.items() if name in called} - unordered
+            layers = {child for child in layers if not drops_between_layers(child)}
             wanted = capture.bare.open_to(layers)
             if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
                 return {}, False

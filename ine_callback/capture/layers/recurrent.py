@@ -1,9 +1,8 @@
 """Recurrent layers: LSTM, GRU and RNN, and their cells; linear layers at every step of time.
 
 Fused kernels keep the gates and their gradients to themselves, and training must run them as they are. So the layer is
-run again on the side, from its inputs and initial states, and backward through time from the gradients of its outputs:
-in plain tensor operations, all rows at once. (The kernels themselves, run again with inputs of pre-activations and an
-identity as weight, have the same gradients, but took up to five times as long on a CPU.)
+run again on the side, from its inputs and initial states, and backward through time from the gradients of its outputs,
+for all rows at once (:mod:`.cells`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _DROPOUT = "dropout between its layers is drawn inside of its kernel, so the inp
 
 
 def drops_between_layers(module: nn.Module) -> bool:
-    """Whether it is a stack of recurrent layers with dropout between them: in training it is not recorded as a layer."""
+    """Whether it is a stack of recurrent layers with dropout between them, which no call in training records."""
     return isinstance(module, nn.RNNBase) and module.num_layers > 1 and module.dropout > 0
 
 
@@ -65,7 +64,7 @@ def _by_name(states: Any, name: str) -> dict[str, Tensor]:
 def _padded(data: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     """Packed data as [T, n, K], zeros behind the end of each sequence; no size is asked of the device."""
     sizes = inputs["sizes"]
-    padded: Tensor = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))[0]  # type: ignore[attr-defined]
+    padded: Tensor = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))[0]
     return padded.index_select(1, inputs["order"]) if "order" in inputs else padded
 
 
@@ -102,11 +101,16 @@ def recurrent(
                 ("ih", direction.x, of_input),
                 ("hh", direction.states_before(), of_state),
             ):
-                left, right = (each.transpose(0, 1).reshape(rows, 1, -1, each.shape[2]) for each in (activations, grads))
+                outer = Outer(_by_row(activations, rows), _by_row(grads, rows))
                 name = f"{part}{direction.suffix}"
-                out |= {f"weight_{name}": Outer(left, right), f"bias_{name}": bias_of(right)}
+                out |= {f"weight_{name}": outer, f"bias_{name}": bias_of(outer.output_grads)}
         grad = below
     return out
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    """x [T, n, K] as [b, 1, P, K]; a row may have several sequences behind one another."""
+    return x.transpose(0, 1).reshape(rows, 1, -1, x.shape[2])
 
 
 def _suffixes(module: nn.Module) -> list[list[str]]:
