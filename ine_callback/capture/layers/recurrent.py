@@ -85,27 +85,37 @@ def recurrent(
     x = _time_first(module, inputs, inputs["x"])
     if x.shape[1] % rows:
         raise RowMismatch(f"its {x.shape[1]} sequences are not those of the batch's {rows} rows")
-    time, layers = _Time(_time_first(module, inputs, torch.ones_like(inputs["x"][..., :1]))), list[list[_Direction]]()
-    for suffixes in _suffixes(module):
-        places = (len(suffixes) * len(layers) + d for d in range(len(suffixes)))
-        layers.append([_Direction(module, inputs, x, time, *each) for each in zip(suffixes, places, strict=True)])
-        x = torch.cat([direction.states_after() for direction in layers[-1]], 2)
+    layers = _run_again(module, inputs, x)
     out: dict[str, GradSample] = {}
-    grad = _time_first(module, inputs, output_grads["y"]) if "y" in output_grads else torch.zeros_like(x)
+    width = sum(direction.cell.states.shape[2] for direction in layers[-1])
+    grad = _time_first(module, inputs, output_grads["y"]) if "y" in output_grads else x.new_zeros(*x.shape[:2], width)
     for layer in reversed(layers):
         below = torch.zeros_like(layer[0].x)
         for direction, own in zip(layer, grad.chunk(len(layer), 2), strict=True):
             of_input, of_state = direction.pre_activation_grads(own, output_grads)
-            below += of_input @ direction.cell.weights.w_ih
-            for part, activations, grads in (
-                ("ih", direction.x, of_input),
-                ("hh", direction.states_before(), of_state),
-            ):
-                outer = Outer(_by_row(activations, rows), _by_row(grads, rows))
-                name = f"{part}{direction.suffix}"
-                out |= {f"weight_{name}": outer, f"bias_{name}": bias_of(outer.output_grads)}
+            left = _by_row(of_input, rows)
+            right = left if of_state is of_input else _by_row(of_state, rows)
+            out |= {
+                f"weight_ih{direction.suffix}": Outer(_by_row(direction.x, rows), left),
+                f"bias_ih{direction.suffix}": bias_of(left),
+                f"weight_hh{direction.suffix}": Outer(_by_row(direction.states_before(), rows), right),
+                f"bias_hh{direction.suffix}": bias_of(right),
+            }
+            if layer is not layers[0]:
+                below += of_input @ direction.cell.weights.w_ih
         grad = below
     return out
+
+
+def _run_again(module: nn.Module, inputs: dict[str, Tensor], x: Tensor) -> list[list[_Direction]]:
+    """All layers and directions, from the inputs x [T, n, I]."""
+    time = _Time(_time_first(module, inputs, torch.ones_like(inputs["x"][..., :1])))
+    layers: list[list[_Direction]] = []
+    for suffixes in _suffixes(module):
+        places = (len(suffixes) * len(layers) + d for d in range(len(suffixes)))
+        layers.append([_Direction(module, inputs, x, time, *each) for each in zip(suffixes, places, strict=True)])
+        x = torch.cat([direction.states_after() for direction in layers[-1]], 2)
+    return layers
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:
@@ -174,7 +184,8 @@ class _Direction:
         if "total of c" in output_grads and isinstance(self.cell, LSTM):
             grads.append(self.cell.without_output(grads[0], output_grads["total of c"][None]))
         of_input, of_state = self.cell.pre_activation_grads(*grads)
-        return self._turned(of_input), self._turned(of_state)
+        turned = self._turned(of_input)
+        return turned, turned if of_state is of_input else self._turned(of_state)
 
     def _turned(self, x: Tensor) -> Tensor:
         return self._time.turned(x) if self.suffix.endswith("_reverse") else x
