@@ -27,6 +27,7 @@ from benchmarks.data import folder
 from benchmarks.influence.shared import context_of, scored
 from benchmarks.metrics import Floats, auroc
 from benchmarks.network import machine
+from benchmarks.tokens.markdown import section
 from benchmarks.tokens.model import Transformer, judged, loss_of, trained
 from benchmarks.tokens.problems import Bools, Problem, as_row, language, shakespeare
 from ine_callback import TokenInfluence, TokenMask, token_mask
@@ -60,11 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, make in makers.items()
     }
     summary = {name: _means(each) for name, each in found.items()}
-    args.json.write_text(json.dumps({"machine": machine(), "seeds": seeds, "tokens": summary, "each": found}, indent=1))
-    for name, part in summary.items():
-        print(f"\n{name}")
-        for what, value in part.items():
-            print(f"  {what:42s} {value['mean']:8.3f} ± {value['se']:.3f}")
+    results = {"protocol": "tokens", "machine": machine(), "seeds": seeds, "tokens": summary, "each": found}
+    args.json.write_text(json.dumps(results, indent=1))
+    print("\n".join(section(results)))
 
 
 def measured(p: Problem, seed: int) -> dict[str, float]:

@@ -60,6 +60,8 @@ class Capture:
         functions: Layer functions that the check before the first step chose, in place of those of the types.
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
+        views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
+            ``torch.cat``); what they have found is added up by row.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Capture:
         every_pass: bool = False,
     ) -> None:
         self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
-        self.active, self.rows = False, 0
+        self.active, self.rows, self.views = False, 0, 1
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
@@ -90,6 +92,7 @@ class Capture:
         self.unscale: Tensor | None = None
         self.half = self.double_backward = False
         self._received: list[tuple[nn.Module | nn.Parameter, Call]] = []
+        self._parts: dict[nn.Module, int] = {}  # calls that one call is received as
         self._worked: set[nn.Module] = set()  # modules whose layer function has succeeded
         self._rows_confirmed = False  # some layer's input in this batch has as many rows as were announced
         self._parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}  # when the recording began
@@ -185,7 +188,7 @@ class Capture:
         if _transformed():
             self.drop(module, "it was called inside of a torch.func transform")
             return
-        self._rows_confirmed |= x.shape[:1] == (self.rows,)
+        self._rows_confirmed |= x.shape[:1] == (self.rows * self.views,)
         if saved is None or not any(p.requires_grad for p in own_parameters(module).values()):
             return
         if other := self._other_weights(module):
@@ -220,7 +223,7 @@ class Capture:
 
     def uses(self, module: nn.Module, names: Iterable[str]) -> int:
         """How often a layer was called in this batch, or, if it was not, how often its named parameters were used."""
-        calls = self.calls.get(module, 0)
+        calls = self.calls.get(module, 0) * self._parts.get(module, 1)
         return calls or max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=1)
 
     def forget(self) -> None:
@@ -276,8 +279,10 @@ class Capture:
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
                 function = self.functions.get(module)
-                grad_samples = grad_samples_of(module, activations, output_grads, self.rows, function)
-                self.receive(module, {name: g for name, g in grad_samples.items() if name not in passed_by})
+                entries = grad_samples_of(module, activations, output_grads, self.rows * self.views, function)
+                entries = {name: g for name, g in entries.items() if name not in passed_by}
+                for part in [entries] if self.views == 1 else self._by_row(module, entries):
+                    self.receive(module, part)
                 self._worked.add(module)
         except RowMismatch as error:
             if module in self._worked and not self._rows_confirmed:
@@ -286,6 +291,15 @@ class Capture:
                 self.drop(module, str(error))
         except Exception as error:  # never raised into the training's backward pass
             self.give_up(module, error)
+
+    def _by_row(self, module: nn.Module, entries: dict[str, GradSample]) -> list[dict[str, GradSample]]:
+        """What was found of the rows' views, by row: as one call of the layer, or as one for each view."""
+        found = {name: each.by_row(self.views) for name, each in entries.items()}
+        if all(each is not None for each in found.values()):
+            return [found]  # type: ignore[list-item]
+        self._parts[module] = self.views
+        split = {name: each.split(self.views) for name, each in entries.items()}
+        return [{name: uses[k] for name, uses in split.items()} for k in range(self.views)]
 
     def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None:
         """After an exception: drops the layer or parameter, or stops the recording if the error is the machine's."""

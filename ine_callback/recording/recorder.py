@@ -306,7 +306,7 @@ class Recorder:
     def _taken(self) -> None:
         """The optimizer has taken the step."""
         self._steps.end()
-        self.closing.follow(self._parts)
+        self.closing.follow(self._parts, self.guard.widest)
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 

@@ -164,11 +164,16 @@ class Snapshots:
         again, changing = rows * (len(chosen) - 1), set(_changing(module))
         if any(one is not None and set(one.tensors or ()) != changing for one in chosen):
             self.missing = "other parameters were trained when earlier ones were kept"
-        elif again > max(FEW, SHARE * observed):
-            self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
         else:
-            return True
+            return self.affordable(again, observed)
         return False
+
+    def affordable(self, again: int, observed: int) -> bool:
+        """Whether passing ``again`` more rows costs little beside training on ``observed``."""
+        if again > max(FEW, SHARE * observed):
+            self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
+            return False
+        return True
 
     def load(self, module: nn.Module, chosen: Sequence[Snapshot | None]) -> Iterator[None]:
         """Gives the module each of them in turn, the present ones first; putting these back is up to the caller."""

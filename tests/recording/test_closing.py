@@ -208,11 +208,12 @@ def test_earlier_weights_are_left_where_they_cost_too_much(monkeypatch: pytest.M
     assert few.found is not None and np.isnan(few.found.agreement)
     (note,) = notes_of(recorder)
     assert note.startswith("closing pass at the last weights alone: earlier ones would take 192 more rows")
+    assert recorder.closing.snapshots._next == 1  # none was copied
     many = Kept()
     train(many, epochs=12)
     assert many.found is not None and np.isfinite(many.found.agreement)
     monkeypatch.setattr(snapshots, "MAX_BYTES", 10)
-    _, recorder = train(Kept())
+    _, recorder = train(Kept(), epochs=12)
     assert "earlier ones take 0 MB each" in notes_of(recorder)[0]
 
 

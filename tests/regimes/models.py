@@ -153,6 +153,19 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Views(nn.Module):
+    """Joins two views of each row for its convolutions, and takes their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+        self.body, self.head = nn.Sequential(*layers), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.head(self.body(torch.cat([x, x.flip(-1)])).mean((2, 3)))
+        return found.unflatten(0, (2, -1)).mean(0)
+
+
 class OtherRMSNorm(nn.Module):
     """As many libraries write it, with a scale of 1 + weight."""
 
@@ -303,6 +316,7 @@ MODELS = [
         shares="among",
         approximate=("net.norm", "net.inner", "net.outer"),
     ),
+    Regime("two views of each row joined, convolutions", "models", lambda: Classifier(Views()), pictures),
     Regime(
         "torch.compile, in part",
         "models",

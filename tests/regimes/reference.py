@@ -31,6 +31,7 @@ class Event:
         random: State of torch's random numbers before the batch's forward pass.
         groups: Settings of the optimizer's parameter groups (learning rate, momentum).
         trainable: Names of the parameters that had a gradient to come.
+        accumulate: Batches of a step, where that changes.
     """
 
     kind: Literal["backward", "step", "zero"]
@@ -38,6 +39,7 @@ class Event:
     random: Tensor | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     trainable: frozenset[str] = frozenset()
+    accumulate: int | None = None
 
 
 class Sums:
@@ -124,6 +126,7 @@ class _Loop:
         if thawed:
             self.optimizer.add_param_group({"params": thawed})
         self._set(event)
+        self.accumulate = event.accumulate or self.accumulate
         if self.stepped and not self.pending:  # before the first step the direction comes after the backward pass
             self.direction, self.weights = self._gradient(), self._weights()
         shares = self._shares(event)

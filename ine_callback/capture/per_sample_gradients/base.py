@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +111,18 @@ class GradSample(ABC):
     @abstractmethod
     def weighted(self, weights: Tensor) -> GradSample:
         """The rows' gradients times one weight each [b]."""
+
+    def by_row(self, views: int) -> GradSample | None:
+        """The rows' gradients, of entries that hold the rows ``views`` times, one after another; None: see split."""
+        return None
+
+    def split(self, views: int) -> list[GradSample]:
+        """The same as gradients of each view, with b rows each, which add up to the rows'."""
+        size = self.rows // views
+        held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        parts = [{name: t[k * size : (k + 1) * size] for name, t in tensors.items()} for k in range(views)]
+        return [replace(self, **part) for part in parts]  # type: ignore[type-var]
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
         """Sums of the rows' gradients [Q, *layout] with Q weights for each row [b, Q]."""

@@ -65,6 +65,11 @@ class Lookup(GradSample):
     def units(self) -> tuple[int, ...]:
         return self.layout[2:]
 
+    def by_row(self, views: int) -> Lookup:
+        both = (x.unflatten(0, (views, -1)).movedim(0, 1).flatten(1, 2) for x in (self.ids, self.output_grads))
+        ids, output_grads = both
+        return Lookup(ids, output_grads, self.entries)
+
     def transposed(self) -> Entries:
         """The transposed gradients, whose units are those of the output gradients."""
         return Entries(self.ids, self.output_grads[:, None], entries=self.entries)

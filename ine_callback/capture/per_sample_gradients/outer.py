@@ -56,6 +56,13 @@ class Outer(GradSample):
     def layout(self) -> tuple[int, ...]:
         return (self.output_grads.shape[1], self.output_grads.shape[3], self.inputs)
 
+    def by_row(self, views: int) -> Outer | None:
+        if type(self) is not Outer:  # inputs of other classes are no positions
+            return None
+        both = (x.unflatten(0, (views, -1)).movedim(0, 2).flatten(2, 3) for x in (self.activations, self.output_grads))
+        activations, output_grads = both
+        return Outer(activations, output_grads, self.ones)
+
     @property
     def units(self) -> tuple[int, ...]:
         return self.layout[:2]

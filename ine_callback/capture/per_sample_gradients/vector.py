@@ -32,6 +32,9 @@ class Vector(GradSample):
     def units(self) -> tuple[int, ...]:
         return self.layout
 
+    def by_row(self, views: int) -> Vector:
+        return Vector(self.g.unflatten(0, (views, -1)).sum(0))
+
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("bd,qcd->bqc", self.g, direction[:, None] * weights)
 

@@ -70,6 +70,7 @@ class Curvature:
             for _, gradients in self.fisher.batches(None, 0):
                 self._diagonal(gradients)
         else:
+            self._batch, self._last = 0, None
             yield asked, self._rows
 
     def _factors(self, rows: Tensor, gradients: RowGradients) -> None:
@@ -102,8 +103,9 @@ class Curvature:
         """Refuses gradients that are not finite, before they make all factors so."""
         self._batch += rows is not self._last
         self._last = rows
-        norms = {block.name: gradients.only([block]).squared_norms() for block in gradients}
-        if lost := [name for name, norm in norms.items() if not bool(norm.isfinite().all())]:
+        # sums over the rows are not finite either, and no gradient of a single row is formed for them
+        sums = gradients.weighted_sums(gradients.scale.new_ones(len(rows), 1))
+        if lost := [block.name for block, total in sums.items() if not bool(total.isfinite().all())]:
             raise InfluenceError(
                 f"IF: the gradients of {lost[0]} are not finite in batch {self._batch} (rows {int(rows[0])} to "
                 f"{int(rows[-1])}); look for non-finite inputs there, or leave the layer out with layers=."
