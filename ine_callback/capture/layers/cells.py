@@ -7,8 +7,9 @@ the states' gradients, with coefficients that are known before. The equations ar
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +46,20 @@ class Weights:
         """The states before each step and after the last one [T + 1, n, H], by an operation of torch."""
         flat = [each for each in (self.w_ih, self.w_hh, self.b_ih, self.b_hh) if each is not None]
         first = tuple(each[None].contiguous() for each in initial)
-        with torch.backends.cudnn.flags(enabled=False):  # cuDNN warns of weights that are not in one piece of memory
+        with _without_cudnn():
             after = run(x, first if len(first) > 1 else first[0], flat, len(flat) > 2, 1, 0.0, False, False, False)[0]
         return torch.cat([first[0], after])
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN warns of weights that are not in one piece of memory. ``cudnn.flags`` would set TF32's flags as well."""
+    enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(enabled)
 
 
 class Cell(ABC):
