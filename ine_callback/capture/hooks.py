@@ -1,7 +1,8 @@
 """Hooks that read each layer's activations and output gradients from the live passes, and change nothing in them.
 
 A forward hook saves the input; a *tensor* hook on the output, or on each of several, receives the gradient (a full
-backward hook would wrap the module and break in-place activations). Neither draws random numbers, synchronises with the device or returns anything.
+backward hook would wrap the module and break in-place activations). Neither draws random numbers, synchronises with the
+device or returns anything.
 """
 
 from __future__ import annotations
