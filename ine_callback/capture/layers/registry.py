@@ -109,6 +109,21 @@ def by_row(x: Tensor, rows: int) -> Tensor:
     raise RowMismatch(f"leading dimension {x.shape[0] if x.dim() else 'of a scalar'} is not the batch size {rows}")
 
 
+def entries_of(activations: Tensor, rows: int) -> int:
+    """Entries of a row that a layer gets behind one another: 5 of [b * 5, C, H, W], the frames of a video.
+
+    Of a flattened matrix [b * k, d] there is 1, with k positions (:func:`by_row`).
+
+    Example:
+        >>> entries_of(torch.zeros(10, 3, 4, 4), rows=2), entries_of(torch.zeros(10, 3), rows=2)
+        (5, 1)
+    """
+    flattened = activations.dim() == 2 and activations.is_floating_point()
+    if activations.dim() < 2 or flattened or activations.shape[0] % rows:
+        return 1
+    return max(1, activations.shape[0] // rows)
+
+
 def grad_samples_of(
     module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int, function: LayerFunction | None = None
 ) -> dict[str, GradSample]:
