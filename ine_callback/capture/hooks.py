@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
-from ine_callback.capture.layers import LayerFunction, RowMismatch, grad_samples_of, layer_function
+from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.passes import Call, parameters_passed_by
@@ -280,9 +280,10 @@ class Capture:
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
                 function = self.functions.get(module)
-                entries = grad_samples_of(module, activations, output_grads, self.rows * self.views, function)
+                count = self.views * entries_of(activations, self.rows * self.views)
+                entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
                 entries = {name: g for name, g in entries.items() if name not in passed_by}
-                for part in [entries] if self.views == 1 else self._by_row(module, entries):
+                for part in [entries] if count == 1 else self._by_row(module, entries, count):
                     self.receive(module, part)
                 self._worked.add(module)
         except RowMismatch as error:
@@ -293,14 +294,15 @@ class Capture:
         except Exception as error:  # never raised into the training's backward pass
             self.give_up(module, error)
 
-    def _by_row(self, module: nn.Module, entries: dict[str, GradSample]) -> list[dict[str, GradSample]]:
-        """What was found of the rows' views, by row: as one call of the layer, or as one for each view."""
-        found = {name: each.by_row(self.views) for name, each in entries.items()}
+    def _by_row(self, module: nn.Module, entries: dict[str, GradSample], count: int) -> list[dict[str, GradSample]]:
+        """What was found of the rows' entries, by row: as one call of the layer, or as one for each entry."""
+        consecutive = self.views == 1
+        found = {name: each.by_row(count, consecutive) for name, each in entries.items()}
         if all(each is not None for each in found.values()):
             return [found]  # type: ignore[list-item]
-        self._parts[module] = self.views
-        split = {name: each.split(self.views) for name, each in entries.items()}
-        return [{name: uses[k] for name, uses in split.items()} for k in range(self.views)]
+        self._parts[module] = count
+        split = {name: each.split(count, consecutive) for name, each in entries.items()}
+        return [{name: uses[k] for name, uses in split.items()} for k in range(count)]
 
     def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None:
         """After an exception: drops the layer or parameter, or stops the recording if the error is the machine's."""

@@ -18,9 +18,18 @@ from ine_callback.capture.layers.registry import (
     LayerFunction,
     RowMismatch,
     by_row,
+    entries_of,
     grad_samples_of,
     layer_function,
     register_layer,
 )
 
-__all__ = ["LayerFunction", "RowMismatch", "by_row", "grad_samples_of", "layer_function", "register_layer"]
+__all__ = [
+    "LayerFunction",
+    "RowMismatch",
+    "by_row",
+    "entries_of",
+    "grad_samples_of",
+    "layer_function",
+    "register_layer",
+]

@@ -112,6 +112,23 @@ def by_row(x: Tensor, rows: int) -> Tensor:
     raise RowMismatch(f"leading dimension {x.shape[0] if x.dim() else 'of a scalar'} is not the batch size {rows}")
 
 
+def entries_of(activations: Tensors, rows: int) -> int:
+    """Entries of a row that a layer gets behind one another: 5 of [b * 5, C, H, W], the frames of a video.
+
+    Of a flattened matrix [b * k, d] there is 1, with k positions (:func:`by_row`).
+
+    Example:
+        >>> entries_of(torch.zeros(10, 3, 4, 4), rows=2), entries_of(torch.zeros(10, 3), rows=2)
+        (5, 1)
+    """
+    if not isinstance(activations, Tensor):  # several sequences of a row are positions behind one another
+        return 1
+    flattened = activations.dim() == 2 and activations.is_floating_point()
+    if activations.dim() < 2 or flattened or activations.shape[0] % rows:
+        return 1
+    return max(1, activations.shape[0] // rows)
+
+
 def grad_samples_of(
     module: nn.Module, activations: Tensors, output_grads: Tensors, rows: int, function: LayerFunction | None = None
 ) -> dict[str, GradSample]:
