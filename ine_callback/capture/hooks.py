@@ -26,7 +26,7 @@ from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
-from ine_callback.utilities.isolation import compiled_parts
+from ine_callback.utilities.isolation import compiled_parts, split_again
 
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
 
@@ -74,6 +74,7 @@ class Capture:
         on_drop: Callable[[nn.Module | nn.Parameter], None] = lambda lost: None,
         every_pass: bool = False,
     ) -> None:
+        split_again(module)  # its parameters here must be those that the optimizer has
         self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
         self.active, self.rows, self.views = False, 0, 1
         inside = {child for part in compiled_parts(module) for child in part.modules()}

@@ -129,6 +129,13 @@ class Sharded(Classifier):
         fully_shard(self.net, mesh=mesh)
 
 
+class OneUnit(Classifier):
+    """Split as a whole: the outermost unit keeps its parameters gathered after a forward pass."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 def _fsdp(**options: Any) -> Any:
     size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
     return lambda: {"strategy": ModelParallelStrategy(**size), "devices": 2, **options}
@@ -136,6 +143,7 @@ def _fsdp(**options: Any) -> Any:
 
 LAUNCHED = [
     Regime("FSDP2", "processes", Sharded, trainer=_fsdp(), processes=2, tolerance=1e-5),
+    Regime("FSDP2, one unit", "processes", OneUnit, trainer=_fsdp(), processes=2, tolerance=1e-5),
     Regime(
         "FSDP2, AdamW, accumulated and clipped",
         "processes",
