@@ -110,7 +110,7 @@ def run_info(guard: Guard, clock: Clock, parts: Parts, config: dict[str, Any]) -
         notes=[
             *guard.notes,
             *method.notes(),
-            *parts.clipping.notes(),
+            *(note for lane in parts.lanes for note in lane.clipping.notes()),
             *coverage.notes,
             *parts.training.source.notes,
             *([schedule["note"]] if schedule["note"] and not guard.failed else []),

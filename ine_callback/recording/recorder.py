@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from ine_callback.capture import Capture
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, FitContext, Method, training_methods
-from ine_callback.optimizers.clipping import Clipping
-from ine_callback.optimizers.registry import known
+from ine_callback.optimizers.joint import as_one
 from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, QuerySource, parse
 from ine_callback.queries.sources import DataSource
@@ -29,9 +28,10 @@ from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.counting import CountedBatches
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
+from ine_callback.recording.lanes import Lane, lanes_of
 from ine_callback.recording.phases import Phase
 from ine_callback.recording.provenance import Clock, incomplete, run_info
-from ine_callback.recording.setup import Training, build, records_signals, refuse
+from ine_callback.recording.setup import Training, build, records_signals, refuse, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
 from ine_callback.recording.updates import Updates
@@ -46,7 +46,8 @@ class Recorder:
 
     Args:
         module: The model.
-        optimizer: Its optimizer; a hook on its ``step`` tells which gradients were really applied.
+        optimizer: Its optimizer, or several; a hook on ``step`` tells which gradients were really applied. The steps of
+            several between two batches make one observation of the rows.
         rows: Number of training rows (dataset indices 0 .. rows - 1), or None to grow with the rows seen.
         queries: See :class:`~ine_callback.InfluenceCallback`; data is given explicitly, e.g. ``{"val": (x, y)}``.
         loss: Mean loss of a batch, ``(module, batch) -> scalar``; needed by queries on data, the row-order check and
@@ -79,7 +80,7 @@ class Recorder:
         config: Its options.
         capture: Hooks that read per-sample gradients.
         coverage: Which parameters the signals cover.
-        clipping: What becomes of gradients between backward pass and step.
+        lanes: One for each optimizer, with the passes that wait for its step.
         closing: The pass over the rows when training is over.
 
     Example:
@@ -105,7 +106,7 @@ class Recorder:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         rows: int | None = None,
         queries: Any = "self",
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -151,7 +152,7 @@ class Recorder:
         self.methods = [FINE()] if methods is None else training_methods(methods, owner)
         self.training = Training(
             module,
-            optimizer,
+            as_one(optimizer),
             rows,
             loss,
             source or DataSource(owner, loss),
@@ -171,7 +172,7 @@ class Recorder:
             lambda lost: self._passes.lose(lost),
         )
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
-        self.clipping = Clipping(optimizer)
+        self.lanes = lanes_of(self.training.optimizer)
         self._handles: list[Any] = []
         self.closing = ClosingPass(self.methods, self.config)
 
@@ -188,7 +189,7 @@ class Recorder:
         if records:
             refuse(training, self.config, self.capture, self.coverage, owner)
         self._parts = build(
-            training, self.config, self.queries, self.methods, self.capture, self.coverage, self.clipping, owner
+            training, self.config, self.queries, self.methods, self.capture, self.coverage, self.lanes, owner
         )
         updates = Updates(self.config.refresh_every, self.config.curvature_every)
         self._steps = OptimizerSteps(guard, self._parts, updates)
@@ -196,12 +197,10 @@ class Recorder:
         if records:
             self._passes = BackwardPasses(guard, self._parts, updates, self._steps)
             self.capture.attach()
-        if records and not known(training.optimizer):
-            kind = type(training.optimizer).__name__
-            guard.warn(
-                f"{kind} has no update rule: its steps are taken as plain SGD; @register_optimizer({kind}) gives it one"
-            )
-        self._handles = watch_steps(training.optimizer, guard, self._ready, self._taken)
+        for warning in without_rule(training.optimizer) if records else []:
+            guard.warn(warning)
+        for lane in self.lanes:
+            self._handles += watch_steps(lane, guard, len(self.lanes) == 1, self._ready, self._taken)
         self._clock = Clock()
         guard.phase = Phase.PROBING if records else Phase.RECORDING
 
@@ -213,6 +212,7 @@ class Recorder:
         """
         self.capture.detach()
         if self.running:
+            self.update()
             if closing:
                 self.close()
             guard, parts = self.guard, self._parts
@@ -265,6 +265,7 @@ class Recorder:
 
     def start_batch(self, rows: Rows, data: Any = None) -> None:
         """Announces the rows of the coming forward pass, or a function that finds them in the batch."""
+        self.update()
         self.guard.run(lambda: self._start_batch(rows, data))
 
     def _start_batch(self, rows: Rows, data: Any) -> None:
@@ -290,6 +291,18 @@ class Recorder:
         """Ends the batch; its signals wait for the optimizer's step."""
         self.guard.run(lambda: self._passes.end_batch())
 
+    def update(self) -> None:
+        """Takes the steps of several optimizers since the batch began as one update; the next batch's start calls it.
+
+        Call it yourself only to read scores before that. A single optimizer's step is an update of its own.
+        """
+        self.guard.count_update()
+        self.guard.run(self._update)
+
+    def _update(self) -> None:
+        if self._steps.update():
+            self.closing.follow(self._parts, self.guard.widest)
+
     def discard(self) -> None:
         """Forgets the passes so far: their step was skipped, or their gradients were removed."""
         self.guard.run(lambda: self._steps.discard())
@@ -298,15 +311,16 @@ class Recorder:
         """Called with the unclipped gradients (optional, but for several processes that clip inside of the batch)."""
         self.guard.run(lambda: self._passes.settle(False))
 
-    def _ready(self) -> None:
+    def _ready(self, lane: Lane) -> None:
         """The gradients are as the optimizer uses them."""
         self._passes.settle(False)
-        self._steps.measure_changes(last=True)
+        self._steps.measure_changes(lane, last=True)
 
-    def _taken(self) -> None:
+    def _taken(self, lane: Lane) -> None:
         """The optimizer has taken the step."""
-        self._steps.end()
-        self.closing.follow(self._parts, self.guard.widest)
+        self._steps.end(lane)
+        if not self._steps.several:
+            self._update()
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
@@ -320,6 +334,7 @@ class Recorder:
             raise InfluenceError(
                 f"{self.guard.owner}: nothing was recorded; put `with recorder:` around the training loop."
             )
+        self.update()
         for reason, count in self._steps.left_out.items():
             self.guard.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
@@ -332,6 +347,7 @@ class Recorder:
         The queries' directions are too large to store. They are made anew at the next step, here as in the resumed run,
         so that both end with the same scores.
         """
+        self.update()
         return saved_state(self.guard, self._clock, self._parts, self._steps, self.closing.snapshots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
