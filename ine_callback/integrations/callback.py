@@ -202,8 +202,6 @@ class InfluenceCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._rows is not None
         owner = self.owner
-        if not trainer.optimizers:
-            raise InfluenceError(f"{owner}: configure_optimizers returns none, so nothing trains; set enabled=False.")
         if splits_tensors(trainer.strategy):
             raise InfluenceError(
                 f"{owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1), or "

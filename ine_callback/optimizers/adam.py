@@ -78,7 +78,8 @@ class SparseAdamRule(AdamRule):
         def warm(p: nn.Parameter, state: State) -> Tensor:
             v = state["exp_avg_sq"]
             there = (v > 0).sum().clamp_min(1)
-            return total(v) / there * p.numel() / (1 - group["betas"][1] ** state["step"])
+            mean: Tensor = total(v) / there / (1 - group["betas"][1] ** state["step"])
+            return mean * p.numel()
 
         return block_mean(optimizer, parameters, unscale, warm, lambda p, grad: grad.square().mean() * p.numel())
 

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 class JointOptimizer:
     """Several optimizers with parameters of their own.
 
-    An *update* is what they do between two batches: one step of each, or of some (the generator's at every fifth batch),
-    or several of one.
+    An *update* is what they do between two batches: one step of each, or of some (the generator's at every fifth
+    batch), or several of one.
 
     Args:
         optimizers: The optimizers.

@@ -227,8 +227,9 @@ class BackwardPasses:
                 self._release()
         with torch.no_grad():
             blocks, signals, self_variance = self._signals.settle(self._steps.apart)
-            read = (or_unknown(each, self_variance[0]) for each in (self._row_losses, self._row_margins))
-            self._steps.add(Pass(rows, blocks, signals, self_variance, *read, max(0, self._passes.count - 1)))
+            losses, margins = (or_unknown(read, self_variance[0]) for read in (self._row_losses, self._row_margins))
+            number = max(0, self._passes.count - 1)
+            self._steps.add(Pass(rows, blocks, signals, self_variance, losses, margins, number))
         self._phase = BatchPhase.SETTLED
 
     # -- verification -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
+import warnings
 from typing import Any
 
 import lightning
@@ -79,6 +80,12 @@ def incomplete(guard: Guard, signals: bool) -> str:
     if signals and guard.widest == 1:
         return f"No row has a score: {SINGLE_ROW}."
     return ""
+
+
+def warn_if_incomplete(guard: Guard, signals: bool) -> None:
+    """Tells the user when the recording stops; see :func:`incomplete`."""
+    if (guard.failed or guard.taken) and (missing := incomplete(guard, signals)):
+        warnings.warn(f"{guard.owner}: {missing}", stacklevel=3)
 
 
 def run_info(guard: Guard, clock: Clock, parts: Parts, config: dict[str, Any]) -> RunInfo:

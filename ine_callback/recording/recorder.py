@@ -7,7 +7,6 @@ Lightning's hooks, a bare PyTorch loop drives it with ``with recorder.batch(rows
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.lanes import Lane, lanes_of
 from ine_callback.recording.phases import Phase
-from ine_callback.recording.provenance import Clock, incomplete, run_info
+from ine_callback.recording.provenance import Clock, run_info, warn_if_incomplete
 from ine_callback.recording.setup import Training, build, records_signals, refuse, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
@@ -143,10 +142,7 @@ class Recorder:
             uncaptured=uncaptured,
             on_error=on_error,
         )
-        if config is not None and single != RecordingConfig():
-            raise InfluenceError(f"{owner}: options come both in config= and one by one; give them in config= alone.")
-        self.config = config or single
-        self.config.check(owner)
+        self.config = single.unless(config, owner)
         check_count(owner, "accumulate", accumulate)
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else training_methods(methods, owner)
@@ -192,15 +188,14 @@ class Recorder:
             training, self.config, self.queries, self.methods, self.capture, self.coverage, self.lanes, owner
         )
         updates = Updates(self.config.refresh_every, self.config.curvature_every)
-        self._steps = OptimizerSteps(guard, self._parts, updates)
+        self._steps = OptimizerSteps(guard, self._parts, updates, self.closing.follow)
         self._passes: Any = CountedBatches(guard, self._parts, self._steps)
         if records:
             self._passes = BackwardPasses(guard, self._parts, updates, self._steps)
             self.capture.attach()
         for warning in without_rule(training.optimizer) if records else []:
             guard.warn(warning)
-        for lane in self.lanes:
-            self._handles += watch_steps(lane, guard, len(self.lanes) == 1, self._ready, self._taken)
+        self._handles = watch_steps(self.lanes, guard, self._ready, self._steps.end)
         self._clock = Clock()
         guard.phase = Phase.PROBING if records else Phase.RECORDING
 
@@ -219,8 +214,7 @@ class Recorder:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            if (guard.failed or guard.taken) and (missing := incomplete(guard, records_signals(self.methods))):
-                warnings.warn(f"{guard.owner}: {missing}", stacklevel=2)
+            warn_if_incomplete(guard, records_signals(self.methods))
             self._clock.stop()
             self._passes.end_verification()
             parts.signals.forget()
@@ -292,16 +286,9 @@ class Recorder:
         self.guard.run(lambda: self._passes.end_batch())
 
     def update(self) -> None:
-        """Takes the steps of several optimizers since the batch began as one update; the next batch's start calls it.
-
-        Call it yourself only to read scores before that. A single optimizer's step is an update of its own.
-        """
+        """Takes the steps of several optimizers since the batch began as one; the next batch's start calls it too."""
         self.guard.count_update()
-        self.guard.run(self._update)
-
-    def _update(self) -> None:
-        if self._steps.update():
-            self.closing.follow(self._parts, self.guard.widest)
+        self.guard.run(lambda: self._steps.update())
 
     def discard(self) -> None:
         """Forgets the passes so far: their step was skipped, or their gradients were removed."""
@@ -316,12 +303,6 @@ class Recorder:
         self._passes.settle(False)
         self._steps.measure_changes(lane, last=True)
 
-    def _taken(self, lane: Lane) -> None:
-        """The optimizer has taken the step."""
-        self._steps.end(lane)
-        if not self._steps.several:
-            self._update()
-
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
     def report(self) -> InfluenceReport:
@@ -335,8 +316,7 @@ class Recorder:
                 f"{self.guard.owner}: nothing was recorded; put `with recorder:` around the training loop."
             )
         self.update()
-        for reason, count in self._steps.left_out.items():
-            self.guard.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
+        self._steps.note_left_out()
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
         info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
         return InfluenceReport(self.accumulators.scores(), info)

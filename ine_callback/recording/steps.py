@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class OptimizerSteps:
         guard: Holds the recording's steps and notes.
         parts: What the recording works with.
         updates: Counts the steps to the next refresh and curvature update.
+        follow: Called after each update, with the parts and the most rows that one had.
 
     Attributes:
         updates: The same.
@@ -39,8 +40,8 @@ class OptimizerSteps:
         left_out: Why batches were left out -> how many.
     """
 
-    def __init__(self, guard: Guard, parts: Parts, updates: Updates) -> None:
-        self._guard, self._parts, self.updates = guard, parts, updates
+    def __init__(self, guard: Guard, parts: Parts, updates: Updates, follow: Callable[[Parts, int], None]) -> None:
+        self._guard, self._parts, self.updates, self._follow = guard, parts, updates, follow
         self.several = len(parts.lanes) > 1
         self._taken, self._passes = Taken(), 0
         self._lr = 0.0
@@ -58,6 +59,11 @@ class OptimizerSteps:
             guard.warn(f"a batch is left out: {message}")
             guard.notes.remove(f"a batch is left out: {message}")  # the report says how many there were
         self.left_out[message] += 1
+
+    def note_left_out(self) -> None:
+        """Tells the report how many batches were left out."""
+        for reason, count in self.left_out.items():
+            self._guard.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
 
     # -- passes wait --------------------------------------------------------------------------------------------------
 
@@ -152,12 +158,17 @@ class OptimizerSteps:
         self._lr = float(optimizer.param_groups[0]["lr"])
         self._average_changes(lane)
         self._taken.add(step_rate(lane.optimizer), lane.take())
+        if not self.several:
+            self.update()
 
-    def update(self) -> bool:
-        """Updates the accumulators with what was taken since, in all processes; whether there was a step."""
+    def update(self) -> None:
+        """Updates the accumulators with what steps have taken since the last update, if there were any."""
+        if self._taken:
+            self._update()
+            self._follow(self._parts, self._guard.widest)
+
+    def _update(self) -> None:
         guard, parts, optimizer = self._guard, self._parts, self._parts.training.optimizer
-        if not self._taken:
-            return False
         self._passes = 0
         parts.schedule.advance(self._lr)
         if isinstance(optimizer, JointOptimizer):
@@ -167,13 +178,12 @@ class OptimizerSteps:
             for observations, rate in self._taken.take(signals.columns, signals.contrasts.count, parts.device):
                 rows += self._observe(observations, rate)
         if not rows:
-            return True
+            return
         self._count_rows(rows)
         self.updates.end_step(guard.steps)
         guard.steps += 1
         if signals.curvature is not None:
             signals.curvature.end_step()
-        return True
 
     def _observe(self, observations: Observations, rate: float) -> int:
         """Updates the accumulators with the observations of all processes; how many rows they have."""
@@ -207,17 +217,22 @@ class OptimizerSteps:
 
 
 def watch_steps(
-    lane: Lane, guard: Guard, alone: bool, ready: Callable[[Lane], None], taken: Callable[[Lane], None]
+    lanes: Sequence[Lane], guard: Guard, ready: Callable[[Lane], None], taken: Callable[[Lane], None]
 ) -> list[Any]:
-    """Hooks on ``optimizer.step``; what they return are handles that remove them.
+    """Hooks on each ``optimizer.step``; what they return are handles that remove them.
 
     Args:
-        lane: The optimizer's.
+        lanes: The optimizers'. A single one's step is an update of its own.
         guard: Runs both functions.
-        alone: Whether it is the only optimizer, so that each step is an update of its own.
         ready: Called when the gradients are as the step uses them: after the closure, if there is one.
         taken: Called after the step.
     """
+    return [handle for lane in lanes for handle in _watch(lane, guard, len(lanes) == 1, ready, taken)]
+
+
+def _watch(
+    lane: Lane, guard: Guard, alone: bool, ready: Callable[[Lane], None], taken: Callable[[Lane], None]
+) -> list[Any]:
 
     def before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
