@@ -110,7 +110,8 @@ class GAN(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         generator, discriminator = self.optimizers()
-        for self.turn in self.turns:
+        for turn in self.turns:
+            self.turn = turn
             if self.turn == "generated" and batch_idx % self.every != self.every - 1:
                 continue
             optimizer = generator if self.turn == "generated" else discriminator
