@@ -130,7 +130,8 @@ class BackwardPasses:
         trainable = self._signals.table.trainable(module)
         self._passes.touch((known for _, known in trainable), self._begin_pass)
         self._phase = BatchPhase.RUNNING
-        if self._signals.verification is not None and self._parts.sharded:
+        # FSDP2 replaces parameters for the pass; another optimizer's turn may have frozen them when the batch began
+        if self._signals.verification is not None and (self._parts.sharded or self._steps.several):
             for p, known in trainable:
                 self._signals.verification.watch(p, known)
         calls, layer = self._capture.uses(module, grad_samples), module in self._capture.names

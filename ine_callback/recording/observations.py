@@ -126,6 +126,10 @@ class Pending:
         """In the order in which they happened: the first pass saw them all."""
         return self._passes[0].changes if self._passes else []
 
+    def drop_counted(self) -> None:
+        """Forgets passes without blocks: one optimizer's step has counted their rows for all."""
+        self._passes = [one for one in self._passes if one.blocks]
+
     def take(self) -> list[Pass]:
         """All of them, and none is pending any more."""
         taken, self._passes = self._passes, []

@@ -173,6 +173,8 @@ class OptimizerSteps:
         parts.schedule.advance(self._lr)
         if isinstance(optimizer, JointOptimizer):
             optimizer.end_update()
+            for lane in parts.lanes:
+                lane.pending.drop_counted()
         signals, rows = parts.signals, 0
         with torch.no_grad():
             for observations, rate in self._taken.take(signals.columns, signals.contrasts.count, parts.device):
