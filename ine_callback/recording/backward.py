@@ -190,7 +190,7 @@ class BackwardPasses:
             return
         if not verifying:
             self._begin_verification()
-        if coverage.joining:
+        if coverage.joining and not self._steps.several:  # else each block is held back until it has a direction
             self._guard.enter(Phase.HOLDING)
 
     def _pass_over(self) -> None:
@@ -225,6 +225,7 @@ class BackwardPasses:
             else:
                 self._fall_back(rows, data)
             if self._signals.held and not self._holding:  # blocks that no direction was made for yet
+                self._parts.processes.exchange()
                 self._release()
         with torch.no_grad():
             blocks, signals, self_variance = self._signals.settle(self._steps.apart)

@@ -228,7 +228,7 @@ class Directions:
         reservoir = self.reservoir.state_dict(self.processes if together else None)
         parts = {"draws": self._draws, "noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
         if isinstance(self.optimizer, JointOptimizer):
-            parts["optimizers"] = self.optimizer.state_dict()
+            parts |= {"optimizers": self.optimizer.state_dict(), "blocks": self.table.state_dict()}
         return {"curvature": curvature, "reservoir": reservoir, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,6 +240,8 @@ class Directions:
         self.schedule.load_state_dict(state["schedule"])
         if isinstance(self.optimizer, JointOptimizer):
             self.optimizer.load_state_dict(state["optimizers"])
+            self.table.load_state_dict(state["blocks"])  # not all come in the first pass, which makes directions
+            self._trained.update(self.table)
         self._draws = state["draws"]
 
     def notes(self) -> list[str]:

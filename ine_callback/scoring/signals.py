@@ -141,7 +141,8 @@ class Signals(Directions):
         held, self.held = self.held, []
         if self._restored:
             self._restored = False
-            self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
+            others = list(self.table) if self.several else []
+            self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes, others)
             self.refresh(unscale)
             for block, grad_sample, self.scale in held:
                 self.take(block, grad_sample, hold=False)
@@ -151,7 +152,7 @@ class Signals(Directions):
                 with self._only(block):
                     self.curvature.observe(block, grad_sample, scale.terms, self.curvature_steps)
             held = [one for one in held if one[0] in set(self.table)]
-        self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
+        self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes, self.several)
         for block, grad_sample, scale in held:
             self._sample(block, grad_sample, scale)
         self.reservoir.commit()
