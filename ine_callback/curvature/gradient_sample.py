@@ -134,9 +134,7 @@ class GradientSample:
         self._owed = 0.0  # rows to replace, summed as fractions over the steps
         self._saved: list[dict[str, Any]] = []
 
-    def open(
-        self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep, beside: bool = False
-    ) -> None:
+    def open(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep, beside: bool = False) -> None:
         """Begins an empty sample for the blocks of a batch. Earlier rows are dropped: they lack blocks that joined.
 
         Embeddings and reused blocks have K-FAC's discount alone. Each process stores its part of the rows.

@@ -307,14 +307,13 @@ class _Loop:
     def end(self) -> None:
         """What was taken is one observation; of several optimizers, where a batch ends."""
         self.fresh = True
-        batches: dict[int, tuple[Tensor, Tensor]] = {}
-        rows: list[int] = []
+        batches: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         for one in self.taken:
             none = torch.zeros(len(one.rows), 2).double(), torch.zeros(len(one.rows)).double()
-            signals, squares = batches.get(id(one.rows), none)
+            signals, squares = batches.get(tuple(one.rows), none)
             signals, squares = signals + sum(one.signals.values()), squares + sum(one.squares.values())
-            rows += [] if id(one.rows) in batches else one.rows
-            batches[id(one.rows)] = signals, squares
+            batches[tuple(one.rows)] = signals, squares
+        rows = [row for batch in batches for row in batch]
         if rows:
             signals, squares = (torch.cat(parts) for parts in zip(*batches.values(), strict=True))
             self.sums.fold(rows, signals, 1.0 if bool(signals.any()) else 0.0, self._units(len(rows), squares))
