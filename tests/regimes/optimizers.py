@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .models import WORDS, sentences
+from .options import scaled
 from .regime import CLASSES, FEATURES, Classifier, Regime
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -118,6 +119,8 @@ class GAN(Classifier):
             with self._frozen(optimizer):
                 optimizer.zero_grad()
                 self.manual_backward(getattr(self, self.turn)(batch))
+                if self.clip:
+                    self.clip_gradients(optimizer, self.clip, "norm")
                 optimizer.step()
 
     @contextmanager
@@ -129,17 +132,21 @@ class GAN(Classifier):
             self.untoggle_optimizer(optimizer)
 
 
+class Clipped(GAN):
+    clip = 0.1
+
+
+GROUP = "several optimizers"
 OPTIMIZERS = [
-    Regime("two optimizers, one backward pass", "several optimizers", Together),
-    Regime("SparseAdam and AdamW", "several optimizers", of_words, sentences),
-    Regime("GAN, toggled", "several optimizers", lambda: GAN(toggle=True, first="generator")),
-    Regime("GAN, toggled, Adam", "several optimizers", lambda: GAN((adam, adam), toggle=True)),
-    Regime("GAN, not toggled", "several optimizers", GAN),
-    Regime(
-        "GAN, not toggled, the generator first, Adam",
-        "several optimizers",
-        lambda: GAN((adam, adam), first="generator"),
-    ),
-    Regime("GAN, the discriminator twice as often", "several optimizers", lambda: GAN(every=2)),
-    Regime("GAN, the discriminator twice a batch", "several optimizers", lambda: GAN(toggle=True, critics=2)),
+    Regime("two optimizers, one backward pass", GROUP, Together),
+    Regime("SparseAdam and AdamW", GROUP, of_words, sentences),
+    Regime("GAN, toggled", GROUP, lambda: GAN(toggle=True, first="generator")),
+    Regime("GAN, toggled, Adam", GROUP, lambda: GAN((adam, adam), toggle=True)),
+    Regime("GAN, not toggled", GROUP, GAN),
+    Regime("GAN, not toggled, the generator first, Adam", GROUP, lambda: GAN((adam, adam), first="generator")),
+    Regime("GAN, the discriminator twice as often", GROUP, lambda: GAN(every=2)),
+    Regime("GAN, the discriminator twice a batch", GROUP, lambda: GAN(toggle=True, critics=2)),
+    Regime("GAN, each clipped by its own norm", GROUP, Clipped),
+    Regime("GAN, 16-mixed", GROUP, GAN, trainer=lambda: scaled(2.0**10), tolerance=0.01),
+    Regime("GAN, 16-mixed, steps skipped for inf", GROUP, GAN, trainer=lambda: scaled(2.0**24), tolerance=0.01),
 ]

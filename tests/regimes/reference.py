@@ -81,7 +81,7 @@ def replay(
     regime.plain_form(module)
     _thaw(module, next(event for event in events if event.kind == "backward"))
     options = regime.trainer()
-    clip = options.get("gradient_clip_val")
+    clip = options.get("gradient_clip_val") or module.clip
     by_value = options.get("gradient_clip_algorithm") == "value"
     accumulate = options.get("accumulate_grad_batches", 1) * parts
     loop = _Loop(regime, module, data, module.made_optimizers(), accumulate)
@@ -284,7 +284,7 @@ class _Loop:
         self._set(event)
         before = {p: p.grad.clone() for p in self.names.values() if p.grad is not None}
         if clip and before:
-            parameters = [p for g in self.groups for p in g["params"]]
+            parameters = [p for p in self.names.values() if p in self._own(event.optimizer)]
             if by_value:
                 torch.nn.utils.clip_grad_value_(parameters, clip)
             else:

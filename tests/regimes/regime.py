@@ -91,7 +91,12 @@ class Classifier(L.LightningModule):
         net: The network.
         optimizer: Makes the optimizer of the parameters.
         schedule: Makes Lightning's scheduler entry of the optimizer, if there is one.
+
+    Attributes:
+        clip: Norm to which it clips gradients by hand, those of each optimizer by themselves.
     """
+
+    clip: float | None = None
 
     def __init__(
         self,
