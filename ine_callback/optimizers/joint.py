@@ -25,6 +25,7 @@ class JointOptimizer:
         each: The optimizers.
         steps: Steps that each has taken.
         summed: Learning rate of each one's first parameter group, summed over its own steps.
+        by_turns: Whether they ever took gradients of different backward passes, as the players of a game do.
 
     Example:
         >>> import torch
@@ -39,6 +40,9 @@ class JointOptimizer:
         self.steps, self.summed = [0] * len(self.each), [0.0] * len(self.each)
         self._updates, self._active = 0, [0] * len(self.each)
         self._before = list(self.steps)  # steps before the present update
+        self.by_turns = False
+        self._took: dict[int, tuple[int, ...]] = {}  # in the present update: optimizer -> passes
+        self._players: set[int] = set()  # who took any
         self._owners: dict[nn.Parameter, int] = {}
 
     @property
@@ -69,9 +73,11 @@ class JointOptimizer:
             seen |= own
         return twice
 
-    def count(self, optimizer: Optimizer) -> None:
-        """One of them has stepped."""
+    def count(self, optimizer: Optimizer, passes: Sequence[int] = ()) -> None:
+        """One of them has stepped, with the gradients of these backward passes."""
         k = self.each.index(optimizer)
+        if passes:
+            self._took[k] = (*self._took.get(k, ()), *passes)
         self.steps[k] += 1
         self.summed[k] += float(optimizer.param_groups[0]["lr"])
 
@@ -81,6 +87,9 @@ class JointOptimizer:
         for k, (now, before) in enumerate(zip(self.steps, self._before, strict=True)):
             self._active[k] += now > before
         self._before = list(self.steps)
+        self._players |= self._took.keys()
+        self.by_turns |= bool(self._took) and (len(set(self._took.values())) > 1 or self._took.keys() != self._players)
+        self._took = {}
 
     def activity(self, optimizer: Optimizer) -> float:
         """The fraction of updates in which an optimizer steps, as it is expected from those so far.
@@ -102,12 +111,13 @@ class JointOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
         counts = {"steps": list(self.steps), "summed": list(self.summed)}
-        return counts | {"updates": self._updates, "active": list(self._active)}
+        return counts | {"updates": self._updates, "active": list(self._active), "by_turns": self.by_turns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` returned."""
         self.steps, self.summed = list(state["steps"]), list(state["summed"])
         self._updates, self._active, self._before = state["updates"], list(state["active"]), list(state["steps"])
+        self.by_turns = state["by_turns"]
 
 
 AnyOptimizer = Optimizer | JointOptimizer

@@ -120,9 +120,7 @@ def refuse(training: Training, config: RecordingConfig, capture: Capture, covera
 
 def _refuse_optimizers(optimizer: JointOptimizer, module: nn.Module, owner: str) -> None:
     if not optimizer.each:
-        raise InfluenceError(
-            f"{owner}: there is no optimizer, so nothing trains; give one, or do not record."
-        )
+        raise InfluenceError(f"{owner}: there is no optimizer, so nothing trains; give one, or do not record.")
     if shared := optimizer.shared():
         names = sorted(name for name, p in module.named_parameters() if p in shared)
         raise InfluenceError(

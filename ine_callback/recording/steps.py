@@ -153,11 +153,12 @@ class OptimizerSteps:
         """An optimizer has taken its step."""
         optimizer = self._parts.training.optimizer
         self.has_gap = False
-        if isinstance(optimizer, JointOptimizer):
-            optimizer.count(lane.optimizer)
         self._lr = float(optimizer.param_groups[0]["lr"])
         self._average_changes(lane)
-        self._taken.add(step_rate(lane.optimizer), lane.take())
+        passes = lane.take()
+        if isinstance(optimizer, JointOptimizer):
+            optimizer.count(lane.optimizer, [id(one.losses) for one in passes])
+        self._taken.add(step_rate(lane.optimizer), passes)
         if not self.several:
             self.update()
 

@@ -78,6 +78,25 @@ def test_summed_and_remaining_rates_count_an_optimizers_own_steps() -> None:
     assert again.state_dict() == joint.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("updates", "by_turns"),
+    [
+        ([{0: [1], 1: [1]}, {0: [2], 1: [2]}], False),
+        ([{0: [1], 1: [1]}, {}], False),  # a step without any recorded pass
+        ([{0: [1], 1: [2]}], True),
+        ([{0: [1]}, {1: [2]}], True),
+        ([{0: [1, 2], 1: [2]}], True),
+    ],
+)
+def test_who_takes_other_passes_takes_turns(updates: list[dict[int, list[int]]], by_turns: bool) -> None:
+    joint = JointOptimizer([SGD([p], lr=0.1) for p in parameters(2)])
+    for update in updates:
+        for k, passes in update.items():
+            joint.count(joint.each[k], passes)
+        joint.end_update()
+    assert joint.by_turns is by_turns
+
+
 def test_a_single_optimizers_rates_are_as_before() -> None:
     (a,) = parameters(1)
     optimizer = SGD([a], lr=0.1, momentum=0.5)

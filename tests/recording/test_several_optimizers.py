@@ -168,6 +168,12 @@ def test_a_players_curvature_is_of_gradients_that_it_takes() -> None:
     assert uses["d.0.weight"] == 2 * steps + 1  # true and made rows; once before it was known whose gradient it is
 
 
+def test_players_have_no_loss_for_a_closing_pass() -> None:
+    keep, _ = game()
+    assert any("closing pass: the optimizers take turns" in note for note in keep.report().run.notes)
+    assert not any("closing pass:" in note and "turns" in note for note in together(two).run.notes)
+
+
 def test_losses_are_not_counted_twice() -> None:
     def counted(make: Any) -> Any:
         return together(make, methods=[ObservationCounts()]).scores.mean_loss
@@ -264,6 +270,7 @@ def test_a_recording_is_taken_up_in_the_middle() -> None:
         "summed": pytest.approx([0.9, 1.8]),
         "updates": 9,
         "active": [9, 9],
+        "by_turns": False,
     }
     assert not unequal(whole, parts)
     assert (whole.observations == parts.observations).all() and whole.run.steps == parts.run.steps
