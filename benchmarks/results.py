@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import cost, label_tables, layer_tables, values_tables
+from benchmarks.fairness import markdown as fairness
 from benchmarks.family import markdown as family
 from benchmarks.finetuning import markdown as finetuning
 from benchmarks.influence import markdown as influence
@@ -387,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections |= {"cleanup": cleanup, "family": family.section, "finetuning": finetuning.section}
     sections |= {"label_errors": label_tables.label_errors, "layers": layer_tables.layers}
     sections |= {"values": values_tables.values, "values_airrep": values_tables.airrep}
-    sections |= {"influence": influence.section, "tokens": tokens.section}
+    sections |= {"influence": influence.section, "tokens": tokens.section, "fairness": fairness.section}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

@@ -1,6 +1,6 @@
 """Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/.
 
-That of the tutorial is drawn from what the tutorial's own code leaves.
+Those of the tutorial and of fair subspaces are drawn from what these pages' own code leaves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ine_callback import InfluenceReport
 from ine_callback.report import plots
+from ine_callback.report.fairness_plot import fairness as draw_path
 from ine_callback.utilities.words import BLUE, ORANGE
 
 HERE = Path(__file__).resolve().parent
@@ -75,9 +76,7 @@ def _digits(seed: int) -> tuple[Any, Any, Any]:
 
 def tutorial() -> Figure:
     """What the tutorial finds: the first suspects, and rows on its tested list whose labels are right."""
-    made: dict[str, Any] = {"__name__": "tutorial"}
-    text = (HERE / "tutorial.md").read_text(encoding="utf-8").partition("## Keep it")[0]  # what follows writes files
-    exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), made)
+    made = _run("tutorial.md", "## Keep it")  # what follows writes files
     figure = Figure((8.0, 3.0), layout="constrained")
     rows = {"First of the ranking": made["ranked"], "On the tested list, and right": made["missed"]}
     for part, (title, chosen) in zip(figure.subfigures(2, 1), rows.items(), strict=True):
@@ -89,6 +88,21 @@ def tutorial() -> Figure:
             color = ORANGE if made["is_wrong"][row] else INK
             ax.set_xlabel(f"labelled {made['y'][row]}", fontsize=8.5, color=color, labelpad=3)
     return figure
+
+
+def fairness() -> Figure:
+    """The trade-off path of the page on fair subspaces."""
+    figure = Figure((6.4, 3.6), layout="constrained")
+    draw_path(_run("methods/fairness.md", "In a fit")["found"], figure.subplots())
+    return figure
+
+
+def _run(page: str, until: str) -> dict[str, Any]:
+    """What a page's Python blocks leave, up to a line that begins so."""
+    made: dict[str, Any] = {"__name__": page}
+    text = (HERE / page).read_text(encoding="utf-8").partition(f"\n{until}")[0]
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), made)
+    return made
 
 
 def flow() -> Figure:
@@ -149,7 +163,8 @@ def main() -> None:
     images.mkdir(exist_ok=True)
     report = InfluenceReport.load(args.report)
     screenshot(report, args.seed, images / "report.png")
-    for name, figure in {"digits": digits(report, args.seed), "flow": flow(), "tutorial": tutorial()}.items():
+    figures = {"digits": digits(report, args.seed), "flow": flow(), "tutorial": tutorial(), "fairness": fairness()}
+    for name, figure in figures.items():
         figure.savefig(images / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})
 
 

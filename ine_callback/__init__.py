@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ine_callback._version import __version__
 
 if TYPE_CHECKING:
+    from ine_callback.applications.fairness import Subspaces
     from ine_callback.applications.sampler import InfluenceSampler
     from ine_callback.applications.suppression import SuppressTokens, suppressed_cross_entropy
     from ine_callback.applications.token_mask import TokenMask, token_mask
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         IF,
         KAIROS,
         DataValues,
+        FairSubspaces,
         FitContext,
         FitEndMethod,
         PerSamplePass,
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from ine_callback.methods.bif.evaluation import EachRow
     from ine_callback.methods.bif.run import bif_scores
     from ine_callback.methods.bif.scores import BIFScores
+    from ine_callback.methods.fairness.settings import FairSettings
+    from ine_callback.methods.fairness.subspaces import fair_subspaces
     from ine_callback.methods.kairos.values import kairos
     from ine_callback.optimizers import register_optimizer
-    from ine_callback.queries import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
+    from ine_callback.queries import CallableQuery, GapQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recording.config import RecordingConfig
     from ine_callback.recording.recorder import Recorder
     from ine_callback.report import InfluenceReport
@@ -50,9 +54,12 @@ __all__ = [
     "CallableQuery",
     "DataValues",
     "EachRow",
+    "FairSettings",
+    "FairSubspaces",
     "FeatureEncoder",
     "FitContext",
     "FitEndMethod",
+    "GapQuery",
     "InfluenceCallback",
     "InfluenceReport",
     "InfluenceSampler",
@@ -64,12 +71,14 @@ __all__ = [
     "Recorder",
     "RecordingConfig",
     "SelfQuery",
+    "Subspaces",
     "SuppressTokens",
     "TokenInfluence",
     "TokenMask",
     "__version__",
     "bif_scores",
     "calibrate",
+    "fair_subspaces",
     "kairos",
     "register_layer",
     "register_optimizer",
@@ -94,6 +103,8 @@ _MODULES = {
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
     "methods.kairos.values": ["kairos"],
+    "methods.fairness.settings": ["FairSettings"],
+    "methods.fairness.subspaces": ["fair_subspaces"],
     "methods": [
         "BIF",
         "FINE",
@@ -104,13 +115,15 @@ _MODULES = {
         "FitEndMethod",
         "PerSamplePass",
         "TokenInfluence",
+        "FairSubspaces",
     ],
     "optimizers": ["register_optimizer"],
-    "queries": ["CallableQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
+    "queries": ["CallableQuery", "GapQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],
     "recording.recorder": ["Recorder"],
     "report": ["InfluenceReport"],
     "scores": ["Attribution"],
+    "applications.fairness": ["Subspaces"],
     "applications.sampler": ["InfluenceSampler"],
     "applications.suppression": ["SuppressTokens", "suppressed_cross_entropy"],
     "applications.token_mask": ["TokenMask", "token_mask"],

@@ -42,6 +42,7 @@ def run(module: str, *arguments: str) -> str:
         ("influence", "## Influence functions at the trained weights"),
         ("tokens", "## Token influence"),
         pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
+        pytest.param("fairness", "## Fair subspaces", marks=pytest.mark.long),
         pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),
         pytest.param("lds --problems transformer --only run", "## Retraining, transformer", marks=pytest.mark.long),
         pytest.param(

@@ -102,13 +102,15 @@ class BlockTable:
         """Pairs the per-sample gradients of a module call with blocks; joins weight and bias if both are matrices."""
         pairs: list[tuple[Block, GradSample]] = []
         grad_samples = {k: r for k, r in grad_samples.items() if self._parameter(module, k) not in self._refused}
-        weight, bias = grad_samples.get("weight"), grad_samples.get("bias")
-        if isinstance(weight, Outer) and isinstance(bias, Outer):
-            parameters = (self._parameter(module, "weight"), self._parameter(module, "bias"))
-            if not self._tied.intersection(parameters) and self._joinable(*parameters):
-                joined = weight.with_bias()
-                pairs.append((self._block(parameters, joined), joined))
-                del grad_samples["weight"], grad_samples["bias"]
+        for name in [name for name in grad_samples if name.startswith("weight")]:
+            of_bias = name.replace("weight", "bias", 1)
+            weight, bias = grad_samples[name], grad_samples.get(of_bias)
+            if isinstance(weight, Outer) and isinstance(bias, Outer):
+                parameters = (self._parameter(module, name), self._parameter(module, of_bias))
+                if not self._tied.intersection(parameters) and self._joinable(*parameters):
+                    joined = weight.with_bias()
+                    pairs.append((self._block(parameters, joined), joined))
+                    del grad_samples[name], grad_samples[of_bias]
         for name, grad_sample in grad_samples.items():
             pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
         return pairs

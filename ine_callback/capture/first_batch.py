@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.check import find_layouts
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
@@ -23,6 +24,7 @@ def first_batch_faults(
     batch: Any,
     rows: int,
     training: bool,
+    views: bool = False,
 ) -> tuple[dict[nn.Module, str], list[str]]:
     """Modules to be left out -> why, and sentences for the report about what was not checked.
 
@@ -33,17 +35,31 @@ def first_batch_faults(
         batch: A training batch.
         rows: Its number of rows (at least 2).
         training: Whether the passes to be captured are in training mode, where mixup and shuffles happen.
+        views: Whether ``capture.views`` may be set, where the model joins several views of its rows.
     """
     unchecked = "the order of rows inside the layers was not checked"
     by_rows = led_by(batch, rows)
     try:
-        order = row_order_faults(module, capture, loss, batch, rows)
-        mixing = row_mixing_faults(module, capture, loss, batch, rows) if training and by_rows else {}
-        functions = layer_function_faults(module, capture, loss, batch, rows)
+        order, found = row_order_faults(module, capture, loss, batch, rows)
+        faults = _faults(module, capture, loss, batch, rows, training and by_rows)
     except Exception as error:  # of the user's code, run on a part of a batch
         return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
+    mixing, functions = faults
     if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
         # what fails here costs bare parameters only, which then are named as left out
         with contextlib.suppress(Exception):
             find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
+    trained = {p for each in order for p in own_parameters(each).values() if p.requires_grad}
+    if views and found > 1 and not trained <= capture.bare.layouts.keys():  # else they are read at their uses
+        capture.views = found
+        capture.bare.layouts.clear()  # which are of single rows
+        order, (mixing, functions) = {}, _faults(module, capture, loss, batch, rows, training and by_rows)
     return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]
+
+
+def _faults(
+    module: nn.Module, capture: Capture, loss: Callable[[nn.Module, Any], object], batch: Any, rows: int, training: bool
+) -> tuple[dict[nn.Module, str], dict[nn.Module, str]]:
+    """Where rows are mixed, and which layers do not compute what their class says."""
+    mixing = row_mixing_faults(module, capture, loss, batch, rows) if training else {}
+    return mixing, layer_function_faults(module, capture, loss, batch, rows * capture.views)

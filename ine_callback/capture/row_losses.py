@@ -57,12 +57,13 @@ class Scale:
 
 
 @torch.no_grad()  # not detach(), which would drop derivatives of forward mode
-def read_loss(loss: Tensor, rows: int) -> LossReading | None:
+def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
     Args:
         loss: The scalar to be differentiated.
         rows: Number of rows b of the batch.
+        views: How many views of the rows the model sees, one after another; terms of all of them are a row's own.
 
     Returns:
         The reading, or None where the loss is of another form (a sum of several, label smoothing, a custom one).
@@ -83,7 +84,7 @@ def read_loss(loss: Tensor, rows: int) -> LossReading | None:
             return None
         name = node.name()
         if name in _LOSSES:
-            return _reading(node, mask, coefficient, rows)
+            return _reading(node, mask, coefficient, rows, views)
         factor = _constant_factor(node, name)
         if factor is not None and factor.dim() == 0:
             coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
@@ -106,21 +107,26 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int) -> LossReading | None:
+def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, views: int) -> LossReading | None:
     """Makes the reading from a loss's node, the weights of its terms [n], ordered by rows, and its coefficient."""
     losses, weights = _LOSSES[node.name()](node)
     reduction = node._saved_reduction
     if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
         return None
-    losses, weights = losses.reshape(rows, -1), weights.reshape(rows, -1)
+    views = views if losses.numel() % (rows * views) == 0 else 1
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.reshape(views, rows, -1).transpose(0, 1).reshape(rows, -1)
+
+    losses, weights = by_row(losses), by_row(weights)
     if mask is not None:
-        weights = weights * mask.reshape(rows, -1)
+        weights = weights * by_row(mask)
     if reduction == _MEAN:
         coefficient = coefficient / weights.sum()
     total = weights.sum(1)
     row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
     own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
-    labels = node._saved_target.reshape(rows, -1) if node.name().startswith("NllLoss") else None
+    labels = by_row(node._saved_target) if node.name().startswith("NllLoss") else None
     scale = rows / (coefficient * weights.sum())
     return LossReading(row_losses, 1 / coefficient, scale, own, losses, weights, labels)
 

@@ -207,13 +207,21 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
             seed_everywhere(seed)
             loss = step(module, batch)
             trace.state = _random_state(next(module.parameters()).device)
-            reading = read_loss(loss, rows) if isinstance(loss, Tensor) and loss.requires_grad else None
+            known = isinstance(loss, Tensor) and loss.requires_grad
+            reading = read_loss(loss, rows, capture.views) if known else None  # type: ignore[arg-type]
             if reading is not None:
                 trace.calls[_LOSS] = [reading.rows.detach()]
     finally:
         capture.on_call = None
         restore()
+    if capture.views > 1:  # those of one row side by side
+        trace.calls = {n: [_side_by_side(x, rows) for x in calls] for n, calls in trace.calls.items()}
     return trace
+
+
+def _side_by_side(x: Tensor, rows: int) -> Tensor:
+    """An input that holds views one after another [m b, ...] as [b, m, ...]."""
+    return x.unflatten(0, (-1, rows)).transpose(0, 1) if x.dim() and x.shape[0] % rows == 0 else x
 
 
 def _own_functions(module: nn.Module) -> list[Any]:

@@ -8,7 +8,7 @@ only the third run shows what stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ VIEWS = "views of the rows behind one another"
 
 def row_order_faults(
     module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any, rows: int
-) -> dict[nn.Module, str]:
-    """Modules whose inputs are not led by the batch's rows -> why. Runs the model isolated and without gradient.
+) -> tuple[dict[nn.Module, str], int]:
+    """Modules whose inputs are not led by the batch's rows -> why; and how many views of the rows there are.
+
+    Runs the model isolated and without gradient. Of several views that all layers get one after another, modules are
+    named too: whoever does not count views leaves them out.
 
     Args:
         module: The model.
@@ -42,7 +45,7 @@ def row_order_faults(
             for x in calls:
                 if x.dim() == 0 or x.shape[0] != rows:
                     faults[by_name[name]] = _not_led_by_rows(x, rows)
-        return faults
+        return faults, 1
     places = torch.arange(rows)
     fewer, _ = _inputs(module, capture, run, cut(batch, places[:-1], rows))
     replaced, _ = _inputs(module, capture, run, cut(batch, places % (rows - 1), rows))
@@ -51,12 +54,25 @@ def row_order_faults(
             in_order = _loses_its_end(x, less, rows) and _same_rows(x, other, less)
             if in_order and (random or _same_rows(x, less, less)):
                 continue
-            if _are_views(x, less, rows):
+            if _are_views(x, less, other, rows, random):
                 views = f"its input of shape {tuple(x.shape)} holds {x.shape[0] // rows} {VIEWS}"
                 faults[by_name[name]] = f"{views} (torch.cat), not each row's own one after another"
             else:
                 faults[by_name[name]] = _not_led_by_rows(x, rows)
-    return faults
+    return faults, views_of(faults, whole, rows)
+
+
+def views_of(faults: dict[nn.Module, str], whole: Mapping[str, Sequence[Tensor]], rows: int) -> int:
+    """How many views of the rows all layers get, one after another, where nothing else is at fault; else 1.
+
+    Args:
+        faults: What :func:`row_order_faults` found.
+        whole: The layers' inputs, call by call.
+        rows: The batch's number of rows.
+    """
+    counts = {x.shape[0] // rows if x.dim() else 0 for calls in whole.values() for x in calls}
+    alike = len(faults) == len(whole) and len(counts) == 1 and all(VIEWS in reason for reason in faults.values())
+    return counts.pop() if alike and faults else 1
 
 
 def _not_led_by_rows(x: Tensor, rows: int) -> str:
@@ -93,12 +109,12 @@ def _loses_its_end(whole: Tensor, less: Tensor, rows: int) -> bool:
     return whole.shape[0] % rows == 0 and less.shape[0] * rows == whole.shape[0] * (rows - 1)
 
 
-def _are_views(whole: Tensor, less: Tensor, rows: int) -> bool:
+def _are_views(whole: Tensor, less: Tensor, replaced: Tensor, rows: int, random: bool) -> bool:
     """Whether an input holds the batch several times, one after another: each copy then loses the last row."""
     if not _loses_its_end(whole, less, rows) or whole.shape[0] == rows or whole.shape[1:] != less.shape[1:]:
         return False
-    one, other = whole.unflatten(0, (-1, rows))[:, :-1], less.unflatten(0, (-1, rows - 1))
-    return all(_same_rows(a, b, b) for a, b in zip(one, other, strict=True))
+    others = replaced.unflatten(0, (-1, rows))[:, :-1] if random else less.unflatten(0, (-1, rows - 1))
+    return all(_same_rows(a, b, b) for a, b in zip(whole.unflatten(0, (-1, rows))[:, :-1], others, strict=True))
 
 
 def _same_rows(whole: Tensor, other: Tensor, less: Tensor) -> bool:

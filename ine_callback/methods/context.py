@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,9 @@ from ine_callback.queries import Batch, BoundQuery, gradients, values
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import QueryInfo, Scores, Stage
 from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.tracking import Track, untracked
 
 TOGETHER = 64  # rows of a pass's batch
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-
-
-def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """No progress bar."""
-    return steps
 
 
 class RowGradients:
@@ -254,7 +249,7 @@ class FitContext:
             with isolated(self.module), self.precision():
                 capture.start_batch(size)
                 loss = self.loss(self.module, batch)
-                reading = read_loss(loss, size)
+                reading = read_loss(loss, size, capture.views)
                 if what.labels == "sampled":
                     sample(loss, generator)
                 elif what.labels == "expected":
@@ -294,7 +289,7 @@ class FitContext:
                 return self.loss(module, batch)
 
         # these passes are in evaluation mode, so what a training step does to its rows is no fault here
-        faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, training=False)
+        faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, False, views=True)
         for note in unchecked:
             self._note(f"per-sample gradients: {note}")
         for module, reason in faults.items():

@@ -5,6 +5,7 @@ from ine_callback.queries.evaluation import gradients, scalar, values
 from ine_callback.queries.kinds import (
     SELF,
     CallableQuery,
+    GapQuery,
     LossQuery,
     MarginQuery,
     PerClassQuery,
@@ -19,6 +20,7 @@ __all__ = [
     "Batch",
     "BoundQuery",
     "CallableQuery",
+    "GapQuery",
     "LossQuery",
     "MarginQuery",
     "PerClassQuery",

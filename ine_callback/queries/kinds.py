@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ine_callback.data.attribute import Attribute, attribute_of
 from ine_callback.data.batches import cut, size_of
 from ine_callback.errors import QueryError
 from ine_callback.queries.bound import Batch, BoundQuery, QuerySource, Value
@@ -44,6 +45,13 @@ class Query(ABC):
     def margin(data: Any = "val", per_row: bool = False, name: str | None = None) -> MarginQuery:
         """Negated mean margin ``-log(p / (1 - p))`` of the true class on ``data``; ``per_row`` asks for each row."""
         return MarginQuery(data, per_row, name)
+
+    @staticmethod
+    def gap(
+        sensitive: Attribute, data: Any = "val", name: str | None = None, positive: int | Sequence[int] = 1
+    ) -> GapQuery:
+        """Mean predicted probability of class ``positive`` on the rows of ``data`` in group 1, less that in group 0."""
+        return GapQuery(sensitive, data, name, positive)
 
 
 class LossQuery(Query):
@@ -134,6 +142,70 @@ class MarginQuery(Query):
     def _value(self, module: nn.Module, batch: Batch) -> Tensor:
         logits, labels = self.forward(module, batch)
         return -margins(logits, labels).mean()
+
+
+class GapQuery(Query):
+    """Parity gap: mean predicted probability in group 1, less that in group 0; 0 where groups are treated alike.
+
+    Its sign is kept, so that it has a gradient everywhere. Below 0 group 1 has the lower scores, and helpful rows widen
+    the gap: swap ``groups``.
+
+    Args:
+        sensitive: Where each row's group is: key or position in a batch, or a function of the batch.
+        data: As for :class:`LossQuery`.
+        name: Column name; by default "gap".
+        positive: The class whose probability is the score; of several, their sum. A model with one output a row has its
+            logistic function in place of it.
+        groups: The two values of the attribute that are compared, "1 less 0"; rows with others are left out.
+        forward: Maps (module, batch) to logits [b, C], [b, 1] or [b]; by default ``module(x)`` of a batch ``(x, ...)``.
+    """
+
+    def __init__(
+        self,
+        sensitive: Attribute,
+        data: Any = "val",
+        name: str | None = None,
+        positive: int | Sequence[int] = 1,
+        groups: Sequence[float] = (1, 0),
+        forward: Callable[[nn.Module, Batch], Tensor] | None = None,
+    ) -> None:
+        self.sensitive, self.data, self.name = sensitive, data, name
+        self.positive = [positive] if isinstance(positive, int) else list(positive)
+        self.groups, self.forward = tuple(groups), forward or _logits
+        if len(self.groups) != 2 or self.groups[0] == self.groups[1]:
+            raise QueryError(f"GapQuery: groups={list(groups)} must be two different values of the attribute.")
+
+    def bind(self, name: str, source: QuerySource) -> list[BoundQuery]:
+        batches = source.batches(self.data)
+        found = torch.cat([self._groups(batch).cpu() for batch in batches])
+        counts = [int((found == group).sum()) for group in self.groups]
+        if not all(counts):
+            there = found.unique()[:5].tolist()
+            raise QueryError(
+                f"GapQuery '{name}': {_describe(self.data)} has {counts} rows of the groups {list(self.groups)}; its "
+                f"values are {there}. Name the two to compare in groups=."
+            )
+        high, low = self.groups
+        question = f"Does training on this row lower the score of group {high} beside {low} on {_describe(self.data)}?"
+
+        def value(module: nn.Module, batch: Batch) -> Tensor:
+            score, group = self._scores(module, batch), self._groups(batch)
+            parts = [torch.where(group == g, score, 0).sum() / n for g, n in zip(self.groups, counts, strict=True)]
+            return len(batches) * (parts[0] - parts[1])  # the batches' mean is the gap of all rows
+
+        return [BoundQuery(QueryInfo(name, "custom", question), value, tuple((1 / len(batches), b) for b in batches))]
+
+    def _groups(self, batch: Batch) -> Tensor:
+        return attribute_of(batch, self.sensitive, size_of(batch), "GapQuery: sensitive")
+
+    def _scores(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits = self.forward(module, batch)
+        logits = logits.flatten(1) if logits.dim() > 1 else logits[:, None]
+        if logits.shape[1] == 1:
+            return logits[:, 0].sigmoid()
+        if not 0 <= min(self.positive) <= max(self.positive) < logits.shape[1]:
+            raise QueryError(f"GapQuery: positive={self.positive} names none of the {logits.shape[1]} classes.")
+        return logits.softmax(1)[:, self.positive].sum(1)
 
 
 class CallableQuery(Query):
@@ -230,3 +302,13 @@ def _logits_and_labels(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
             "forward=lambda module, batch: (logits, labels)."
         ) from error
     return module(x), y
+
+
+def _logits(module: nn.Module, batch: Batch) -> Tensor:
+    if not (isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor)):
+        raise QueryError(
+            f"GapQuery: a batch of type {type(batch).__name__} does not begin with the inputs; pass "
+            "forward=lambda module, batch: logits."
+        )
+    logits: Tensor = module(batch[0])
+    return logits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ine_callback.errors import QueryError
-from ine_callback.queries.kinds import CallableQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
+from ine_callback.queries.kinds import CallableQuery, GapQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
 
 
 def parse(queries: Any, owner: str) -> dict[str, Query]:
@@ -63,6 +63,8 @@ def _default_name(query: Query) -> str:
         return "class"
     if isinstance(query, MarginQuery):
         return "margin"
+    if isinstance(query, GapQuery):
+        return "gap"
     if isinstance(query, LossQuery):
         return query.data if isinstance(query.data, str) else "loss"
     return type(query).__name__

@@ -112,7 +112,7 @@ class BackwardPasses:
             return
         self._capture.see(loss)
         with torch.no_grad():
-            reading = read_loss(loss, len(self._batch[0]))
+            reading = read_loss(loss, len(self._batch[0]), self._capture.views)
             if reading is None:
                 self._guard.note(
                     "the training loss is of no standard form: taken as a mean over rows, row losses unknown"

@@ -73,7 +73,12 @@ class Coverage:
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return
-        faults, unchecked = first_batch_faults(self._module, self._capture, loss, batch, rows, training=True)
+        views = self._policy != "fallback" and processes.count == 1
+        faults, unchecked = first_batch_faults(
+            self._module, self._capture, loss, batch, rows, training=True, views=views
+        )
+        if self._capture.views > 1:
+            self.notes.append(f"the model sees {self._capture.views} views of each row: a row's score is that of all")
         self.notes += unchecked
         self.approximate.update(self._capture.approximate)
         if any(VIEWS in reason for reason in faults.values()):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.applications.fairness import Subspaces, holds_subspaces
 from ine_callback.scores import Attribution, Scores
 from ine_callback.stats.ranks import spearman
 from ine_callback.utilities.words import BLUE, ORANGE, plain, probability
@@ -51,6 +52,8 @@ def section(
     parts += [Text(f" ✗ {plain(reason)}", "bold white on red") for reason in found.reasons]
     parts.append(Text(legend(found), "dim"))
     parts += [Text(line) for line in earlier(stages)]
+    if holds_subspaces(found):
+        parts.append(Text(str(Subspaces(found))))
     for name in [query.name for query in found.queries[:MAX_DETAILED]] if queries is None else queries:
         words = f"{plain(name)} · {agreement(found, scores, name)}"
         parts.append(Rule(Text(words, "bold"), align="left", style="dim"))

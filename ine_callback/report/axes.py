@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ine_callback.applications.fairness import NAME as FAIR
+from ine_callback.applications.fairness import subspaces_of
 from ine_callback.report import plots
 from ine_callback.report.attribution_view import by_method
+from ine_callback.report.fairness_plot import fairness
 from ine_callback.report.layer_plot import layers
 from ine_callback.report.stages import stages
 from ine_callback.utilities.optional import need
@@ -78,6 +81,16 @@ class Plots:
         """Sensitivity of each block of the network; arguments as in :meth:`.InfluenceReport.layers`."""
         ax = _given(ax)
         layers(self._report.layers(method, query, blocks), ax)
+        return ax
+
+    def fairness(self, *, ax: Axes | None = None) -> Axes:
+        """What leaving the sensitive attribute's directions out costs: loss against the gaps, with 95 % intervals.
+
+        Raises:
+            ValueError: If :class:`~ine_callback.FairSubspaces` did not run.
+        """
+        ax = _given(ax)
+        fairness(subspaces_of(self._report.attribution(FAIR)), ax)
         return ax
 
 

@@ -46,12 +46,20 @@ def to_arrow(report: Contents) -> pa.Table:
 def _of_methods(report: Contents) -> dict[str, NDArray[np.float64]]:
     """The last scores of each fit-end method, in the lines of the rest; NaN where it did not score.
 
-    A method whose name is a column already gets a number behind it.
+    A method whose name is a column already gets a number behind it. One that shares no query with the report has a
+    column ``method/query`` for each of its own.
     """
     found: dict[str, NDArray[np.float64]] = {}
     for stages in by_method(report.attributions).values():
         last = stages[-1]
         known = [query.name for query in last.queries]
+        if not set(known) & set(report.queries):  # questions of the method's own: one number in all lines of a row
+            for k, query in enumerate(known):
+                there, column = last.rows < report.rows, np.full(report.rows, np.nan)
+                column[last.rows[there]] = last.ranking[there, k]
+                method = f"{attribute_name(last.method)}/"
+                found[method + query.removeprefix(method)] = np.tile(column, len(report.queries))
+            continue
         names = (attribute_name(last.method) + (f"_{k}" if k > 1 else "") for k in count(1))
         name = next(each for each in names if not {each, f"{each}_se", f"{each}_q"} & {*RowScore._fields, *found})
         for suffix, values in (("", last.ranking), ("_se", last.ranking_se), ("_q", last.q)):

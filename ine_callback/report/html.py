@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.applications.fairness import Subspaces, holds_subspaces
 from ine_callback.report import attribution_view as words_of
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
+from ine_callback.report.fairness_plot import image
 from ine_callback.report.pagedata import Classes, encoded, payload
 from ine_callback.report.samples import Render, Samples, classes, classes_of
 from ine_callback.report.shown import Shown, Text
@@ -234,6 +236,7 @@ def _method(report: Contents, stages: Sequence[Attribution]) -> dict[str, Any]:
         "earlier": words_of.earlier(stages),
         "head": words_of.head_of(found),
         "found": found,
+        "subspaces": _subspaces(found),
         "sections": [
             {
                 "name": query.name,
@@ -243,6 +246,14 @@ def _method(report: Contents, stages: Sequence[Attribution]) -> dict[str, Any]:
             for column, query in enumerate(found.queries[:MAX_DETAILED])
         ],
     }
+
+
+def _subspaces(found: Attribution) -> dict[str, Any] | None:
+    """The trade-off path of fair subspaces as a picture and in words."""
+    if not holds_subspaces(found):
+        return None
+    held = Subspaces(found)
+    return {"image": image(held), "lines": str(held)}
 
 
 def _table(table: ScoreTable, title: str, longest: float) -> dict[str, Any]:

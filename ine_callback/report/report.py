@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ine_callback.applications.fairness import NAME as FAIR
+from ine_callback.applications.fairness import Subspaces, subspaces_of
 from ine_callback.applications.token_mask import TokenMask, token_mask
 from ine_callback.errors import InfluenceError
 from ine_callback.report import (
@@ -296,6 +298,15 @@ class InfluenceReport(Contents, legacy.FormerNames):
     def plot(self) -> Plots:
         """Single plots, on your axes if you pass them: ``report.plot.volcano("val", ax=ax)``."""
         return Plots(self)
+
+    @property
+    def subspaces(self) -> Subspaces:
+        """What :class:`~ine_callback.FairSubspaces` found: directions, the trade-off path, projections and heads.
+
+        Raises:
+            ValueError: If it did not run.
+        """
+        return subspaces_of(self.attribution(FAIR))
 
     def figure(self, query: str | None = None) -> Any:
         """The three plots of a query in one matplotlib ``Figure``; needs the extra ``report``."""

@@ -9,21 +9,16 @@ They are summed in tiles: the [N, N] matrix never exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ine_callback.utilities.tracking import Track, untracked
+
 TILE = 512  # rows of a tile; 2 MB of float64 stay in a core's cache
 MEDIAN_ROWS = 1000  # rows whose pairs give the median distance
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-
-
-def untracked(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """No progress bar."""
-    return steps
 
 
 class Kernel(Protocol):

@@ -171,6 +171,8 @@ def _differentiable_checkpoints() -> Iterator[None]:
 
 
 def _evaluate(module: nn.Module) -> None:
+    if type(module) in (nn.LSTM, nn.GRU, nn.RNN) and (module.num_layers == 1 or not module.dropout):
+        return  # without dropout both modes are the same, and cuDNN differentiates in training mode alone
     if "training" in module.__dict__:
         module.__dict__["training"] = False  # past a __setattr__ of the user's
     else:

@@ -15,16 +15,7 @@ from torch.optim import SGD, Adam
 from ine_callback import InfluenceReport, Recorder
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.observation_counts import ObservationCounts
-from ine_callback.optimizers.joint import JointOptimizer
-from ine_callback.recording.lanes import Lane
-from ine_callback.recording.observations import Taken
-from ine_callback.recording.steps import OptimizerSteps
-from ine_callback.scoring.signals import Signals
-from tests.helpers.accidents import accident
-from tests.helpers.identical import differing, unequal
-from tests.regimes.harness import fit, recorder
-from tests.regimes.optimizers import GAN
-from tests.regimes.regime import Regime
+from tests.helpers.identical import unequal
 
 ROWS, SIZE, EPOCHS = 24, 6, 4
 X = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(1))
@@ -274,33 +265,3 @@ def test_a_recording_is_taken_up_in_the_middle() -> None:
     }
     assert not unequal(whole, parts)
     assert (whole.observations == parts.observations).all() and whole.run.steps == parts.run.steps
-
-
-PLACES = [
-    (Lane, "change"),
-    (Lane, "take"),
-    (Lane, "discard"),
-    (JointOptimizer, "place"),
-    (JointOptimizer, "count"),
-    (JointOptimizer, "end_update"),
-    (OptimizerSteps, "end"),
-    (OptimizerSteps, "update"),
-    (Taken, "take"),
-    (Signals, "refresh"),
-    (Signals, "unmake"),
-]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("after", [0, 3])
-@pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner.__name__}.{name}" for owner, name in PLACES])
-def test_an_accident_leaves_the_training_as_it_was(owner: type, name: str, after: int) -> None:
-    regime = Regime("accident", "", lambda: GAN(first="generator"), trainer=lambda: {"max_epochs": 1})
-    plain, influence = fit(regime, None), recorder(regime)
-    influence.on_error = "warn"
-    with accident(owner, name, after):
-        broken = fit(regime, influence)
-    assert not differing(plain.left, broken.left)
-    run = influence.report.run if influence.report is not None else None
-    if (name, after) != ("unmake", 3):  # called once a run
-        assert run is None or run.uncaptured or any("recording stopped" in note for note in run.notes)

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from ine_callback import InfluenceCallback, InfluenceReport
 from tests.helpers.identical import History, differing, fitted
@@ -53,8 +54,11 @@ class Watch(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         trainable = frozenset(plain_name(name) for name, p in pl_module.named_parameters() if p.requires_grad)
         groups = _settings(trainer.optimizers)
+        changes = any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks)
+        accumulate = trainer.accumulate_grad_batches if changes else None
         which = getattr(pl_module, "turn", "loss")
-        self.events.append(Event("backward", self._rows, self._random, groups, trainable, loss=which))
+        event = Event("backward", self._rows, self._random, groups, trainable, accumulate=accumulate, loss=which)
+        self.events.append(event)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if len(trainer.optimizers) > 1:

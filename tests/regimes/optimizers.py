@@ -70,6 +70,9 @@ class GAN(Classifier):
         first: Whose turn comes first.
         every: The generator steps in every so many batches.
         critics: The discriminator's steps in a batch.
+        keep: Whether an optimizer removes its gradients after its step, not before its turn: then what the other's pass
+            left is a part of its step.
+        joined: Whether the discriminator gets true and made rows in one call.
     """
 
     def __init__(
@@ -79,12 +82,15 @@ class GAN(Classifier):
         first: str = "discriminator",
         every: int = 1,
         critics: int = 1,
+        keep: bool = False,
+        joined: bool = False,
     ) -> None:
         super().__init__(nn.Identity())
         self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(CONDITIONS, 6), nn.Tanh(), nn.Linear(6, FEATURES - CONDITIONS))
         self.discriminator = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, 1))
         self.makes, self.toggle, self.every, self.turn = makes, toggle, every, ""
+        self.keep, self.joined = keep, joined
         critic = ["critic"] * critics
         self.turns = [*critic, "generated"] if first == "discriminator" else ["generated", *critic]
 
@@ -103,7 +109,12 @@ class GAN(Classifier):
         return self._judged(self._completed(batch[0]), True)
 
     def critic(self, batch: Any) -> Tensor:
-        return self._judged(batch[0], True) + self._judged(self._completed(batch[0]).detach(), False)
+        made = self._completed(batch[0]).detach()
+        if self.joined:
+            logits = self.discriminator(torch.cat([batch[0], made]))
+            labels = torch.cat([torch.ones(len(made), 1), torch.zeros(len(made), 1)])
+            return binary_cross_entropy_with_logits(logits, labels)
+        return self._judged(batch[0], True) + self._judged(made, False)
 
     def loss(self, batch: Any) -> Tensor:
         """Of the validation step: how well both play."""
@@ -117,11 +128,14 @@ class GAN(Classifier):
                 continue
             optimizer = generator if self.turn == "generated" else discriminator
             with self._frozen(optimizer):
-                optimizer.zero_grad()
+                if not self.keep:
+                    optimizer.zero_grad()
                 self.manual_backward(getattr(self, self.turn)(batch))
                 if self.clip:
                     self.clip_gradients(optimizer, self.clip, "norm")
                 optimizer.step()
+                if self.keep:
+                    optimizer.zero_grad()
 
     @contextmanager
     def _frozen(self, optimizer: Any) -> Iterator[None]:
@@ -146,6 +160,8 @@ OPTIMIZERS = [
     Regime("GAN, not toggled, the generator first, Adam", GROUP, lambda: GAN((adam, adam), first="generator")),
     Regime("GAN, the discriminator twice as often", GROUP, lambda: GAN(every=2)),
     Regime("GAN, the discriminator twice a batch", GROUP, lambda: GAN(toggle=True, critics=2)),
+    Regime("GAN, each steps with what the other left, too", GROUP, lambda: GAN(first="generator", keep=True)),
+    Regime("GAN, true and made rows in one call", GROUP, lambda: GAN(joined=True)),
     Regime("GAN, each clipped by its own norm", GROUP, Clipped),
     Regime("GAN, 16-mixed", GROUP, GAN, trainer=lambda: scaled(2.0**10), tolerance=0.01),
 ]

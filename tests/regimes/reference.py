@@ -30,6 +30,7 @@ class Event:
         trainable: Names of the parameters that had a gradient to come.
         optimizer: Which one took the step, or removed its gradients; None: all.
         loss: Which of the module's losses was differentiated.
+        accumulate: Batches of a step, where that changes.
     """
 
     kind: Literal["backward", "step", "zero", "end"]
@@ -39,6 +40,7 @@ class Event:
     trainable: frozenset[str] = frozenset()
     optimizer: int | None = None
     loss: str = "loss"
+    accumulate: int | None = None
 
 
 class Sums:
@@ -167,6 +169,7 @@ class _Loop:
         if thawed:
             self.optimizers[0].add_param_group({"params": thawed})
         self._set(event)
+        self.accumulate = event.accumulate or self.accumulate
         begins = self.fresh if self.several else not self.pending
         if self.stepped and begins:  # before the first step the direction comes after the backward pass
             self._aim()

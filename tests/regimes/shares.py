@@ -55,7 +55,10 @@ def _only(module: nn.Module, row: int) -> Iterator[None]:
     """Every layer's output of the other rows comes from weights without a gradient."""
     handles = []
     for child in module.modules():
-        if list(child.parameters(recurse=False)):
+        if isinstance(child, nn.RNNBase):  # left out, as it has dropout inside
+            if row:  # its whole gradient counts once
+                handles.append(child.register_forward_hook(lambda m, args, output: (output[0].detach(), output[1])))
+        elif list(child.parameters(recurse=False)):
             hook: Callable[..., Tensor] = _mask(row)
             handles.append(child.register_forward_hook(hook))
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,12 @@ def row_chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
 def widened(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is; integers stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def of_rows(x: Tensor, count: int, consecutive: bool) -> Tensor:
+    """Entries [b count, ...] as [b, count, ...], see :meth:`GradSample.by_row`."""
+    by_row: Tensor = x.unflatten(0, (-1, count)) if consecutive else x.unflatten(0, (count, -1)).transpose(0, 1)
+    return by_row
 
 
 def covariance(x: Tensor, full: bool) -> Tensor:
@@ -110,6 +117,22 @@ class GradSample(ABC):
     @abstractmethod
     def weighted(self, weights: Tensor) -> GradSample:
         """The rows' gradients times one weight each [b]."""
+
+    def by_row(self, count: int, consecutive: bool) -> GradSample | None:
+        """The rows' gradients, of entries of which each row has ``count``; None: see :meth:`split`.
+
+        Args:
+            count: Entries of a row.
+            consecutive: Whether a row's entries follow one another; else all rows' first ones come first.
+        """
+        return None
+
+    def split(self, count: int, consecutive: bool) -> list[GradSample]:
+        """The same as gradients of each entry, with b rows each, which add up to the rows'."""
+        held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        tensors = {n: of_rows(t, count, consecutive) for n, t in held.items() if isinstance(t, Tensor)}
+        parts = [{name: t[:, k] for name, t in tensors.items()} for k in range(count)]
+        return [replace(self, **part) for part in parts]  # type: ignore[type-var]
 
     def weighted_sums(self, weights: Tensor) -> Tensor:
         """Sums of the rows' gradients [Q, *layout] with Q weights for each row [b, Q]."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients.base import GradSample, covariance
+from ine_callback.capture.per_sample_gradients.base import GradSample, covariance, of_rows
 from ine_callback.capture.per_sample_gradients.outer import Outer
 
 
@@ -64,6 +64,10 @@ class Lookup(GradSample):
     @property
     def units(self) -> tuple[int, ...]:
         return self.layout[2:]
+
+    def by_row(self, count: int, consecutive: bool) -> Lookup:
+        ids, output_grads = (of_rows(x, count, consecutive).flatten(1, 2) for x in (self.ids, self.output_grads))
+        return Lookup(ids, output_grads, self.entries)
 
     def transposed(self) -> Entries:
         """The transposed gradients, whose units are those of the output gradients."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ine_callback.errors import InfluenceError
@@ -44,16 +42,11 @@ class LabelModel:
         return absent, np.sqrt(np.maximum(np.square(p).sum(1) - 2 * of_label + 1, 0))
 
 
-def digests(x: Tensor) -> list[bytes]:
-    """A short digest of each row [n], equal for rows that are equal as float64."""
-    return [blake2b(row.tobytes(), digest_size=16).digest() for row in x.detach().cpu().double().flatten(1).numpy()]
-
-
 def refuse_shared(rows: Sequence[bytes], reference: Iterable[bytes]) -> None:
     """Refuses training rows that the reference has too, bit for bit: the reference would vouch for itself.
 
     Args:
-        rows: :func:`digests` of the training rows.
+        rows: :func:`~ine_callback.methods.row_features.digests` of the training rows.
         reference: Those of the reference.
 
     Raises:
@@ -65,26 +58,6 @@ def refuse_shared(rows: Sequence[bytes], reference: Iterable[bytes]) -> None:
             f"{NAME}: training rows {listed(np.array(shared))} are in the reference too, which makes their values "
             "optimistic; leave them out of one."
         )
-
-
-def features_of(x: ArrayLike | Tensor, what: str) -> Tensor:
-    """Features as float64 [n, d] on the host."""
-    try:
-        found = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, dtype=np.float64))
-    except (TypeError, ValueError) as error:
-        raise InfluenceError(f"{NAME}: features of {what} rows are no array of numbers: {error}") from None
-    if found.dim() < 2 or not found.numel():
-        raise InfluenceError(
-            f"{NAME}: features of {what} rows have the shape {tuple(found.shape)}; give [rows, features], at least one "
-            "of each."
-        )
-    found = found.double().flatten(1)
-    bad = torch.where(~found.isfinite().all(1))[0].numpy()
-    if bad.size:
-        raise InfluenceError(
-            f"{NAME}: {what} row {listed(bad)} has features that are NaN or infinite; impute or drop them."
-        )
-    return found
 
 
 def labels_of(y: Any, count: int, what: str) -> NDArray[Any]:

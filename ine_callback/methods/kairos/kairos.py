@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.fit_end import FitEndMethod, Need
 from ine_callback.methods.kairos.settings import NAME, KAIROSSettings
+from ine_callback.methods.row_features import check_name
 from ine_callback.scores import Attribution, Stage
 
 if TYPE_CHECKING:
@@ -68,24 +69,20 @@ class KAIROS(KAIROSSettings, FitEndMethod):
                 f"{NAME}: reference={self.reference[:5]} are rows of the training set, and would vouch for themselves; "
                 "pass 'val', a loader or a batch of other rows."
             )
-        if not (callable(self.features) or (isinstance(self.features, str) and self.features)):
-            raise InfluenceError(
-                f"{NAME}: features={self.features!r} names none; give 'penultimate', 'input', a layer's name or a "
-                "function of module and batch."
-            )
+        check_name(self.features, NAME)
 
     def run(self, context: FitContext) -> Attribution:
         """Values the training rows with the features of the present weights."""
-        from ine_callback.methods.kairos.in_fit import Reader  # at first use, as is torch's
-        from ine_callback.methods.kairos.inputs import refuse_shared
+        from ine_callback.methods.kairos.inputs import refuse_shared  # at first use, as is torch's
         from ine_callback.methods.kairos.values import DataValues
+        from ine_callback.methods.row_features import Reader
 
-        reader = Reader(context, self.features, labels=self.lam < 1)
+        reader = Reader(NAME, context, self.features, labels=self.lam < 1)
         clean = reader.reference(self.reference)
-        values = DataValues(clean.joined("reference"), clean.known_labels(), self)
+        values = DataValues(clean.joined(NAME, "reference"), clean.known_labels(), self)
         rows = reader.training()
         refuse_shared(rows.digests, clean.digests)
-        values.add(rows.joined("training"), rows.known_labels(), context.progress)
+        values.add(rows.joined(NAME, "training"), rows.known_labels(), context.progress)
         notes = (f"{NAME}: features are the input of layer {reader.layer!r}",) if reader.layer else ()
         found = values.attribution(self.reference if isinstance(self.reference, str) else "reference", notes)
         features = self.features if isinstance(self.features, str) else getattr(self.features, "__name__", "function")

@@ -21,20 +21,20 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.kairos.inputs import LabelModel, digests, features_of, labels_of, refuse_shared
+from ine_callback.methods.kairos.inputs import LabelModel, labels_of, refuse_shared
 from ine_callback.methods.kairos.settings import NAME, KAIROSSettings
+from ine_callback.methods.row_features import checked_features, digests
 from ine_callback.scores import Attribution, Check, Floats, QueryInfo
 from ine_callback.stats.mmd import (
     MMD,
     FourierKernel,
     GaussianKernel,
     Kernel,
-    Track,
     conformal_p,
     median_distance,
-    untracked,
 )
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.tracking import Track, untracked
 from ine_callback.utilities.validate import listed, row_ids
 
 QUESTION = "Does this row bring the training set closer to the reference?"
@@ -68,7 +68,7 @@ class DataValues:
     """
 
     def __init__(self, reference: ArrayLike | Tensor, labels: Any, settings: KAIROSSettings) -> None:
-        v = features_of(reference, "reference")
+        v = checked_features(reference, NAME, "reference")
         if len(v) < 2:
             raise InfluenceError(f"{NAME}: the reference has {len(v)} row; give at least 2, better some hundred.")
         self.settings, self._digests, self._origin = settings, digests(v), v.mean(0)
@@ -103,14 +103,14 @@ class DataValues:
         Raises:
             InfluenceError: For bad features or labels, or rows that the reference has too.
         """
-        x = features_of(x, "training")
+        x = checked_features(x, NAME, "training")
         self._check_width(x)
         refuse_shared(digests(x), self._digests)
         return self.add(x, y)
 
     def add(self, x: ArrayLike | Tensor, y: Any = None, track: Track = untracked) -> DataValues:
         """Like :meth:`update`, for learned features, in which rows may coincide with others of the reference."""
-        x = features_of(x, "training")
+        x = checked_features(x, NAME, "training")
         self._check_width(x)
         x = x - self._origin
         absent, residuals = np.zeros(len(x), bool), x.new_zeros(len(x))

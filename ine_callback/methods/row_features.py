@@ -1,22 +1,26 @@
-"""KAIROS in a fit: features and labels of training rows and reference, from one pass over each in evaluation mode."""
+"""Features and labels of rows in a fit, batch by batch in evaluation mode, for methods that need no gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ine_callback.capture.row_labels import read_labels
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.context import FitContext
-from ine_callback.methods.kairos.inputs import digests
-from ine_callback.methods.kairos.settings import NAME
 from ine_callback.queries import Batch
 from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.validate import listed
+
+if TYPE_CHECKING:
+    from ine_callback.methods.context import FitContext
 
 FeatureFunction = Callable[[nn.Module, Batch], Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -36,8 +40,12 @@ class Rows:
     labels: list[Tensor | None] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
 
-    def joined(self, what: str) -> Tensor:
+    def joined(self, owner: str, what: str) -> Tensor:
         """The features of all rows [n, d].
+
+        Args:
+            owner: Class named in messages.
+            what: Which rows they are.
 
         Raises:
             InfluenceError: If batches have features of unlike widths.
@@ -45,8 +53,8 @@ class Rows:
         widths = sorted({part.shape[1] for part in self.features})
         if len(widths) > 1:
             raise InfluenceError(
-                f"{NAME}: features of {what} rows have the widths {widths}, such as sequences of several lengths; pass "
-                "features=function that returns one vector for each row, such as a mean over the tokens."
+                f"{owner}: features of {what} rows have the widths {widths}, such as sequences of several lengths; "
+                "pass features=function that returns one vector for each row, such as a mean over the tokens."
             )
         return torch.cat(self.features)
 
@@ -60,36 +68,48 @@ class Reader:
     """Reads features and labels of batches.
 
     Args:
+        owner: Class named in messages.
         context: The trained model with its data.
         features: ``"penultimate"``, ``"input"``, a layer's name, or a function of module and batch.
         labels: Whether labels are wanted.
     """
 
-    def __init__(self, context: FitContext, features: str | FeatureFunction, labels: bool) -> None:
-        self._context, self._features, self._wanted = context, features, labels
+    def __init__(self, owner: str, context: FitContext, features: str | FeatureFunction, labels: bool) -> None:
+        self._owner, self._context, self._features, self._wanted = owner, context, features, labels
         self.layer = ""  # whose input is read
 
     def training(self) -> Rows:
         """The training rows, in the order of their indices."""
         found = Rows()
         for part, batch in self._context.batches(what="features"):
-            self._read(found, self._context.loss, batch, len(part))
+            self.read(found, self._context.loss, batch, len(part))
         return found
 
     def reference(self, data: Any) -> Rows:
         """The reference's rows; a larger validation set is sampled as queries sample theirs."""
         context, found = self._context, Rows()
         for batch in context.source.batches(data):
-            self._read(found, context.source.loss, context.to_device(batch), context.source.size(batch))
+            self.read(found, context.source.loss, context.to_device(batch), context.source.size(batch))
         return found
 
-    def _read(self, found: Rows, loss: Loss, batch: Batch, size: int) -> None:
+    def read(self, found: Rows, loss: Loss, batch: Batch, size: int) -> None:
+        """Adds the rows of a batch to those found.
+
+        Args:
+            found: Grows.
+            loss: The module's loss of such a batch.
+            batch: On the device.
+            size: Its number of rows.
+
+        Raises:
+            InfluenceError: If there is no vector of numbers for each row.
+        """
         features, labels = self._read_batch(loss, batch, size)
         if not isinstance(features, Tensor) or features.shape[:1] != (size,) or not features.is_floating_point():
             what = f"{features.dtype} of shape {tuple(features.shape)}" if isinstance(features, Tensor) else "no tensor"
             raise InfluenceError(
-                f"{NAME}: features={self._features!r} gives {what} for a batch of {size} rows; name another layer, or "
-                "pass features=function with a vector of numbers for each row."
+                f"{self._owner}: features={self._features!r} gives {what} for a batch of {size} rows; name another "
+                "layer, or pass features=function with a vector of numbers for each row."
             )
         inputs = _inputs(batch, size)
         found.features.append(features.detach().cpu().double().reshape(size, -1))
@@ -128,8 +148,8 @@ class Reader:
         if found is None or not (found.is_floating_point() or found.dtype == torch.uint8):
             kind = "no tensor" if found is None else f"of type {found.dtype}"
             raise InfluenceError(
-                f'{NAME}: features="input", but what comes first in a batch is {kind}; take features="penultimate", or '
-                "a function of module and batch."
+                f'{self._owner}: features="input", but what comes first in a batch is {kind}; take '
+                'features="penultimate", or a function of module and batch.'
             )
         return found.float() if found.dtype == torch.uint8 else found
 
@@ -137,8 +157,8 @@ class Reader:
         names = dict(self._context.module.named_modules())
         if self._features not in names:
             raise InfluenceError(
-                f"{NAME}: features={self._features!r} is no layer of the module; choose 'penultimate', 'input', or one "
-                f"of {[name for name in names if name][-5:]}."
+                f"{self._owner}: features={self._features!r} is no layer of the module; choose 'penultimate', "
+                f"'input', or one of {[name for name in names if name][-5:]}."
             )
         return str(self._features)
 
@@ -158,8 +178,8 @@ class Reader:
                 handle.remove()
         if not called:
             raise InfluenceError(
-                f'{NAME}: features="penultimate", but no layer with parameters is called with numbers for each of '
-                f'{size} rows; take features="input", or a function of module and batch.'
+                f'{self._owner}: features="penultimate", but no layer with parameters is called with numbers for '
+                f'each of {size} rows; take features="input", or a function of module and batch.'
             )
         return called[-1]
 
@@ -181,3 +201,45 @@ def _inputs(batch: Batch, size: int) -> Tensor | None:
     """The first tensor of a batch with a row for each of its rows, flattened [size, D]."""
     first = next(iter(_tensors(batch, size)), None)
     return None if first is None or first.dim() < 2 else first.flatten(1)
+
+
+def digests(x: Tensor) -> list[bytes]:
+    """A short digest of each row [n], equal for rows that are equal as float64."""
+    return [blake2b(row.tobytes(), digest_size=16).digest() for row in x.detach().cpu().double().flatten(1).numpy()]
+
+
+def checked_features(x: ArrayLike | Tensor, owner: str, what: str) -> Tensor:
+    """Features that a user passes, as float64 [n, d] on the host.
+
+    Raises:
+        InfluenceError: If they are no finite numbers for each row.
+    """
+    try:
+        found = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise InfluenceError(f"{owner}: features of {what} rows are no array of numbers: {error}") from None
+    if found.dim() < 2 or not found.numel():
+        raise InfluenceError(
+            f"{owner}: features of {what} rows have the shape {tuple(found.shape)}; give [rows, features], at least "
+            "one of each."
+        )
+    found = found.double().flatten(1)
+    bad = torch.where(~found.isfinite().all(1))[0].numpy()
+    if bad.size:
+        raise InfluenceError(
+            f"{owner}: {what} row {listed(bad)} has features that are NaN or infinite; impute or drop them."
+        )
+    return found
+
+
+def check_name(features: Any, owner: str) -> None:
+    """Refuses what names no features.
+
+    Raises:
+        InfluenceError: If it is neither a text nor a function.
+    """
+    if not (callable(features) or (isinstance(features, str) and features)):
+        raise InfluenceError(
+            f"{owner}: features={features!r} names none; give 'penultimate', 'input', a layer's name or a function of "
+            "module and batch."
+        )

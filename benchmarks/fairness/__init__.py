@@ -1,0 +1,1 @@
+"""Fair subspaces measured: closed forms, LEACE, rows left out, digits with a planted group, the gap query."""
