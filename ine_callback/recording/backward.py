@@ -92,7 +92,8 @@ class BackwardPasses:
         guard, coverage, processes = self._guard, self._coverage, self._parts.processes
         if guard.phase is Phase.PROBING:
             guard.enter(Phase.HOLDING)
-            coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
+            checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
+            self._capture.one_each = self._steps.several and not checked
         elif guard.phase is Phase.RECORDING and coverage.thawed():
             guard.enter(Phase.HOLDING)
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
@@ -250,14 +251,16 @@ class BackwardPasses:
         )
         if finite:
             self._fall_back(rows, data, verification)
-            if not any(True for _ in self._signals.table):
+            others = self._steps.several and self._capture.names  # whose turn comes later
+            if not others and not any(True for _ in self._signals.table):
                 raise RowsError(f"{self._guard.owner}: {self._coverage.nothing_left(len(rows))}")
         return finite
 
     def _make_first_directions(self, rows: Tensor, data: Any) -> None:
         """Ends holding back: verifies the capture, makes directions, and contracts what was held back with them."""
         self._parts.processes.exchange()
-        if not self._verify(rows, data):  # an overflow, whose step is skipped: the next pass comes in its place
+        # after an overflow the step is skipped; nor can directions be made of one player's layers that were all dropped
+        if not self._verify(rows, data) or not any(True for _ in self._signals.table):
             self._signals.held.clear()
             return
         self._guard.enter(Phase.RECORDING)

@@ -44,3 +44,15 @@ def test_an_accident_leaves_the_training_as_it_was(owner: type, name: str, after
     run = influence.report.run if influence.report is not None else None
     if (name, after) != ("unmake", 3):  # called once a run
         assert run is None or run.uncaptured or any("recording stopped" in note for note in run.notes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_fraction_that_is_left_out_counts_frozen_players_too() -> None:
+    """True and made rows in one call cannot be told apart; the generator is frozen when that is found."""
+    influence = recorder(Regime("joined", ""))
+    module = fit(Regime("joined", "", lambda: GAN(toggle=True, first="generator", joined=True)), influence).first
+    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    made = sum(size for name, size in sizes.items() if name.startswith("generator"))
+    assert influence.report is not None
+    assert influence.report.run.captured_share == pytest.approx(made / sum(sizes.values()))
+    assert set(influence.report.run.uncaptured) == {name for name in sizes if name.startswith("discriminator")}
