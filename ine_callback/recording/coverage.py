@@ -210,6 +210,7 @@ class Coverage:
                 self.uncaptured.pop(name, None)
         new = {name: why for name, why in missing.items() if name not in self._missing}
         self._missing.update(new)
+        self._verified.update(p for name, p in self._module.named_parameters() if name in new)  # nothing is to come
         self._capture.bare.refuse(new)
         self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
         rest = {n: why for n, why in new.items() if n.rpartition(".")[0] not in self._capture.deselected}
