@@ -81,7 +81,7 @@ REFUSED = [
     ),
     Refusal(
         "LBFGS as one of several optimizers",
-        "the same",
+        "as LBFGS alone",
         ("LBFGS", "use SGD, Adam or AdamW"),
         with_lbfgs,
     ),
