@@ -28,6 +28,10 @@ from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
+_UNKNOWN_ENTRIES = (
+    "its input has {} entries for {} rows, and whose they are could not be checked; call it with one entry of each row "
+    "(true and made rows apart)"
+)
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
 
 # errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
@@ -63,6 +67,8 @@ class Capture:
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
             ``torch.cat``); what they have found is added up by row.
+        one_each: Whether a layer must get one entry of each row. Else several may be a row's own, one after another,
+            which players of a game that join true and made rows would be taken for.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class Capture:
     ) -> None:
         split_again(module)  # its parameters here must be those that the optimizer has
         self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
-        self.active, self.rows, self.views = False, 0, 1
+        self.active, self.rows, self.views, self.one_each = False, 0, 1, False
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
@@ -281,6 +287,8 @@ class Capture:
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
                 function = self.functions.get(module)
+                if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
+                    raise RowMismatch(_UNKNOWN_ENTRIES.format(activations.shape[0], self.rows))
                 count = self.views * entries_of(activations, self.rows * self.views)
                 entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
                 entries = {name: g for name, g in entries.items() if name not in passed_by}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from tests.helpers.vision import Vision
 
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .models import VISION, series
+from .optimizers import GAN
+from .optimizers import Together as ByTurns
 from .options import with_adamw
 from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors
@@ -105,6 +108,15 @@ FORKED = [
         processes=2,
         tolerance=1e-5,
         left_out=VISION,
+    ),
+    Regime("ddp, two optimizers", "processes", ByTurns, trainer=_two(), processes=2, tolerance=1e-5),
+    Regime(
+        "ddp, GAN, not toggled",
+        "processes",
+        lambda: GAN(first="generator"),
+        trainer=lambda: {"strategy": "ddp_fork_find_unused_parameters_true", "devices": 2},
+        processes=2,
+        tolerance=1e-5,
     ),
     Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
     Regime(
@@ -252,7 +264,7 @@ def _merged(events: list[list[Event]], even: bool) -> list[Event]:
     for one, other in zip(*events, strict=True):
         assert one.kind == other.kind
         if one.kind == "backward" and even:
-            out.append(Event("backward", one.rows + other.rows, one.random, one.groups, one.trainable))
+            out.append(replace(one, rows=one.rows + other.rows))
         else:
             out += [one, other] if one.kind == "backward" else [one]
     return out
