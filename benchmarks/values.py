@@ -6,7 +6,7 @@ Digits, 1,200 training rows and 300 clean ones as reference; a tenth of the trai
 with noise of standard deviation .35, or 30 rows are poisoned as in examples/poison.py. Each seed draws the rows and
 trains one network (that of the example, 8 epochs), from whose run mean loss and self-influence come. A score is judged
 by AUROC, with the standard error over the seeds. Nothing is tuned. Then the time for 100,000 rows of 64 features
-against 1,000.
+against 1,000. Where opendataval installs (benchmarks/values_peers.py), LAVA and KNN-Shapley of the pixels are beside.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.data import digits
 from benchmarks.metrics import Floats, auroc
 from benchmarks.network import machine
+from benchmarks.values_peers import installed
 from ine_callback import FINE, InfluenceCallback
 from ine_callback.methods import KAIROS
 from ine_callback.methods.kairos.values import DataValues, kairos
@@ -95,6 +96,7 @@ def suspicions(kind: str, seed: int) -> tuple[dict[str, Floats], NDArray[np.bool
         found |= parts(f"pixels, σ {name}", kairos(x, y, v, yv, sigma=sigma).attribution())
     first = kairos(x, y, v, yv, sigma=3.0, loo=False)
     found["KAIROS first order, pixels, σ 3 (published)"] = -first.values
+    found |= {name: -values_of(x, y, v, yv) for name, values_of in installed().items()}
     return found, bad
 
 
@@ -138,6 +140,25 @@ def seconds(rows: int, reference: int, width: int = 64) -> dict[str, float]:
     return taken
 
 
+def _kairos(x: Tensor, y: Tensor, v: Tensor, yv: Tensor) -> Floats:
+    return kairos(x, y, v, yv).values
+
+
+def beside(seeds: int) -> dict[str, float]:
+    """CPU seconds of other libraries over KAIROS's, the median; the first call imports."""
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds + 1):
+        data = problem("labels", seed)[:4]
+        taken = {}
+        for name, call in ({"KAIROS": _kairos} | installed()).items():
+            start = time.process_time()
+            call(*data)
+            taken[name] = time.process_time() - start
+        for name in taken if seed else ():
+            found.setdefault(name, []).append(taken[name] / taken["KAIROS"])
+    return {name: float(np.median(each)) for name, each in found.items() if name != "KAIROS"}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
@@ -155,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, found in results["kairos"][kind].items():
             print(f"{name:50s}{found['auroc']:.3f} ± {found['se']:.3f}", flush=True)
     results["kairos"]["seconds"] = {"rows": rows, "reference": 1000} | seconds(rows, 1000)
+    results["kairos"]["seconds"] |= {f"{name}, times KAIROS": ratio for name, ratio in beside(seeds).items()}
     print("\nCPU seconds, one thread:", {k: round(v, 2) for k, v in results["kairos"]["seconds"].items()})
     args.json.write_text(json.dumps(results, indent=1))
 

@@ -140,6 +140,19 @@ def of_digits(name: str, path: Path | None) -> Workload:
     return Workload(name, what, x[:n], y[:n], (x[n : n + 256], y[n : n + 256]), network, batch)
 
 
+class Recurrent(nn.Module):
+    """A recurrent language model of one layer; logits are [b, tokens, positions]."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU], words: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(words, 64), nn.Linear(128, words)
+        self.layer = kind(64, 128, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(self.embed(ids))[0])
+        return logits.transpose(1, 2)
+
+
 def tied(words: int) -> nn.Module:
     """A transformer of two blocks whose last layer is its embedding."""
     model = Transformer(words, 32, 64, 2, 2)
@@ -160,6 +173,20 @@ def of_text(name: str, path: Path | None, queries: int) -> Workload:
             32,
             1e-3,
         ),
+        "lstm": (
+            "character LSTM of width 128, 64 characters, batch 32",
+            partial(Recurrent, nn.LSTM, letters),
+            64,
+            32,
+            1e-3,
+        ),
+        "gru": (
+            "character GRU of width 128, 64 characters, batch 32",
+            partial(Recurrent, nn.GRU, letters),
+            64,
+            32,
+            1e-3,
+        ),
         "words": (blocks, partial(Transformer, words, 32, 64, 2, 2), 32, 32, 1e-3),
         "words-tied": (f"{blocks}, tied", partial(tied, words), 32, 32, 1e-3),
         "gpt2": ("GPT-2 small, 1,024 tokens, batch 16", partial(gpt2, False), 1024, 16, 3e-4),
@@ -168,8 +195,9 @@ def of_text(name: str, path: Path | None, queries: int) -> Workload:
     }
     what, network, length, batch, lr = known[name]
     # the characters, or as tokens the words and what is between them, the most frequent first
-    tokens = list(written) if name == "transformer" else re.findall(r"\w+|\W", written)
-    found = sorted(set(tokens)) if name == "transformer" else [word for word, _ in Counter(tokens).most_common()]
+    by_character = name in ("transformer", "lstm", "gru")
+    tokens = list(written) if by_character else re.findall(r"\w+|\W", written)
+    found = sorted(set(tokens)) if by_character else [word for word, _ in Counter(tokens).most_common()]
     order = {token: min(k, words - 1) if name.startswith("words") else k for k, token in enumerate(found)}
     codes = torch.tensor([order[token] for token in tokens])
     pieces = codes[: len(codes) // (length + 1) * (length + 1)].view(-1, length + 1)
@@ -208,4 +236,4 @@ def missing(name: str) -> str | None:
 
 CPU = ("mlp", "cnn", "transformer")
 CUDA = ("gpt2", "resnet18", "vit", "lora")
-ASKED = ("gpt2-short", "words", "words-tied")  # on a CPU, if asked for
+ASKED = ("gpt2-short", "words", "words-tied", "lstm", "gru")  # on a CPU, if asked for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +102,15 @@ class BlockTable:
         """Pairs the per-sample gradients of a module call with blocks; joins weight and bias if both are matrices."""
         pairs: list[tuple[Block, GradSample]] = []
         grad_samples = {k: r for k, r in grad_samples.items() if self._parameter(module, k) not in self._refused}
-        weight, bias = grad_samples.get("weight"), grad_samples.get("bias")
-        if isinstance(weight, Outer) and isinstance(bias, Outer):
-            parameters = (self._parameter(module, "weight"), self._parameter(module, "bias"))
-            if not self._tied.intersection(parameters) and self._joinable(*parameters):
-                joined = weight.with_bias()
-                pairs.append((self._block(parameters, joined), joined))
-                del grad_samples["weight"], grad_samples["bias"]
+        for name in [name for name in grad_samples if name.startswith("weight")]:
+            of_bias = name.replace("weight", "bias", 1)
+            weight, bias = grad_samples[name], grad_samples.get(of_bias)
+            if isinstance(weight, Outer) and isinstance(bias, Outer):
+                parameters = (self._parameter(module, name), self._parameter(module, of_bias))
+                if not self._tied.intersection(parameters) and self._joinable(*parameters):
+                    joined = weight.with_bias()
+                    pairs.append((self._block(parameters, joined), joined))
+                    del grad_samples[name], grad_samples[of_bias]
         for name, grad_sample in grad_samples.items():
             pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
         return pairs
@@ -137,6 +140,26 @@ class BlockTable:
                 f"which does not fit the {'Outer' if block.matrix else 'gradients'} of {block.layout} of earlier calls"
             )
         return block
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The blocks that layers made, in their order; plain types."""
+        kinds = ("layout", "matrix", "reused", "outputs")
+        return [
+            {"parameters": [self.names[p] for p in block.parameters]} | {kind: getattr(block, kind) for kind in kinds}
+            for block in self
+            if self._from_fallback.isdisjoint(block.parameters)
+        ]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Makes the blocks that :meth:`state_dict` told of, before their layers are called."""
+        named = {name: p for p, name in self.names.items()}
+        for saved in state:
+            parameters = tuple(named[name] for name in saved["parameters"])
+            first = parameters[0]
+            kinds = {**saved, "layout": tuple(saved["layout"]), "parameters": parameters}
+            self._blocks[parameters] = Block(
+                name=self.names[first], position=self._positions[first], tied=first in self._tied, **kinds
+            )
 
     def vector(self, parameter: nn.Parameter) -> Block:
         """The block of a parameter whose per-sample gradients come from the fallback."""

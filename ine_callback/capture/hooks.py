@@ -1,7 +1,8 @@
 """Hooks that read each layer's activations and output gradients from the live passes, and change nothing in them.
 
-A forward hook saves the input; a *tensor* hook on the output receives the gradient (a full backward hook would wrap the
-module and break in-place activations). Neither draws random numbers, synchronises with the device or returns anything.
+A forward hook saves the input; a *tensor* hook on the output, or on each of several, receives the gradient (a full
+backward hook would wrap the module and break in-place activations). Neither draws random numbers, synchronises with the
+device or returns anything.
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, register_multi_grad_hook
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
-from ine_callback.capture.layers import LayerFunction, RowMismatch, grad_samples_of, layer_function
+from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
+from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.errors import RowsError
-from ine_callback.utilities.isolation import compiled_parts
+from ine_callback.utilities.isolation import compiled_parts, split_again
 
+_UNKNOWN_ENTRIES = (
+    "its input has {} entries for {} rows, and whose they are could not be checked; call it with one entry of each row "
+    "(true and made rows apart)"
+)
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
 
 # errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
@@ -60,6 +67,8 @@ class Capture:
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
             ``torch.cat``); what they have found is added up by row.
+        one_each: Whether a layer must get one entry of each row. Else several may be a row's own, one after another,
+            which players of a game that join true and made rows would be taken for.
     """
 
     def __init__(
@@ -71,8 +80,9 @@ class Capture:
         on_drop: Callable[[nn.Module | nn.Parameter], None] = lambda lost: None,
         every_pass: bool = False,
     ) -> None:
+        split_again(module)  # its parameters here must be those that the optimizer has
         self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
-        self.active, self.rows, self.views = False, 0, 1
+        self.active, self.rows, self.views, self.one_each = False, 0, 1, False
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
@@ -97,6 +107,7 @@ class Capture:
         self.functions: dict[nn.Module, LayerFunction] = {}
         self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
+        self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
 
     def attach(self) -> None:
         for child in self.names:
@@ -113,11 +124,18 @@ class Capture:
         self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
         self.calls.clear()
         self._received.clear()
-        self.bare.release()
+        self._release()
 
     def end_batch(self) -> None:
         self.active = False
+        self._release()
+
+    def _release(self) -> None:
+        """Removes the hooks on the batch's graph."""
         self.bare.release()
+        for handle in self._awaited:
+            handle.remove()
+        self._awaited.clear()
 
     def see(self, loss: Tensor) -> None:
         """Takes the loss that is about to be differentiated, in whose graph bare parameters are found."""
@@ -148,28 +166,32 @@ class Capture:
         self._on_drop(what)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x, saved = first_input(args, kwargs), None
-        if isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad and not _transformed():
+        try:
+            read, saved = layer_call(module, args, kwargs, output), None
+        except Exception as error:
+            read, saved = LayerCall(fault=in_words(error)), None
+        if read.requires_grad and not _transformed():
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
-            saved = _save(x)
+            saved = _save(read.inputs)
         try:
-            self._on_forward(module, x, saved, output)
+            self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)
 
-    def _on_forward(self, module: nn.Module, x: Any, saved: Callable[[], Tensor | None] | None, output: Any) -> None:
-        """Waits for the gradient of the output, or drops a module that is called in an unknown way."""
+    def _on_forward(self, module: nn.Module, read: LayerCall, saved: Callable[[], Tensors | None] | None) -> None:
+        """Waits for the gradients of the outputs, or drops a module that is called in an unknown way."""
         if module not in self.names:
             return
+        x = read.activations
         if self.on_call is not None:
             if isinstance(x, Tensor):
                 self.on_call(self.names[module], x if x.layout == torch.strided else x.to_dense())
             return
         if not (self.active and torch.is_grad_enabled()):
             return
-        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
-            self.drop(module, "its input or output is not a single tensor")
+        if read.fault:
+            self.drop(module, read.fault)
             return
         if _transformed():
             self.drop(module, "it was called inside of a torch.func transform")
@@ -182,7 +204,21 @@ class Capture:
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
         call = self.called(module)
-        output.register_hook(lambda output_grads: self._backward(module, call, saved, output_grads))
+        self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
+
+    def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
+        """Calls ``receive`` when a backward pass has the outputs' gradients; of several outputs those it computes."""
+        if isinstance(outputs, Tensor):
+            outputs.register_hook(receive)
+            return
+        live = {name: output for name, output in outputs.items() if output.requires_grad}
+
+        def on_grads(grads: Sequence[Tensor | None]) -> None:
+            if found := {name: grad for name, grad in zip(live, grads, strict=True) if grad is not None}:
+                receive(found)
+
+        # the hooks refer to the graph that they are part of: removed when the batch ends, lest both stay
+        self._awaited.append(register_multi_grad_hook(list(live.values()), on_grads))
 
     def _other_weights(self, module: nn.Module) -> list[Tensor]:
         """Weights that have replaced the parameters which the module had when the recording began."""
@@ -233,7 +269,7 @@ class Capture:
         return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
 
     def _backward(
-        self, module: nn.Module, call: Call, saved: Callable[[], Tensor | None], output_grads: Tensor
+        self, module: nn.Module, call: Call, saved: Callable[[], Tensors | None], output_grads: Tensors
     ) -> None:
         if not self.active or module not in self.names:
             return
@@ -248,12 +284,15 @@ class Capture:
             if activations is None:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
-            with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
-                output_grads = self.unscaled(output_grads)
+            with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
+                output_grads = tree_map(self.unscaled, output_grads)
                 function = self.functions.get(module)
-                entries = grad_samples_of(module, activations, output_grads, self.rows * self.views, function)
+                if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
+                    raise RowMismatch(_UNKNOWN_ENTRIES.format(activations.shape[0], self.rows))
+                count = self.views * entries_of(activations, self.rows * self.views)
+                entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
                 entries = {name: g for name, g in entries.items() if name not in passed_by}
-                for part in [entries] if self.views == 1 else self._by_row(module, entries):
+                for part in [entries] if count == 1 else self._by_row(module, entries, count):
                     self.receive(module, part)
                 self._worked.add(module)
         except RowMismatch as error:
@@ -264,14 +303,15 @@ class Capture:
         except Exception as error:  # never raised into the training's backward pass
             self.give_up(module, error)
 
-    def _by_row(self, module: nn.Module, entries: dict[str, GradSample]) -> list[dict[str, GradSample]]:
-        """What was found of the rows' views, by row: as one call of the layer, or as one for each view."""
-        found = {name: each.by_row(self.views) for name, each in entries.items()}
+    def _by_row(self, module: nn.Module, entries: dict[str, GradSample], count: int) -> list[dict[str, GradSample]]:
+        """What was found of the rows' entries, by row: as one call of the layer, or as one for each entry."""
+        consecutive = self.views == 1
+        found = {name: each.by_row(count, consecutive) for name, each in entries.items()}
         if all(each is not None for each in found.values()):
             return [found]  # type: ignore[list-item]
-        self._parts[module] = self.views
-        split = {name: each.split(self.views) for name, each in entries.items()}
-        return [{name: uses[k] for name, uses in split.items()} for k in range(self.views)]
+        self._parts[module] = count
+        split = {name: each.split(count, consecutive) for name, each in entries.items()}
+        return [{name: uses[k] for name, uses in split.items()} for k in range(count)]
 
     def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None:
         """After an exception: drops the layer or parameter, or stops the recording if the error is the machine's."""
@@ -281,11 +321,6 @@ class Capture:
             self.bare.drop(what, in_words(error))
         else:
             self.drop(what, in_words(error))
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The activations of a layer: its first argument."""
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def in_words(error: Exception) -> str:
@@ -322,7 +357,21 @@ class _SaveForBackward(torch.autograd.Function):
         return handle.clone()
 
 
-def _save(x: Tensor) -> Callable[[], Tensor | None]:
+def _save(inputs: Tensors) -> Callable[[], Tensors | None]:
+    """Saves a call's inputs; the returned function gives them in the backward pass, or None if one was changed."""
+    if isinstance(inputs, Tensor):
+        return _save_one(inputs)
+    saved = {name: _save_one(x) for name, x in inputs.items()}
+
+    def load() -> dict[str, Tensor] | None:
+        loaded = {name: one() for name, one in saved.items()}
+        present = {name: x for name, x in loaded.items() if x is not None}
+        return present if len(present) == len(loaded) else None
+
+    return load
+
+
+def _save_one(x: Tensor) -> Callable[[], Tensor | None]:
     """Saves an input; the returned function gives it in the backward pass, or None if it was changed in place.
 
     Under activation checkpointing or offloading a reference to the input would undo the saving of memory, so autograd

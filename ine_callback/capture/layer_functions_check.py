@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ine_callback.capture.attributes import plain_parameters
-from ine_callback.capture.hooks import Capture, first_input, in_words
-from ine_callback.capture.layers import LayerFunction, by_row, grad_samples_of, layer_function
+from ine_callback.capture.hooks import Capture, in_words
+from ine_callback.capture.layers import LayerFunction, by_row, entries_of, grad_samples_of, layer_function
+from ine_callback.capture.layers.calls import first_input
 from ine_callback.capture.layers.normalization import ALTERNATIVES
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.utilities.isolation import isolated
@@ -101,6 +102,7 @@ def _error(
     """The largest error of two rows' gradients relative to the largest gradient, and the allowed error."""
     args, kwargs = tree_map(_fresh, args), tree_map(_fresh, kwargs)
     activations = first_input(args, kwargs).clone()  # the layer may write into its input
+    rows *= entries_of(activations, rows)
     parameters = {name: p for name, p in plain_parameters(child).items() if p.requires_grad and p.numel()}
     with torch.enable_grad():
         output = child.forward(*args, **kwargs)

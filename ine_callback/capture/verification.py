@@ -6,7 +6,7 @@ clipped. So the sums must be equal, without any factor, and each parameter is ve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +205,7 @@ def _why(name: str, users: Sequence[nn.Module]) -> str:
     return reason if SAVED_IS_READ else f"{reason}; only torch 2.13 and newer let products that use it be read"
 
 
-def fraction_of(module: nn.Module, names: Iterable[str]) -> float:
-    """The fraction of all trainable parameters that the named ones are."""
-    sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+def fraction_of(module: nn.Module, names: Iterable[str], trained: Collection[nn.Parameter] = ()) -> float:
+    """The fraction of all trainable parameters that the named ones are; ``trained``: though frozen for the moment."""
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad or p in trained}
     return sum(sizes[name] for name in names if name in sizes) / max(1, sum(sizes.values()))

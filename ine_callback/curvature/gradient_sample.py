@@ -134,10 +134,15 @@ class GradientSample:
         self._owed = 0.0  # rows to replace, summed as fractions over the steps
         self._saved: list[dict[str, Any]] = []
 
-    def open(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep) -> None:
+    def open(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep, beside: bool = False) -> None:
         """Begins an empty sample for the blocks of a batch. Earlier rows are dropped: they lack blocks that joined.
 
         Embeddings and reused blocks have K-FAC's discount alone. Each process stores its part of the rows.
+
+        Args:
+            grad_samples: Each block's gradients.
+            processes: Those that train together.
+            beside: Whether the blocks of the sample so far stay in it: they come in a pass of their own.
         """
         if not self.rows:
             return
@@ -147,10 +152,11 @@ class GradientSample:
             for block, grad_sample in grad_samples
             if not block.reused and not isinstance(grad_sample, Lookup)
         }
-        first = {block: _to_store(grad_sample, slice(0, 1)) for block, grad_sample in usable.items()}
+        first = {block: rows.map(lambda x: x[:1]) for block, rows in self._stored.items()} if beside else {}
+        first |= {block: _to_store(grad_sample, slice(0, 1)) for block, grad_sample in usable.items()}
         per_row = sum(rows.elements for rows in first.values())
         rows = min(-(-self._requested // processes.count), MAX_BYTES // (4 * max(1, per_row)))
-        if not usable or rows * processes.count < self._least:
+        if not first or rows * processes.count < self._least:
             self.note = (
                 f"the discount is K-FAC's alone: a row's gradients ({4e-6 * per_row:.1f} MB) are too large to store "
                 f"{self._least} rows in {MAX_BYTES / 2**20:.0f} MB"
@@ -176,10 +182,27 @@ class GradientSample:
         """Holds what :meth:`state_dict` returned until :meth:`reopen` knows the blocks."""
         self._saved = state["processes"]
 
-    def reopen(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep) -> None:
-        """Begins the sample for the blocks of a resumed run's first batch, with the saved rows."""
+    def reopen(
+        self,
+        grad_samples: Sequence[tuple[Block, GradSample]],
+        processes: Lockstep,
+        others: Sequence[Block] = (),
+    ) -> None:
+        """Begins the sample for the blocks of a resumed run's first batch, with the saved rows.
+
+        Args:
+            grad_samples: Each block's gradients.
+            processes: Those that train together.
+            others: Blocks that may come in a later pass, or batch, beside these.
+        """
         saved, self._saved = self._saved, []
-        self.open(grad_samples, processes)
+        if others and len(saved) == processes.count:
+            named, device = {block.key: block for block in others}, others[0].parameters[0].device
+            for key, (left, right) in saved[processes.rank]["kept"].items():
+                if key in named:
+                    rows = _StoredGradients(None if left is None else left.to(device), right.to(device))
+                    self._stored[named[key]] = rows
+        self.open(grad_samples, processes, beside=bool(others))
         if len(saved) != processes.count:
             self.note = f"the reservoir was begun anew: {len(saved)} processes saved it, {processes.count} resumed"
             return

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ine_callback.utilities.isolation import split_again
+
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, of which this process may hold a part. A collective where it is sharded.
@@ -33,7 +35,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are sharded over the processes."""
-    return any(hasattr(p, "full_tensor") for p in module.parameters())
+    units = any(hasattr(part, "reshard") and hasattr(part, "unshard") for part in module.modules())
+    return units or any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 def gradients(value: Tensor, module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
@@ -44,6 +47,7 @@ def gradients(value: Tensor, module: nn.Module, parameters: Sequence[nn.Paramete
     """
     if not is_sharded(module):
         return list(torch.autograd.grad(value, parameters, allow_unused=True))
+    split_again(module)  # after its forward pass the outermost unit holds other parameters than the optimizer
     before = [(p, p.grad) for p in module.parameters()]
     for p, _ in before:
         p.grad = None

@@ -202,10 +202,6 @@ class InfluenceCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._rows is not None
         owner = self.owner
-        if len(trainer.optimizers) != 1:
-            raise InfluenceError(
-                f"{owner}: {len(trainer.optimizers)} optimizers are not supported; use one, or set enabled=False."
-            )
         if splits_tensors(trainer.strategy):
             raise InfluenceError(
                 f"{owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1), or "
@@ -222,7 +218,7 @@ class InfluenceCallback(Callback):
         self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
             pl_module,
-            trainer.optimizers[0],
+            trainer.optimizers,
             rows=self.num_rows or self._rows.tracker.size,
             queries=self.queries,
             loss=loss.training,
@@ -237,7 +233,8 @@ class InfluenceCallback(Callback):
             owner=owner,
             config=self._config,
         )
-        self._recorder.clipping.watching = touches_gradients(trainer, pl_module)
+        for lane in self._recorder.lanes:
+            lane.clipping.watching = touches_gradients(trainer, pl_module)
         recent = self._recorder.closing.recent
         unreadable = self._source.unreadable(self.row_fn) if recent.wanted or ending else ""
         recent.wanted &= bool(unreadable)  # else rows are read by their index
@@ -282,6 +279,7 @@ class InfluenceCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._recorder is not None:
+            self._recorder.capture.unscale = unscale(trainer)  # another optimizer's step may have changed it
             self._recorder.see(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -295,6 +293,7 @@ class InfluenceCallback(Callback):
             self._recorder.end_batch()
             if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
                 self._recorder.discard()  # by hand gradients may be gathered over batches
+            self._recorder.update()
 
     # -- methods that run on a trained model --------------------------------------------------------------------------
 

@@ -95,9 +95,11 @@ def unscale(trainer: Trainer) -> Tensor | None:
 
 
 def steps_ahead(trainer: Trainer) -> int:
-    """Optimizer steps planned from here on; 0 where it is unknown."""
+    """Optimizer steps planned from here on; of several optimizers, batches; 0 where it is unknown."""
     steps = trainer.estimated_stepping_batches
-    return 0 if steps == float("inf") else max(0, int(steps) - trainer.global_step)
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    done = trainer.global_step if len(trainer.optimizers) == 1 else batches  # each of several counts its steps
+    return 0 if steps == float("inf") else max(0, int(steps) - done)
 
 
 def restarts_in_an_epoch(trainer: Trainer) -> bool:

@@ -65,6 +65,25 @@ class AdamWRule(AdamRule):
         return True
 
 
+@register_optimizer(torch.optim.SparseAdam)
+class SparseAdamRule(AdamRule):
+    """Adam whose moments move only where a sparse gradient has elements: v-hat is the mean over those that ever had.
+
+    Elements that no gradient has come to are 0 and would make the mean, which Adam takes of all, too small.
+    """
+
+    def mean_square(
+        self, optimizer: Optimizer, group: Group, parameters: Sequence[nn.Parameter], unscale: Tensor | float
+    ) -> Tensor | None:
+        def warm(p: nn.Parameter, state: State) -> Tensor:
+            v = state["exp_avg_sq"]
+            there = (v > 0).sum().clamp_min(1)
+            mean: Tensor = total(v) / there / (1 - group["betas"][1] ** state["step"])
+            return mean * p.numel()
+
+        return block_mean(optimizer, parameters, unscale, warm, lambda p, grad: grad.square().mean() * p.numel())
+
+
 @register_optimizer(torch.optim.NAdam)
 class NAdamRule(AdamRule):
     """w -= lr ((1 - mu_t) g / (1 - M_t) + mu_{t+1} m / (1 - M_{t+1})) / (sqrt(v-hat) + eps), M_t = mu_1 ... mu_t.

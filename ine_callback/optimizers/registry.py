@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer, each_of, owner_of
+
 Group = dict[str, Any]  # one of an optimizer's param_groups
 
 
@@ -157,31 +159,50 @@ def _is_named(kind: type, name: str) -> bool:
     return kind.__qualname__ == own and f"{kind.__module__}.".startswith(f"{package}.")
 
 
-def rate_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter], unscale: Tensor | float = 1.0) -> Rate:
-    """The rate of a block's parameters (its first parameter decides the parameter group).
+def rate_of(optimizer: AnyOptimizer, parameters: Sequence[nn.Parameter], unscale: Tensor | float = 1.0) -> Rate:
+    """The rate of a block's parameters (its first parameter decides the optimizer and the parameter group).
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer, or several.
         parameters: The block's parameters.
         unscale: Factor that undoes the scaling of the present gradients under mixed precision.
     """
-    group = _group_of(optimizer, parameters[0])
-    if group is None:
+    own = owner_of(optimizer, parameters[0])
+    group = None if own is None else _group_of(own, parameters[0])
+    if own is None or group is None:
         return Rate(0.0, 0.0, 0.0, 0.0)
-    return rule_of(optimizer).rate(optimizer, group, parameters, unscale)
+    return rule_of(own).rate(own, group, parameters, unscale)
 
 
-def same_rate(optimizer: Optimizer, a: nn.Parameter, b: nn.Parameter) -> bool:
-    """Whether two parameters move at one rate; parameters that the optimizer does not have all do."""
-    first, second = _group_of(optimizer, a), _group_of(optimizer, b)
+def same_rate(optimizer: AnyOptimizer, a: nn.Parameter, b: nn.Parameter) -> bool:
+    """Whether two parameters move at one rate, and in the same steps; those that no optimizer has all do."""
+    own = owner_of(optimizer, a)
+    if own is not owner_of(optimizer, b):
+        return False
+    if own is None:
+        return True
+    first, second = _group_of(own, a), _group_of(own, b)
     if first is None or second is None:
         return first is second
-    return rule_of(optimizer).same_rate(first, second)
+    return rule_of(own).same_rate(first, second)
 
 
 def step_rate(optimizer: Optimizer) -> float:
     """Effective learning rate of the first parameter group's coming step, see :attr:`Rate.step`."""
     return rule_of(optimizer).step(optimizer.param_groups[0])
+
+
+def own_step_rate(optimizer: AnyOptimizer, parameter: nn.Parameter) -> float:
+    """The same of the optimizer that has the parameter; of the first one where none has.
+
+    Example:
+        >>> import torch
+        >>> one, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        >>> optimizers = [torch.optim.SGD([one], lr=0.1, momentum=0.5), torch.optim.Adam([other], lr=0.01)]
+        >>> own_step_rate(JointOptimizer(optimizers), one), own_step_rate(JointOptimizer(optimizers), other)
+        (0.2, 0.01)
+    """
+    return step_rate(owner_of(optimizer, parameter) or each_of(optimizer)[0])
 
 
 def relative_lr(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> float:
@@ -201,14 +222,29 @@ def relative_lr(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> flo
     return signed_lr({**group, "lr": group.get(name, 1.0)}) / (float(first.get(name, 1.0)) or 1.0)
 
 
+def remaining_lr(optimizer: AnyOptimizer, remaining: float, parameter: nn.Parameter, lr: float) -> float:
+    """Summed learning rate that remains for a parameter.
+
+    Args:
+        optimizer: Any torch optimizer, or several: then the fraction of updates in which the parameter's own steps.
+        remaining: That of the first parameter group of the first one.
+        parameter: The parameter.
+        lr: Its present learning rate.
+    """
+    first = float(optimizer.param_groups[0]["lr"])
+    ahead = remaining * (lr / first if first else 1.0)
+    own = owner_of(optimizer, parameter)
+    return ahead * optimizer.activity(own) if isinstance(optimizer, JointOptimizer) and own is not None else ahead
+
+
 def summed_rates(
-    optimizer: Optimizer, learning_rates: float, parameters: Sequence[nn.Parameter]
+    optimizer: AnyOptimizer, learning_rates: float, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor | float, Tensor | float]:
     """What a run adds to the exponent of the discount of a block, by curvature and by weight decay.
 
     Args:
-        optimizer: Any torch optimizer, as the run left it.
-        learning_rates: Sum over the run's steps of the first group's learning rate.
+        optimizer: Any torch optimizer, as the run left it; or several, which have counted their own steps.
+        learning_rates: Sum over the run's steps of the first group's learning rate; not used of several.
         parameters: The block's parameters.
 
     Example:
@@ -217,7 +253,12 @@ def summed_rates(
         >>> summed_rates(torch.optim.SGD([one], lr=0.1, momentum=0.5), 20.0, [one])
         (40.0, 0.0)
     """
-    rate, summed = rate_of(optimizer, parameters), learning_rates * relative_lr(optimizer, parameters)
+    own = owner_of(optimizer, parameters[0])
+    if own is None:
+        return 0.0, 0.0
+    if isinstance(optimizer, JointOptimizer):
+        learning_rates = optimizer.summed[optimizer.each.index(own)]
+    rate, summed = rate_of(own, parameters), learning_rates * relative_lr(own, parameters)
     return summed * rate.curvature, summed * rate.decay
 
 

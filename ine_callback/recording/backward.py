@@ -39,7 +39,7 @@ class BackwardPasses:
     def __init__(self, guard: Guard, parts: Parts, updates: Updates, steps: OptimizerSteps) -> None:
         self._guard, self._parts, self._updates, self._steps = guard, parts, updates, steps
         self._signals, self._coverage = parts.signals, parts.coverage
-        self._capture, self._clipping = parts.capture, parts.clipping
+        self._capture = parts.capture
         self._batch: tuple[Tensor, Any] | None = None
         self._row_losses: Tensor | None = None
         self._row_margins: Tensor | None = None
@@ -71,7 +71,7 @@ class BackwardPasses:
         if self._phase is BatchPhase.SETTLED:
             self._phase = BatchPhase.WAITING
         due = False
-        if not self._steps.pending:
+        if self._steps.begins:
             self.prepare_step(rows, data)
             due = self._coverage.due(step)
             if self._coverage.wanted & HOLD:
@@ -92,7 +92,8 @@ class BackwardPasses:
         guard, coverage, processes = self._guard, self._coverage, self._parts.processes
         if guard.phase is Phase.PROBING:
             guard.enter(Phase.HOLDING)
-            coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
+            checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
+            self._capture.one_each = self._steps.several and not checked
         elif guard.phase is Phase.RECORDING and coverage.thawed():
             guard.enter(Phase.HOLDING)
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
@@ -130,7 +131,8 @@ class BackwardPasses:
         trainable = self._signals.table.trainable(module)
         self._passes.touch((known for _, known in trainable), self._begin_pass)
         self._phase = BatchPhase.RUNNING
-        if self._signals.verification is not None and self._parts.sharded:
+        # FSDP2 replaces parameters for the pass; another optimizer's turn may have frozen them when the batch began
+        if self._signals.verification is not None and (self._parts.sharded or self._steps.several):
             for p, known in trainable:
                 self._signals.verification.watch(p, known)
         calls, layer = self._capture.uses(module, grad_samples), module in self._capture.names
@@ -145,25 +147,38 @@ class BackwardPasses:
 
     def _begin_pass(self) -> None:
         """The first gradient of a pass: forgets passes whose gradients are gone; verifies what was never verified."""
-        received, passes = self._phase in RECEIVED, self._passes
-        if (received or self._steps.pending) and not self._parts.sharded and passes.gone():
+        received, passes, steps = self._phase in RECEIVED, self._passes, self._steps
+        unsettled = received or (steps.pending and not steps.several)
+        if unsettled and not self._parts.sharded and passes.gone():
             self._signals.discard_received()
             self._capture.forget()
-            self._steps.discard()
+            self._discard_gone()
             self._phase, passes.discarded = BatchPhase.WAITING, passes.count
-        elif self._clipping.marked and not self._holding and self._signals.verification is None:
+        elif steps.marked and (
+            (steps.several and not received) or not (self._holding or self._signals.verification is not None)
+        ):
             self.settle(False)
             # other layers' parameters may have got this pass's gradients already
-            if self._clipping.touched({p for m in self._capture.names for p in own_parameters(m).values()}):
-                self._steps.measure_changes()
+            steps.measure_touched(self._hooked_parameters())
         received, self._phase = self._phase in RECEIVED, BatchPhase.RUNNING
         self._signals.aside = passes.count < self._lost
+        self._signals.unused = steps.unused(passes.count)
         if self._holding:  # what is held back is verified
             if self._signals.verification is None:
                 self._begin_verification()
             return
         if self._coverage.changed(passes.count):
             self._verify_change(received)
+
+    def _discard_gone(self) -> None:
+        """After the gradients of the last pass were removed: of several optimizers, others may keep theirs."""
+        if self._steps.several:
+            self._steps.measure_touched(self._hooked_parameters())
+        else:
+            self._steps.discard()
+
+    def _hooked_parameters(self) -> set[nn.Parameter]:
+        return {p for module in self._capture.names for p in own_parameters(module).values()}
 
     def _verify_change(self, received: bool) -> None:
         """A pass of a kind that was never verified: verifies it at once, or asks for that in the next step."""
@@ -176,7 +191,7 @@ class BackwardPasses:
             return
         if not verifying:
             self._begin_verification()
-        if coverage.joining:
+        if coverage.joining and not self._steps.several:  # else each block is held back until it has a direction
             self._guard.enter(Phase.HOLDING)
 
     def _pass_over(self) -> None:
@@ -189,7 +204,7 @@ class BackwardPasses:
         if self._phase is BatchPhase.RUNNING:
             self._phase = BatchPhase.OVER
         with torch.no_grad():
-            self._clipping.mark()
+            self._steps.mark()
 
     def settle(self, backward: bool) -> None:
         """Moves the signals of the backward passes so far to those that wait for the optimizer's step.
@@ -210,10 +225,14 @@ class BackwardPasses:
                 self._verify(rows, data)
             else:
                 self._fall_back(rows, data)
+            if self._signals.held and not self._holding:  # blocks that no direction was made for yet
+                self._parts.processes.exchange()
+                self._release()
         with torch.no_grad():
-            blocks, signals, self_variance = self._signals.settle(self._clipping.watching)
-            losses, margins = (or_unknown(read, self_variance) for read in (self._row_losses, self._row_margins))
-            self._steps.add(Pass(rows, blocks, signals, self_variance, losses, margins))
+            blocks, signals, self_variance = self._signals.settle(self._steps.apart)
+            losses, margins = (or_unknown(read, self_variance[0]) for read in (self._row_losses, self._row_margins))
+            number = max(0, self._passes.count - 1)
+            self._steps.add(Pass(rows, blocks, signals, self_variance, losses, margins, number))
         self._phase = BatchPhase.SETTLED
 
     # -- verification -------------------------------------------------------------------------------------------------
@@ -232,17 +251,23 @@ class BackwardPasses:
         )
         if finite:
             self._fall_back(rows, data, verification)
-            if not any(True for _ in self._signals.table):
+            others = self._steps.several and self._capture.names  # whose turn comes later
+            if not others and not any(True for _ in self._signals.table):
                 raise RowsError(f"{self._guard.owner}: {self._coverage.nothing_left(len(rows))}")
         return finite
 
     def _make_first_directions(self, rows: Tensor, data: Any) -> None:
         """Ends holding back: verifies the capture, makes directions, and contracts what was held back with them."""
         self._parts.processes.exchange()
-        if not self._verify(rows, data):  # an overflow, whose step is skipped: the next pass comes in its place
+        # after an overflow the step is skipped; nor can directions be made of one player's layers that were all dropped
+        if not self._verify(rows, data) or not any(True for _ in self._signals.table):
             self._signals.held.clear()
             return
         self._guard.enter(Phase.RECORDING)
+        self._release()
+
+    def _release(self) -> None:
+        """Makes directions, and contracts what was held back with them."""
         self._signals.release(1.0 if self._capture.unscale is None else self._capture.unscale)
         self._updates.refreshed_at = self._guard.steps
 

@@ -25,6 +25,7 @@ from ine_callback.methods import Method
 from ine_callback.methods.closing import Closing, OnePass, averaged
 from ine_callback.methods.context import FitContext, RowGradients
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.optimizers.joint import JointOptimizer
 from ine_callback.optimizers.registry import summed_rates
 from ine_callback.queries.sources import DataSource
 from ine_callback.recording.config import RecordingConfig
@@ -93,6 +94,8 @@ class ClosingPass:
     def _found(self, parts: Parts, guard: Guard, make: Callable[[], FitContext] | None) -> Closing:
         if parts.sharded:
             raise InfluenceError("each process has a part of the weights only")
+        if isinstance(parts.training.optimizer, JointOptimizer) and parts.training.optimizer.by_turns:
+            raise InfluenceError("the optimizers take turns, each with a loss of its own")
         context = _context(parts, self.recent, self._config, guard.owner) if make is None else make()
         module, rows = context.module, parts.accumulators.check.count
         if not all(bool(p.isfinite().all()) for p in module.parameters()):

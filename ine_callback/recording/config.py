@@ -77,6 +77,18 @@ class RecordingConfig:
                 "draw them anew, or 'fixed' where it would start from the same ones (fine-tuning)."
             )
 
+    def unless(self, together: RecordingConfig | None, owner: str) -> RecordingConfig:
+        """These options, or those that a user gave ``together``; checked.
+
+        Raises:
+            InfluenceError: If both were given, or one cannot be right.
+        """
+        if together is not None and self != RecordingConfig():
+            raise InfluenceError(f"{owner}: options come both in config= and one by one; give them in config= alone.")
+        chosen = together or self
+        chosen.check(owner)
+        return chosen
+
     def facts(self) -> dict[str, Any]:
         """The options as plain types, for the report."""
         facts = asdict(self) | {"layers": None if self.layers is None else list(self.layers)}

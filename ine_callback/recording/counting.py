@@ -59,8 +59,8 @@ class CountedBatches:
             return
         count, device = len(self._rows), self._parts.device
         signals = torch.zeros(1, count, 0, 1 + self._parts.signals.contrasts.count, device=device)
-        self_variance = torch.zeros(count, device=device)
-        losses, margins = (or_unknown(read, self_variance) for read in (self._losses, self._margins))
+        self_variance = torch.zeros(1, count, device=device)
+        losses, margins = (or_unknown(read, self_variance[0]) for read in (self._losses, self._margins))
         self._steps.add(Pass(self._rows, (), signals, self_variance, losses, margins))
 
     def end_batch(self) -> None:

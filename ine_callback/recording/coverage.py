@@ -67,12 +67,12 @@ class Coverage:
 
     def check_first_batch(
         self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, processes: Lockstep
-    ) -> None:
-        """Drops the layers that cannot be recorded row by row; once, before the first step."""
+    ) -> bool:
+        """Drops the layers that cannot be recorded row by row; once, before the first step. Whether it could check."""
         fewest = min(there for there, _ in processes.exchange(rows))  # all processes check, or none
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
-            return
+            return False
         views = self._policy != "fallback" and processes.count == 1
         faults, unchecked = first_batch_faults(
             self._module, self._capture, loss, batch, rows, training=True, views=views
@@ -85,6 +85,7 @@ class Coverage:
             self._advisable = separable(self._module, loss, batch, rows)
         for module, reason in faults.items():
             self._capture.drop(module, reason)
+        return not unchecked
 
     def thawed(self) -> bool:
         """Whether parameters are trained that were frozen (or not yet there) when the capture was verified."""
@@ -209,8 +210,9 @@ class Coverage:
                 self.uncaptured.pop(name, None)
         new = {name: why for name, why in missing.items() if name not in self._missing}
         self._missing.update(new)
+        self._verified.update(p for name, p in self._module.named_parameters() if name in new)  # nothing is to come
         self._capture.bare.refuse(new)
-        self.share = 1.0 - fraction_of(self._module, self._missing)
+        self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
         rest = {n: why for n, why in new.items() if n.rpartition(".")[0] not in self._capture.deselected}
         if len(rest) < len(new):
             left = fraction_of(self._module, set(new) - set(rest))
@@ -232,7 +234,7 @@ class Coverage:
             for name in missing:
                 self._slow[name] = parameters[name]
                 self._missing.pop(name)
-            self.share = 1.0 - fraction_of(self._module, self._missing)
+            self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
             self.notes.append(f"per-row autograd (one backward pass a row) for: {', '.join(missing)}")
             return
         self._leave_out(missing, _SLOWLY if self._advisable else "")
@@ -323,5 +325,5 @@ class Coverage:
             for block in [block for block in signals.table if parameter in set(block.parameters)]:
                 signals.drop_block(block)
         self._missing |= wrong
-        self.share = 1.0 - fraction_of(self._module, self._missing)
+        self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
         self._leave_out(wrong, "")

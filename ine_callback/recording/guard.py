@@ -23,7 +23,8 @@ class Guard:
         phase: Where the recording is.
         notes: Sentences for the report.
         steps: Optimizer steps recorded.
-        taken: Optimizer steps of the training, recorded or not.
+        taken: Optimizer steps of the training, recorded or not; of several optimizers, their updates.
+        moved: Whether there was a step since these were last counted.
         widest: Most rows in a step.
         failed: Whether an exception stopped the recording.
         reason: Which exception.
@@ -34,6 +35,11 @@ class Guard:
         self.phase, self.failed, self.reason = Phase.IDLE, False, ""
         self.notes: list[str] = []
         self.steps = self.taken = self.widest = 0
+        self.moved = False
+
+    def count_update(self) -> None:
+        """Counts the steps since the last call as one update of the weights."""
+        self.taken, self.moved = self.taken + self.moved, False
 
     @property
     def recording(self) -> bool:

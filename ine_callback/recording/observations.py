@@ -34,8 +34,12 @@ class Observations:
 
     def again(self, later: Observations) -> Observations:
         """The same rows with a further backward pass."""
-        signals, self_variance = self.signals + later.signals, self.self_variance + later.self_variance
-        return Observations(self.rows, signals, self_variance, self.losses + later.losses, self.margins)
+        return replace(self.more(later), losses=self.losses + later.losses)
+
+    def more(self, other: Observations) -> Observations:
+        """The same backward pass with further blocks."""
+        signals, self_variance = self.signals + other.signals, self.self_variance + other.self_variance
+        return replace(self, signals=signals, self_variance=self_variance)
 
     def times(self, factor: Tensor | float) -> Observations:
         """With the contributions to the step times a factor."""
@@ -64,9 +68,10 @@ class Pass:
         rows: Dataset indices [b].
         blocks: The K blocks whose signals are told apart; none: one sum.
         signals: Signals and contrasts [K, b, Q, 1 + J].
-        self_variance: As of :class:`Observations`.
-        losses: As of :class:`Observations`.
+        self_variance: As of :class:`Observations`, of each block [K, b] or their sum [1, b].
+        losses: As of :class:`Observations`; parts of one pass share them.
         margins: As of :class:`Observations`.
+        number: How many passes the batch had before.
         changes: What was done to the gradients since.
     """
 
@@ -76,7 +81,18 @@ class Pass:
     self_variance: Tensor
     losses: Tensor
     margins: Tensor
+    number: int = 0
     changes: list[Change] = field(default_factory=list)
+
+    def only(self, which: Sequence[int]) -> Pass:
+        """The part of some blocks."""
+        if len(which) == len(self.blocks):
+            return replace(self, changes=[])
+        index = torch.tensor(which, device=self.signals.device)
+        blocks = tuple(self.blocks[k] for k in which)
+        return replace(
+            self, blocks=blocks, signals=self.signals[index], self_variance=self.self_variance[index], changes=[]
+        )
 
     def observations(self) -> Observations:
         """With each block's signals times what was done to its gradients."""
@@ -84,7 +100,7 @@ class Pass:
         for change in self.changes:
             factors = change.factors(self.blocks) if self.blocks else change.total()[None]
             signals = signals * factors.to(signals.dtype)[:, None, None, None]
-        return Observations(self.rows, signals.sum(0), self.self_variance, self.losses, self.margins)
+        return Observations(self.rows, signals.sum(0), self.self_variance.sum(0), self.losses, self.margins)
 
 
 class Pending:
@@ -110,26 +126,60 @@ class Pending:
         """In the order in which they happened: the first pass saw them all."""
         return self._passes[0].changes if self._passes else []
 
-    def clear(self) -> None:
-        """Forgets them: their step was skipped, or their gradients were removed."""
-        self._passes.clear()
+    def drop_counted(self) -> None:
+        """Forgets passes without blocks: one optimizer's step has counted their rows for all."""
+        self._passes = [one for one in self._passes if one.blocks]
 
-    def _batches(self) -> list[list[Pass]]:
-        """The passes, those of one batch together."""
-        batches: list[list[Pass]] = []
-        for one in self._passes:
-            if batches and batches[-1][0].rows is one.rows:
-                batches[-1].append(one)
-            else:
-                batches.append([one])
-        return batches
+    def take(self) -> list[Pass]:
+        """All of them, and none is pending any more."""
+        taken, self._passes = self._passes, []
+        return taken
 
-    def take(self, columns: int, contrasts: int, device: torch.device) -> Observations:
-        """All of them as one, and none is pending any more; without any, signals are [0, columns, 1 + contrasts]."""
-        parts = [reduce(Observations.again, (one.observations() for one in batch)) for batch in self._batches()]
-        self._passes = []
-        if not parts:
-            none = torch.zeros(0, device=device)
-            return Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none, none)
-        names = ("rows", "signals", "self_variance", "losses", "margins")
-        return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+class Taken:
+    """The passes that steps have taken since the last update of the accumulators, with the rates of these steps."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[float, list[Pass]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def add(self, rate: float, passes: list[Pass]) -> None:
+        """A step at this effective learning rate took these passes."""
+        self._steps.append((rate, passes))
+
+    def take(self, columns: int, contrasts: int, device: torch.device) -> list[tuple[Observations, float]]:
+        """What the steps took, as observations at one rate, and nothing is left; one at least, maybe without rows.
+
+        Steps that took passes of the same batches make one observation of their rows: two would depend on each other.
+        Without rows, signals are [0, columns, 1 + contrasts].
+        """
+        groups: dict[tuple[int, ...], list[tuple[float, list[Pass]]]] = {}
+        for rate, passes in self._steps:
+            if passes:
+                groups.setdefault(tuple(dict.fromkeys(id(one.rows) for one in passes)), []).append((rate, passes))
+        steps, self._steps = self._steps, []
+        if groups:
+            return [_together(group) for group in groups.values()]
+        none = torch.zeros(0, device=device)
+        return [(Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none, none), steps[0][0])]
+
+
+def _together(steps: Sequence[tuple[float, Sequence[Pass]]]) -> tuple[Observations, float]:
+    """Steps that took the same batches, at the rate of the first one that moved anything."""
+    common = next((rate for rate, _ in steps if rate), 0.0)
+    passes: dict[int, Observations] = {}
+    for rate, taken in steps:
+        for one in taken:
+            found = one.observations()
+            if rate != common:
+                found = found.times(rate / common)
+            before = passes.get(id(one.losses))
+            passes[id(one.losses)] = found if before is None else before.more(found)
+    batches: dict[int, list[Observations]] = {}
+    for found in passes.values():
+        batches.setdefault(id(found.rows), []).append(found)
+    parts = [reduce(Observations.again, batch) for batch in batches.values()]
+    names = ("rows", "signals", "self_variance", "losses", "margins")
+    return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names)), common

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
+import warnings
 from typing import Any
 
 import lightning
@@ -81,6 +82,12 @@ def incomplete(guard: Guard, signals: bool) -> str:
     return ""
 
 
+def warn_if_incomplete(guard: Guard, signals: bool) -> None:
+    """Tells the user when the recording stops; see :func:`incomplete`."""
+    if (guard.failed or guard.taken) and (missing := incomplete(guard, signals)):
+        warnings.warn(f"{guard.owner}: {missing}", stacklevel=3)
+
+
 def run_info(guard: Guard, clock: Clock, parts: Parts, config: dict[str, Any]) -> RunInfo:
     """The facts of a recording.
 
@@ -110,7 +117,7 @@ def run_info(guard: Guard, clock: Clock, parts: Parts, config: dict[str, Any]) -
         notes=[
             *guard.notes,
             *method.notes(),
-            *parts.clipping.notes(),
+            *(note for lane in parts.lanes for note in lane.clipping.notes()),
             *coverage.notes,
             *parts.training.source.notes,
             *([schedule["note"]] if schedule["note"] and not guard.failed else []),

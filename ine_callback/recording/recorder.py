@@ -7,7 +7,6 @@ Lightning's hooks, a bare PyTorch loop drives it with ``with recorder.batch(rows
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch.optim import Optimizer
 from ine_callback.capture import Capture
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, FitContext, Method, training_methods
-from ine_callback.optimizers.clipping import Clipping
-from ine_callback.optimizers.registry import known
+from ine_callback.optimizers.joint import as_one
 from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, QuerySource, parse
 from ine_callback.queries.sources import DataSource
@@ -29,9 +27,10 @@ from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.counting import CountedBatches
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.guard import Guard
+from ine_callback.recording.lanes import Lane, lanes_of
 from ine_callback.recording.phases import Phase
-from ine_callback.recording.provenance import Clock, incomplete, run_info
-from ine_callback.recording.setup import Training, build, records_signals, refuse
+from ine_callback.recording.provenance import Clock, run_info, warn_if_incomplete
+from ine_callback.recording.setup import Training, build, records_signals, refuse, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
 from ine_callback.recording.updates import Updates
@@ -46,7 +45,8 @@ class Recorder:
 
     Args:
         module: The model.
-        optimizer: Its optimizer; a hook on its ``step`` tells which gradients were really applied.
+        optimizer: Its optimizer, or several; a hook on ``step`` tells which gradients were really applied. The steps of
+            several between two batches make one observation of the rows.
         rows: Number of training rows (dataset indices 0 .. rows - 1), or None to grow with the rows seen.
         queries: See :class:`~ine_callback.InfluenceCallback`; data is given explicitly, e.g. ``{"val": (x, y)}``.
         loss: Mean loss of a batch, ``(module, batch) -> scalar``; needed by queries on data, the row-order check and
@@ -79,7 +79,7 @@ class Recorder:
         config: Its options.
         capture: Hooks that read per-sample gradients.
         coverage: Which parameters the signals cover.
-        clipping: What becomes of gradients between backward pass and step.
+        lanes: One for each optimizer, with the passes that wait for its step.
         closing: The pass over the rows when training is over.
 
     Example:
@@ -105,7 +105,7 @@ class Recorder:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         rows: int | None = None,
         queries: Any = "self",
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -142,16 +142,13 @@ class Recorder:
             uncaptured=uncaptured,
             on_error=on_error,
         )
-        if config is not None and single != RecordingConfig():
-            raise InfluenceError(f"{owner}: options come both in config= and one by one; give them in config= alone.")
-        self.config = config or single
-        self.config.check(owner)
+        self.config = single.unless(config, owner)
         check_count(owner, "accumulate", accumulate)
         self.queries = parse(queries, owner)
         self.methods = [FINE()] if methods is None else training_methods(methods, owner)
         self.training = Training(
             module,
-            optimizer,
+            as_one(optimizer),
             rows,
             loss,
             source or DataSource(owner, loss),
@@ -171,7 +168,7 @@ class Recorder:
             lambda lost: self._passes.lose(lost),
         )
         self.coverage = Coverage(module, self.capture, self.config.uncaptured, owner)
-        self.clipping = Clipping(optimizer)
+        self.lanes = lanes_of(self.training.optimizer)
         self._handles: list[Any] = []
         self.closing = ClosingPass(self.methods, self.config)
 
@@ -188,20 +185,17 @@ class Recorder:
         if records:
             refuse(training, self.config, self.capture, self.coverage, owner)
         self._parts = build(
-            training, self.config, self.queries, self.methods, self.capture, self.coverage, self.clipping, owner
+            training, self.config, self.queries, self.methods, self.capture, self.coverage, self.lanes, owner
         )
         updates = Updates(self.config.refresh_every, self.config.curvature_every)
-        self._steps = OptimizerSteps(guard, self._parts, updates)
+        self._steps = OptimizerSteps(guard, self._parts, updates, self.closing.follow)
         self._passes: Any = CountedBatches(guard, self._parts, self._steps)
         if records:
             self._passes = BackwardPasses(guard, self._parts, updates, self._steps)
             self.capture.attach()
-        if records and not known(training.optimizer):
-            kind = type(training.optimizer).__name__
-            guard.warn(
-                f"{kind} has no update rule: its steps are taken as plain SGD; @register_optimizer({kind}) gives it one"
-            )
-        self._handles = watch_steps(training.optimizer, guard, self._ready, self._taken)
+        for warning in without_rule(training.optimizer) if records else []:
+            guard.warn(warning)
+        self._handles = watch_steps(self.lanes, guard, self._ready, self._steps.end)
         self._clock = Clock()
         guard.phase = Phase.PROBING if records else Phase.RECORDING
 
@@ -213,14 +207,14 @@ class Recorder:
         """
         self.capture.detach()
         if self.running:
+            self.update()
             if closing:
                 self.close()
             guard, parts = self.guard, self._parts
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            if (guard.failed or guard.taken) and (missing := incomplete(guard, records_signals(self.methods))):
-                warnings.warn(f"{guard.owner}: {missing}", stacklevel=2)
+            warn_if_incomplete(guard, records_signals(self.methods))
             self._clock.stop()
             self._passes.end_verification()
             parts.signals.forget()
@@ -265,6 +259,7 @@ class Recorder:
 
     def start_batch(self, rows: Rows, data: Any = None) -> None:
         """Announces the rows of the coming forward pass, or a function that finds them in the batch."""
+        self.update()
         self.guard.run(lambda: self._start_batch(rows, data))
 
     def _start_batch(self, rows: Rows, data: Any) -> None:
@@ -290,6 +285,11 @@ class Recorder:
         """Ends the batch; its signals wait for the optimizer's step."""
         self.guard.run(lambda: self._passes.end_batch())
 
+    def update(self) -> None:
+        """Takes the steps of several optimizers since the batch began as one; the next batch's start calls it too."""
+        self.guard.count_update()
+        self.guard.run(lambda: self._steps.update())
+
     def discard(self) -> None:
         """Forgets the passes so far: their step was skipped, or their gradients were removed."""
         self.guard.run(lambda: self._steps.discard())
@@ -298,15 +298,10 @@ class Recorder:
         """Called with the unclipped gradients (optional, but for several processes that clip inside of the batch)."""
         self.guard.run(lambda: self._passes.settle(False))
 
-    def _ready(self) -> None:
+    def _ready(self, lane: Lane) -> None:
         """The gradients are as the optimizer uses them."""
         self._passes.settle(False)
-        self._steps.measure_changes(last=True)
-
-    def _taken(self) -> None:
-        """The optimizer has taken the step."""
-        self._steps.end()
-        self.closing.follow(self._parts, self.guard.widest)
+        self._steps.measure_changes(lane, last=True)
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
@@ -320,8 +315,8 @@ class Recorder:
             raise InfluenceError(
                 f"{self.guard.owner}: nothing was recorded; put `with recorder:` around the training loop."
             )
-        for reason, count in self._steps.left_out.items():
-            self.guard.note(f"{count} batch{'es' if count > 1 else ''} left out: {reason}")
+        self.update()
+        self._steps.note_left_out()
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
         info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
         return InfluenceReport(self.accumulators.scores(), info)
@@ -332,6 +327,7 @@ class Recorder:
         The queries' directions are too large to store. They are made anew at the next step, here as in the resumed run,
         so that both end with the same scores.
         """
+        self.update()
         return saved_state(self.guard, self._clock, self._parts, self._steps, self.closing.snapshots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

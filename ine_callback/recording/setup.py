@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from ine_callback.capture import Capture
 from ine_callback.curvature.gradient_sample import MIN_ROWS, GradientSample
@@ -19,12 +18,14 @@ from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
-from ine_callback.optimizers.clipping import Clipping
+from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer, each_of
+from ine_callback.optimizers.registry import known
 from ine_callback.optimizers.schedule import Schedule, planned_schedule
 from ine_callback.queries import SELF, BoundQuery, Query, QuerySource, SelfQuery
 from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.coverage import Coverage
+from ine_callback.recording.lanes import Lane
 from ine_callback.scores import QueryInfo
 from ine_callback.scoring.initial_noise import InitialNoise
 from ine_callback.scoring.sign_contrasts import CONTRASTS, Contrasts
@@ -36,7 +37,7 @@ class Training:
     """What a recorder is told of the training that it records; see :class:`~ine_callback.Recorder`."""
 
     module: nn.Module
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
     rows: int | None
     loss: Callable[[nn.Module, Any], Tensor] | None
     source: QuerySource
@@ -62,7 +63,7 @@ class Parts:
         schedule: The learning rate that remains.
         capture: Hooks that read per-sample gradients.
         coverage: Which parameters the signals cover.
-        clipping: What becomes of gradients between backward pass and step.
+        lanes: One for each optimizer: the passes that wait for its step, and what becomes of their gradients.
         signals: Directions, and the per-sample gradients' inner products with them.
         accumulators: Everything kept for every row.
     """
@@ -76,7 +77,7 @@ class Parts:
     schedule: Schedule
     capture: Capture
     coverage: Coverage
-    clipping: Clipping
+    lanes: Sequence[Lane]
     signals: Signals
     accumulators: RowAccumulators
 
@@ -93,11 +94,13 @@ def refuse(training: Training, config: RecordingConfig, capture: Capture, covera
         InfluenceError: With the remedy.
     """
     module = training.module
-    if isinstance(training.optimizer, torch.optim.LBFGS):
+    if any(isinstance(each, torch.optim.LBFGS) for each in each_of(training.optimizer)):
         raise InfluenceError(
             f"{owner}: LBFGS evaluates its closure several times a step, so no batch is the step's; use SGD, "
             "Adam or AdamW, or leave the recording out."
         )
+    if isinstance(training.optimizer, JointOptimizer):
+        _refuse_optimizers(training.optimizer, module, owner)
     if capture.dropped and not capture.names and config.uncaptured != "fallback":
         raise InfluenceError(
             f"{owner}: no layer can be recorded: {coverage.first_reason()}; train without torch.compile, "
@@ -113,6 +116,31 @@ def refuse(training: Training, config: RecordingConfig, capture: Capture, covera
             f"{owner}: uncaptured='fallback' cannot take single rows' gradients of parameters that processes "
             "share; pass 'warn' or 'raise', or train with strategy='ddp'."
         )
+
+
+def _refuse_optimizers(optimizer: JointOptimizer, module: nn.Module, owner: str) -> None:
+    if not optimizer.each:
+        raise InfluenceError(f"{owner}: there is no optimizer, so nothing trains; give one, or do not record.")
+    if shared := optimizer.shared():
+        names = sorted(name for name, p in module.named_parameters() if p in shared)
+        raise InfluenceError(
+            f"{owner}: two optimizers have the parameters {names}, so a gradient is applied twice, at different rates; "
+            "give each parameter to one optimizer."
+        )
+    if is_sharded(module):
+        raise InfluenceError(
+            f"{owner}: {len(optimizer.each)} optimizers of parameters that processes share (FSDP2) are not supported; "
+            "use one, train with strategy='ddp', or leave the recording out."
+        )
+
+
+def without_rule(optimizer: AnyOptimizer) -> list[str]:
+    """Warnings of optimizers that have no update rule."""
+    kinds = dict.fromkeys(type(each).__name__ for each in each_of(optimizer) if not known(each))
+    return [
+        f"{kind} has no update rule: its steps are taken as plain SGD; @register_optimizer({kind}) gives it one"
+        for kind in kinds
+    ]
 
 
 def bind(queries: Mapping[str, Query], source: QuerySource, owner: str) -> list[BoundQuery]:
@@ -136,7 +164,7 @@ def build(
     methods: Sequence[Method],
     capture: Capture,
     coverage: Coverage,
-    clipping: Clipping,
+    lanes: Sequence[Lane],
     owner: str,
 ) -> Parts:
     """Builds the parts of a recording, and evaluates each query once.
@@ -149,7 +177,9 @@ def build(
     processes = Lockstep(device, alone=not training.distributed)
     bound, scored = bind(queries, training.source, owner), records_signals(methods)
     has_self = scored and any(isinstance(query, SelfQuery) for query in queries.values())
-    schedule = planned_schedule(training.optimizer, training.total_steps, training.schedulers, keep=[module])
+    first, *others = each_of(training.optimizer)
+    own = [pair for pair in training.schedulers if getattr(pair[0], "optimizer", first) not in others]
+    schedule = planned_schedule(first, training.total_steps, own, keep=[module])
     discount = config.discount and scored
     noise = InitialNoise(module, config.initial_weights if scored else "fixed")
     signals = Signals(
@@ -188,7 +218,7 @@ def build(
         schedule,
         capture,
         coverage,
-        clipping,
+        lanes,
         signals,
         accumulators,
     )

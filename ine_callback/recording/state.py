@@ -33,6 +33,7 @@ def saved_state(
         "started": clock.started.isoformat(),
         "seconds": clock.seconds,
         "snapshots": snapshots.state_dict(),
+        "lanes": [{"stepped": lane.stepped, "unused": sorted(lane.unused)} for lane in parts.lanes],
         "ledger": parts.accumulators.state_dict(),
         "signals": parts.signals.state_dict(together) if guard.steps and not guard.failed else None,
     }
@@ -53,6 +54,8 @@ def restore_state(
     guard.widest = state.get("widest", 0)
     if "snapshots" in state:  # earlier checkpoints have none
         snapshots.load_state_dict(state["snapshots"])
+    for lane, saved in zip(parts.lanes, state.get("lanes", ()), strict=False):  # earlier checkpoints have none
+        lane.stepped, lane.unused = saved["stepped"], set(saved["unused"])
     guard.notes = [*state["notes"], *guard.notes]
     steps.left_out = Counter(state.get("left_out", {}))
     clock.resume(datetime.datetime.fromisoformat(state["started"]), state["seconds"])

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ine_callback.capture import Block, BlockTable
 from ine_callback.capture.hooks import FATAL, in_words
@@ -24,7 +23,8 @@ from ine_callback.curvature.sketch import MIN_MIXTURES, mixtures
 from ine_callback.curvature.spectral import SpectralOperator, exponential
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import QueryError
-from ine_callback.optimizers.registry import rate_of, same_rate, step_rate
+from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer
+from ine_callback.optimizers.registry import own_step_rate, rate_of, remaining_lr, same_rate
 from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, gradients, scalar
 from ine_callback.scoring.directions import Direction, DirectionSpec, direction_of
@@ -64,7 +64,7 @@ class Directions:
     module: nn.Module
     queries: Sequence[BoundQuery]
     self_query: bool
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
     schedule: Schedule
     curvature: KFAC | None
     reservoir: GradientSample
@@ -84,6 +84,8 @@ class Directions:
         self._factors: dict[Block, Tensor] = {}  # of self-influence: the step's, and the initial weights' variance
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self._draws = 0
+        self.several = isinstance(self.optimizer, JointOptimizer)
+        self._trained: set[Block] = set()  # since the last refresh, though another optimizer's turn may freeze them now
         self._variance = torch.ones(len(self.queries))
 
     def check(self) -> None:
@@ -111,7 +113,9 @@ class Directions:
         Args:
             unscale: Factor that undoes the scaling of the present gradients under mixed precision.
         """
-        v = self._gradients([block for block in self.table if all(p.requires_grad for p in block.parameters)])
+        trained = [b for b in self.table if b in self._trained or all(p.requires_grad for p in b.parameters)]
+        v = self._gradients(trained)
+        self._trained.clear()
         self._directions.clear()
         self._factors.clear()
         with torch.no_grad():
@@ -149,11 +153,11 @@ class Directions:
         return specs
 
     def _spec(self, block: Block, remaining: float, unscale: Tensor | float) -> DirectionSpec:
-        """What one block's direction is made of; learning rates count relative to the first parameter group's."""
-        rate, step = rate_of(self.optimizer, block.parameters, unscale), step_rate(self.optimizer)
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        """What one block's direction is made of; rates count relative to its optimizer's first parameter group."""
+        first = block.parameters[0]
+        rate, step = rate_of(self.optimizer, block.parameters, unscale), own_step_rate(self.optimizer, first)
         weight = rate.weight * (rate.step / step if step else 1.0)
-        ahead = remaining * (rate.lr / lr if lr else 1.0)
+        ahead = remaining_lr(self.optimizer, remaining, first, rate.lr)
         exponents = ahead * rate.curvature, ahead * rate.decay
         discount = (
             SpectralOperator() if self.curvature is None else self.curvature.operator(block, exponential(*exponents))
@@ -184,7 +188,7 @@ class Directions:
         names = self.processes.common(block.key for block in blocks)
         common = sorted((block for block in blocks if block.key in names), key=lambda block: block.key)
         parameters = [p for block in common for p in block.parameters]
-        with isolated(self.module), self.context():
+        with isolated(self.module), self.context(), _thawed(parameters):
             found = iter(gradients(self.queries, self.module, parameters, self.to_device))
         with torch.no_grad():
             v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in common}
@@ -223,6 +227,8 @@ class Directions:
             curvature = self.curvature.state_dict()
         reservoir = self.reservoir.state_dict(self.processes if together else None)
         parts = {"draws": self._draws, "noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
+        if isinstance(self.optimizer, JointOptimizer):
+            parts |= {"optimizers": self.optimizer.state_dict(), "blocks": self.table.state_dict()}
         return {"curvature": curvature, "reservoir": reservoir, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,8 +238,25 @@ class Directions:
         self.reservoir.load_state_dict(state["reservoir"])
         self.noise.load_state_dict(state["noise"])
         self.schedule.load_state_dict(state["schedule"])
+        if isinstance(self.optimizer, JointOptimizer):
+            self.optimizer.load_state_dict(state["optimizers"])
+            self.table.load_state_dict(state["blocks"])  # not all come in the first pass, which makes directions
+            self._trained.update(self.table)
         self._draws = state["draws"]
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""
         return [note for note in (self.reservoir.note, self.noise.note) if note]
+
+
+@contextlib.contextmanager
+def _thawed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients can be taken inside of parameters that ``toggle_optimizer`` has frozen for the moment."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

@@ -31,6 +31,7 @@ class Signals(Directions):
         self._restored = False  # whether a checkpoint's curvature waits for its first directions
         self.verification: Verification | None = None
         self.aside = False
+        self.unused: set[Block] = set()  # whose gradients of this pass no step is expected to take
 
     def start_batch(self, rows: int, device: torch.device, window: int) -> None:
         """Begins a batch of ``rows`` rows; the whole optimizer step has ``window`` rows."""
@@ -62,10 +63,10 @@ class Signals(Directions):
         """Takes one block's per-sample gradients, or holds them back until :meth:`release` makes directions."""
         if self.verification is not None:
             self.verification.take(block, grad_sample)
-        if hold:
+        if hold or (self.several and block not in self._directions):
             self.held.append((block, grad_sample, self.scale))
             return
-        if self.aside:  # such a pass's gradients were discarded in the batch before: no curvature from it
+        if self.aside or block in self.unused:  # such gradients were discarded in the batch before: no curvature
             return self._contract(block, grad_sample, self.scale)
         if self.curvature is not None and self.curvature_steps:
             self.curvature.observe(block, grad_sample, self.scale.terms, self.curvature_steps)
@@ -84,6 +85,8 @@ class Signals(Directions):
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
+        if self.several:
+            self._trained.add(block)
         signals, use = direction.contract(grad_sample)
         if signals is not None:
             self._signals.append((block, signals))
@@ -91,6 +94,11 @@ class Signals(Directions):
             block.waiting.append(use)
         elif self.self_query:
             self._self_terms.append((block, direction.self_terms_of([use]), scale))
+
+    def unmake(self, blocks: Sequence[Block]) -> None:
+        """Forgets directions, so that the next gradients of these blocks are held back until there are new ones."""
+        for block in blocks:
+            self._directions.pop(block, None)
 
     def _clear(self) -> None:
         self._signals, self._self_terms = [], []
@@ -133,7 +141,8 @@ class Signals(Directions):
         held, self.held = self.held, []
         if self._restored:
             self._restored = False
-            self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
+            others = list(self.table) if self.several else []
+            self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes, others)
             self.refresh(unscale)
             for block, grad_sample, self.scale in held:
                 self.take(block, grad_sample, hold=False)
@@ -143,7 +152,7 @@ class Signals(Directions):
                 with self._only(block):
                     self.curvature.observe(block, grad_sample, scale.terms, self.curvature_steps)
             held = [one for one in held if one[0] in set(self.table)]
-        self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes)
+        self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes, self.several)
         for block, grad_sample, scale in held:
             self._sample(block, grad_sample, scale)
         self.reservoir.commit()
@@ -153,9 +162,10 @@ class Signals(Directions):
                 self._contract(block, grad_sample, scale)
 
     def settle(self, apart: bool) -> tuple[tuple[Block, ...], Tensor, Tensor]:
-        """What a backward pass left: K blocks, signals with contrasts [K, b, Q, 1 + J], self-influence's variance [b].
+        """What a backward pass left: K blocks, signals with contrasts [K, b, Q, 1 + J], self-influence's variance.
 
-        That variance is the squared unit of the loss on the row itself.
+        That variance [1, b] is the squared unit of the loss on the row itself; with several optimizers each block's
+        part of it [K, b], for not all may step.
 
         Args:
             apart: Whether to return signals for each block; else their sum, with K = 1 and no blocks.
@@ -178,12 +188,13 @@ class Signals(Directions):
         return blocks, (torch.cat([signals, self_signals[:, :, None]], 2) if self.self_query else signals), variance
 
     def _self_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
-        """<P D g_i, s_i> with its contrasts [K, b, 1 + J] and |sigma D g_i|^2 [b], of rows' contributions s_i.
+        """<P D g_i, s_i> with its contrasts [K, b, 1 + J] and |sigma D g_i|^2 [1 or K, b], of contributions s_i.
 
         A row's gradient g_i is its contribution times the number of rows. All blocks are summed at once, by as many
         operations as one of them needs.
         """
-        total, variance = like.new_zeros(like.shape[0], like.shape[1], like.shape[3]), like.new_zeros(like.shape[1])
+        total = like.new_zeros(like.shape[0], like.shape[1], like.shape[3])
+        variance = like.new_zeros(len(blocks) if self.several and blocks else 1, like.shape[1])
         # a second backward pass may have another scale
         for scale in {id(its): its for *_, its in self._self_terms}.values():
             found = [(block, one) for block, one, its in self._self_terms if its is scale]
@@ -194,7 +205,12 @@ class Signals(Directions):
             parts = signed * weighted[..., :1]
             each = [(block, part) for (block, _), part in zip(found, parts.unbind(), strict=True)]
             total = total + (_by_block(each, blocks) if blocks else parts.sum(0, keepdim=True)) * scale.rows
-            variance = variance + weighted[..., 1].sum(0) * scale.rows**2
+            own = weighted[..., 1]
+            if len(variance) > 1:
+                own = _by_block([(block, part) for (block, _), part in zip(found, own.unbind(), strict=True)], blocks)
+            else:
+                own = own.sum(0, keepdim=True)
+            variance = variance + own * scale.rows**2
         return total, variance
 
     def units(self, self_variance: Tensor) -> Tensor:

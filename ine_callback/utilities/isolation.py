@@ -45,6 +45,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
     with _restoring() as register:
         states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
         register(lambda: _set_rng_states(states))
+        split_again(module)
         memory = Memory(register)
         memory.take(module)
         modules = list(module.modules())
@@ -55,6 +56,7 @@ def isolated(module: nn.Module) -> Iterator[None]:
         for m in modules:
             _evaluate(m)
             _mute(m)
+        register(lambda: split_again(module))
         with torch.enable_grad(), _differentiable_checkpoints(), _uncompiled(module), _uncached():
             yield
 
@@ -73,6 +75,16 @@ def unmoved(dataset: Any) -> Iterator[None]:
         register(lambda: _set_rng_states(states))
         Memory(register).take(*_generators(dataset))
         yield
+
+
+def split_again(module: nn.Module) -> None:
+    """Lets FSDP2 hold parts of the parameters only: its outermost unit keeps them whole after a forward pass.
+
+    Whole ones are other objects, and stay as they are when the optimizer steps.
+    """
+    for part in module.modules():
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            part.reshard()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
@@ -171,6 +183,8 @@ def _differentiable_checkpoints() -> Iterator[None]:
 
 
 def _evaluate(module: nn.Module) -> None:
+    if type(module) in (nn.LSTM, nn.GRU, nn.RNN) and (module.num_layers == 1 or not module.dropout):
+        return  # without dropout both modes are the same, and cuDNN differentiates in training mode alone
     if "training" in module.__dict__:
         module.__dict__["training"] = False  # past a __setattr__ of the user's
     else:

@@ -166,9 +166,11 @@ def test_gradient_of_a_slice_is_a_slice_of_the_gradient() -> None:
     "entries", [outer(6, 2, 3, 2, 4), outer(6, 1, 1, 3, 4), lookup(6, 3, 4, 2), Vector(torch.randn(6, 3).double())]
 )
 @pytest.mark.parametrize("views", [2, 3])
-def test_views_one_after_another_are_added_up_by_row(entries: GradSample, views: int) -> None:
-    wanted = entries.gradient(slice(None)).unflatten(0, (views, -1)).sum(0)
-    together, split = entries.by_row(views), entries.split(views)
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_entries_are_added_up_by_row(entries: GradSample, views: int, consecutive: bool) -> None:
+    each = entries.gradient(slice(None))
+    wanted = each.unflatten(0, (-1, views)).sum(1) if consecutive else each.unflatten(0, (views, -1)).sum(0)
+    together, split = entries.by_row(views, consecutive), entries.split(views, consecutive)
     assert together is not None and together.rows == 6 // views and len(split) == views
     torch.testing.assert_close(together.gradient(slice(None)), wanted, **EXACT)
     torch.testing.assert_close(sum(one.gradient(slice(None)) for one in split), wanted, **EXACT)

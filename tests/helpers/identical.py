@@ -20,7 +20,7 @@ class History(L.Callback):
         self.seen: list[Any] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.seen.append(({k: v.clone() for k, v in trainer.callback_metrics.items()}, rates))
 
 
@@ -35,6 +35,7 @@ def left_behind(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def fitted(trainer: L.Trainer, history: History) -> dict[str, list[Any]]:
     found = left_behind(trainer.lightning_module, trainer.optimizers[0])
+    found["optimizer"] = [leaf for each in trainer.optimizers for leaf in tree_leaves(each.state_dict())]
     return found | {"logged": tree_leaves(trainer.callback_metrics), "history": tree_leaves(history.seen)}
 
 

@@ -270,7 +270,7 @@ SETTINGS = [
     Setting("bag", Bag, (5,), words=True),
     Setting("twice", Twice),
     Setting("custom", lambda: nn.Sequential(Factor(), nn.Linear(4, 4), Factor(), nn.Linear(4, 3))),
-    Setting("fallback-lstm", Recurrent, (5, 4), uncaptured="fallback"),
+    Setting("lstm", Recurrent, (5, 4)),
     Setting("fallback-attention", Attention, (5, 4), uncaptured="fallback"),
     Setting("fallback-bare", Bare, uncaptured="fallback"),
     Setting(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback import Query, Recorder
@@ -45,12 +46,12 @@ def _is_mask(index: Any) -> bool:
 
 
 def _of_host() -> bool:
-    """Whether what is asked for lies on the host: counts of steps, row numbers from the loader, losses of snapshots."""
+    """Whether what is asked for lies on the host: counts of steps, row numbers, losses of snapshots, sizes of packs."""
     frame = sys._getframe(1)
     while frame is not None:
         if "/ine_callback/" in frame.f_code.co_filename:
             return frame.f_code.co_filename.endswith(("/row_ids.py", "/snapshots.py"))
-        if "/torch/optim/" in frame.f_code.co_filename:
+        if "/torch/optim/" in frame.f_code.co_filename or frame.f_code.co_filename.endswith("/nn/modules/rnn.py"):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -105,13 +106,30 @@ def of_patches() -> tuple[nn.Module, Tensor, Tensor]:
     return Vision(), torch.randn(256, 5, 4), torch.randint(3, (256,))
 
 
+class Recurrent(nn.Module):
+    """Packed sequences in both directions, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.cell, self.out = nn.LSTM(4, 6, bidirectional=True), nn.LSTMCell(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 1 + torch.arange(len(x)) % 5
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.cell(torch.cat([*self.layer(packed)[1][0]], 1))[0])
+
+
+def of_sequences() -> tuple[nn.Module, Tensor, Tensor]:
+    return Recurrent(), torch.randn(256, 5, 4), torch.randint(3, (256,))
+
+
 def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
 @pytest.mark.parametrize("rank", [None, 32], ids=["exact", "default"])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("problem", [convolutional, of_words, of_many_words, of_patches])
+@pytest.mark.parametrize("problem", [convolutional, of_words, of_many_words, of_patches, of_sequences])
 def test_only_refreshes_wait(problem: Callable[[], Any], optimizer: Any, rank: int | None) -> None:
     torch.manual_seed(0)
     model, x, y = problem()

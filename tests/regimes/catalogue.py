@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from .data import DATA
 from .hugging_face import HUGGING_FACE
+from .lightning_examples import EXAMPLES
 from .models import MODELS
+from .optimizers import OPTIMIZERS
 from .options import OPTIONS
+from .public_issues import ISSUES
 from .regime import Regime
 from .together import TOGETHER
 
-ALL: list[Regime] = [*OPTIONS, *DATA, *MODELS, *HUGGING_FACE, *TOGETHER]
+ALL: list[Regime] = [*OPTIONS, *OPTIMIZERS, *DATA, *MODELS, *EXAMPLES, *ISSUES, *HUGGING_FACE, *TOGETHER]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from ine_callback import InfluenceCallback, InfluenceReport
 from tests.helpers.identical import History, differing, fitted
@@ -32,10 +35,14 @@ class Watch(L.Callback):
 
     def __init__(self, data: Data) -> None:
         self.data, self.events = data, []
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._handle = trainer.optimizers[0].register_step_post_hook(self._stepped)
+        self._optimizers = trainer.optimizers
+        self._handles = [each.register_step_post_hook(self._stepped) for each in trainer.optimizers]
+        if len(trainer.optimizers) > 1:  # no hook tells of zero_grad under manual optimization
+            for k, each in enumerate(pl_module.optimizers()):
+                each.zero_grad = partial(self._zeroed, k, each.zero_grad)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
         self._rows = [int(row) for row in self.data.rows_of(batch)]
@@ -46,19 +53,30 @@ class Watch(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         trainable = frozenset(plain_name(name) for name, p in pl_module.named_parameters() if p.requires_grad)
-        groups = _settings(trainer.optimizers[0])
-        self.events.append(Event("backward", self._rows, self._random, groups, trainable))
+        groups = _settings(trainer.optimizers)
+        changes = any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks)
+        accumulate = trainer.accumulate_grad_batches if changes else None
+        which = getattr(pl_module, "turn", "loss")
+        event = Event("backward", self._rows, self._random, groups, trainable, accumulate=accumulate, loss=which)
+        self.events.append(event)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        # no hook tells of zero_grad under manual optimization
-        if not pl_module.automatic_optimization and all(p.grad is None for p in pl_module.parameters()):
+        if len(trainer.optimizers) > 1:
+            self.events.append(Event("end"))
+        elif not pl_module.automatic_optimization and all(p.grad is None for p in pl_module.parameters()):
             self.events.append(Event("zero"))
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self.events.append(Event("step", groups=_settings(optimizer)))
+        k = self._optimizers.index(optimizer)
+        self.events.append(Event("step", groups=_settings(self._optimizers), optimizer=k))
+
+    def _zeroed(self, k: int, zero_grad: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        self.events.append(Event("zero", optimizer=k))
+        zero_grad(*args, **kwargs)
 
     def on_train_end(self, *_: Any) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def plain_name(parameter: str) -> str:
@@ -66,8 +84,9 @@ def plain_name(parameter: str) -> str:
     return parameter.replace("._orig_mod", "")
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+def _settings(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [{k: v for k, v in group.items() if k != "params"} for group in groups]
 
 
 @dataclass
@@ -164,8 +183,10 @@ def _drift(trained: torch.nn.Module, reference: torch.nn.Module) -> float:
 
 
 def _visits(events: list[Event], rows: int) -> Any:
-    """Visits [N] of every row in steps that were applied."""
+    """Visits [N] of every row in steps that were applied; of several optimizers, in batches with a step."""
     total, pending = np.zeros(rows, dtype=np.int64), []
+    if any(event.kind == "end" for event in events):
+        return _visits_of_batches(events, total)
     for event in events:
         if event.kind == "backward":
             pending += event.rows
@@ -173,6 +194,18 @@ def _visits(events: list[Event], rows: int) -> Any:
             if event.kind == "step":
                 np.add.at(total, pending, 1)
             pending = []
+    return total
+
+
+def _visits_of_batches(events: list[Event], total: Any) -> Any:
+    present: list[int] = []
+    stepped = False
+    for event in events:
+        if event.kind == "end":
+            np.add.at(total, present if stepped else [], 1)
+            stepped = False
+        present = event.rows or present
+        stepped |= event.kind == "step"
     return total
 
 

@@ -84,12 +84,48 @@ class Reused(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.RNNBase], checkpointed: bool = False, **options: Any) -> None:
         super().__init__()
-        self.rnn, self.head = kind(4, 5, batch_first=True), nn.Linear(5, CLASSES)
+        self.rnn, self.checkpointed = kind(4, 5, batch_first=True, **options), checkpointed
+        self.head = nn.Linear(5, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
+        y, _ = checkpoint(self.rnn, x, use_reentrant=False) if self.checkpointed else self.rnn(x)
+        return self.head(y[:, -1])
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths, in both directions, read from the last states; time first."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(4, 3, num_layers=2, bidirectional=True), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 1 + (2 * x[:, 0, 0].abs()).long().clamp(max=LENGTH - 1)
+        packed = nn.utils.rnn.pack_padded_sequence(x.transpose(0, 1), lengths.cpu(), enforce_sorted=False)
+        states = self.rnn(packed)[1]
+        h = states[0] if isinstance(states, tuple) else states
+        return self.head(torch.cat([h[-2], h[-1]], 1))
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = None
+        for each in x.unbind(1):
+            states = self.cell(each, states)
+        return self.head(states[0])
+
+
+class OwnLSTM(nn.LSTM):
+    """Its forward could be anything, so it is not recorded as a layer."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+        return super().forward(x, hx)
 
 
 class Attentive(nn.Module):
@@ -199,7 +235,7 @@ def uncompiled(module: Compiled) -> None:
 
 
 VISION = tuple(f"net.{name}" for name in LEFT_OUT)
-RNN = tuple(f"net.rnn.{name}_{side}_l0" for name in ("weight", "bias") for side in ("ih", "hh"))
+RNN = tuple(f"net.rnn.{name}_{side}_l{k}" for name in ("weight", "bias") for side in ("ih", "hh") for k in range(2))
 ATTENTION = () if TELLS else tuple(f"net.attention.{name}" for name in ("in_proj_weight", "out_proj.weight"))
 SLOWLY = {"uncaptured": "fallback"}
 MODELS = [
@@ -243,9 +279,35 @@ MODELS = [
         trainer=lambda: {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3},
         left_out=VISION,
     ),
-    Regime("LSTM", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, left_out=RNN),
-    Regime("LSTM, fallback", "models", lambda: Classifier(Recurrent(nn.LSTM)), series, influence=SLOWLY),
-    Regime("GRU, fallback", "models", lambda: Classifier(Recurrent(nn.GRU)), series, influence=SLOWLY),
+    Regime("LSTM", "models", lambda: Classifier(Recurrent(nn.LSTM)), series),
+    Regime("GRU", "models", lambda: Classifier(Recurrent(nn.GRU)), series),
+    Regime("LSTM, two layers, packed sequences", "models", lambda: Classifier(Packed(nn.LSTM)), series),
+    Regime("RNN, two layers, packed sequences", "models", lambda: Classifier(Packed(nn.RNN)), series),
+    Regime("LSTMCell in a loop", "models", lambda: Classifier(Cells()), series),
+    Regime("LSTM, checkpointed", "models", lambda: Classifier(Recurrent(nn.LSTM, checkpointed=True)), series),
+    Regime(
+        "LSTM, bf16-mixed",
+        "models",
+        lambda: Classifier(Recurrent(nn.LSTM)),
+        series,
+        trainer=lambda: {"precision": "bf16-mixed"},
+        tolerance=0.05,
+    ),
+    Regime(
+        "LSTM, dropout between layers",
+        "models",
+        lambda: Classifier(Recurrent(nn.LSTM, num_layers=2, dropout=0.4)),
+        series,
+        shares="among",
+        left_out=RNN,
+    ),
+    Regime(
+        "LSTM with a forward of its own, fallback",
+        "models",
+        lambda: Classifier(Recurrent(OwnLSTM)),
+        series,
+        influence=SLOWLY,
+    ),
     Regime(
         "ResNet with BatchNorm",
         "models",

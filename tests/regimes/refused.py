@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from .data import Ready, Stream, combined
 from .models import Compiled
+from .optimizers import Together, plain
 from .regime import BATCH, Classifier, Data, vectors
 
 
@@ -33,20 +34,15 @@ class Refusal:
     influence: dict[str, Any] = field(default_factory=dict)
 
 
-class TwoOptimizers(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+class Sharing(Together):
+    """Both optimizers have all parameters."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        first, second = self.optimizers()
-        self.manual_backward(self.loss(batch))
-        for optimizer in (first, second):
-            optimizer.step()
-            optimizer.zero_grad()
+    def made_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [make(self.parameters()) for make in self.makes]
 
-    def configure_optimizers(self) -> Any:
-        return [self._optimizer(part.parameters()) for part in (self.net[:3], self.net[3:])]
+
+def with_lbfgs() -> Classifier:
+    return Together((plain, torch.optim.LBFGS))
 
 
 class ByHand(Classifier):
@@ -84,10 +80,16 @@ REFUSED = [
         lambda: Classifier(optimizer=torch.optim.LBFGS),
     ),
     Refusal(
-        "several optimizers",
-        "it is not defined yet to which step a row contributes",
-        ("2 optimizers", "use one", "enabled=False"),
-        TwoOptimizers,
+        "LBFGS as one of several optimizers",
+        "as LBFGS alone",
+        ("LBFGS", "use SGD, Adam or AdamW"),
+        with_lbfgs,
+    ),
+    Refusal(
+        "two optimizers that share parameters",
+        "a gradient is applied twice, at two rates",
+        ("net.0.weight", "give each parameter to one optimizer"),
+        Sharing,
     ),
     Refusal(
         "manual optimization, query 'val', validation_step returns nothing",

@@ -91,7 +91,12 @@ class Classifier(L.LightningModule):
         net: The network.
         optimizer: Makes the optimizer of the parameters.
         schedule: Makes Lightning's scheduler entry of the optimizer, if there is one.
+
+    Attributes:
+        clip: Norm to which it clips gradients by hand, those of each optimizer by themselves.
     """
+
+    clip: float | None = None
 
     def __init__(
         self,
@@ -122,8 +127,13 @@ class Classifier(L.LightningModule):
     def parameters_to_train(self) -> Iterable[Any]:
         return [p for p in self.parameters() if p.requires_grad]
 
+    def made_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self._optimizer(self.parameters_to_train())]
+
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer(self.parameters_to_train())
+        optimizer, *others = self.made_optimizers()
+        if others:
+            return [optimizer, *others]
         if self._schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer)}

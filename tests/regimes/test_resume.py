@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from benchmarks.resume import Remembers
@@ -23,6 +24,7 @@ from tests.helpers.identical import differing, left_behind, unequal
 
 from .data import Stream
 from .harness import QUIET
+from .optimizers import GAN, Together, adam
 from .options import with_adamw
 from .regime import BATCH, ROWS, Data, Regime, vectors
 from .together import loaded, trained
@@ -70,6 +72,7 @@ def run(
     except Killed:
         assert kill is not None
     left = left_behind(trainer.lightning_module, trainer.optimizers[0])
+    left["optimizer"] = [leaf for each in trainer.optimizers for leaf in tree_leaves(each.state_dict())]
     return influence.report, {kind: left[kind] for kind in ("parameters and buffers", "optimizer")}
 
 
@@ -101,6 +104,28 @@ def test_resumed_at_the_end_of_an_epoch(regime: Regime, tmp_path: Path) -> None:
     assert resumed.run.steps == whole.run.steps
     assert "resumed at step 12 from a checkpoint" in resumed.run.notes
     assert not any("inside of an epoch" in note for note in resumed.run.notes)
+
+
+BY_HAND = [
+    Regime("two optimizers", "resumed", Together, ordered),
+    Regime("GAN, toggled", "resumed", lambda: GAN(toggle=True, first="generator"), ordered),
+    Regime("GAN, not toggled", "resumed", lambda: GAN((adam, adam)), ordered),
+    Regime("GAN, no discount", "resumed", GAN, ordered, influence={"discount": False}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("regime", BY_HAND, ids=lambda regime: regime.name)
+def test_several_optimizers_resumed(regime: Regime, tmp_path: Path) -> None:
+    """Lightning counts both optimizers' steps: eight an epoch, a checkpoint at the end of the third."""
+    whole, left = run(regime, tmp_path / "whole", None, False)
+    run(regime, tmp_path / "parts", 26, False)
+    resumed, again = run(regime, tmp_path / "parts", None, True)
+    assert whole is not None and resumed is not None
+    assert not differing(left, again)
+    assert not unequal(whole, resumed)
+    assert resumed.run.steps == whole.run.steps == 16
+    assert resumed.run.schedule == whole.run.schedule
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from tests.helpers.vision import Vision
 
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .models import VISION, series
+from .optimizers import GAN
+from .optimizers import Together as ByTurns
 from .options import with_adamw
 from .reference import Event
 from .regime import BATCH, Classifier, Data, Regime, adam, vectors
@@ -106,6 +109,15 @@ FORKED = [
         tolerance=1e-5,
         left_out=VISION,
     ),
+    Regime("ddp, two optimizers", "processes", ByTurns, trainer=_two(), processes=2, tolerance=1e-5),
+    Regime(
+        "ddp, GAN, not toggled",
+        "processes",
+        lambda: GAN(first="generator"),
+        trainer=lambda: {"strategy": "ddp_fork_find_unused_parameters_true", "devices": 2},
+        processes=2,
+        tolerance=1e-5,
+    ),
     Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
     Regime(
         "ddp, early stopping",
@@ -129,6 +141,13 @@ class Sharded(Classifier):
         fully_shard(self.net, mesh=mesh)
 
 
+class OneUnit(Classifier):
+    """Split as a whole: the outermost unit keeps its parameters gathered after a forward pass."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 def _fsdp(**options: Any) -> Any:
     size = {"data_parallel_size": 2, "tensor_parallel_size": 1}
     return lambda: {"strategy": ModelParallelStrategy(**size), "devices": 2, **options}
@@ -136,6 +155,7 @@ def _fsdp(**options: Any) -> Any:
 
 LAUNCHED = [
     Regime("FSDP2", "processes", Sharded, trainer=_fsdp(), processes=2, tolerance=1e-5),
+    Regime("FSDP2, one unit", "processes", OneUnit, trainer=_fsdp(), processes=2, tolerance=1e-5),
     Regime(
         "FSDP2, AdamW, accumulated and clipped",
         "processes",
@@ -244,7 +264,7 @@ def _merged(events: list[list[Event]], even: bool) -> list[Event]:
     for one, other in zip(*events, strict=True):
         assert one.kind == other.kind
         if one.kind == "backward" and even:
-            out.append(Event("backward", one.rows + other.rows, one.random, one.groups, one.trainable))
+            out.append(replace(one, rows=one.rows + other.rows))
         else:
             out += [one, other] if one.kind == "backward" else [one]
     return out

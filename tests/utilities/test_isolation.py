@@ -145,6 +145,14 @@ def test_buffers_and_parameters(fail: bool) -> None:
     assert {k: id(v) for k, v in module.named_buffers()} == identities
 
 
+def test_recurrent_layers_stay_in_training_mode_where_that_is_the_same() -> None:
+    """cuDNN differentiates them in no other."""
+    layers = nn.ModuleList([nn.LSTM(2, 2), nn.GRU(2, 2, num_layers=2), nn.LSTM(2, 2, num_layers=2, dropout=0.5)])
+    with isolated(layers):
+        assert [layer.training for layer in layers] == [True, True, False]
+    assert all(layer.training for layer in layers)
+
+
 def test_modes(fail: bool) -> None:
     module = Stateful().train()
     module.part.norm.eval()

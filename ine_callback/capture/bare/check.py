@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
 from ine_callback.capture.hooks import Capture
+from ine_callback.capture.layers.recurrent import drops_between_layers
 from ine_callback.data.batches import cut
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.utilities.isolation import isolated
@@ -145,6 +146,7 @@ def _products(
             torch.manual_seed(0)
             loss = run(module, batch)
             layers = {child for child, name in capture.names.items() if name in called} - unordered
+            layers = {child for child in layers if not drops_between_layers(child)}
             wanted = capture.bare.open_to(layers)
             if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
                 return {}, False

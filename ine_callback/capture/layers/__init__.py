@@ -7,14 +7,29 @@ A new type needs one decorated function, here or in a user's code::
         return {"scale": torch.einsum("b...d,b...d->bd", activations, output_grads)}
 """
 
-from ine_callback.capture.layers import convolution, embedding, linear, normalization  # noqa: F401  register their types
+from ine_callback.capture.layers import (  # noqa: F401  register their types
+    convolution,
+    embedding,
+    linear,
+    normalization,
+    recurrent,
+)
 from ine_callback.capture.layers.registry import (
     LayerFunction,
     RowMismatch,
     by_row,
+    entries_of,
     grad_samples_of,
     layer_function,
     register_layer,
 )
 
-__all__ = ["LayerFunction", "RowMismatch", "by_row", "grad_samples_of", "layer_function", "register_layer"]
+__all__ = [
+    "LayerFunction",
+    "RowMismatch",
+    "by_row",
+    "entries_of",
+    "grad_samples_of",
+    "layer_function",
+    "register_layer",
+]

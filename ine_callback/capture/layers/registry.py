@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import LayerError, plain_parameters
+from ine_callback.capture.layers.calls import Tensors
 from ine_callback.capture.per_sample_gradients import GradSample, Vector, widened
 
-LayerFunction = Callable[[nn.Module, Tensor, Tensor, int], Mapping[str, GradSample | Tensor]]
+# of the module, its activations, its output gradients (for layers with several: tensors by name) and the number of rows
+LayerFunction = Callable[[nn.Module, Any, Any, int], Mapping[str, GradSample | Tensor]]
 
 _BY_TYPE: dict[type[nn.Module], LayerFunction] = {}
 _BY_NAME: list[tuple[Callable[[nn.Module], bool], LayerFunction]] = []
@@ -109,8 +112,25 @@ def by_row(x: Tensor, rows: int) -> Tensor:
     raise RowMismatch(f"leading dimension {x.shape[0] if x.dim() else 'of a scalar'} is not the batch size {rows}")
 
 
+def entries_of(activations: Tensors, rows: int) -> int:
+    """Entries of a row that a layer gets behind one another: 5 of [b * 5, C, H, W], the frames of a video.
+
+    Of a flattened matrix [b * k, d] there is 1, with k positions (:func:`by_row`).
+
+    Example:
+        >>> entries_of(torch.zeros(10, 3, 4, 4), rows=2), entries_of(torch.zeros(10, 3), rows=2)
+        (5, 1)
+    """
+    if not isinstance(activations, Tensor):  # several sequences of a row are positions behind one another
+        return 1
+    flattened = activations.dim() == 2 and activations.is_floating_point()
+    if activations.dim() < 2 or flattened or activations.shape[0] % rows:
+        return 1
+    return max(1, activations.shape[0] // rows)
+
+
 def grad_samples_of(
-    module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int, function: LayerFunction | None = None
+    module: nn.Module, activations: Tensors, output_grads: Tensors, rows: int, function: LayerFunction | None = None
 ) -> dict[str, GradSample]:
     """Per-sample gradients of a module's trainable parameters, by its layer function (or by another one).
 
@@ -119,18 +139,27 @@ def grad_samples_of(
     """
     function = function or layer_function(module)
     assert function is not None
-    activations = activations if activations.layout == torch.strided else activations.to_dense()
-    if function not in _BFLOAT16 or output_grads.dtype != torch.bfloat16 or activations.dtype == torch.float16:
-        activations, output_grads = _in_one_precision(activations, output_grads)
-    if not function.__module__.startswith(f"{_OWN_PACKAGE}."):
-        # a user's function may write into its arguments, which are the training's tensors
-        activations, output_grads = activations.clone(), output_grads.clone()
+    if isinstance(activations, Tensor) and isinstance(output_grads, Tensor):
+        activations, output_grads = _for_function(function, activations, output_grads)
+    elif isinstance(activations, dict) and isinstance(output_grads, dict):
+        activations, output_grads = _all_in_one_precision(activations, output_grads)
     parameters, out = plain_parameters(module), {}
     for name, value in function(module, activations, output_grads, rows).items():
         parameter = parameters.get(name)  # None: the parameter is computed from others, which are named as left out
         if parameter is not None and parameter.requires_grad and parameter.numel():
             out[name] = _checked(value, name, parameter, rows, type(module).__name__)
     return out
+
+
+def _for_function(function: LayerFunction, activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense tensors in one precision."""
+    activations = activations if activations.layout == torch.strided else activations.to_dense()
+    if function not in _BFLOAT16 or output_grads.dtype != torch.bfloat16 or activations.dtype == torch.float16:
+        activations, output_grads = _in_one_precision(activations, output_grads)
+    if not function.__module__.startswith(f"{_OWN_PACKAGE}."):
+        # a user's function may write into its arguments, which are the training's tensors
+        activations, output_grads = activations.clone(), output_grads.clone()
+    return activations, output_grads
 
 
 def _checked(value: GradSample | Tensor, name: str, parameter: nn.Parameter, rows: int, kind: str) -> GradSample:
@@ -157,3 +186,11 @@ def _checked(value: GradSample | Tensor, name: str, parameter: nn.Parameter, row
 def _in_one_precision(activations: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
     output_grads = widened(output_grads)
     return (activations.to(output_grads.dtype) if activations.is_floating_point() else activations), output_grads
+
+
+def _all_in_one_precision(
+    activations: dict[str, Tensor], output_grads: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    output_grads = {name: widened(grad) for name, grad in output_grads.items()}
+    like = next(iter(output_grads.values()))
+    return {name: _in_one_precision(x, like)[0] for name, x in activations.items()}, output_grads

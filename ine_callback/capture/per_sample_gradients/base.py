@@ -31,6 +31,12 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
+def of_rows(x: Tensor, count: int, consecutive: bool) -> Tensor:
+    """Entries [b count, ...] as [b, count, ...], see :meth:`GradSample.by_row`."""
+    by_row: Tensor = x.unflatten(0, (-1, count)) if consecutive else x.unflatten(0, (count, -1)).transpose(0, 1)
+    return by_row
+
+
 def covariance(x: Tensor, full: bool) -> Tensor:
     """Second moment over rows and positions of x [b, G, P, K], as [G, K, K] or its diagonal [G, K]."""
     if full:
@@ -112,16 +118,20 @@ class GradSample(ABC):
     def weighted(self, weights: Tensor) -> GradSample:
         """The rows' gradients times one weight each [b]."""
 
-    def by_row(self, views: int) -> GradSample | None:
-        """The rows' gradients, of entries that hold the rows ``views`` times, one after another; None: see split."""
+    def by_row(self, count: int, consecutive: bool) -> GradSample | None:
+        """The rows' gradients, of entries of which each row has ``count``; None: see :meth:`split`.
+
+        Args:
+            count: Entries of a row.
+            consecutive: Whether a row's entries follow one another; else all rows' first ones come first.
+        """
         return None
 
-    def split(self, views: int) -> list[GradSample]:
-        """The same as gradients of each view, with b rows each, which add up to the rows'."""
-        size = self.rows // views
+    def split(self, count: int, consecutive: bool) -> list[GradSample]:
+        """The same as gradients of each entry, with b rows each, which add up to the rows'."""
         held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
-        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
-        parts = [{name: t[k * size : (k + 1) * size] for name, t in tensors.items()} for k in range(views)]
+        tensors = {n: of_rows(t, count, consecutive) for n, t in held.items() if isinstance(t, Tensor)}
+        parts = [{name: t[:, k] for name, t in tensors.items()} for k in range(count)]
         return [replace(self, **part) for part in parts]  # type: ignore[type-var]
 
     def weighted_sums(self, weights: Tensor) -> Tensor:

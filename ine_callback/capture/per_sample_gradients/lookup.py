@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients.base import GradSample, covariance
+from ine_callback.capture.per_sample_gradients.base import GradSample, covariance, of_rows
 from ine_callback.capture.per_sample_gradients.outer import Outer
 
 
@@ -65,9 +65,8 @@ class Lookup(GradSample):
     def units(self) -> tuple[int, ...]:
         return self.layout[2:]
 
-    def by_row(self, views: int) -> Lookup:
-        both = (x.unflatten(0, (views, -1)).movedim(0, 1).flatten(1, 2) for x in (self.ids, self.output_grads))
-        ids, output_grads = both
+    def by_row(self, count: int, consecutive: bool) -> Lookup:
+        ids, output_grads = (of_rows(x, count, consecutive).flatten(1, 2) for x in (self.ids, self.output_grads))
         return Lookup(ids, output_grads, self.entries)
 
     def transposed(self) -> Entries:

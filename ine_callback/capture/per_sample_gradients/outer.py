@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients.base import GradSample, covariance, row_chunks, widened
+from ine_callback.capture.per_sample_gradients.base import GradSample, covariance, of_rows, row_chunks, widened
 from ine_callback.capture.per_sample_gradients.compressed import CompressedGradients
 
 # Positions of a batch (rows x positions) in one curvature update; of more, every k-th is taken.
@@ -56,11 +56,11 @@ class Outer(GradSample):
     def layout(self) -> tuple[int, ...]:
         return (self.output_grads.shape[1], self.output_grads.shape[3], self.inputs)
 
-    def by_row(self, views: int) -> Outer | None:
+    def by_row(self, count: int, consecutive: bool) -> Outer | None:
         if type(self) is not Outer:  # inputs of other classes are no positions
             return None
-        both = (x.unflatten(0, (views, -1)).movedim(0, 2).flatten(2, 3) for x in (self.activations, self.output_grads))
-        activations, output_grads = both
+        both = (of_rows(x, count, consecutive).transpose(1, 2) for x in (self.activations, self.output_grads))
+        activations, output_grads = (x.flatten(2, 3) for x in both)
         return Outer(activations, output_grads, self.ones)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients.base import GradSample
+from ine_callback.capture.per_sample_gradients.base import GradSample, of_rows
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Vector(GradSample):
     def units(self) -> tuple[int, ...]:
         return self.layout
 
-    def by_row(self, views: int) -> Vector:
-        return Vector(self.g.unflatten(0, (views, -1)).sum(0))
+    def by_row(self, count: int, consecutive: bool) -> Vector:
+        return Vector(of_rows(self.g, count, consecutive).sum(1))
 
     def parts(self, direction: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("bd,qcd->bqc", self.g, direction[:, None] * weights)

@@ -1,0 +1,68 @@
+"""A layer's call as tensors: what its layer function will need, and the outputs whose gradients it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Tensors = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one call of a layer took and returned.
+
+    Attributes:
+        activations: The first input, led by the rows: what the checks before the first step see.
+        inputs: What the layer function gets beside the gradients: the first input, or several tensors by name.
+        outputs: The output, or several by name; the layer function gets the gradients of those that have one.
+        fault: Why the call cannot be recorded, else an empty string.
+    """
+
+    activations: Any = None
+    inputs: Tensors = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+    fault: str = ""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether an output is part of a graph."""
+        outputs = self.outputs if isinstance(self.outputs, dict) else {"": self.outputs}
+        return any(output.requires_grad for output in outputs.values())
+
+
+CallReader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], LayerCall]
+_READERS: dict[type[nn.Module], CallReader] = {}
+
+
+def register_call(*types: type[nn.Module]) -> Callable[[CallReader], CallReader]:
+    """Registers the function that reads the calls of layers with several inputs or outputs.
+
+    It gets the module, its arguments, its keyword arguments and its output.
+    """
+
+    def register(reader: CallReader) -> CallReader:
+        for kind in types:
+            _READERS[kind] = reader
+        return reader
+
+    return register
+
+
+def layer_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
+    """Reads a call; without a function of its own, a layer has one input and one output."""
+    for kind in type(module).__mro__:
+        if kind in _READERS:
+            return _READERS[kind](module, args, kwargs, output)
+    x = first_input(args, kwargs)
+    if isinstance(x, Tensor) and isinstance(output, Tensor):
+        return LayerCall(x, x, output)
+    return LayerCall(x, fault="its input or output is not a single tensor")
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The activations of a layer: its first argument."""
+    return args[0] if args else next(iter(kwargs.values()), None)
