@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ine_callback.utilities.isolation import split_again
+from ine_callback.utilities.isolation import split_again, units_of
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -35,8 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are sharded over the processes."""
-    units = any(hasattr(part, "reshard") and hasattr(part, "unshard") for part in module.modules())
-    return units or any(hasattr(p, "full_tensor") for p in module.parameters())
+    return bool(units_of(module)) or any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 def gradients(value: Tensor, module: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

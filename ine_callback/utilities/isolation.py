@@ -77,14 +77,18 @@ def unmoved(dataset: Any) -> Iterator[None]:
         yield
 
 
+def units_of(module: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP2 has made units; asked of their classes, for attributes of a module may be its own code."""
+    return [m for m in module.modules() if hasattr(type(m), "reshard") and hasattr(type(m), "unshard")]
+
+
 def split_again(module: nn.Module) -> None:
     """Lets FSDP2 hold parts of the parameters only: its outermost unit keeps them whole after a forward pass.
 
     Whole ones are other objects, and stay as they are when the optimizer steps.
     """
-    for part in module.modules():
-        if hasattr(part, "reshard") and hasattr(part, "unshard"):
-            part.reshard()  # type: ignore[operator]
+    for part in units_of(module):
+        part.reshard()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
