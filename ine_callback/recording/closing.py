@@ -32,7 +32,7 @@ from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.recent_batches import RecentBatches
 from ine_callback.recording.setup import Parts
-from ine_callback.recording.snapshots import SHARES, Snapshots
+from ine_callback.recording.snapshots import SHARES, Snapshots, affordable
 from ine_callback.scores import Floats
 from ine_callback.utilities.isolation import isolated
 from ine_callback.utilities.words import CLOSING
@@ -66,7 +66,7 @@ class ClosingPass:
         if parts.sharded or not parts.bound:
             return
         rows, planned = parts.accumulators.check.count, len(parts.schedule.planned)
-        if not planned or self.snapshots.affordable((len(SHARES) - 1) * rows, planned * batch_size):
+        if not planned or affordable((len(SHARES) - 1) * rows, planned * batch_size):
             self.snapshots.keep(parts.training.module, parts.schedule.steps, lambda: _summed_loss(parts))
 
     def run(self, parts: Parts, guard: Guard, context: Callable[[], FitContext] | None) -> None:

@@ -161,19 +161,15 @@ class Snapshots:
 
     def usable(self, module: nn.Module, chosen: Sequence[Snapshot | None], rows: int, observed: int) -> bool:
         """Whether they are whole, and passing ``rows`` rows for each costs little beside training on ``observed``."""
-        again, changing = rows * (len(chosen) - 1), set(_changing(module))
+        passes = len(chosen) - 1 if self._all else len(SHARES) - 1  # none were kept where they would cost too much
+        again, changing = rows * passes, set(_changing(module))
         if any(one is not None and set(one.tensors or ()) != changing for one in chosen):
             self.missing = "other parameters were trained when earlier ones were kept"
-        else:
-            return self.affordable(again, observed)
-        return False
-
-    def affordable(self, again: int, observed: int) -> bool:
-        """Whether passing ``again`` more rows costs little beside training on ``observed``."""
-        if again > max(FEW, SHARE * observed):
+        elif not affordable(again, observed):
             self.missing = f"earlier ones would take {again} more rows ({observed} were trained on)"
-            return False
-        return True
+        else:
+            return True
+        return False
 
     def load(self, module: nn.Module, chosen: Sequence[Snapshot | None]) -> Iterator[None]:
         """Gives the module each of them in turn, the present ones first; putting these back is up to the caller."""
@@ -188,6 +184,11 @@ class Snapshots:
     def clear(self) -> None:
         """Frees the memory."""
         self._all.clear()
+
+
+def affordable(again: int, observed: int) -> bool:
+    """Whether passing ``again`` more rows costs little beside training on ``observed``."""
+    return again <= max(FEW, SHARE * observed)
 
 
 def _changing(module: nn.Module) -> dict[str, Tensor]:

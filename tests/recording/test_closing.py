@@ -217,6 +217,27 @@ def test_earlier_weights_are_left_where_they_cost_too_much(monkeypatch: pytest.M
     assert "earlier ones take 0 MB each" in notes_of(recorder)[0]
 
 
+def test_a_small_first_batch_leaves_no_untrue_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether earlier weights are worth their cost is judged anew when later batches are larger."""
+    monkeypatch.setattr(snapshots, "FEW", 10)
+    model, method = network(), Kept()
+    descent = torch.optim.SGD(model.parameters(), lr=0.3)
+    batches = [torch.arange(2), *torch.arange(ROWS).repeat(12).split(BATCH)]
+    recorder = Recorder(
+        model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, [method], len(batches), on_error="raise"
+    )
+    with recorder:
+        for rows in batches:
+            with recorder.batch(rows, (X[rows], Y[rows])):
+                loss = cross_entropy(model, (X[rows], Y[rows]))
+                recorder.see(loss)
+                loss.backward()
+            descent.step()
+            descent.zero_grad()
+    assert method.found is not None and np.isfinite(method.found.agreement)
+    assert not any("closing pass" in note for note in recorder.notes)
+
+
 def test_weights_that_are_not_finite_are_said() -> None:
     model = network()
     descent = torch.optim.SGD(model.parameters(), lr=0.1)
