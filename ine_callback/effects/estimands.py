@@ -184,6 +184,7 @@ class _Natural(Estimand):
     """
 
     best: ClassVar[str] = "the parents of treatment, mediators and outcome"
+    contrast: ClassVar[tuple[tuple[int, int], tuple[int, int]]]  # the treatment of Y and of the mediators: one, other
     mediators: Sequence[str] | None = None
     adjust: str | Sequence[str] = OPTIMAL
 
@@ -197,6 +198,13 @@ class _Natural(Estimand):
 
     def optimal(self, graph: CausalGraph) -> frozenset[str]:
         return adjustment.for_mediation(graph, self.through(graph))
+
+    def terms(
+        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
+    ) -> Terms:
+        found = self.cross(data, adjust, train, test, models)
+        one, other = (found[each] for each in self.contrast)
+        return Terms(one.values - other.values, one.parts | other.parts)
 
     def assumptions(self, graph: CausalGraph) -> tuple[str, ...]:
         through = names(self.through(graph))
@@ -255,13 +263,7 @@ class NDE(_Natural):
     """
 
     name: ClassVar[str] = "NDE"
-
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
-    ) -> Terms:
-        found = self.cross(data, adjust, train, test, models)
-        one, other = found[1, 0], found[0, 0]
-        return Terms(one.values - other.values, one.parts | other.parts)
+    contrast: ClassVar = ((1, 0), (0, 0))
 
 
 @dataclass(frozen=True)
@@ -274,13 +276,7 @@ class NIE(_Natural):
     """
 
     name: ClassVar[str] = "NIE"
-
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
-    ) -> Terms:
-        found = self.cross(data, adjust, train, test, models)
-        one, other = found[1, 1], found[1, 0]
-        return Terms(one.values - other.values, one.parts | other.parts)
+    contrast: ClassVar = ((1, 1), (1, 0))
 
 
 def shifted(rows: Rows, count: int, rng: Any) -> list[Rows]:

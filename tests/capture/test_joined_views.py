@@ -47,13 +47,10 @@ class Augmented(Contrastive):
         return F.cross_entropy(alike, torch.arange(len(z)).roll(len(x)))
 
 
-def contributions(module: Net, step: int) -> Tensor:
-    """<v, each row's contribution>: the batch's loss, in which only that row's views have weights with a gradient."""
+def row_gradients(module: Net, step: int) -> list[tuple[Tensor, ...]]:
+    """Of the batch's loss, in which only one row's views have weights with a gradient; of each row in turn."""
     x, y, net = module.seen[step]
-    net.eval()
-    parameters = list(net.parameters())
-    v = torch.autograd.grad(module.query(net, *data()), parameters)
-    out = []
+    found = []
     for row in range(len(x)):
         own = torch.zeros(2 * len(x), dtype=torch.bool)
         own[[row, row + len(x)]] = True
@@ -63,9 +60,17 @@ def contributions(module: Net, step: int) -> Tensor:
                 found = net(both)
                 return torch.where(own[:, None], found, found.detach())
 
-        g = torch.autograd.grad(module.loss(One(), x, y), parameters)
-        out.append(sum((a * b).sum() for a, b in zip(v, g, strict=True)))
-    return torch.stack(out).detach()
+        found.append(torch.autograd.grad(module.loss(One(), x, y), list(net.parameters())))
+    return found
+
+
+def contributions(module: Net, step: int) -> Tensor:
+    """<v, each row's contribution>."""
+    *_, net = module.seen[step]
+    net.eval()
+    v = torch.autograd.grad(module.query(net, *data()), list(net.parameters()))
+    each = row_gradients(module, step)
+    return torch.stack([sum((a * b).sum() for a, b in zip(v, g, strict=True)) for g in each]).detach()
 
 
 def test_a_loss_by_rows_is_that_of_single_passes() -> None:
@@ -114,23 +119,10 @@ def test_views_that_the_network_itself_makes_are_the_row_s_own() -> None:
 
 def test_self_influence_is_that_of_all_views_together() -> None:
     module, _, keep = recorded(Contrastive, queries="self", uncaptured="raise")
-    x, y, net = module.seen[0]
-    parameters = list(net.parameters())
-    squares = []
-    for row in range(len(x)):
-        own = torch.zeros(2 * len(x), dtype=torch.bool)
-        own[[row, row + len(x)]] = True
-
-        class One(nn.Module):
-            def forward(self, both: Tensor, own: Tensor = own) -> Tensor:
-                found = net(both)
-                return torch.where(own[:, None], found, found.detach())
-
-        g = torch.autograd.grad(module.loss(One(), x, y), parameters)
-        squares.append(sum(one.square().sum() for one in g))
+    squares = [sum(one.square().sum() for one in g) for g in row_gradients(module, 0)]
     found = keep.steps[0][1][:, 0]
     # a row's own gradient is b times its contribution
-    torch.testing.assert_close(found, torch.stack(squares) * len(x), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found, torch.stack(squares) * BATCH, rtol=1e-8, atol=1e-10)
 
 
 def test_the_closing_pass_and_influence_functions_take_views_too() -> None:

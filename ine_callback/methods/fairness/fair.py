@@ -14,7 +14,7 @@ from ine_callback.applications.fairness import NAME
 from ine_callback.data.attribute import Attribute, attribute_of
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.fairness.settings import WHO, FairSettings
-from ine_callback.methods.fit_end import FitEndMethod, Need
+from ine_callback.methods.fit_end import FitEndMethod
 from ine_callback.methods.row_features import Reader, Rows, check_name
 from ine_callback.scores import Attribution, Stage
 
@@ -59,15 +59,8 @@ class FairSubspaces(FairSettings, FitEndMethod):
     target: int | str | Sequence[float] | Callable[[Any], Any] | None = None
     at: Sequence[Stage] = ("end",)
 
-    @property
-    def name(self) -> str:  # type: ignore[override]  # no setting of a dataclass
-        """Name of the method in reports."""
-        return NAME
-
-    @property
-    def needs(self) -> Sequence[Need]:  # type: ignore[override]
-        """No query: gap and risk are the questions."""
-        return ("whole_weights", "training_rows")
+    name = NAME  # without a type, so no setting of the dataclass
+    needs = ("whole_weights", "training_rows")  # no query: gap and risk are the questions
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,11 +14,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ine_callback.capture.term_derivatives import term_derivatives
 from ine_callback.data.label_positions import label_offset
+from ine_callback.methods.base import host
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.influence.directions import Directions
 from ine_callback.scores import Floats
@@ -85,13 +85,9 @@ def _by_parameter(directions: Directions) -> Iterator[Mapping[nn.Parameter, Tens
 
 def _rows(which: Tensor, parts: Tensor, labels: Tensor, offset: int) -> Iterator[LabelParts]:
     """Each row alone, moved to its labels' positions, and without what follows its last token that counts."""
-    for row, part, label in zip(which.tolist(), _host(parts), _host(labels), strict=True):
+    for row, part, label in zip(which.tolist(), host(parts), host(labels), strict=True):
         counted = np.flatnonzero(~np.isnan(label))
         length = int(counted[-1]) + 1 if counted.size else 0
         before = ((offset, 0), (0, 0))
         part = np.where(np.isnan(label)[:length, None], 0.0, part[:length])
         yield LabelParts(row, np.pad(part, before), np.pad(label[:length], before[0], constant_values=np.nan))
-
-
-def _host(tensor: Tensor) -> NDArray[np.float64]:
-    return np.asarray(tensor.double().cpu().numpy(), dtype=np.float64)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.fit_end import FitEndMethod, Need, Steps, check_stages
+from ine_callback.methods.fit_end import FitEndMethod, Steps, check_stages
 from ine_callback.methods.influence.settings import Damping, IFSettings, SolverName, TokenParts
-from ine_callback.queries.bound import BoundQuery
+from ine_callback.queries import BoundQuery, LossQuery
 from ine_callback.scores import QueryInfo, Stage
 
 if TYPE_CHECKING:
@@ -64,15 +64,8 @@ class TokenInfluence(FitEndMethod):
     at: Sequence[Stage] = ("end",)
     seed: int = 0
 
-    @property
-    def name(self) -> str:  # type: ignore[override]  # no setting of a dataclass
-        """Name of the method in reports."""
-        return NAME
-
-    @property
-    def needs(self) -> Sequence[Need]:  # type: ignore[override]
-        """No query: the texts are the question."""
-        return ("whole_weights", "training_rows")
+    name = NAME  # without a type, so no setting of the dataclass
+    needs = ("whole_weights", "training_rows")  # no query: the texts are the question
 
     @property
     def data(self) -> Sequence[Any]:  # type: ignore[override]
@@ -122,10 +115,9 @@ class TokenInfluence(FitEndMethod):
     def _query(self, context: FitContext) -> BoundQuery:
         """The mean loss on the positive texts less that on the negative ones."""
         batches: list[tuple[float, Any]] = []
-        for sign, data in ((1.0, self.positive), (-1.0, self.negative)):
-            each = [] if data is None else context.source.batches(data)
-            sizes = [context.source.size(batch) for batch in each]
-            batches += [(sign * size / sum(sizes), batch) for size, batch in zip(sizes, each, strict=True)]
+        for sign, data in zip((1.0, -1.0), self.data, strict=False):
+            (bound,) = LossQuery(data).bind(NAME, context.source)
+            batches += [(sign * weight, batch) for weight, batch in bound.batches]
         name = "positive" if self.negative is None else "positive - negative"
         question = "Does training on this row promote the positive texts more than the negative ones?"
         question = question if self.negative is not None else "Does training on this row promote the positive texts?"

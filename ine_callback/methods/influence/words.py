@@ -13,7 +13,7 @@ from ine_callback.methods.influence.fisher import Fisher
 from ine_callback.methods.influence.row_scores import RowScores
 from ine_callback.methods.influence.settings import ITERATIVE, IFSettings, settings_name
 from ine_callback.methods.influence.solvers.base import Solution, System
-from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo
+from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo, TokenScores
 
 HIGH_LEVERAGE = 0.95
 MAX_RESIDUAL = {"exact": 1e-3, "cg": 1e-2, "pcg": 1e-2, "astra": 0.2, "lissa": 0.2}
@@ -50,7 +50,7 @@ def attribution(
 ) -> Attribution:
     """Scores with their checks; ``steps`` has the groups' Newton steps in the queries [Q]."""
     damping = {b.name: float(d.flatten()[0]) for b, d in system.space.split(system.damping[None]).items()}
-    names = tuple(block.name for block in system.space.blocks)
+    names, tokens = tuple(block.name for block in system.space.blocks), scores.tokens()
     arrays = {
         "residual": solution.residual.double().cpu().numpy(),
         "damping": np.array(list(damping.values())),
@@ -66,8 +66,8 @@ def attribution(
         queries=queries,
         scores=scores.by_layer.sum(1),
         layers=LayerScores(names, scores.by_layer) if settings.per_layer else None,
-        tokens=scores.tokens(),
-        checks=(*_checks(settings, solution, scores), *_coverage(settings, context, system), *_tokens(scores)),
+        tokens=tokens,
+        checks=(*_checks(settings, solution, scores), *_coverage(settings, context, system), *_tokens(scores, tokens)),
         settings=settings.settings() | {"fisher": fisher, "damping_used": damping, "parameters": system.space.size},
         arrays=arrays,
         notes=tuple(_notes(settings, solution, scores)),
@@ -109,9 +109,8 @@ def _coverage(settings: IFSettings, context: FitContext, system: System) -> list
     return [Check("captured share of the parameters", share, f"above {MIN_COVERAGE:g}", share > MIN_COVERAGE, remedy)]
 
 
-def _tokens(scores: RowScores) -> list[Check]:
+def _tokens(scores: RowScores, found: TokenScores | None) -> list[Check]:
     """Whether a row's tokens add up to its score, where they come from a pass of their own."""
-    found = scores.tokens()
     if found is None or scores.labels is None:
         return []
     whole = scores.by_layer.sum(1)

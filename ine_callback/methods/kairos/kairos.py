@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.fit_end import FitEndMethod, Need
+from ine_callback.methods.fit_end import FitEndMethod
 from ine_callback.methods.kairos.settings import NAME, KAIROSSettings
 from ine_callback.methods.row_features import check_name
 from ine_callback.scores import Attribution, Stage
@@ -47,15 +47,8 @@ class KAIROS(KAIROSSettings, FitEndMethod):
     features: str | Callable[[Any, Any], Any] = "penultimate"
     at: Sequence[Stage] = ("end",)
 
-    @property
-    def name(self) -> str:  # type: ignore[override]  # no setting of a dataclass
-        """Name of the method in reports."""
-        return NAME
-
-    @property
-    def needs(self) -> Sequence[Need]:  # type: ignore[override]
-        """No query: the reference is the question."""
-        return ("whole_weights", "training_rows")
+    name = NAME  # without a type, so no setting of the dataclass
+    needs = ("whole_weights", "training_rows")  # no query: the reference is the question
 
     @property
     def data(self) -> Sequence[Any]:  # type: ignore[override]
