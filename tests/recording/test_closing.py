@@ -223,9 +223,7 @@ def test_a_small_first_batch_leaves_no_untrue_note(monkeypatch: pytest.MonkeyPat
     model, method = network(), Kept()
     descent = torch.optim.SGD(model.parameters(), lr=0.3)
     batches = [torch.arange(2), *torch.arange(ROWS).repeat(12).split(BATCH)]
-    recorder = Recorder(
-        model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, [method], len(batches), on_error="raise"
-    )
+    recorder = Recorder(model, descent, ROWS, {"q": (X[ROWS:], Y[ROWS:])}, cross_entropy, [method], len(batches))
     with recorder:
         for rows in batches:
             with recorder.batch(rows, (X[rows], Y[rows])):
