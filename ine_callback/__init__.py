@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ine_callback.queries import CallableQuery, GapQuery, LossQuery, MarginQuery, PerClassQuery, Query, SelfQuery
     from ine_callback.recording.config import RecordingConfig
     from ine_callback.recording.recorder import Recorder
+    from ine_callback.recording.store.settings import GradientStore
     from ine_callback.report import InfluenceReport
     from ine_callback.scores import Attribution
 
@@ -60,6 +61,7 @@ __all__ = [
     "FitContext",
     "FitEndMethod",
     "GapQuery",
+    "GradientStore",
     "InfluenceCallback",
     "InfluenceReport",
     "InfluenceSampler",
@@ -121,6 +123,7 @@ _MODULES = {
     "queries": ["CallableQuery", "GapQuery", "LossQuery", "MarginQuery", "PerClassQuery", "Query", "SelfQuery"],
     "recording.config": ["RecordingConfig"],
     "recording.recorder": ["Recorder"],
+    "recording.store.settings": ["GradientStore"],
     "report": ["InfluenceReport"],
     "scores": ["Attribution"],
     "applications.fairness": ["Subspaces"],

@@ -14,23 +14,24 @@ their curvature l_k, which the rows that span them would overestimate (Spearman 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.capture import Block, GradSample, Lookup
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import identity
+from ine_callback.curvature.stored_gradients import FORMED, StoredGradients, quarters, to_store
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 
 MAX_BYTES = 2**28  # memory for the stored gradients
 MIN_ROWS = 64  # fewer rows span too little
-_FORMED = 16  # rows whose gradients are formed at once
 MIN_RELATIVE_EIGENVALUE = 1e-7  # smaller ones, relative to the largest, are rounding
+Exponents = Mapping[Block, tuple[Tensor | float, Tensor | float]]  # of the discount, by curvature and by weight decay
 
 
 @dataclass
@@ -42,69 +43,19 @@ class _Selection:
     scale: Tensor | float
 
 
-@dataclass
-class _StoredGradients:
-    """Gradients of n rows, whole (``right`` [n, *layout]) or as ``left right^T`` (left [n, G, O], right [n, G, I])."""
+@dataclass(frozen=True)
+class Removed:
+    """``D v = v - G^T E diag(weight) E^T G R v`` with the basis rows' gradients G, before weight decay.
 
-    left: Tensor | None
-    right: Tensor
+    Attributes:
+        rows: G, the gradients of m rows in each block.
+        vectors: E [m, m].
+        weight: Of each eigenvector [m].
+    """
 
-    @property
-    def elements(self) -> int:
-        return self.right.numel() + (0 if self.left is None else self.left.numel())
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> _StoredGradients:
-        return _StoredGradients(None if self.left is None else change(self.left), change(self.right))
-
-    def gram(self, other: _StoredGradients) -> Tensor:
-        """Inner products [n, m]."""
-        if self.left is None or other.left is None:
-            return self.right.flatten(1) @ other.right.flatten(1).T
-        return (_inner(self.left, other.left) * _inner(self.right, other.right)).sum(0)
-
-    def products(self, v: Tensor) -> Tensor:
-        """Inner products [n, Q] with v [Q, *layout]."""
-        if self.left is None:
-            return self.right.flatten(1) @ v.flatten(1).T
-        return Outer(self.right[:, :, None], self.left[:, :, None]).signals(v)
-
-    def part(self, start: int) -> _StoredGradients:
-        """Some rows from ``start`` on: few enough to be formed."""
-        return self.map(lambda x: x[start : start + _FORMED])
-
-    def formed(self) -> Tensor:
-        """The gradients [n, *layout]."""
-        if self.left is None:
-            return self.right
-        return self.left[..., :, None] * self.right[..., None, :]
-
-    def combined(self, coefficients: Tensor) -> Tensor:
-        """Sums of the gradients with coefficients [n, Q], as [Q, *layout]."""
-        if self.left is None:
-            return torch.einsum("nq,n...->q...", coefficients, self.right)
-        weighted = torch.einsum("nq,ngo->qgon", coefficients, self.left)
-        return weighted @ self.right.transpose(0, 1)
-
-
-def _quarters(x: Tensor, quarter: int, which: slice) -> Tensor:
-    """Some rows of every four rows."""
-    return x[: 4 * quarter].view(quarter, 4, *x.shape[1:])[:, which].flatten(0, 1)
-
-
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products [G, n, m] of x [n, G, K] and y [m, G, K]."""
-    return x.transpose(0, 1) @ y.permute(1, 2, 0)
-
-
-def _to_store(grad_sample: GradSample, rows: Tensor | slice, scale: Tensor | float = 1.0) -> _StoredGradients:
-    """Gradients of chosen rows, summed over positions, in float32; as factors where there is one position."""
-    if isinstance(grad_sample, Outer):
-        activations, output_grads = grad_sample.formed(rows).float(), grad_sample.output_grads[rows].float() * scale
-        if activations.shape[2] == 1:
-            return _StoredGradients(output_grads[:, :, 0], activations[:, :, 0])
-        return _StoredGradients(None, output_grads.transpose(-1, -2) @ activations)
-    assert isinstance(grad_sample, Vector)
-    return _StoredGradients(None, grad_sample.g[rows].float() * scale)
+    rows: dict[Block, StoredGradients]
+    vectors: Tensor
+    weight: Tensor
 
 
 class GradientSample:
@@ -127,8 +78,8 @@ class GradientSample:
         self.rows = self._requested = rows
         self.note = ""
         self._seed, self._least = seed, MIN_ROWS if least is None else least
-        self._stored: dict[Block, _StoredGradients] = {}
-        self._new: dict[Block, _StoredGradients] = {}
+        self._stored: dict[Block, StoredGradients] = {}
+        self._new: dict[Block, StoredGradients] = {}
         self._selection: _Selection | None = None
         self._filled, self._seen = 0, 0  # rows in the sample, and rows that it was selected from
         self._owed = 0.0  # rows to replace, summed as fractions over the steps
@@ -153,7 +104,7 @@ class GradientSample:
             if not block.reused and not isinstance(grad_sample, Lookup)
         }
         first = {block: rows.map(lambda x: x[:1]) for block, rows in self._stored.items()} if beside else {}
-        first |= {block: _to_store(grad_sample, slice(0, 1)) for block, grad_sample in usable.items()}
+        first |= {block: to_store(grad_sample, slice(0, 1)) for block, grad_sample in usable.items()}
         per_row = sum(rows.elements for rows in first.values())
         rows = min(-(-self._requested // processes.count), MAX_BYTES // (4 * max(1, per_row)))
         if not first or rows * processes.count < self._least:
@@ -200,7 +151,7 @@ class GradientSample:
             named, device = {block.key: block for block in others}, others[0].parameters[0].device
             for key, (left, right) in saved[processes.rank]["kept"].items():
                 if key in named:
-                    rows = _StoredGradients(None if left is None else left.to(device), right.to(device))
+                    rows = StoredGradients(None if left is None else left.to(device), right.to(device))
                     self._stored[named[key]] = rows
         self.open(grad_samples, processes, beside=bool(others))
         if len(saved) != processes.count:
@@ -257,7 +208,7 @@ class GradientSample:
         if block.reused or block in self._new:  # a row's gradient is a sum over uses: left to K-FAC
             self.forget(block)
             return
-        new = _to_store(grad_sample, self._selection.rows, self._selection.scale)
+        new = to_store(grad_sample, self._selection.rows, self._selection.scale)
         if (new.left is None) != (self._stored[block].left is None):  # one position now, several before: left to K-FAC
             self.forget(block)
             return
@@ -289,7 +240,7 @@ class GradientSample:
             v: Vectors [Q, *layout] of each block.
             rates: R of each block.
         """
-        stored = {block: rows.map(lambda x: x[: self._filled]) for block, rows in self._stored.items() if block in v}
+        stored = {block: rows for block, rows in self.filled().items() if block in v}
         if not stored:
             return {}
         system = torch.zeros((), dtype=torch.float64, device=next(iter(v.values())).device)
@@ -321,14 +272,14 @@ class GradientSample:
             rows = stored.map(lambda x: x[: self._filled])
             gram = gram + rows.gram(rows) * rates[block]
             fisher = kfac.operator(block, identity)
-            for start in range(0, self._filled, _FORMED):
+            for start in range(0, self._filled, FORMED):
                 g = rows.part(start).formed()
                 alone = alone + (fisher.apply(g) * g).sum() * rates[block] ** 2 / self._filled
         if not isinstance(gram, Tensor) or not float(alone) > 0:
             return 1.0
         return float(_mean_square_off_diagonal(gram) / alone)
 
-    def _joined(self, processes: Lockstep) -> dict[Block, _StoredGradients]:
+    def _joined(self, processes: Lockstep) -> dict[Block, StoredGradients]:
         """The rows of all processes, in the blocks that all of them store; as many rows of each process."""
         names = processes.common(block.key for block in self._stored)
         rows = min(filled for filled, _ in processes.exchange(self._filled))
@@ -336,12 +287,7 @@ class GradientSample:
         sizes = [rows] * processes.count
         return {block: self._stored[block].map(lambda x: processes.join(x[:rows], sizes)) for block in common}
 
-    def apply(
-        self,
-        v: Mapping[Block, Tensor],
-        exponents: Mapping[Block, tuple[Tensor | float, Tensor | float]],
-        processes: Lockstep,
-    ) -> dict[Block, Tensor]:
+    def apply(self, v: Mapping[Block, Tensor], exponents: Exponents, processes: Lockstep) -> dict[Block, Tensor]:
         """``D v`` [Q, *layout] of every stored block.
 
         Args:
@@ -349,26 +295,38 @@ class GradientSample:
             exponents: Exponent by curvature, and by weight decay, of each block.
             processes: Those whose rows make the sample.
         """
-        stored = {block: rows for block, rows in self._joined(processes).items() if block in v}
-        quarter = len(next(iter(stored.values())).right) // 4 if stored else 0
-        if not stored or not quarter:
+        found = self.removed({block: both for block, both in exponents.items() if block in v}, processes)
+        if found is None:
             return {}
-        basis = {block: rows.map(lambda x: _quarters(x, quarter, slice(0, 3))) for block, rows in stored.items()}
-        others = {block: rows.map(lambda x: _quarters(x, quarter, slice(3, 4))) for block, rows in stored.items()}
-        gram: Tensor | float = 0.0
-        cross: Tensor | float = 0.0
         projected: Tensor | float = 0.0
-        for block, rows in basis.items():
-            exponent = exponents[block][0]
-            gram = gram + rows.gram(rows) * exponent
-            cross = cross + others[block].gram(rows) * exponent
-            projected = projected + rows.products(v[block].float()) * exponent
-        coefficients = _coefficients(gram, cross, projected)
+        for block, rows in found.rows.items():
+            projected = projected + rows.products(v[block].float()) * exponents[block][0]
+        assert isinstance(projected, Tensor)
+        coefficients = (found.vectors @ (found.weight[:, None] * (found.vectors.T @ projected.double()))).float()
         out = {}
-        for block, rows in basis.items():
+        for block, rows in found.rows.items():
             remaining = v[block] - rows.combined(coefficients).to(v[block].dtype)
             out[block] = remaining * torch.exp(-torch.as_tensor(exponents[block][1]))
         return out
+
+    def removed(self, exponents: Exponents, processes: Lockstep) -> Removed | None:
+        """What the discount removes of vectors in the blocks of ``exponents``; None where too little is stored."""
+        stored = {block: rows for block, rows in self._joined(processes).items() if block in exponents}
+        quarter = len(next(iter(stored.values())).right) // 4 if stored else 0
+        if not stored or not quarter:
+            return None
+        basis = {block: rows.map(lambda x: quarters(x, quarter, slice(0, 3))) for block, rows in stored.items()}
+        gram: Tensor | float = 0.0
+        cross: Tensor | float = 0.0
+        for block, rows in basis.items():
+            others = stored[block].map(lambda x: quarters(x, quarter, slice(3, 4)))
+            gram = gram + rows.gram(rows) * exponents[block][0]
+            cross = cross + others.gram(rows) * exponents[block][0]
+        return Removed(basis, *_spectrum(gram, cross))
+
+    def filled(self) -> dict[Block, StoredGradients]:
+        """The rows stored so far."""
+        return {block: rows.map(lambda x: x[: self._filled]) for block, rows in self._stored.items()}
 
 
 def _mean_square_off_diagonal(gram: Tensor) -> Tensor:
@@ -377,20 +335,17 @@ def _mean_square_off_diagonal(gram: Tensor) -> Tensor:
     return (squares.sum() - squares.diagonal().sum()) / (m * (m - 1))
 
 
-def _coefficients(gram: Tensor | float, cross: Tensor | float, projected: Tensor | float) -> Tensor:
-    """What the discount subtracts from v, as coefficients of the m basis rows [m, Q].
+def _spectrum(gram: Tensor | float, cross: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Eigenvectors [m, m] of the basis rows' Gram matrix, and what is removed along each [m], in double.
 
     Args:
         gram: Inner products of the basis rows [m, m].
         cross: Inner products of the other rows with them [n, m].
-        projected: Inner products of the basis rows with v [m, Q].
     """
-    assert isinstance(gram, Tensor) and isinstance(cross, Tensor) and isinstance(projected, Tensor)
+    assert isinstance(gram, Tensor) and isinstance(cross, Tensor)
     m = gram.shape[0]
     values, vectors = torch.linalg.eigh(gram.double() / m)
     nonzero = values > MIN_RELATIVE_EIGENVALUE * values[-1]
     norms = torch.where(nonzero, m * values, 1.0)
     curvature = (cross.double() @ vectors).square().mean(0) / norms
-    weight = torch.where(nonzero, -torch.expm1(-curvature) / norms, 0.0)
-    out: Tensor = vectors @ (weight[:, None] * (vectors.T @ projected.double()))
-    return out.float()
+    return vectors, torch.where(nonzero, -torch.expm1(-curvature) / norms, 0.0)

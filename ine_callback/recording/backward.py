@@ -229,10 +229,12 @@ class BackwardPasses:
                 self._parts.processes.exchange()
                 self._release()
         with torch.no_grad():
+            compression = self._signals.compression
+            compressed = None if compression is None else compression.settle(len(rows))
             blocks, signals, self_variance = self._signals.settle(self._steps.apart)
             losses, margins = (or_unknown(read, self_variance[0]) for read in (self._row_losses, self._row_margins))
             number = max(0, self._passes.count - 1)
-            self._steps.add(Pass(rows, blocks, signals, self_variance, losses, margins, number))
+            self._steps.add(Pass(rows, blocks, signals, self_variance, losses, margins, compressed, number))
         self._phase = BatchPhase.SETTLED
 
     # -- verification -------------------------------------------------------------------------------------------------

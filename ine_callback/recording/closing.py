@@ -106,6 +106,8 @@ class ClosingPass:
             if not self.snapshots.usable(module, chosen, rows, guard.steps * guard.widest):
                 chosen = [None]
             found = [self._pass(context, parts, guard) for _ in self.snapshots.load(module, chosen)]
+        if parts.store is not None:
+            parts.store.take_queries(context, [one for one in chosen if one is not None])
         self.snapshots.clear()
         if self.snapshots.missing:
             guard.note(f"closing pass at the last weights alone: {self.snapshots.missing}")
@@ -116,7 +118,13 @@ class ClosingPass:
         curvature = Curvature(parts.accumulators.check.count, self._config.max_dim, parts.device, across)
         if not curvature.observe(context):
             guard.note(OWN_LABELS)
-        return closing_pass(context, parts, curvature)
+        found = closing_pass(context, parts, curvature)
+        if parts.store is not None and parts.signals.curvature is not None:
+            parts.store.known(parts.accumulators.check.count)
+            rates, decays = summed_of(context, parts)
+            factors = curvature.kfac, curvature.sample, parts.signals.curvature
+            parts.store.take_pass(context, *factors, rates, decays, across)
+        return found
 
 
 def _summed_loss(parts: Parts) -> Tensor:
@@ -158,13 +166,11 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> One
         parts: The recording's: optimizer, schedule, initial weights.
         curvature: The Fisher at these weights.
     """
-    signals, optimizer = parts.signals, parts.training.optimizer
+    signals = parts.signals
     last = {block.key for block in signals.table if block.outputs}
-    rates, decays = {}, {}
     for block in context.table:
         block.outputs = block.key in last  # whose units are draws of the initial weights
-        summed = summed_rates(optimizer, parts.schedule.realised, block.parameters)
-        rates[block], decays[block] = (torch.as_tensor(x, device=parts.device).float() for x in summed)
+    rates, decays = summed_of(context, parts)
     directions, initial, between = {}, *torch.zeros(2, len(context.queries), device=parts.device)
     v = context.query_gradients()
     with torch.no_grad():
@@ -181,6 +187,15 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> One
     return OnePass(found[..., 0], found[..., 1:], sd, order)
 
 
+def summed_of(context: FitContext, parts: Parts) -> tuple[dict[Block, Tensor], dict[Block, Tensor]]:
+    """What the run's rates sum up to for each block, by curvature (R) and by weight decay."""
+    rates, decays = {}, {}
+    for block in context.table:
+        summed = summed_rates(parts.training.optimizer, parts.schedule.realised, block.parameters)
+        rates[block], decays[block] = (torch.as_tensor(x, device=parts.device).float() for x in summed)
+    return rates, decays
+
+
 class Curvature:
     """The Fisher at the module's present weights: of all rows across layers, or of each layer as Kronecker factors.
 
@@ -192,8 +207,8 @@ class Curvature:
     """
 
     def __init__(self, rows: int, max_dim: int, device: torch.device, across: bool) -> None:
-        self._rows, self._kfac = rows, KFAC(max_dim)
-        self._sample = GradientSample((rows if rows <= EXACT else SAMPLE) if across else 0)
+        self._rows, self.kfac = rows, KFAC(max_dim)
+        self.sample = GradientSample((rows if rows <= EXACT else SAMPLE) if across else 0)
         self._alone = Lockstep(device, alone=True)
         self._open = False
 
@@ -224,34 +239,34 @@ class Curvature:
         for block in gradients:
             block.reused |= len(gradients.grad_samples(block)) > 1
         if not self._open:
-            self._sample.open(pairs, self._alone)
+            self.sample.open(pairs, self._alone)
             self._open = True
-        self._sample.select(size, gradients.terms, size)
+        self.sample.select(size, gradients.terms, size)
         for block, one in pairs:
-            self._kfac.observe(block, one, gradients.terms, size)
-            self._sample.observe(block, one)
-        self._sample.commit()
-        self._kfac.end_step()
+            self.kfac.observe(block, one, gradients.terms, size)
+            self.sample.observe(block, one)
+        self.sample.commit()
+        self.kfac.end_step()
 
     def relatively_damped(self, v: dict[Block, Tensor]) -> dict[Block, Tensor]:
         """``(F + DAMPING mean(F))^-1 v`` by each layer's factors; takes the blocks out of ``v``.
 
         Fine-tuning moves the weights little: there 1/R would damp away the curvature, which is what ranks rows.
         """
-        return {block: self._kfac.operator(block, relative(DAMPING)).apply(v.pop(block)) for block in list(v)}
+        return {block: self.kfac.operator(block, relative(DAMPING)).apply(v.pop(block)) for block in list(v)}
 
     def damped(
         self, v: dict[Block, Tensor], rates: Mapping[Block, Tensor], decays: Mapping[Block, Tensor]
     ) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """Blocks with their v and ``(1 + R F)^-1 v``; takes them out of ``v``, which is as large as the model."""
-        whole = self._sample.damped(v, rates) if self._sample.rows >= self._rows else {}
-        scale = 1.0 if len(whole) == len(v) else self._sample.curvature_scale(self._kfac, rates)
+        whole = self.sample.damped(v, rates) if self.sample.rows >= self._rows else {}
+        scale = 1.0 if len(whole) == len(v) else self.sample.curvature_scale(self.kfac, rates)
         for block in list(v):
             vector = v.pop(block)
             if block in whole:
                 yield block, vector, whole.pop(block) / (1 + decays[block])
             else:
-                operator = self._kfac.operator(block, damped(rates[block] * scale, decays[block]))
+                operator = self.kfac.operator(block, damped(rates[block] * scale, decays[block]))
                 yield block, vector, operator.apply(vector)
 
 

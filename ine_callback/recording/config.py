@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.errors import InfluenceError
+from ine_callback.recording.store.settings import GradientStore
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_count
 
 
@@ -32,6 +33,7 @@ class RecordingConfig:
         layers: Patterns of the names of the modules to record, e.g. ``["*.11.*", "head"]``; None: all.
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
+        store: Keeps of every row what the run did with it, so that queries can come after the run; None: not.
         on_error: ``"warn"`` stops the recording and lets training go on; ``"raise"`` is for tests.
 
     Example:
@@ -50,6 +52,7 @@ class RecordingConfig:
     initial_weights: InitialWeights = "random"
     layers: Sequence[str] | None = None
     uncaptured: Uncaptured = "warn"
+    store: GradientStore | None = None
     on_error: OnError = "warn"
 
     def check(self, owner: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ine_callback.capture import Block
 from ine_callback.distributed.processes import Processes
 from ine_callback.optimizers.clipping import Change
+from ine_callback.scoring.compression import Compressed
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Observations:
         self_variance: Squared units of self-influence [b].
         losses: The rows' losses [b], NaN where unknown.
         margins: The rows' margins [b] (:mod:`ine_callback.capture.row_margins`), NaN where unknown.
+        compressed: Their contributions, compressed for a gradient store [b, W]; W = 0 without one.
     """
 
     rows: Tensor
@@ -31,6 +33,7 @@ class Observations:
     self_variance: Tensor
     losses: Tensor
     margins: Tensor
+    compressed: Tensor
 
     def again(self, later: Observations) -> Observations:
         """The same rows with a further backward pass."""
@@ -38,12 +41,12 @@ class Observations:
 
     def more(self, other: Observations) -> Observations:
         """The same backward pass with further blocks."""
-        signals, self_variance = self.signals + other.signals, self.self_variance + other.self_variance
-        return replace(self, signals=signals, self_variance=self_variance)
+        summed = ("signals", "self_variance", "compressed")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in summed})
 
     def times(self, factor: Tensor | float) -> Observations:
         """With the contributions to the step times a factor."""
-        return replace(self, signals=self.signals * factor)
+        return replace(self, signals=self.signals * factor, compressed=self.compressed * factor)
 
     def joined(self, processes: Processes, sizes: Sequence[int]) -> Observations:
         """Those of all processes, this one's being ``sizes[rank]``; right after an exchange."""
@@ -52,7 +55,9 @@ class Observations:
         others = torch.stack([self.self_variance, self.losses, self.margins], 1).to(self.signals.dtype)
         rows = processes.join(self.rows, sizes)
         packed = processes.join(torch.cat([self.signals.flatten(1), others], 1), sizes)
-        return Observations(rows, packed[:, :-3].unflatten(1, self.signals.shape[1:]), *packed[:, -3:].unbind(1))
+        signals = packed[:, :-3].unflatten(1, self.signals.shape[1:])
+        compressed = processes.join(self.compressed, sizes) if self.compressed.shape[1] else packed[:, :0]
+        return Observations(rows, signals, *packed[:, -3:].unbind(1), compressed)
 
 
 def or_unknown(read: Tensor | None, like: Tensor) -> Tensor:
@@ -71,6 +76,7 @@ class Pass:
         self_variance: As of :class:`Observations`, of each block [K, b] or their sum [1, b].
         losses: As of :class:`Observations`; parts of one pass share them.
         margins: As of :class:`Observations`.
+        compressed: As of :class:`Observations`, with each block's places; None without a gradient store.
         number: How many passes the batch had before.
         changes: What was done to the gradients since.
     """
@@ -81,6 +87,7 @@ class Pass:
     self_variance: Tensor
     losses: Tensor
     margins: Tensor
+    compressed: Compressed | None = None
     number: int = 0
     changes: list[Change] = field(default_factory=list)
 
@@ -96,11 +103,13 @@ class Pass:
 
     def observations(self) -> Observations:
         """With each block's signals times what was done to its gradients."""
-        signals = self.signals
+        signals, compressed = self.signals, self.compressed
         for change in self.changes:
             factors = change.factors(self.blocks) if self.blocks else change.total()[None]
             signals = signals * factors.to(signals.dtype)[:, None, None, None]
-        return Observations(self.rows, signals.sum(0), self.self_variance.sum(0), self.losses, self.margins)
+            compressed = None if compressed is None else compressed.times(self.blocks, factors)
+        values = self.losses.new_zeros(len(self.rows), 0) if compressed is None else compressed.values
+        return Observations(self.rows, signals.sum(0), self.self_variance.sum(0), self.losses, self.margins, values)
 
 
 class Pending:
@@ -149,11 +158,11 @@ class Taken:
         """A step at this effective learning rate took these passes."""
         self._steps.append((rate, passes))
 
-    def take(self, columns: int, contrasts: int, device: torch.device) -> list[tuple[Observations, float]]:
+    def take(self, columns: int, contrasts: int, width: int, device: torch.device) -> list[tuple[Observations, float]]:
         """What the steps took, as observations at one rate, and nothing is left; one at least, maybe without rows.
 
         Steps that took passes of the same batches make one observation of their rows: two would depend on each other.
-        Without rows, signals are [0, columns, 1 + contrasts].
+        Without rows, signals are [0, columns, 1 + contrasts], and compressed contributions [0, width].
         """
         groups: dict[tuple[int, ...], list[tuple[float, list[Pass]]]] = {}
         for rate, passes in self._steps:
@@ -163,7 +172,8 @@ class Taken:
         if groups:
             return [_together(group) for group in groups.values()]
         none = torch.zeros(0, device=device)
-        return [(Observations(none.long(), none.new_zeros(0, columns, 1 + contrasts), none, none, none), steps[0][0])]
+        signals = none.new_zeros(0, columns, 1 + contrasts)
+        return [(Observations(none.long(), signals, none, none, none, none.new_zeros(0, width)), steps[0][0])]
 
 
 def _together(steps: Sequence[tuple[float, Sequence[Pass]]]) -> tuple[Observations, float]:
@@ -181,5 +191,5 @@ def _together(steps: Sequence[tuple[float, Sequence[Pass]]]) -> tuple[Observatio
     for found in passes.values():
         batches.setdefault(id(found.rows), []).append(found)
     parts = [reduce(Observations.again, batch) for batch in batches.values()]
-    names = ("rows", "signals", "self_variance", "losses", "margins")
+    names = ("rows", "signals", "self_variance", "losses", "margins", "compressed")
     return Observations(*(torch.cat([getattr(part, name) for part in parts]) for name in names)), common

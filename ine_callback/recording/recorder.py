@@ -30,9 +30,11 @@ from ine_callback.recording.guard import Guard
 from ine_callback.recording.lanes import Lane, lanes_of
 from ine_callback.recording.phases import Phase
 from ine_callback.recording.provenance import Clock, run_info, warn_if_incomplete
-from ine_callback.recording.setup import Training, build, records_signals, refuse, without_rule
+from ine_callback.recording.setup import Training, build, records_signals, refuse, stored_of, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
+from ine_callback.recording.store.recording import StoreRecording
+from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.updates import Updates
 from ine_callback.report import InfluenceReport
 from ine_callback.scores import QueryInfo
@@ -54,7 +56,7 @@ class Recorder:
         methods: Methods to run; f-INE by default.
         total_steps: Optimizer steps planned (0: unknown), for the discount.
         schedulers: Pairs (scheduler, optimizer steps between its steps), for the discount.
-        refresh_every: This and the next eight options are those of
+        refresh_every: This and the next nine options are those of
             :class:`~ine_callback.recording.config.RecordingConfig`.
         curvature_every: Optimizer steps between curvature updates.
         rank: Most dimensions of a direction; None: all.
@@ -64,6 +66,7 @@ class Recorder:
         initial_weights: ``random`` (training from scratch) or ``fixed`` (fine-tuning).
         layers: Patterns of the names of the modules to record; None: all.
         uncaptured: What to do about parameters without a capture.
+        store: For queries that come after the run.
         accumulate: Micro-batches whose losses are averaged into one step.
         distributed: Whether the processes of the default group train together, each on its part of a batch (DDP; give
             the module without its wrapper). All of them record, and end with the same report.
@@ -121,6 +124,7 @@ class Recorder:
         initial_weights: InitialWeights = RecordingConfig.initial_weights,
         layers: Sequence[str] | None = RecordingConfig.layers,
         uncaptured: Uncaptured = RecordingConfig.uncaptured,
+        store: GradientStore | None = RecordingConfig.store,
         accumulate: int = 1,
         distributed: bool = False,
         on_error: OnError = RecordingConfig.on_error,
@@ -140,6 +144,7 @@ class Recorder:
             initial_weights=initial_weights,
             layers=layers,
             uncaptured=uncaptured,
+            store=store,
             on_error=on_error,
         )
         self.config = single.unless(config, owner)
@@ -319,7 +324,8 @@ class Recorder:
         self._steps.note_left_out()
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
         info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
-        return InfluenceReport(self.accumulators.scores(), info)
+        scores = self.accumulators.scores()
+        return InfluenceReport(scores, info, store=stored_of(self._parts, scores))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: tensors and plain types. With several processes, all must call it.
@@ -389,6 +395,11 @@ class Recorder:
     def signals(self) -> Signals:
         """Directions, and the per-sample gradients' inner products with them."""
         return self._parts.signals
+
+    @property
+    def store(self) -> StoreRecording | None:
+        """What later queries are asked of; None without one."""
+        return self._parts.store
 
     @property
     def accumulators(self) -> RowAccumulators:

@@ -26,7 +26,9 @@ from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.coverage import Coverage
 from ine_callback.recording.lanes import Lane
-from ine_callback.scores import QueryInfo
+from ine_callback.recording.store.recording import StoreRecording, store_of
+from ine_callback.report.stored_vectors import StoredVectors
+from ine_callback.scores import QueryInfo, Scores
 from ine_callback.scoring.initial_noise import InitialNoise
 from ine_callback.scoring.sign_contrasts import CONTRASTS, Contrasts
 from ine_callback.scoring.signals import Signals
@@ -66,6 +68,7 @@ class Parts:
         lanes: One for each optimizer: the passes that wait for its step, and what becomes of their gradients.
         signals: Directions, and the per-sample gradients' inner products with them.
         accumulators: Everything kept for every row.
+        store: What later queries are asked of; None where none is wanted.
     """
 
     training: Training
@@ -80,6 +83,7 @@ class Parts:
     lanes: Sequence[Lane]
     signals: Signals
     accumulators: RowAccumulators
+    store: StoreRecording | None
 
 
 def records_signals(methods: Sequence[Method]) -> bool:
@@ -181,6 +185,7 @@ def build(
     own = [pair for pair in training.schedulers if getattr(pair[0], "optimizer", first) not in others]
     schedule = planned_schedule(first, training.total_steps, own, keep=[module])
     discount = config.discount and scored
+    store = store_of(config.store, training.optimizer, discount, training.rows, device, processes, owner)
     noise = InitialNoise(module, config.initial_weights if scored else "fixed")
     signals = Signals(
         module,
@@ -197,6 +202,7 @@ def build(
         training.to_device,
         training.context,
         capture.drop,
+        None if store is None else store.compression,
     )
     signals.check()
     accumulators = RowAccumulators(
@@ -221,6 +227,7 @@ def build(
         lanes,
         signals,
         accumulators,
+        store,
     )
 
 
@@ -231,3 +238,10 @@ def gradient_sample(size: int, rows: int | None) -> GradientSample:
 
 def _infos(bound: Sequence[BoundQuery], has_self: bool) -> tuple[QueryInfo, ...]:
     return (*(query.info for query in bound), *((SELF,) if has_self else ()))
+
+
+def stored_of(parts: Parts, scores: Scores) -> StoredVectors | None:
+    """The gradient store as it will be on disk; None where there is none."""
+    if parts.store is None or parts.signals.curvature is None:
+        return None
+    return parts.store.stored(scores, parts.signals.table.names, parts.signals.curvature)

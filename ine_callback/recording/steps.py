@@ -178,7 +178,8 @@ class OptimizerSteps:
                 lane.pending.drop_counted()
         signals, rows = parts.signals, 0
         with torch.no_grad():
-            for observations, rate in self._taken.take(signals.columns, signals.contrasts.count, parts.device):
+            width = 0 if signals.compression is None else signals.compression.size
+            for observations, rate in self._taken.take(signals.columns, signals.contrasts.count, width, parts.device):
                 rows += self._observe(observations, rate)
         if not rows:
             return
@@ -200,6 +201,8 @@ class OptimizerSteps:
             observations = observations.joined(processes, sizes).times(1 / processes.count)
             units = signals.units(observations.self_variance)
             parts.accumulators.update(observations, rate, units, max(known))
+            if parts.store is not None:
+                parts.store.vectors.update(observations, rate, max(known))
         return sum(sizes)
 
     def _average_changes(self, lane: Lane) -> None:

@@ -27,6 +27,7 @@ from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer
 from ine_callback.optimizers.registry import own_step_rate, rate_of, remaining_lr, same_rate
 from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, gradients, scalar
+from ine_callback.scoring.compression import Compression
 from ine_callback.scoring.directions import Direction, DirectionSpec, direction_of
 from ine_callback.scoring.initial_noise import InitialNoise
 from ine_callback.scoring.sign_contrasts import Contrasts
@@ -54,6 +55,7 @@ class Directions:
         context: Precision context for query evaluation.
         drop: Called with a module whose part of this failed, and the reason; it must call :meth:`.Signals.lose` with
             that module.
+        compression: Compresses contributions for a gradient store; None without one.
 
     Attributes:
         table: The blocks.
@@ -75,6 +77,7 @@ class Directions:
     to_device: Callable[[Any], Any] = lambda batch: batch
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     drop: Callable[[nn.Module, str], None] = lambda module, why: None
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
@@ -123,6 +126,9 @@ class Directions:
                 self.curvature.pool(self.processes)
             specs = self._specs(list(v), unscale)
             v = {block: v[block] for block in specs}
+            if self.compression is not None and self.curvature is not None:
+                steps = self.schedule.steps
+                self.compression.refresh(specs, self.curvature, self.reservoir, self.processes, steps)
             exponents = {block: spec.exponents for block, spec in specs.items()}
             needed = self._mixtures(specs)
             across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}

@@ -82,6 +82,8 @@ class Signals(Directions):
         self.reservoir.observe(block, grad_sample)
 
     def _contract(self, block: Block, grad_sample: GradSample, scale: Scale) -> None:
+        if self.compression is not None:
+            self.compression.take(block, grad_sample)
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
@@ -102,6 +104,8 @@ class Signals(Directions):
 
     def _clear(self) -> None:
         self._signals, self._self_terms = [], []
+        if self.compression is not None:
+            self.compression.clear()
 
     def lose(self, lost: nn.Module | nn.Parameter) -> None:
         """Forgets the blocks of a dropped module or bare parameter, with their part of the batch, maybe incomplete."""

@@ -1,0 +1,1 @@
+"""What a gradient store keeps: see __main__.py."""

@@ -1,0 +1,278 @@
+"""The gradient store of one recording: built before the first step, closed with the closing pass, read by the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ine_callback.capture import Block
+from ine_callback.curvature.gradient_sample import GradientSample
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.errors import InfluenceError
+from ine_callback.methods.context import FitContext
+from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer
+from ine_callback.recording.snapshots import Snapshot
+from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
+from ine_callback.recording.store.reduce import CHUNK, RIDGE, components, numbers_of, spread
+from ine_callback.recording.store.settings import GradientStore
+from ine_callback.recording.store.vectors import RowVectors
+from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors
+from ine_callback.scores import Floats, Scores
+from ine_callback.scoring.compression import Compression
+from ine_callback.stats.ranks import spearman
+
+
+@dataclass
+class Passed:
+    """What the closing passes gave.
+
+    Attributes:
+        sums: Rows' vectors [n, W], each pass's divided by what it spreads a query by; None: there was no pass.
+        queries: The run's queries' entries [Q, W], summed over the weights they will be evaluated at.
+        weights: Parameters along the run, without the final ones.
+        times: How many weights the queries were evaluated at.
+        passes: How many passes there were.
+    """
+
+    sums: Tensor | None = None
+    queries: Tensor | None = None
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    times: int = 0
+    passes: int = 0
+
+
+class StoreRecording:
+    """The store of one recording.
+
+    Args:
+        settings: Of the store.
+        rows: Number of rows; None: unknown.
+        device: Of the model.
+        processes: Those that train together.
+
+    Attributes:
+        compression: Compresses contributions.
+        vectors: The rows' vectors.
+        made: What :meth:`stored` made, once.
+    """
+
+    def __init__(self, settings: GradientStore, rows: int | None, device: torch.device, processes: Lockstep) -> None:
+        self.settings, self._device, self._processes = settings, device, processes
+        self.compression = Compression(settings.working_dimensions, device)
+        self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
+        self._passed, self._closed, self._known = Passed(), False, rows or 0
+        self.made: StoredVectors | None = None
+
+    def close(self, kfac: KFAC) -> None:
+        """Before the closing pass: entries are those of the run's curvature."""
+        if not self._closed and self.compression.bases:
+            self.compression.rebase(kfac)
+            self._closed = True
+
+    def take_pass(
+        self,
+        context: FitContext,
+        kfac: KFAC,
+        sample: GradientSample,
+        run: KFAC,
+        rates: Mapping[Block, Tensor],
+        decays: Mapping[Block, Tensor],
+        random: bool,
+    ) -> None:
+        """Takes what the closing pass finds at the module's present weights.
+
+        Args:
+            context: The model with its rows.
+            kfac: Kronecker factors at these weights.
+            sample: Gradients at these weights.
+            run: The run's Kronecker factors.
+            rates: Summed rates R of each block.
+            decays: Exponents of weight decay.
+            random: Whether initial weights are random.
+        """
+        self.close(run)
+        compression, passed = self.compression, self._passed
+        blocks = {block.key: block for block in context.table}
+        which, own = self.vectors.vectors(self._known)
+        curvature = CompressedCurvature(compression, blocks, kfac, sample, rates, decays, self._known, random)
+        found = torch.zeros_like(own)
+        there = torch.zeros(len(found), dtype=torch.bool)
+        for rows, g in compressed_rows(context, compression.bases, compression.places, compression.size):
+            mine = torch.isin(rows, which)
+            places = rows[mine] // self._processes.count
+            with torch.no_grad():
+                found[places.to(found.device)] = curvature.apply(g[mine.to(g.device)]).to(found.device)
+            there[places] = True
+        size = spread(found, there, self._variances(run))
+        passed.sums = found / size if passed.sums is None else passed.sums + found / size
+        passed.passes += 1
+        if self.settings.snapshots:
+            self._add_queries(context)
+
+    def take_queries(self, context: FitContext, snapshots: Sequence[Snapshot]) -> None:
+        """After the passes: takes the queries at the final weights, and the weights of the passes at others."""
+        passed = self._passed
+        if not self.settings.snapshots or len(snapshots) == passed.passes:
+            self._add_queries(context)  # else one pass was at these weights
+        if self.settings.snapshots:
+            trained = {name for name, p in context.module.named_parameters() if p.requires_grad}
+            for one in snapshots:
+                passed.weights.append({name: w for name, w in (one.tensors or {}).items() if name in trained})
+
+    def _add_queries(self, context: FitContext) -> None:
+        if context.queries:
+            compression, passed = self.compression, self._passed
+            found = compressed_queries(context, compression.bases, compression.places, compression.size)
+            passed.queries = found if passed.queries is None else passed.queries + found
+            passed.times += 1
+
+    def known(self, rows: int) -> None:
+        """Tells how many rows there are."""
+        self._known = rows
+
+    def _variances(self, run: KFAC) -> Tensor:
+        found = self.compression.variances(run)
+        return found + RIDGE * found.mean().clamp_min(torch.finfo(found.dtype).tiny)
+
+    # -- what comes of it ---------------------------------------------------------------------------------------------
+
+    def stored(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], run: KFAC) -> StoredVectors | None:
+        """The store as it will be on disk; None where nothing was recorded.
+
+        Args:
+            scores: The run's, of the same rows.
+            names: Of the parameters.
+            run: The run's Kronecker factors.
+        """
+        if self.made is None and self.compression.bases:
+            self.made = self._reduced(scores, names, run)
+        return self.made
+
+    def _reduced(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], run: KFAC) -> StoredVectors:
+        rows = len(scores.observations)
+        self.close(run)
+        which, sums = self.vectors.vectors(rows)
+        observations = torch.as_tensor(scores.observations)[which]
+        variances, seen = self._variances(run), observations > 0
+        vectors = sums / _or_one(spread(sums, seen, variances))
+        if self._passed.sums is not None:
+            share = (observations / observations[seen].double().mean().clamp_min(1e-12)).to(sums)
+            passed = self._passed.sums[: len(vectors)] * share[:, None]
+            vectors = vectors + passed / _or_one(spread(passed, seen, variances))
+        into = components(vectors[seen.to(vectors.device)], variances, self.settings.dimensions)
+        parts = [numbers_of(part.to(into) @ into, self.settings.dtype) for part in vectors.split(CHUNK)]
+        numbers, scale = (np.concatenate(each) for each in zip(*parts, strict=True))
+        numbers[~seen.numpy()] = 0
+        numbers, scale = self._gathered(numbers, which, rows), self._gathered(scale, which, rows)
+        stored = StoredVectors(
+            numbers,
+            scale,
+            self._blocks(names),
+            into.cpu().numpy().astype(np.float32),
+            variances.cpu().numpy().astype(np.float32),
+            scores.observations > 0,
+            weights=tuple({n: _numpy(w) for n, w in each.items()} for each in self._passed.weights),
+            settings=self._facts(),
+        )
+        return self._calibrated(stored, scores)
+
+    def _gathered(self, numbers: NDArray[Any], which: Tensor, rows: int) -> NDArray[Any]:
+        """All rows' numbers, in each process."""
+        if self._processes.count == 1:
+            return numbers
+        out = np.zeros((rows, *numbers.shape[1:]), numbers.dtype)
+        for places, found in self._processes.gather((which.numpy(), numbers)):
+            out[places] = found
+        return out
+
+    def _blocks(self, names: Mapping[torch.nn.Parameter, str]) -> tuple[StoredBlock, ...]:
+        by_key = {block.key: block for block in self.compression.weights}
+        found = []
+        for key, basis in self.compression.bases.items():
+            block = by_key[key]
+            sides = [None, None] if basis.sides is None else [side.float().cpu().numpy() for side in basis.sides]
+            index = basis.index.cpu().numpy()
+            found.append(StoredBlock(tuple(names[p] for p in block.parameters), block.layout, index, *sides))
+        return tuple(found)
+
+    def _facts(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "bytes_per_row": settings.bytes_per_row,
+            "dtype": settings.dtype,
+            "working": self.compression.size,
+            "passes": self._passed.passes,
+        }
+
+    def query_entries(self) -> Floats:
+        """Entries [Q, W] of the run's queries on data, at the weights that later ones will be evaluated at."""
+        if self._passed.queries is None:
+            return np.zeros((0, self.compression.size))
+        found: Floats = (self._passed.queries / self._passed.times).double().cpu().numpy()
+        return found
+
+    def _calibrated(self, stored: StoredVectors, scores: Scores) -> StoredVectors:
+        """With what the run's own queries, asked again, tell of the accuracy."""
+        passed, infos = self._passed, scores.queries
+        columns = [k for k, info in enumerate(infos) if info.kind != "self"]
+        if passed.queries is None or len(columns) != len(passed.queries):
+            return stored
+        found = stored.products(stored.of_query(self.query_entries()))
+        return replace(stored, calibration=calibrated(found, scores.mu[:, columns], scores.se[:, columns]))
+
+
+def calibrated(found: Floats, mu: Floats, se: Floats) -> Calibration:
+    """How well a store's scores [N, Q] tell the run's."""
+    rows = []
+    for k in range(mu.shape[1]):
+        known = np.isfinite(mu[:, k]) & np.isfinite(found[:, k])
+        if known.sum() < 3 or not mu[known, k].any() or not found[known, k].any():
+            continue
+        x, y = found[known, k], mu[known, k]
+        size, missing = np.sqrt(np.mean(y**2)), 1 - (x @ y) ** 2 / ((x @ x) * (y @ y))
+        rows.append((spearman(x, y), size, missing, np.sqrt(np.nanmean(se[known, k] ** 2))))
+    if not rows:
+        return Calibration()
+    return Calibration(*(float(value) for value in np.median(rows, 0)), queries=len(rows))
+
+
+def _or_one(value: float) -> float:
+    return value if np.isfinite(value) else 1.0
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    """NumPy has no bfloat16."""
+    return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
+
+
+def store_of(
+    settings: GradientStore | None,
+    optimizer: AnyOptimizer,
+    discount: bool,
+    rows: int | None,
+    device: torch.device,
+    processes: Lockstep,
+    owner: str,
+) -> StoreRecording | None:
+    """The store of a recording; None where none is wanted.
+
+    Raises:
+        InfluenceError: Where it cannot be had.
+    """
+    if settings is None:
+        return None
+    if not discount:
+        raise InfluenceError(
+            f"{owner}: store= needs the discount, whose curvature says which directions are stored; pass discount=True "
+            "and a method that uses signals (FINE)."
+        )
+    if isinstance(optimizer, JointOptimizer):
+        raise InfluenceError(f"{owner}: store= knows one optimizer, there are {len(optimizer.each)}; leave it out.")
+    return StoreRecording(settings, rows, device, processes)

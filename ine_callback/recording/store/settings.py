@@ -1,0 +1,67 @@
+"""Settings of the gradient store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ine_callback.errors import InfluenceError
+
+StoredType = Literal["int8", "float16", "float32"]
+BYTES: dict[str, int] = {"int8": 1, "float16": 2, "float32": 4}
+SCALE = 4  # bytes of each row's scale
+
+
+@dataclass(frozen=True)
+class GradientStore:
+    """Keeps of every row what the run did with it, so that queries can come after the run.
+
+    During the run each row has a vector of ``working`` numbers (float32), in the device's memory where all of them take
+    at most ``device_bytes``, else in the host's. At the end they become ``bytes_per_row`` bytes a row, on disk beside the
+    report. What the accuracy is: docs/methods/store.md.
+
+    Args:
+        bytes_per_row: Bytes of each row on disk: a scale of 4 bytes, and as many numbers as fit in the others.
+        dtype: Their type. ``int8`` has four times as many numbers as ``float32``, which is worth more than precision.
+        working: Numbers of each row during the run; None: twice as many as on disk.
+        snapshots: Whether the weights of the closing pass, at .5, .7 and .9 of the run, are saved, too (each as large
+            as the model). Queries are then evaluated at all of them, which brings scores nearer to those in the run.
+        device_bytes: Most bytes of the rows' vectors in the device's memory.
+
+    Raises:
+        InfluenceError: For settings that cannot be right.
+
+    Example:
+        >>> GradientStore(bytes_per_row=512, dtype="float16").dimensions
+        254
+        >>> GradientStore(dtype="int4")
+        Traceback (most recent call last):
+        ine_callback.errors.InfluenceError: GradientStore: dtype='int4' is none of int8, float16, float32.
+    """
+
+    bytes_per_row: int = 1024
+    dtype: StoredType = "int8"
+    working: int | None = None
+    snapshots: bool = True
+    device_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        who = "GradientStore"
+        if self.dtype not in get_args(StoredType):
+            raise InfluenceError(f"{who}: dtype={self.dtype!r} is none of {', '.join(get_args(StoredType))}.")
+        for name, least in (("bytes_per_row", SCALE + BYTES[self.dtype]), ("working", 1), ("device_bytes", 0)):
+            value: Any = getattr(self, name)
+            if name == "working" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InfluenceError(f"{who}: {name}={value!r} must be an integer of at least {least}.")
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers of each row on disk."""
+        return (self.bytes_per_row - SCALE) // BYTES[self.dtype]
+
+    @property
+    def working_dimensions(self) -> int:
+        """Numbers of each row during the run."""
+        return self.working or 2 * self.dimensions

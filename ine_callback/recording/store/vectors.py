@@ -1,0 +1,139 @@
+"""The rows' vectors during a run: sums of their compressed, discounted contributions."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ine_callback.recording.observations import Observations
+from ine_callback.recording.store.settings import GradientStore
+from ine_callback.scoring.compression import Compression
+
+CHUNK = 1 << 14  # rows that are moved into another basis at once
+
+
+class RowVectors:
+    """Vectors [N, W] of the rows that belong to this process: those whose index leaves its rank.
+
+    Args:
+        settings: Of the store.
+        compression: What compresses contributions.
+        device: Of the model.
+        rows: Number of rows; None: grows.
+        rank: Of this process.
+        processes: How many there are.
+    """
+
+    def __init__(
+        self,
+        settings: GradientStore,
+        compression: Compression,
+        device: torch.device,
+        rows: int | None,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.settings, self._compression, self._device = settings, compression, device
+        self._rank, self._processes = rank, processes
+        compression.moved = self._move
+        self._width = 0
+        self._sums = torch.zeros(0, 0, device=device)
+        self._waiting: deque[tuple[Tensor, Tensor, Any]] = deque()  # on their way to the host
+        self._grow(rows or 0)
+
+    def _own(self, rows: int) -> int:
+        """How many of the first rows belong to this process."""
+        return max(0, -(-(rows - self._rank) // self._processes))
+
+    def _grow(self, rows: int) -> None:
+        """Makes room for the first ``rows`` rows, and one more that collects those of other processes."""
+        size, width = self._own(rows) + 1, max(self._width, self._compression.size)
+        if size <= len(self._sums) and width <= self._sums.shape[1]:
+            return
+        self._drain(wait=True)
+        size = max(size, len(self._sums))
+        # in the host's memory once it is there, and where it would take too much of the device's
+        there = self._device if 4 * size * width <= self.settings.device_bytes else torch.device("cpu")
+        there = self._sums.device if self._sums.numel() and not self._sums.is_cuda else there
+        sums = torch.zeros(size, width, device=there)
+        if self._sums.numel():
+            sums[: len(self._sums) - 1, : self._sums.shape[1]] = self._sums[:-1].to(there)
+        self._sums, self._width = sums, width
+
+    def update(self, observations: Observations, rate: float, known: int) -> None:
+        """Adds a step's observations, at its rate; ``known`` rows exist."""
+        self._grow(known)
+        contributions, count = observations.compressed.float(), len(observations.rows)
+        if count < 2 or rate == 0.0 or not contributions.shape[1]:
+            return
+        usable = contributions.isfinite().all(1, keepdim=True)
+        contributions = torch.where(usable, contributions, 0.0)
+        finite = usable.sum()
+        others = (contributions.sum(0) - contributions) / (finite - 1).clamp(min=1)
+        shifts = self._compression.discounted(torch.where(usable, contributions - others, 0.0) * rate)
+        mine = observations.rows % self._processes == self._rank
+        places = torch.where(mine, observations.rows // self._processes, len(self._sums) - 1)
+        if self._sums.device == shifts.device:
+            self._add(places, shifts)
+        else:
+            self._send(places, shifts)
+
+    def _add(self, places: Tensor, shifts: Tensor) -> None:
+        self._sums[:, : shifts.shape[1]].index_add_(0, places, shifts)
+
+    def _send(self, places: Tensor, shifts: Tensor) -> None:
+        """Copies to the host without waiting; what has arrived is added when the next step comes."""
+        copies = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in (places, shifts)]
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((copies[0], copies[1], event))
+        self._drain(wait=len(self._waiting) > 8)
+
+    def _drain(self, wait: bool) -> None:
+        while self._waiting and (wait or self._waiting[0][2].query()):
+            places, shifts, event = self._waiting.popleft()
+            event.synchronize()
+            self._add(places, shifts)
+
+    def _move(self, move: Callable[[Tensor], Tensor], width: int) -> None:
+        """Moves all vectors into another basis of ``width`` entries."""
+        self._drain(wait=True)
+        before = self._width
+        self._width = max(before, width)
+        self._grow((len(self._sums) - 1) * self._processes)
+        for start in range(0, len(self._sums), CHUNK):
+            part = self._sums[start : start + CHUNK]
+            moved = move(part[:, :before].clone())
+            part.zero_()
+            part[:, :width] = moved.to(part)
+
+    def vectors(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Indices [n] and vectors [n, W] of the first ``rows`` rows that belong to this process."""
+        self._grow(rows)
+        self._drain(wait=True)
+        own = self._own(rows)
+        return torch.arange(own) * self._processes + self._rank, self._sums[:own, : self._compression.size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's vectors and the basis: tensors and plain types."""
+        self._drain(wait=True)
+        sums = self._sums[:, : self._compression.size]
+        return {
+            "rank": self._rank,
+            "processes": self._processes,
+            "sums": sums.cpu().clone(),
+            "compression": self._compression.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._compression.load_state_dict(state["compression"])
+        saved = state["sums"]
+        self._width = saved.shape[1]
+        self._grow((len(saved) - 1) * self._processes)
+        self._sums.zero_()
+        self._sums[: len(saved) - 1, : saved.shape[1]] = saved[:-1].to(self._sums)

@@ -1,0 +1,242 @@
+"""The gradient store beside a report: few numbers of each row, which a query's own numbers make scores of.
+
+store.npy            the rows' numbers [N, k], int8 or floats, read from disk where they are needed
+store-arrays.npz     the rows' scales [N], the entries of each layer's gradients, and what makes a query's numbers of them
+store-weights.npz    weights along the run at which queries are evaluated beside the final ones; not always there
+store.json           format, names of parameters, what the run's own queries told of the accuracy
+
+Data only: NumPy reads them without pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ine_callback.report.files import find
+from ine_callback.report.reading import ReportError, open_plain, read_format
+from ine_callback.scores import Floats
+
+FORMAT, VERSION = "ine_callback.store", 1
+FILES = ROWS, ARRAYS, WEIGHTS, META = "store.npy", "store-arrays.npz", "store-weights.npz", "store.json"
+LEVELS = 127  # of int8, to each side
+CHUNK_BYTES = 2**27  # of rows that are read and widened at once
+TYPES = ("int8", "float16", "float32")
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """The entries that are taken of one layer's gradients.
+
+    Attributes:
+        parameters: Names: a parameter, or a weight and its bias, which is the last column.
+        layout: Of the gradient: [G, O, I] or [D].
+        index: Places of the entries, in the flattened rectangle [G, k, l]; of a vector in itself.
+        left: Columns [G, O, k]; None for a vector.
+        right: Columns [G, I, l]; None for a vector.
+    """
+
+    parameters: tuple[str, ...]
+    layout: tuple[int, ...]
+    index: NDArray[np.int64]
+    left: NDArray[np.float32] | None = None
+    right: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the run's own queries, asked again of the store, tell of it; NaN where the run had none on data.
+
+    Attributes:
+        agreement: Median Spearman correlation of the store's scores with the run's.
+        size: Median size (root mean square over rows) of the run's mu.
+        missing: Median share of the variance of mu that the store's scores do not tell.
+        se: Median size of the run's standard errors.
+        queries: How many there were.
+    """
+
+    agreement: float = float("nan")
+    size: float = float("nan")
+    missing: float = float("nan")
+    se: float = float("nan")
+    queries: int = 0
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """The store of one run.
+
+    Attributes:
+        rows: Numbers of the rows [N, k], maybe on disk; 0 for rows that were never observed.
+        scale: What they are multiplied with [N].
+        blocks: The entries of the layers' gradients, W together.
+        components: What makes a row's numbers of its entries [W, k].
+        variances: The queries' variance in each entry [W].
+        seen: Which rows have a score [N].
+        calibration: How accurate it is.
+        weights: Weights along the run, one mapping each; the final ones are the module's.
+        settings: Of the store, and facts of the run.
+    """
+
+    rows: NDArray[Any]
+    scale: NDArray[np.float32]
+    blocks: tuple[StoredBlock, ...]
+    components: NDArray[np.float32]
+    variances: NDArray[np.float32]
+    seen: NDArray[np.bool_]
+    calibration: Calibration = Calibration()
+    weights: tuple[Arrays, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dimensions(self) -> int:
+        """Numbers k of a row."""
+        return int(self.rows.shape[1])
+
+    def of_query(self, entries: Floats) -> Floats:
+        """Numbers [Q, k] of queries, from the entries [Q, W] of their gradients."""
+        found: Floats = (entries / self.variances) @ self.components
+        return found
+
+    def products(self, queries: Floats) -> Floats:
+        """Scores [N, Q] without a unit, of queries' numbers [Q, k]: in chunks of rows, so that all fit into memory."""
+        factors = np.ascontiguousarray(queries.T, dtype=np.float32)
+        out = np.empty((len(self.rows), factors.shape[1]))
+        for start, part in self.chunks():
+            out[start : start + len(part)] = (part @ factors) * self.scale[start : start + len(part), None]
+        return out
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """The first row's place and numbers [n, k] without scale, in float32, of some rows after the other."""
+        step = max(1, CHUNK_BYTES // (4 * max(1, self.dimensions)))
+        for start in range(0, len(self.rows), step):
+            yield start, np.asarray(self.rows[start : start + step], dtype=np.float32)
+
+    def unit_rows(self, which: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+        """Rows' numbers, of length 1 (0 where there are none) [n, k]."""
+        found = np.asarray(self.rows[which], dtype=np.float32)
+        norms = np.linalg.norm(found, axis=1, keepdims=True)
+        unit: NDArray[np.float32] = found / np.where(norms > 0, norms, 1)
+        return unit
+
+
+def write(store: StoredVectors, folder: Path) -> None:
+    """Writes the files into an existing folder."""
+    np.save(folder / ROWS, store.rows, allow_pickle=False)
+    arrays: dict[str, NDArray[Any]] = {
+        "scale": store.scale,
+        "components": store.components,
+        "variances": store.variances,
+        "seen": store.seen,
+    }
+    for k, block in enumerate(store.blocks):
+        parts = {"index": block.index, "left": block.left, "right": block.right}
+        arrays |= {f"{k}.{name}": part for name, part in parts.items() if part is not None}
+    np.savez(folder / ARRAYS, **arrays)  # type: ignore[arg-type]  # allow_pickle has a default
+    if store.weights:
+        named = {f"{k}/{name}": value for k, each in enumerate(store.weights) for name, value in each.items()}
+        np.savez(folder / WEIGHTS, **named)  # type: ignore[arg-type]
+    calibration = {name: _or_null(value) for name, value in vars(store.calibration).items()}
+    blocks = [{"parameters": list(block.parameters), "layout": list(block.layout)} for block in store.blocks]
+    meta = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "shape": list(store.rows.shape),
+        "dtype": str(store.rows.dtype),
+        "blocks": blocks,
+        "calibration": calibration,
+        "weights": len(store.weights),
+        "settings": dict(store.settings),
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> StoredVectors | None:
+    """Reads and checks the files; None where there is no store. The rows' numbers stay on disk.
+
+    Raises:
+        ReportError: When something is missing, foreign, damaged or inconsistent.
+    """
+    if find(folder, META) is None:
+        return None
+    meta = read_format(folder, META, FORMAT, VERSION)
+    try:
+        shape, dtype, blocks = tuple(meta["shape"]), meta["dtype"], meta["blocks"]
+        known = {name: float("nan") if value is None else value for name, value in meta["calibration"].items()}
+        calibration, count = Calibration(**known), int(meta["weights"])
+        named = [(tuple(map(str, b["parameters"])), tuple(map(int, b["layout"]))) for b in blocks]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(folder, f"{META} is not that of a store ({error})") from error
+    rows = _rows(folder)
+    if rows.shape != shape or str(rows.dtype) != dtype or dtype not in TYPES or len(shape) != 2:
+        raise ReportError(folder, f"{ROWS} is {rows.dtype} {rows.shape}, {META} says {dtype} {shape}")
+    arrays = _arrays(folder, ARRAYS)
+    stored = [_block(folder, arrays, k, *each) for k, each in enumerate(named)]
+    entries = sum(len(block.index) for block in stored)
+    expected = {"scale": (shape[0],), "components": (entries, shape[1]), "variances": (entries,), "seen": (shape[0],)}
+    for name, form in expected.items():
+        if name not in arrays or arrays[name].shape != form:
+            raise ReportError(folder, f"{ARRAYS}: {name} is not there with shape {form}")
+    weights = _arrays(folder, WEIGHTS) if count else {}
+    each = tuple(
+        {name.partition("/")[2]: value for name, value in weights.items() if name.partition("/")[0] == str(k)}
+        for k in range(count)
+    )
+    return StoredVectors(
+        rows,
+        arrays["scale"].astype(np.float32),
+        tuple(stored),
+        arrays["components"].astype(np.float32),
+        arrays["variances"].astype(np.float32),
+        arrays["seen"].astype(np.bool_),
+        calibration,
+        each,
+        meta["settings"],
+    )
+
+
+def _or_null(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _rows(folder: Path) -> NDArray[Any]:
+    open_plain(folder, ROWS).close()  # refuses links and pipes
+    path = find(folder, ROWS)
+    assert path is not None
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ReportError(folder, f"{ROWS} is damaged ({error})") from error
+    return found
+
+
+def _arrays(folder: Path, name: str) -> dict[str, NDArray[Any]]:
+    with open_plain(folder, name) as file:
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                return {key: found[key] for key in found.files}
+        except Exception as error:  # zipfile has errors of its own
+            raise ReportError(folder, f"{name} is damaged ({error})") from error
+
+
+def _block(
+    folder: Path, arrays: Arrays, k: int, parameters: tuple[str, ...], layout: tuple[int, ...]
+) -> StoredBlock:
+    index, left, right = (arrays.get(f"{k}.{name}") for name in ("index", "left", "right"))
+    fits = index is not None and index.ndim == 1 and index.dtype.kind == "i"
+    if fits and len(layout) == 3:
+        sides = left is not None and right is not None and left.ndim == right.ndim == 3
+        fits = sides and (left.shape[:2], right.shape[:2]) == (layout[:2], (layout[0], layout[2]))  # type: ignore[union-attr]
+        size = left.shape[0] * left.shape[2] * right.shape[2] if fits else 0  # type: ignore[union-attr]
+    else:
+        size = layout[0] if len(layout) == 1 else 0
+    if not fits or not len(index) or index.min() < 0 or index.max() >= size:  # type: ignore[arg-type, union-attr]
+        raise ReportError(folder, f"{ARRAYS}: the entries of {', '.join(parameters)} do not fit together")
+    return StoredBlock(parameters, layout, index, left, right)  # type: ignore[arg-type]

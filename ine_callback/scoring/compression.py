@@ -1,0 +1,213 @@
+r"""What the run does with a row, as a short vector: its compressed, discounted contributions, ready to be summed.
+
+A signal is ``<P D v, s>``: the query's gradient v, the discount D, the factor P of a contribution s in a step. Whoever
+asks after the run has v alone. So D and P go to the row: ``z = sum over its steps of rate D^T P (s - mean of others)``,
+and any later query is ``<v, z>``. Both in the entries of :mod:`.coordinates`. The basis is that of the curvature so
+far, made anew when the number of steps has doubled; what was summed is moved into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ine_callback.capture import Block, GradSample
+from ine_callback.curvature.gradient_sample import Exponents, GradientSample
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.curvature.spectral import SpectralOperator, exponential
+from ine_callback.distributed.processes import Lockstep
+from ine_callback.scoring.coordinates import BlockBasis, choose
+from ine_callback.scoring.directions import DirectionSpec
+
+Bases = dict[str, BlockBasis]  # by the blocks' keys
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Compressed contributions of a pass's rows.
+
+    Attributes:
+        values: Entries [b, W].
+        places: Which of them each block has, by its key.
+    """
+
+    values: Tensor
+    places: Mapping[str, slice]
+
+    def times(self, blocks: Sequence[Block], factors: Tensor) -> Compressed:
+        """With each block's entries times a factor [K]; without blocks all times one [1]."""
+        factors = factors.to(self.values.dtype)
+        if not blocks:
+            return Compressed(self.values * factors, self.places)
+        each = torch.ones_like(self.values[:1])
+        for block, factor in zip(blocks, factors, strict=True):
+            if block.key in self.places:
+                each[:, self.places[block.key]] = factor
+        return Compressed(self.values * each, self.places)
+
+
+@dataclass(frozen=True)
+class _Discount:
+    """D^T P on entries: the mean of K-FAC's and the gradient sample's, as directions have it."""
+
+    weight: Tensor  # P of each entry [W]
+    blocks: Sequence[tuple[slice, BlockBasis, SpectralOperator]]
+    rows: Tensor | None = None  # the sample's, [m, W]
+    kernel: Tensor | None = None  # [m, m]
+    exponents: Tensor | None = None  # by curvature [W]; 0 where the sample has no gradients
+    decay: Tensor | None = None  # factor by weight decay [W]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Of contributions x [b, W]."""
+        x = x * self.weight
+        alone = torch.cat([basis.applied(operator, x[:, place]) for place, basis, operator in self.blocks], 1)
+        if self.rows is None or self.kernel is None or self.exponents is None or self.decay is None:
+            return alone
+        across = (x - x @ self.rows.T @ self.kernel @ self.rows * self.exponents) * self.decay
+        return torch.where(self.exponents > 0, (alone + across) / 2, alone)
+
+
+class Compression:
+    """Compresses contributions during the backward pass.
+
+    Args:
+        dimensions: Most entries W of a row.
+        device: Where signals live.
+
+    Attributes:
+        bases: The entries taken, by the blocks' keys.
+        places: Where each block's are.
+        weights: What the optimizer multiplies each block's contributions with.
+        moved: Called with a function that moves vectors [n, W'] of the former basis into the new one, and with W.
+    """
+
+    def __init__(self, dimensions: int, device: torch.device) -> None:
+        self.dimensions, self._device = dimensions, device
+        self.bases: Bases = {}
+        self.places: dict[str, slice] = {}
+        self.moved: Callable[[Callable[[Tensor], Tensor], int], None] = lambda move, size: None
+        self._made_at = 0
+        self.weights: dict[Block, Tensor | float] = {}  # P of each block at the last refresh
+        self._found: dict[str, list[Tensor]] = {}
+        self._discount: _Discount | None = None
+
+    @property
+    def size(self) -> int:
+        """Entries W of a row now."""
+        return max((place.stop for place in self.places.values()), default=0)
+
+    def refresh(
+        self,
+        specs: Mapping[Block, DirectionSpec],
+        kfac: KFAC,
+        sample: GradientSample,
+        processes: Lockstep,
+        steps: int,
+    ) -> None:
+        """Makes the discount anew, and the basis where blocks joined or the number of steps has doubled."""
+        self.weights = {block: spec.weight for block, spec in specs.items()}
+        known = {block.key for block in specs}
+        if not self.bases or steps >= 2 * self._made_at or not set(self.bases) <= known:
+            self._made_at = max(1, steps)
+            self.rebase(kfac)
+        taken = {block: spec for block, spec in specs.items() if block.key in self.bases}
+        exponents = {block: spec.exponents for block, spec in taken.items()}
+        blocks, weight = [], torch.ones(self.size, device=self._device)
+        for block, spec in sorted(taken.items(), key=lambda pair: self.places[pair[0].key].start):
+            place, basis = self.places[block.key], self.bases[block.key]
+            weight[place] = torch.as_tensor(spec.weight).to(weight)
+            blocks.append((place, basis, basis.restricted(kfac, block, exponential(*spec.exponents))))
+        self._discount = _Discount(weight, blocks, *self._across(exponents, sample, processes))
+
+    def _across(
+        self, exponents: Exponents, sample: GradientSample, processes: Lockstep
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The gradient sample's rows, kernel, exponents and decay in entries; None without a sample."""
+        removed = sample.removed(exponents, processes)
+        if removed is None:
+            return None, None, None, None
+        rows = torch.zeros(len(removed.vectors), self.size, device=self._device)
+        by_curvature, decay = torch.zeros(self.size, device=self._device), torch.ones(self.size, device=self._device)
+        for block, stored in removed.rows.items():
+            place = self.places[block.key]
+            rows[:, place] = self.bases[block.key].of_stored(stored).to(rows)
+            by_curvature[place], fall = (torch.as_tensor(x).to(rows) for x in exponents[block])
+            decay[place] = torch.exp(-fall)
+        kernel = (removed.vectors * removed.weight) @ removed.vectors.T
+        return rows, kernel.to(rows), by_curvature, decay
+
+    def rebase(self, kfac: KFAC) -> None:
+        """Takes the entries of the present curvature, and has what was summed moved to them."""
+        before, places = self.bases, self.places
+        chosen = choose(self.weights, kfac, self.dimensions, self._device)
+        self.bases = {block.key: basis for block, basis in chosen.items()}
+        self.places, start = {}, 0
+        for key, basis in self.bases.items():
+            self.places[key] = slice(start, start + len(basis.index))
+            start += len(basis.index)
+        if before:
+            self.moved(lambda x: self._move(x, before, places), self.size)
+
+    def _move(self, x: Tensor, before: Bases, places: Mapping[str, slice]) -> Tensor:
+        out = x.new_zeros(len(x), self.size)
+        for key, basis in self.bases.items():
+            if key in before:
+                there = x[:, places[key]].to(self._device)
+                out[:, self.places[key]] = basis.moved(there, before[key]).to(out)
+        return out
+
+    # -- one pass -----------------------------------------------------------------------------------------------------
+
+    def take(self, block: Block, grad_sample: GradSample) -> None:
+        """Takes one use of a block."""
+        basis = self.bases.get(block.key)
+        if basis is not None:
+            self._found.setdefault(block.key, []).append(basis.of(grad_sample))
+
+    def settle(self, rows: int) -> Compressed:
+        """What a pass left, with zeros for blocks that it did not use."""
+        values = torch.zeros(rows, self.size, device=self._device)
+        for key, found in self._found.items():
+            if key in self.places:
+                values[:, self.places[key]] = torch.stack(found).sum(0).to(values)
+        self._found.clear()
+        return Compressed(values, self.places)
+
+    def clear(self) -> None:
+        """Forgets what this pass left so far."""
+        self._found.clear()
+
+    def variances(self, kfac: KFAC) -> Tensor:
+        """Variance of each entry [W] of the rows' gradients over the run."""
+        out = torch.zeros(self.size, device=self._device)
+        for block in self.weights:
+            if block.key in self.bases:
+                out[self.places[block.key]] = self.bases[block.key].variances(kfac, block).to(out)
+        return out
+
+    def discounted(self, x: Tensor) -> Tensor:
+        """``D^T P x`` of contributions x [b, W]."""
+        return x if self._discount is None else self._discount.apply(x)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The basis; discounts are made anew."""
+        bases = {
+            key: {"index": basis.index, "sides": None if basis.sides is None else list(basis.sides)}
+            for key, basis in self.bases.items()
+        }
+        return {"made_at": self._made_at, "bases": bases}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._made_at, start = state["made_at"], 0
+        for key, saved in state["bases"].items():
+            sides = None if saved["sides"] is None else tuple(side.to(self._device) for side in saved["sides"])
+            self.bases[key] = BlockBasis(saved["index"].to(self._device), sides)
+            self.places[key] = slice(start, start + len(saved["index"]))
+            start += len(saved["index"])

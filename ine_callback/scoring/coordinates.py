@@ -1,0 +1,191 @@
+r"""Coordinates of gradients: a few entries in the eigenbasis of each layer's curvature, the same for all layers together.
+
+A layer's gradient G [O, I] has the entries ``l_a^T G r_b`` between eigenvectors of K-FAC's factors. In the Fisher each
+has the variance ``lambda_a rho_b``, the product of the eigenvalues. Those with the largest variance, times what the
+optimizer moves the layer by, are taken: of all layers together as many as asked for. In scores the leading directions
+of the curvature count most even after the discount, which bounds their part and does not reverse it (Spearman with the
+uncompressed scores on G1: .97 with 1024 of 1962 entries, .49 with 1024 Rademacher projections).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
+from ine_callback.capture.per_sample_gradients import widened
+from ine_callback.curvature.kfac import KFAC
+from ine_callback.curvature.spectral import SpectralOperator, Spectrum, identity
+from ine_callback.curvature.stored_gradients import StoredGradients
+
+BISECTIONS = 60  # of the logarithm of the smallest variance taken
+
+
+@dataclass(frozen=True)
+class BlockBasis:
+    """The entries of one block's gradients that are taken.
+
+    Attributes:
+        index: Places of the n entries, in the flattened rectangle [G, k, l]; of a vector in itself.
+        sides: Columns left [G, O, k] and right [G, I, l]; None for a vector.
+    """
+
+    index: Tensor
+    sides: tuple[Tensor, Tensor] | None = None
+
+    def of(self, grad_sample: GradSample) -> Tensor:
+        """Entries [b, n] of per-sample gradients, in float32 or better."""
+        if self.sides is None:
+            assert isinstance(grad_sample, Vector)
+            return widened(grad_sample.g)[:, self.index]
+        left, right = self.sides
+        if isinstance(grad_sample, Lookup):  # its left side are the table's entries
+            transposed = _between(grad_sample.transposed(), right, left)
+            return transposed.transpose(-1, -2).flatten(1)[:, self.index]
+        assert isinstance(grad_sample, Outer)
+        return _between(grad_sample, left, right).flatten(1)[:, self.index]
+
+    def of_stored(self, rows: StoredGradients) -> Tensor:
+        """Entries [n, ...] of stored gradients."""
+        if self.sides is None:
+            return rows.right[:, self.index]
+        return rows.between(*self.sides).flatten(1)[:, self.index]
+
+    def of_vectors(self, v: Tensor) -> Tensor:
+        """Entries [Q, n] of vectors [Q, *layout]."""
+        if self.sides is None:
+            return v[:, self.index]
+        left, right = self.sides
+        return (left.transpose(-1, -2) @ v.to(left.dtype) @ right).flatten(1)[:, self.index]
+
+    def applied(self, operator: SpectralOperator, x: Tensor) -> Tensor:
+        """An operator on the rectangle, applied to entries x [b, n]; what it moves out of them is lost."""
+        if self.sides is None:
+            return operator.apply(x)
+        groups, k, l = self.sides[0].shape[0], self.sides[0].shape[2], self.sides[1].shape[2]
+        full = x.new_zeros(len(x), groups * k * l)
+        full[:, self.index] = x
+        return operator.apply(full.view(-1, groups, k, l)).flatten(1)[:, self.index]
+
+    def restricted(self, kfac: KFAC, block: Block, spectrum: Spectrum) -> SpectralOperator:
+        """A function of the block's Fisher on these entries."""
+        if self.sides is None:
+            return SpectralOperator(kfac.operator(block, spectrum).weight[self.index])  # type: ignore[index]
+        return kfac.restricted(block, *self.sides, spectrum)
+
+    def variances(self, kfac: KFAC, block: Block) -> Tensor:
+        """Variance [n] of each entry, by the block's Fisher."""
+        if self.sides is None:
+            weight = kfac.operator(block, identity).weight
+            assert weight is not None
+            return weight[self.index]
+        return kfac.variances(block, *self.sides).flatten()[self.index]
+
+    def moved(self, x: Tensor, before: BlockBasis) -> Tensor:
+        """Entries x [b, n'] in another basis, in this one; what this one does not span is lost."""
+        if self.sides is None or before.sides is None:
+            full = x.new_zeros(len(x), int(max(self.index.max(), before.index.max())) + 1)
+            full[:, before.index] = x
+            return full[:, self.index]
+        shapes = [(s[0].shape[0], s[0].shape[2], s[1].shape[2]) for s in (before.sides, self.sides)]
+        full = x.new_zeros(len(x), int(np.prod(shapes[0])))
+        full[:, before.index] = x
+        left, right = (new.transpose(-1, -2) @ old for new, old in zip(self.sides, before.sides, strict=True))
+        return (left @ full.view(-1, *shapes[0]) @ right.transpose(-1, -2)).flatten(1)[:, self.index]
+
+
+def _between(grad_sample: Outer, left: Tensor, right: Tensor) -> Tensor:
+    """Gradients between columns, [b, G, k, l]; the factors are widened when they are small."""
+    inputs = widened(grad_sample.projected(right))
+    output_grads = widened(grad_sample.output_grads @ left.to(grad_sample.output_grads.dtype))
+    return output_grads.transpose(-1, -2) @ inputs.to(output_grads.dtype)
+
+
+def choose(
+    blocks: Mapping[Block, Tensor | float], kfac: KFAC, dimensions: int, device: torch.device
+) -> dict[Block, BlockBasis]:
+    """The entries of the largest variance, at most ``dimensions``, of all blocks that the curvature knows.
+
+    Args:
+        blocks: What the optimizer multiplies each block's gradients with.
+        kfac: The curvature.
+        dimensions: Most entries.
+        device: Where the bases live.
+    """
+    operators = {block: kfac.operator(block, identity) for block in blocks}
+    known = {block: one for block, one in operators.items() if one.weight is not None}
+    variances = [_variances(block, one, float(blocks[block])) for block, one in known.items()]
+    least = _threshold(variances, [_groups(block) for block in known], dimensions)
+    found = {}
+    for (block, one), sides in zip(known.items(), variances, strict=True):
+        basis = _basis(block, one, sides, least, device)
+        if basis is not None:
+            found[block] = basis
+    return found
+
+
+Sides = tuple[NDArray[np.float64], NDArray[np.float64]]  # descending, of the left and the right side
+
+
+def _variances(block: Block, operator: SpectralOperator, rate: float) -> Sides:
+    """Eigenvalues of both sides, means over the groups; a vector's are on the right. Their products are variances."""
+    if operator.sides is None:
+        assert operator.weight is not None
+        values = operator.weight.double().cpu().numpy() * rate**2
+        return np.ones(1), np.sort(values)[::-1]
+    left, right = (side.values.double().sort(-1, descending=True).values.mean(0).cpu() for side in operator.sides)
+    return left.numpy() * rate**2, right.numpy()
+
+
+def _groups(block: Block) -> int:
+    return block.layout[0] if len(block.layout) == 3 else 1
+
+
+def _counts(sides: Sides, least: float) -> NDArray[np.int64]:
+    """How many right values go with each left one."""
+    left, right = sides
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.searchsorted(-right, -least / np.maximum(left, 1e-300), side="right")
+
+
+def _threshold(variances: Sequence[Sides], groups: Sequence[int], dimensions: int) -> float:
+    """The smallest variance such that at most ``dimensions`` entries have it."""
+    most = max((float(left[0] * right[0]) for left, right in variances), default=0.0)
+    if most <= 0:
+        return 1.0
+    low, high = np.log(most) - 100.0, np.log(most) + 1e-9
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        size = sum(g * int(_counts(sides, float(np.exp(middle))).sum()) for sides, g in zip(variances, groups, strict=True))
+        low, high = (low, middle) if size <= dimensions else (middle, high)
+    return float(np.exp(high))
+
+
+def _basis(
+    block: Block, operator: SpectralOperator, sides: Sides, least: float, device: torch.device
+) -> BlockBasis | None:
+    counts = _counts(sides, least)
+    if not counts.any():
+        return None
+    if operator.sides is None:
+        assert operator.weight is not None
+        return BlockBasis(operator.weight.argsort(descending=True)[: int(counts[0])].to(device))
+    k, l, groups = int((counts > 0).sum()), int(counts.max()), _groups(block)
+    columns = [_leading(side.values, side.vectors, size) for side, size in zip(operator.sides, (k, l), strict=True)]
+    taken = torch.arange(l)[None] < torch.as_tensor(counts[:k])[:, None]
+    index = taken.expand(groups, -1, -1).flatten().nonzero()[:, 0]
+    return BlockBasis(index.to(device), (columns[0], columns[1]))
+
+
+def _leading(values: Tensor, vectors: Tensor | None, size: int) -> Tensor:
+    """The eigenvectors [G, K, size] of the largest eigenvalues [G, K]."""
+    order = values.argsort(-1, descending=True)[..., :size]
+    if vectors is None:
+        every = torch.zeros(*values.shape, size, device=values.device, dtype=values.dtype)
+        return every.scatter_(1, order[:, None], 1.0)
+    return vectors.gather(-1, order[:, None].expand(-1, vectors.shape[1], -1))
