@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ine_callback.applications.suppression import SuppressTokens, suppressed_cross_entropy
     from ine_callback.applications.token_mask import TokenMask, token_mask
     from ine_callback.capture.layers import register_layer
+    from ine_callback.integrations.ask import ask
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
     from ine_callback.methods import (
@@ -78,6 +79,7 @@ __all__ = [
     "TokenInfluence",
     "TokenMask",
     "__version__",
+    "ask",
     "bif_scores",
     "calibrate",
     "fair_subspaces",
@@ -99,6 +101,7 @@ _MODULES = {
     "methods.airrep.retraining": ["retraining"],
     "methods.bif.calibration": ["Calibration", "calibrate"],
     "methods.bif.evaluation": ["EachRow"],
+    "integrations.ask": ["ask"],
     "integrations.rerun": ["run_bif", "run_if", "run_unlearning"],
     "methods.bif.run": ["bif_scores"],
     "methods.bif.scores": ["BIFScores"],

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.checkpoints import KEY, resume, save
-from ine_callback.integrations.loggers import RunLog, run_folder
+from ine_callback.integrations.loggers import RunLog, report_folder
 from ine_callback.integrations.progress import progress_of
 from ine_callback.integrations.row_tracking import TrackedRows
 from ine_callback.integrations.trainer import (
@@ -41,6 +41,7 @@ from ine_callback.queries.sources import DataSource
 from ine_callback.recording.config import RecordingConfig
 from ine_callback.recording.provenance import SINGLE_ROW
 from ine_callback.recording.recorder import Recorder
+from ine_callback.recording.store.settings import GradientStore
 from ine_callback.report import InfluenceReport
 from ine_callback.report.report import save_with_page
 from ine_callback.scores import Scores, Stage
@@ -85,6 +86,7 @@ class InfluenceCallback(Callback):
             and the scores speak for their parameters alone.
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
+        store: Keeps of every row what the run did with it, for queries that come after the fit (docs/howto/ask-later.md).
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the run's log folder (of W&B and MLflow: beside its checkpoints); nothing is saved without a logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.
@@ -134,6 +136,7 @@ class InfluenceCallback(Callback):
         num_rows: int | None = None,
         layers: list[str] | None = None,
         uncaptured: Uncaptured = RecordingConfig.uncaptured,
+        store: GradientStore | None = RecordingConfig.store,
         dirpath: str | Path | None = None,
         show_rows: bool = True,
         log_scores: bool = True,
@@ -144,7 +147,7 @@ class InfluenceCallback(Callback):
         self.refresh_every, self.curvature_every, self.rank = refresh_every, curvature_every, rank
         self.discount, self.max_dim = discount, max_dim
         self.max_query_rows, self.row_fn, self.num_rows = max_query_rows, row_fn, num_rows
-        self.reservoir, self.layers, self.uncaptured = reservoir, layers, uncaptured
+        self.reservoir, self.layers, self.uncaptured, self.store = reservoir, layers, uncaptured, store
         self.initial_weights: InitialWeights = initial_weights
         self.dirpath, self.show_rows, self.on_error = dirpath, show_rows, on_error
         self.log_scores = log_scores
@@ -240,7 +243,7 @@ class InfluenceCallback(Callback):
         recent.wanted &= bool(unreadable)  # else rows are read by their index
         self._recorder.start()
         self._warn_of_single_rows(trainer, loaders[0])
-        self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
+        self._folder = report_folder(trainer, self.dirpath)  # now: loggers ask all processes, and later one may be gone
         self._fit_end = FitEndMethods(ending, owner, self.on_error)
         infos = [query.info for query in self._recorder.bound]
         self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size, self._source)
@@ -370,13 +373,7 @@ class InfluenceCallback(Callback):
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             self._run_fit_end(trainer, pl_module, "end", report.scores)
         run = replace(report.run, notes=[*report.run.notes, *self._fit_end.notes, *self._fit_end.missed()])
-        return InfluenceReport(report.scores, run, self._fit_end.found)
-
-    def _folder_of(self, trainer: Trainer) -> Path | None:
-        if self.dirpath is not None:
-            return Path(self.dirpath)
-        folder = run_folder(trainer)
-        return None if folder is None else folder / "influence"
+        return InfluenceReport(report.scores, run, self._fit_end.found, report.store)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()

@@ -26,6 +26,7 @@ from ine_callback.integrations.patches import replaced_method
 from ine_callback.methods import Method
 from ine_callback.queries.sources import LARGEST_BATCH, DataSource
 from ine_callback.recording.config import RecordingConfig
+from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.recorder import Recorder
 from ine_callback.report import InfluenceReport
 from ine_callback.report.report import save_with_page
@@ -54,6 +55,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         discount: Whether to apply the curvature discount.
         max_dim: Sides of a layer larger than this use a diagonal curvature.
         reservoir: Rows whose gradients are stored for the discount across layers.
+        store: For queries that come after the training.
         layers: Patterns of the names of the modules to record, e.g. ``["*.h.11.*"]``; None: all.
         max_query_rows: Rows taken of a larger evaluation set, a fixed random sample.
         uncaptured: What to do about parameters without a capture.
@@ -79,6 +81,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
         discount: bool = RecordingConfig.discount,
         max_dim: int = RecordingConfig.max_dim,
         reservoir: int = RecordingConfig.reservoir,
+        store: GradientStore | None = RecordingConfig.store,
         layers: Sequence[str] | None = RecordingConfig.layers,
         max_query_rows: int = 2000,
         uncaptured: Uncaptured = RecordingConfig.uncaptured,
@@ -95,6 +98,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
             discount=discount,
             max_dim=max_dim,
             reservoir=reservoir,
+            store=store,
             initial_weights=initial_weights,
             layers=layers,
             uncaptured=uncaptured,

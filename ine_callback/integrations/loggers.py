@@ -30,6 +30,14 @@ MAX_TIME_FRACTION = 0.02  # of the time since the start that the epochs' scalars
 MAX_FIGURES = 4  # queries, as in the HTML page
 
 
+def report_folder(trainer: Trainer, dirpath: str | Path | None) -> Path | None:
+    """Where the report goes: the folder that the user named, else ``influence`` in the run's; None: nowhere."""
+    if dirpath is not None:
+        return Path(dirpath)
+    folder = run_folder(trainer)
+    return None if folder is None else folder / "influence"
+
+
 def run_folder(trainer: Trainer) -> Path | None:
     """Where the first logger keeps files of this very run; None without one. All processes must ask.
 

@@ -17,10 +17,8 @@ from ine_callback.capture import Capture
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, FitContext, Method, training_methods
 from ine_callback.optimizers.joint import as_one
-from ine_callback.optimizers.schedule import Schedule
-from ine_callback.queries import BoundQuery, QuerySource, parse
+from ine_callback.queries import QuerySource, parse
 from ine_callback.queries.sources import DataSource
-from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.backward import BackwardPasses, Rows
 from ine_callback.recording.closing import ClosingPass
 from ine_callback.recording.config import RecordingConfig
@@ -30,19 +28,17 @@ from ine_callback.recording.guard import Guard
 from ine_callback.recording.lanes import Lane, lanes_of
 from ine_callback.recording.phases import Phase
 from ine_callback.recording.provenance import Clock, run_info, warn_if_incomplete
+from ine_callback.recording.readable import Readable
 from ine_callback.recording.setup import Training, build, records_signals, refuse, stored_of, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
-from ine_callback.recording.store.recording import StoreRecording
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.updates import Updates
 from ine_callback.report import InfluenceReport
-from ine_callback.scores import QueryInfo
-from ine_callback.scoring.signals import Signals
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured, check_count, checked_layers
 
 
-class Recorder:
+class Recorder(Readable):
     """Records every row's signals while a model trains and turns them into a report.
 
     Args:
@@ -343,65 +339,3 @@ class Recorder:
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
         restore_state(state, self.guard, self._clock, self._parts, self._steps, self.closing.snapshots)
-
-    # -- what can be read ---------------------------------------------------------------------------------------------
-
-    @property
-    def running(self) -> bool:
-        """Whether hooks are attached: from :meth:`start` to :meth:`stop`, also after an exception."""
-        return bool(self._handles)
-
-    @property
-    def recording(self) -> bool:
-        """Whether steps are recorded."""
-        return self.guard.recording
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps recorded."""
-        return self.guard.steps
-
-    @property
-    def failed(self) -> bool:
-        """Whether an exception stopped the recording."""
-        return self.guard.failed
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences for the report."""
-        return self.guard.notes
-
-    @property
-    def module(self) -> nn.Module:
-        """The model."""
-        return self.training.module
-
-    @property
-    def infos(self) -> tuple[QueryInfo, ...]:
-        """The scored queries, in column order."""
-        return self.accumulators.queries
-
-    @property
-    def bound(self) -> list[BoundQuery]:
-        """The queries on data, with their batches."""
-        return self._parts.bound
-
-    @property
-    def schedule(self) -> Schedule:
-        """The learning rate that remains."""
-        return self._parts.schedule
-
-    @property
-    def signals(self) -> Signals:
-        """Directions, and the per-sample gradients' inner products with them."""
-        return self._parts.signals
-
-    @property
-    def store(self) -> StoreRecording | None:
-        """What later queries are asked of; None without one."""
-        return self._parts.store
-
-    @property
-    def accumulators(self) -> RowAccumulators:
-        """Everything stored for every row."""
-        return self._parts.accumulators

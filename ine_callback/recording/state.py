@@ -35,6 +35,7 @@ def saved_state(
         "snapshots": snapshots.state_dict(),
         "lanes": [{"stepped": lane.stepped, "unused": sorted(lane.unused)} for lane in parts.lanes],
         "ledger": parts.accumulators.state_dict(),
+        "store": _of_store(parts, together),
         "signals": parts.signals.state_dict(together) if guard.steps and not guard.failed else None,
     }
 
@@ -63,3 +64,23 @@ def restore_state(
         guard.give_up()
     elif state["signals"] is not None:
         parts.signals.load_state_dict(state["signals"])
+        if parts.store is not None:
+            _restore_store(state.get("store"), parts, guard)
+
+
+def _of_store(parts: Parts, together: bool) -> list[dict[str, Any]] | None:
+    """Each process's part of the store, or this one's alone."""
+    if parts.store is None or not parts.store.compression.bases:
+        return None
+    own = parts.store.vectors.state_dict()
+    return parts.processes.gather(own) if together else [own]
+
+
+def _restore_store(saved: list[dict[str, Any]] | None, parts: Parts, guard: Guard) -> None:
+    """Goes on from the store's parts; a checkpoint without them, or of another number of processes, begins anew."""
+    assert parts.store is not None
+    if saved is None or len(saved) != parts.processes.count:
+        there = "no store" if saved is None else f"a store of {len(saved)} processes"
+        guard.warn(f"the gradient store lacks the steps before: the checkpoint holds {there}")
+    else:
+        parts.store.vectors.load_state_dict(saved[parts.processes.rank])

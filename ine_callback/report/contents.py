@@ -15,7 +15,6 @@ from ine_callback.applications.layer_plan import LayerPlan
 from ine_callback.applications.layer_sensitivity import Aggregate, LayerSensitivity, layer_sensitivity
 from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
-from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.report.table import ScoreTable
 from ine_callback.report.validate import checked, checked_attributions
 from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
@@ -32,19 +31,12 @@ class Contents:
         scores: What a method's ``compute()`` returned.
         run: Provenance.
         attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
-        store: What later queries are asked of.
     """
 
-    def __init__(
-        self,
-        scores: Scores,
-        run: RunInfo | None = None,
-        attributions: Sequence[Attribution] = (),
-        store: StoredVectors | None = None,
-    ) -> None:
+    def __init__(self, scores: Scores, run: RunInfo | None = None, attributions: Sequence[Attribution] = ()) -> None:
         self.scores = checked(scores)
         self.run = run if run is not None else RunInfo(rows=len(self.scores.observations))
-        self.attributions, self.store = checked_attributions(attributions), store
+        self.attributions = checked_attributions(attributions)
 
     def attribution(self, method: str) -> Attribution | None:
         """What a method found on the trained model, at the last stage at which it ran; None where it did not run.

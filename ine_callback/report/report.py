@@ -23,6 +23,7 @@ from ine_callback.report import (
     markdown,
     plots,
     store,
+    stored_vectors,
     view,
 )
 from ine_callback.report.attribution_combine import combine_attributions
@@ -33,8 +34,10 @@ from ine_callback.report.contents import Contents
 from ine_callback.report.export import Format
 from ine_callback.report.files import replace_file, replacing
 from ine_callback.report.reading import named
+from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.samples import Render
-from ine_callback.scores import Attribution
+from ine_callback.report.stored_vectors import StoredVectors
+from ine_callback.scores import Attribution, Scores
 from ine_callback.utilities.terminal import as_text
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class InfluenceReport(Contents, legacy.FormerNames):
         scores: What a method's ``finish()`` returned.
         run: Provenance.
         attributions: Scores by methods that ran on the trained model; of several stages of training in their order.
+        store: What later queries are asked of, where the run kept it.
 
     Raises:
         ValueError: If scores have wrong shapes, or two attributions one method and one stage.
@@ -69,11 +73,39 @@ class InfluenceReport(Contents, legacy.FormerNames):
         (3, -0.43, True, 9)
     """
 
+    def __init__(
+        self,
+        scores: Scores,
+        run: RunInfo | None = None,
+        attributions: Sequence[Attribution] = (),
+        store: StoredVectors | None = None,
+    ) -> None:
+        super().__init__(scores, run, attributions)
+        if store is not None and len(store.seen) != self.rows:
+            raise ValueError(f"InfluenceReport: the store has {len(store.seen)} rows, the scores have {self.rows}")
+        self.store = store
+
     def with_attributions(self, *found: Attribution) -> InfluenceReport:
         """The same report with scores by methods that ran later, in place of the present ones by the same methods."""
         methods = {each.method for each in found}
         others = [each for each in self.attributions if each.method not in methods]
-        return InfluenceReport(self.scores, self.run, [*others, *found])
+        return InfluenceReport(self.scores, self.run, [*others, *found], self.store)
+
+    def ask(self, queries: Any, module: Any, **options: Any) -> Attribution:
+        """Scores of all rows on queries that come after the run; see :func:`~ine_callback.ask`, which this calls.
+
+        Args:
+            queries: As for :class:`~ine_callback.InfluenceCallback`, with their data.
+            module: The trained module.
+            options: The others of :func:`~ine_callback.ask`.
+
+        Raises:
+            InfluenceError: If the run kept no store, or the module is another one.
+        """
+        import ine_callback  # asking needs torch, and what lies above a report
+
+        found: Attribution = ine_callback.ask(self, queries, module, **options)
+        return found
 
     def token_mask(
         self,
@@ -242,13 +274,17 @@ class InfluenceReport(Contents, legacy.FormerNames):
 
         Also ``margins.parquet``, where the run knew the model's predictions. With :attr:`attributions` also
         ``attributions.json`` and ``attributions.parquet``, and where they have such
-        parts ``attribution_layers.parquet``, ``attribution_tokens.parquet`` and ``attribution_arrays.parquet``.
+        parts ``attribution_layers.parquet``, ``attribution_tokens.parquet`` and ``attribution_arrays.parquet``. With a
+        :attr:`store` also ``store.npy`` and the files beside it (:mod:`ine_callback.report.stored_vectors`).
 
         An interrupted save, even one whose process is killed, leaves the former report or this one; never a mixture.
         """
-        with replacing(Path(folder), store.FILES + attribution_store.FILES + legacy.FILES) as aside:
+        names = store.FILES + attribution_store.FILES + stored_vectors.FILES + legacy.FILES
+        with replacing(Path(folder), names) as aside:
             store.write(self.scores, self.run, aside)
             attribution_store.write(self.attributions, aside)
+            if self.store is not None:
+                stored_vectors.write(self.store, aside)
         return Path(folder)
 
     @classmethod
@@ -268,7 +304,7 @@ class InfluenceReport(Contents, legacy.FormerNames):
         """
         with named(Path(folder)):
             found = attribution_store.load(Path(folder)) + legacy.load(Path(folder))
-            return cls(*store.load(Path(folder)), found)
+            return cls(*store.load(Path(folder)), found, stored_vectors.load(Path(folder)))
 
     def write_html(
         self,
