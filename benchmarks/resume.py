@@ -6,7 +6,8 @@ A child process trains a small network (40 rows, 5 batches an epoch, 6 epochs; c
 them inside of an epoch; a loader that goes on where it was) and is killed at a random moment, also while it saves; the
 next one goes on from the last checkpoint, and is killed with probability one half. A journal of the batches, kept by
 another callback, says what was trained on: visits that the report lacks or has too many are lost. Where the batches
-were those of a training that nobody killed, all arrays of the report and the weights are compared bit by bit. They are
+were those of a training that nobody killed, all arrays of the report and its store, and the weights, are compared bit
+by bit. They are
 others where Lightning 2.6 itself repeats batches: after a resume from a checkpoint of an epoch's last batch, a second
 one starts its epoch again.
 """
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from benchmarks.network import machine
-from ine_callback import InfluenceCallback
+from ine_callback import GradientStore, InfluenceCallback
 
 ROWS, BATCH, EPOCHS, EVERY = 40, 8, 6, 2
 Result = dict[str, Any]
@@ -102,7 +103,8 @@ def train(folder: Path) -> None:
     """Trains, or goes on from ``folder``'s last checkpoint, and leaves result.pickle there."""
     L.seed_everything(3, verbose=False)
     rows, held_out = (TensorDataset(torch.randn(n, 5), torch.randint(3, (n,)), torch.arange(n)) for n in (ROWS, 16))
-    influence = InfluenceCallback(["val", "self"], refresh_every=3, curvature_every=1, on_error="raise")
+    store = GradientStore(bytes_per_row=64)
+    influence = InfluenceCallback(["val", "self"], refresh_every=3, curvature_every=1, store=store, on_error="raise")
     journal = Journal(folder / "journal")
     keep = ModelCheckpoint(folder, every_n_train_steps=EVERY, save_last=True)
     trainer = L.Trainer(
@@ -120,8 +122,9 @@ def train(folder: Path) -> None:
     module = Classifier()
     trainer.fit(module, loader, DataLoader(held_out, 16), ckpt_path=last if last.exists() else None)
     report = influence.report
-    assert report is not None
+    assert report is not None and report.store is not None
     arrays = {name: value for name, value in vars(report.scores).items() if isinstance(value, np.ndarray)}
+    arrays |= {f"store {name}": value for name, value in vars(report.store).items() if isinstance(value, np.ndarray)}
     weights = [p.detach().numpy() for p in module.parameters()]
     found = {"steps": report.run.steps, "arrays": arrays, "weights": weights, "notes": report.run.notes}
     found["journal"] = journal.lines()

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from ine_callback._version import __version__
 from ine_callback.report import InfluenceReport, ScoreTable
 from ine_callback.report.attribution_view import section
@@ -111,6 +109,9 @@ EFFECTS_EXAMPLES = """\
 examples:
   ine-callback effects fit table.csv --graph graph.txt --treatment A --outcome Y --estimand wcde
   ine-callback effects adjust graph.txt --treatment A --outcome Y"""
+ASK_EXAMPLES = """\
+examples:
+  ine-callback ask influence --module package.models:Net --checkpoint last.ckpt --query query.npz"""
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 
@@ -221,6 +222,9 @@ def parser(folder: Any = None, file: Any = None) -> argparse.ArgumentParser:
 
     effects = command("effects", _effects, "effects of a table's columns by a causal graph", EFFECTS_EXAMPLES)
     effects.add_argument("rest", nargs=argparse.REMAINDER, metavar="fit|show|adjust ...", help="each has --help")
+
+    later = command("ask", _ask, "queries after the run, of a report with a gradient store", ASK_EXAMPLES)
+    later.add_argument("rest", nargs=argparse.REMAINDER, metavar="PATH ...", help="--help lists the options")
 
     shell = command("completion", _completion, "print a completion script for your shell", COMPLETION_EXAMPLES)
     shell.add_argument("shell", choices=("bash", "zsh", "tcsh"))
@@ -366,17 +370,17 @@ def _effects(arguments: argparse.Namespace) -> int:
 def _tokens(arguments: argparse.Namespace) -> int:
     report = InfluenceReport.load(arguments.path)
     mask = report.token_mask(arguments.method, arguments.query, arguments.quantile, arguments.window, arguments.budget)
-    rows, counts = np.unique(mask.rows, return_counts=True)
-    print(f"{len(mask):,} of {mask.tokens:,} tokens ({mask.share:.2%}) in {len(rows):,} rows")
-    for at in (-counts).argsort(kind="stable")[:ROWS_PER_END]:
-        places = mask.positions[mask.rows == rows[at]]
-        print(
-            f"row {rows[at]:>8d}: {counts[at]} at {', '.join(map(str, places[:12]))}{' …' if len(places) > 12 else ''}"
-        )
+    print("\n".join(mask.lines(ROWS_PER_END)))
     if arguments.file is not None:
         mask.save(arguments.file)
         print(plain(arguments.file))
     return FOUND
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from ine_callback.integrations.ask_command import main as run  # which no other command needs
+
+    return run(arguments.rest or ["--help"])
 
 
 def _completion(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,10 @@ BYTES = (132, 260, 516, 1024, 2044)
 
 def curve(found: Recorded) -> dict[str, Any]:
     """What is lost at each number of bytes, and by each type at 1,024."""
-    settings = [GradientStore(each) for each in BYTES] + [GradientStore(1024, "float16"), GradientStore(1024, "float32")]
+    settings = [GradientStore(each) for each in BYTES] + [
+        GradientStore(1024, "float16"),
+        GradientStore(1024, "float32"),
+    ]
     mu = found.recorder.report().scores.mu
     rows: dict[str, Any] = {}
     for one in settings:

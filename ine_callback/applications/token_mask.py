@@ -55,6 +55,16 @@ class TokenMask:
         """Of all tokens."""
         return len(self) / self.tokens
 
+    def lines(self, most: int) -> list[str]:
+        """How many tokens there are, and where, in the ``most`` rows that have most of them."""
+        rows, counts = np.unique(self.rows, return_counts=True)
+        lines = [f"{len(self):,} of {self.tokens:,} tokens ({self.share:.2%}) in {len(rows):,} rows"]
+        for at in (-counts).argsort(kind="stable")[:most]:
+            places = self.positions[self.rows == rows[at]]
+            where = f"{', '.join(map(str, places[:12]))}{' …' if len(places) > 12 else ''}"
+            lines.append(f"row {rows[at]:>8d}: {counts[at]} at {where}")
+        return lines
+
     def of(self, row: int, labels: ArrayLike) -> NDArray[np.bool_]:
         """Which tokens of a row are chosen [T].
 

@@ -94,9 +94,7 @@ def ask(
     return _attribution(store, bound, entries, captured)
 
 
-def _bound(
-    queries: Any, module: nn.Module, loss: Any, val: Any, train: Any, max_query_rows: int
-) -> list[BoundQuery]:
+def _bound(queries: Any, module: nn.Module, loss: Any, val: Any, train: Any, max_query_rows: int) -> list[BoundQuery]:
     if loss is None and isinstance(module, LightningModule):
         loss = ModuleLoss(module, OWNER)
     loaders = [] if train is None else tree_leaves(train)

@@ -1,7 +1,7 @@
 """The gradient store beside a report: few numbers of each row, which a query's own numbers make scores of.
 
 store.npy            the rows' numbers [N, k], int8 or floats, read from disk where they are needed
-store-arrays.npz     the rows' scales [N], the entries of each layer's gradients, and what makes a query's numbers of them
+store-arrays.npz     the rows' scales [N], which entries of a gradient are taken, and what makes a query's numbers of them
 store-weights.npz    weights along the run at which queries are evaluated beside the final ones; not always there
 store.json           format, names of parameters, what the run's own queries told of the accuracy
 
@@ -110,7 +110,8 @@ class StoredVectors:
         factors = np.ascontiguousarray(queries.T, dtype=np.float32)
         out = np.empty((len(self.rows), factors.shape[1]))
         for start, part in self.chunks():
-            out[start : start + len(part)] = (part @ factors) * self.scale[start : start + len(part), None]
+            scale = self.scale[start : start + len(part), None]
+            out[start : start + len(part)] = (part @ factors) * scale
         return out
 
     def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -169,7 +170,9 @@ def load(folder: Path) -> StoredVectors | None:
     meta = read_format(folder, META, FORMAT, VERSION)
     try:
         shape, dtype, blocks = tuple(meta["shape"]), meta["dtype"], meta["blocks"]
-        known = {name: float("nan") if value is None else value for name, value in meta["calibration"].items()}
+        known: dict[str, Any] = {
+            name: float("nan") if value is None else value for name, value in meta["calibration"].items()
+        }
         calibration, count = Calibration(**known), int(meta["weights"])
         named = [(tuple(map(str, b["parameters"])), tuple(map(int, b["layout"]))) for b in blocks]
     except (KeyError, TypeError, ValueError) as error:
@@ -226,9 +229,7 @@ def _arrays(folder: Path, name: str) -> dict[str, NDArray[Any]]:
             raise ReportError(folder, f"{name} is damaged ({error})") from error
 
 
-def _block(
-    folder: Path, arrays: Arrays, k: int, parameters: tuple[str, ...], layout: tuple[int, ...]
-) -> StoredBlock:
+def _block(folder: Path, arrays: Arrays, k: int, parameters: tuple[str, ...], layout: tuple[int, ...]) -> StoredBlock:
     index, left, right = (arrays.get(f"{k}.{name}") for name in ("index", "left", "right"))
     fits = index is not None and index.ndim == 1 and index.dtype.kind == "i"
     if fits and len(layout) == 3:

@@ -1,4 +1,4 @@
-r"""Coordinates of gradients: a few entries in the eigenbasis of each layer's curvature, the same for all layers together.
+r"""Coordinates of gradients: few entries in the eigenbasis of each layer's curvature, of all layers together.
 
 A layer's gradient G [O, I] has the entries ``l_a^T G r_b`` between eigenvectors of K-FAC's factors. In the Fisher each
 has the variance ``lambda_a rho_b``, the product of the eigenvalues. Those with the largest variance, times what the
@@ -67,10 +67,10 @@ class BlockBasis:
         """An operator on the rectangle, applied to entries x [b, n]; what it moves out of them is lost."""
         if self.sides is None:
             return operator.apply(x)
-        groups, k, l = self.sides[0].shape[0], self.sides[0].shape[2], self.sides[1].shape[2]
-        full = x.new_zeros(len(x), groups * k * l)
+        rectangle = (self.sides[0].shape[0], self.sides[0].shape[2], self.sides[1].shape[2])
+        full = x.new_zeros(len(x), int(np.prod(rectangle)))
         full[:, self.index] = x
-        return operator.apply(full.view(-1, groups, k, l)).flatten(1)[:, self.index]
+        return operator.apply(full.view(-1, *rectangle)).flatten(1)[:, self.index]
 
     def restricted(self, kfac: KFAC, block: Block, spectrum: Spectrum) -> SpectralOperator:
         """A function of the block's Fisher on these entries."""
@@ -161,7 +161,9 @@ def _threshold(variances: Sequence[Sides], groups: Sequence[int], dimensions: in
     low, high = np.log(most) - 100.0, np.log(most) + 1e-9
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        size = sum(g * int(_counts(sides, float(np.exp(middle))).sum()) for sides, g in zip(variances, groups, strict=True))
+        size = sum(
+            g * int(_counts(sides, float(np.exp(middle))).sum()) for sides, g in zip(variances, groups, strict=True)
+        )
         low, high = (low, middle) if size <= dimensions else (middle, high)
     return float(np.exp(high))
 
@@ -175,9 +177,11 @@ def _basis(
     if operator.sides is None:
         assert operator.weight is not None
         return BlockBasis(operator.weight.argsort(descending=True)[: int(counts[0])].to(device))
-    k, l, groups = int((counts > 0).sum()), int(counts.max()), _groups(block)
-    columns = [_leading(side.values, side.vectors, size) for side, size in zip(operator.sides, (k, l), strict=True)]
-    taken = torch.arange(l)[None] < torch.as_tensor(counts[:k])[:, None]
+    rows, widest, groups = int((counts > 0).sum()), int(counts.max()), _groups(block)
+    columns = [
+        _leading(side.values, side.vectors, size) for side, size in zip(operator.sides, (rows, widest), strict=True)
+    ]
+    taken = torch.arange(widest)[None] < torch.as_tensor(counts[:rows])[:, None]
     index = taken.expand(groups, -1, -1).flatten().nonzero()[:, 0]
     return BlockBasis(index.to(device), (columns[0], columns[1]))
 

@@ -122,7 +122,9 @@ class CompressedCurvature:
         return out + inside * self._roots * self._decay
 
 
-def compressed_rows(context: FitContext, bases: Bases, places: Mapping[str, slice], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def compressed_rows(
+    context: FitContext, bases: Bases, places: Mapping[str, slice], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Every row's compressed gradient at the present weights, as a part of its batch's, times the batch's rows."""
     for which, gradients in context.per_sample():
         with torch.no_grad():

@@ -39,6 +39,7 @@ class Passed:
         weights: Parameters along the run, without the final ones.
         times: How many weights the queries were evaluated at.
         passes: How many passes there were.
+        random: Whether initial weights are random.
     """
 
     sums: Tensor | None = None
@@ -46,6 +47,7 @@ class Passed:
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     times: int = 0
     passes: int = 0
+    random: bool = True
 
 
 class StoreRecording:
@@ -112,7 +114,7 @@ class StoreRecording:
             there[places] = True
         size = spread(found, there, self._variances(run))
         passed.sums = found / size if passed.sums is None else passed.sums + found / size
-        passed.passes += 1
+        passed.passes, passed.random = passed.passes + 1, random
         if self.settings.snapshots:
             self._add_queries(context)
 
@@ -165,7 +167,8 @@ class StoreRecording:
         if self._passed.sums is not None:
             share = (observations / observations[seen].double().mean().clamp_min(1e-12)).to(sums)
             passed = self._passed.sums[: len(vectors)] * share[:, None]
-            vectors = vectors + passed / _or_one(spread(passed, seen, variances))
+            passed = passed / _or_one(spread(passed, seen, variances))
+            vectors = vectors + passed if self._passed.random else passed  # as mu: then the pass ranks better alone
         into = components(vectors[seen.to(vectors.device)], variances, self.settings.dimensions)
         parts = [numbers_of(part.to(into) @ into, self.settings.dtype) for part in vectors.split(CHUNK)]
         numbers, scale = (np.concatenate(each) for each in zip(*parts, strict=True))

@@ -44,7 +44,8 @@ def components(vectors: Tensor, variances: Tensor, dimensions: int) -> Tensor:
     weighted = some.to(roots.device) * roots
     covariance = (weighted.T @ weighted).double()
     found = torch.linalg.eigh(covariance / covariance.diagonal().mean().clamp_min(1e-300)).eigenvectors
-    return roots[:, None] * found.flip(1)[:, :dimensions].to(roots)
+    into: Tensor = roots[:, None] * found.flip(1)[:, :dimensions].to(roots)
+    return into
 
 
 def numbers_of(values: Tensor, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:

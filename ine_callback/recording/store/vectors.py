@@ -87,7 +87,9 @@ class RowVectors:
 
     def _send(self, places: Tensor, shifts: Tensor) -> None:
         """Copies to the host without waiting; what has arrived is added when the next step comes."""
-        copies = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in (places, shifts)]
+        copies = [
+            torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True) for x in (places, shifts)
+        ]
         event = torch.cuda.Event()
         event.record()
         self._waiting.append((copies[0], copies[1], event))

@@ -1,0 +1,147 @@
+"""The gradient store holds what the run did with each row, and any later query gets its scores from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ine_callback import GradientStore, InfluenceReport, Recorder, ask
+from ine_callback.errors import InfluenceError
+from ine_callback.report.reading import ReportError
+from ine_callback.stats.ranks import spearman
+from tests.helpers.stored import ALL, ROWS, Functional, Raw, Training, data, loss_of, network
+
+
+def trained(store: GradientStore | None, optimizer: str = "sgd", **options: object) -> Training:
+    one = Training(store, optimizer, **options)
+    with one.recorder:
+        one.steps()
+    return one
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_row_s_vector_gives_the_signals_of_a_query_recorded_in_the_run(optimizer: str) -> None:
+    # two ways that share the discount's parts alone: the store discounts rows, directions discount queries
+    g = torch.Generator().manual_seed(3)
+    directions = [[torch.randn(p.shape, generator=g) for p in network().parameters()] for _ in range(4)]
+    method = Raw(closing=False)
+    one = trained(ALL, optimizer, queries={"w": Functional(directions)}, methods=[method])
+    store = one.recorder.store
+    assert store is not None
+    _, vectors = store.vectors.vectors(ROWS)
+    named = dict(zip(one.model.parameters(), range(6), strict=True))
+    entries = torch.zeros(4, store.compression.size)
+    for block in one.recorder.signals.table:
+        v = block.to_layout([torch.stack([w[named[p]] for w in directions]) for p in block.parameters])
+        place = store.compression.places[block.key]
+        entries[:, place] = store.compression.bases[block.key].of_vectors(v)
+    found = vectors @ entries.T
+    assert store.compression.size == sum(p.numel() for p in one.model.parameters())
+    torch.testing.assert_close(found, method.raw, rtol=2e-3, atol=2e-3 * float(method.raw.abs().max()))
+
+
+@pytest.mark.parametrize("weights", ["random", "fixed"])
+def test_queries_asked_later_get_the_run_s_scores(weights: str) -> None:
+    one = trained(ALL, initial_weights=weights)
+    report, (x, y) = one.recorder.report(), data()
+    before = [p.clone() for p in one.model.parameters()]
+    found = report.ask({"val": (x[:6] + 0.1, y[:6]), "other": (x[6:12] - 0.1, y[6:12])}, one.model, loss=loss_of)
+    for k in range(2):
+        assert spearman(found.scores[:, k], report.scores.mu[:, k]) > 0.9
+    assert found.se is not None and np.isfinite(found.se).all() and found.reliable
+    np.testing.assert_allclose(found.captured, 1.0, atol=1e-5)
+    assert all(torch.equal(p, q) for p, q in zip(before, one.model.parameters(), strict=True))
+
+
+def test_fewer_bytes_keep_the_leading_part() -> None:
+    exact, (x, y) = trained(ALL), data()
+    asked = {"new": (x[20:30] * 1.1, y[20:30])}
+    whole = exact.recorder.report().ask(asked, exact.model, loss=loss_of).scores[:, 0]
+    found = {}
+    for size in (12, 36):
+        small = trained(GradientStore(bytes_per_row=4 + size, working=512))
+        report = small.recorder.report()
+        assert report.store is not None and report.store.rows.nbytes == size * ROWS
+        found[size] = spearman(report.ask(asked, small.model, loss=loss_of).scores[:, 0], whole)
+    assert found[36] > 0.97 and found[36] > found[12] > 0.5
+
+
+def test_the_training_and_the_run_s_scores_are_the_same_with_a_store() -> None:
+    plain, stored = trained(None), trained(GradientStore())
+    for one, other in zip(plain.model.parameters(), stored.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    np.testing.assert_array_equal(plain.recorder.report().scores.mu, stored.recorder.report().scores.mu)
+    assert plain.recorder.report().store is None
+
+
+def test_rows_that_come_without_a_known_number_grow_the_store() -> None:
+    known, grown = trained(GradientStore()), trained(GradientStore(), rows=None)
+    one, other = known.recorder.report().store, grown.recorder.report().store
+    assert one is not None and other is not None
+    np.testing.assert_array_equal(one.rows, other.rows)
+
+
+def test_what_is_saved_answers_the_same(tmp_path: Path) -> None:
+    one, (x, y) = trained(GradientStore()), data()
+    report = one.recorder.report()
+    again = InfluenceReport.load(report.save(tmp_path))
+    assert again.store is not None and isinstance(again.store.rows, np.memmap)
+    asked = {"new": (x[:3], y[:3])}
+    mine, theirs = (r.ask(asked, one.model, loss=loss_of).scores for r in (report, again))
+    np.testing.assert_array_equal(mine, theirs)
+    trained(None).recorder.report().save(tmp_path)  # a report without a store leaves none behind
+    assert InfluenceReport.load(tmp_path).store is None and not (tmp_path / "store.npy").exists()
+
+
+@pytest.mark.parametrize("name", ["store.npy", "store-arrays.npz", "store-weights.npz"])
+def test_damaged_files_and_pickles_are_refused(tmp_path: Path, name: str) -> None:
+    trained(GradientStore()).recorder.report().save(tmp_path)
+    np.save(tmp_path / "bad.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "bad.npy").rename(tmp_path / name)
+    with pytest.raises(ReportError, match=name):
+        InfluenceReport.load(tmp_path)
+
+
+def test_a_row_that_was_never_seen_has_no_score() -> None:
+    one, (x, y) = Training(GradientStore(), rows=ROWS + 2), data()
+    with one.recorder:
+        one.steps()
+    found = ask(one.recorder.report(), {"new": (x[:3], y[:3])}, one.model, loss=loss_of)
+    assert np.isnan(found.scores[ROWS:]).all() and np.isfinite(found.scores[:ROWS]).all()
+    assert len(found.top(100)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bytes_per_row": 4}, "bytes_per_row=4 must be an integer of at least 5"),
+        ({"dtype": "float64"}, "dtype='float64' is none of int8"),
+        ({"working": 0}, "working=0 must be"),
+        ({"device_bytes": -1}, "device_bytes=-1 must be"),
+    ],
+)
+def test_impossible_settings_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InfluenceError, match=message):
+        GradientStore(**options)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_stored_or_asked_is_refused_with_the_remedy() -> None:
+    with pytest.raises(InfluenceError, match=r"store= needs the discount.*discount=True"):
+        trained(GradientStore(), discount=False)
+    model, (x, y) = network(), data()
+    two = [torch.optim.SGD(model[k].parameters(), lr=0.1) for k in (0, 3)]
+    recorder = Recorder(model, two, ROWS, {"q": (x, y)}, loss_of, store=GradientStore())
+    with pytest.raises(InfluenceError, match="store= knows one optimizer, there are 2"):
+        recorder.start()
+    report = trained(GradientStore()).recorder.report()
+    with pytest.raises(InfluenceError, match="Sequential has no parameter '0.weight'"):
+        report.ask({"q": (x, y)}, nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), loss=loss_of)
+    with pytest.raises(InfluenceError, match="has another shape than in the run"):
+        other = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 3))
+        report.ask({"q": (x, y)}, other, loss=loss_of)
+    with pytest.raises(InfluenceError, match="no gradient store; train with store=GradientStore"):
+        trained(None).recorder.report().ask({"q": (x, y)}, model, loss=loss_of)
