@@ -1,8 +1,7 @@
 """The command ``ine-callback``: saved reports, and values of rows in files, without writing Python.
 
-Built on the standard library's argparse, which is enough for a handful of commands. jsonargparse builds parsers from
-signatures, which would show users Python's docstrings, and Typer is a new dependency that completes by starting the
-program at every TAB.
+Built on the standard library's argparse: jsonargparse builds parsers from signatures, which would show users Python's
+docstrings, and Typer is a new dependency that completes by starting the program at every TAB.
 """
 
 from __future__ import annotations
@@ -36,13 +35,11 @@ discovery rate of the flagged rows."""
 ROOT_EXAMPLES = """\
 examples:
   ine-callback show lightning_logs/version_0/influence
-  ine-callback show influence --query val --top 20
   ine-callback export influence --format drop-list -o drop.csv
   ine-callback compare influence other
 
-`ine-callback show --help` explains a command. Exit status: 0 fine; 1 nothing was
-found (show --flagged) or nothing repeats (compare); 2 wrong usage, or a report
-that cannot be read."""
+`ine-callback show --help` explains a command. Exit status: 0 fine; 1 nothing was found (show
+--flagged) or nothing repeats (compare); 2 wrong usage, or a report that cannot be read."""
 SHOW_EXAMPLES = """\
 Without options: the whole report. With --query alone: its first 10 rows at both ends.
 For labels that may be wrong, ask the query 'self' for its top, others for their bottom.
@@ -110,8 +107,7 @@ examples:
   ine-callback effects fit table.csv --graph graph.txt --treatment A --outcome Y --estimand wcde
   ine-callback effects adjust graph.txt --treatment A --outcome Y"""
 ASK_EXAMPLES = """\
-examples:
-  ine-callback ask influence --module package.models:Net --checkpoint last.ckpt --query query.npz"""
+example: ine-callback ask influence --module package.models:Net --checkpoint last.ckpt --query query.npz"""
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 

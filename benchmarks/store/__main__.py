@@ -1,11 +1,11 @@
-"""What a gradient store of few bytes a row still tells, how fast it is asked, and that no kill loses it.
+"""What a gradient store of few bytes a row still tells, and how fast it is asked.
 
     python -m benchmarks.store --json store.json --data DIR --truth FOLDER
 
-Accuracy: G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuning, on which nothing was. Each is trained
-once with a store; its queries, asked again of the store at several sizes, are compared with their scores in the run and
-with retraining. Speed: a store of 10^6 rows, filled at random, and 100 queries. Kills: trainings that are killed and
-resumed, whose store must be that of the training that was not.
+Accuracy: G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuning, on which nothing was. Each is
+trained once with a store; its queries, asked again of the store at several sizes, are compared with their scores in the
+run and with retraining. Speed: a store of 10^6 rows, filled at random, and 100 queries. Trainings that are killed and
+resumed are benchmarks.resume's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 
 from benchmarks.data import folder
 from benchmarks.network import machine
-from benchmarks.store import accuracy, kills, peers, speed
+from benchmarks.store import accuracy, speed
 from benchmarks.store.protocols import NAMES, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "peers", "speed", "queries", "kills")
+PARTS = ("accuracy", "speed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--truth", type=Path, help="folder that keeps truths; by default that of --json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--protocols", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--quick", action="store_true", help="small problems, few kills: to see it work")
+    parser.add_argument("--quick", action="store_true", help="small problems: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     data, truth, quick = folder(args.data), args.truth or args.json.parent, args.quick
@@ -51,14 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "accuracy" in args.parts:
         for name in args.protocols:
             keep("accuracy", {name: accuracy.curve(record(name, GradientStore(2044), data, truth, quick))})
-    if "peers" in args.parts:
-        keep("peers", peers.beside(data, truth, quick))
     if "speed" in args.parts:
         keep("speed", speed.asked(10**4 if quick else 10**6, 100))
-    if "queries" in args.parts:
-        keep("queries", speed.in_run(quick))
-    if "kills" in args.parts:
-        keep("kills", kills.trials(3 if quick else 200))
 
 
 if __name__ == "__main__":

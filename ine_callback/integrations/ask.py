@@ -37,7 +37,8 @@ def ask(
     """Scores of all training rows on queries that nobody knew of during the run.
 
     The run must have kept a store (``InfluenceCallback(store=GradientStore())``). Needed are the trained module and the
-    query; the training data are not read. A score is ``<v, z>``: the query's gradient and what the run did with the row.
+    query; the training data are not read. A score is ``<v, z>``: the query's gradient v and what the run did with the
+    row, z.
 
     Args:
         report: The run's, as it was loaded or as the callback holds it.

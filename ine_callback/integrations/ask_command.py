@@ -20,8 +20,8 @@ from ine_callback.scores import Attribution
 from ine_callback.utilities.words import plain
 
 EXAMPLES = """\
-FILE is a batch as NumPy saves it: np.savez(FILE, x, y) for batches (x, y), np.savez(FILE, input_ids=ids, labels=ids) for
-batches that are mappings. Its query is the module's own loss of it. Several files are several queries.
+FILE is a batch as NumPy saves it: np.savez(FILE, x, y) for batches (x, y), and for mappings
+np.savez(FILE, input_ids=ids, labels=ids). Its query is the module's own loss of it. Several files are several queries.
 
 example:
   ine-callback ask influence --module package.models:Net --checkpoint last.ckpt --query mine.npz --query other.npz"""

@@ -86,7 +86,7 @@ class InfluenceCallback(Callback):
             and the scores speak for their parameters alone.
         uncaptured: Trainable parameters without a capture are named (``"warn"``), refused (``"raise"``) or recorded by
             per-row autograd (``"fallback"``, slow: one backward pass a row).
-        store: Keeps of every row what the run did with it, for queries that come after the fit (docs/howto/ask-later.md).
+        store: Keeps what the run did with each row, for queries that come after the fit (docs/howto/ask-later.md).
         dirpath: Folder of the report (Parquet, JSON and, with the extra ``report``, HTML); by default ``influence`` in
             the run's log folder (of W&B and MLflow: beside its checkpoints); nothing is saved without a logger.
         show_rows: Whether the HTML shows the most extreme training rows themselves. Off: it holds scores alone.

@@ -26,8 +26,8 @@ from ine_callback.integrations.patches import replaced_method
 from ine_callback.methods import Method
 from ine_callback.queries.sources import LARGEST_BATCH, DataSource
 from ine_callback.recording.config import RecordingConfig
-from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.recorder import Recorder
+from ine_callback.recording.store.settings import GradientStore
 from ine_callback.report import InfluenceReport
 from ine_callback.report.report import save_with_page
 from ine_callback.utilities.options import InitialWeights, OnError, Uncaptured

@@ -36,6 +36,7 @@ from ine_callback.report.files import replace_file, replacing
 from ine_callback.report.reading import named
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.samples import Render
+from ine_callback.report.store_questions import StoreQuestions
 from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.scores import Attribution, Scores
 from ine_callback.utilities.terminal import as_text
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
-class InfluenceReport(Contents, legacy.FormerNames):
+class InfluenceReport(Contents, StoreQuestions, legacy.FormerNames):
     """Scores of every row on every query, with tests and provenance.
 
     Sign, everywhere: ``mu > 0`` means that training on the row lowers the query (helpful). Rows that were never
@@ -90,22 +91,6 @@ class InfluenceReport(Contents, legacy.FormerNames):
         methods = {each.method for each in found}
         others = [each for each in self.attributions if each.method not in methods]
         return InfluenceReport(self.scores, self.run, [*others, *found], self.store)
-
-    def ask(self, queries: Any, module: Any, **options: Any) -> Attribution:
-        """Scores of all rows on queries that come after the run; see :func:`~ine_callback.ask`, which this calls.
-
-        Args:
-            queries: As for :class:`~ine_callback.InfluenceCallback`, with their data.
-            module: The trained module.
-            options: The others of :func:`~ine_callback.ask`.
-
-        Raises:
-            InfluenceError: If the run kept no store, or the module is another one.
-        """
-        import ine_callback  # asking needs torch, and what lies above a report
-
-        found: Attribution = ine_callback.ask(self, queries, module, **options)
-        return found
 
     def token_mask(
         self,

@@ -1,7 +1,7 @@
 """The gradient store beside a report: few numbers of each row, which a query's own numbers make scores of.
 
 store.npy            the rows' numbers [N, k], int8 or floats, read from disk where they are needed
-store-arrays.npz     the rows' scales [N], which entries of a gradient are taken, and what makes a query's numbers of them
+store-arrays.npz     the rows' scales [N], which entries of gradients are taken, what makes a query's numbers of them
 store-weights.npz    weights along the run at which queries are evaluated beside the final ones; not always there
 store.json           format, names of parameters, what the run's own queries told of the accuracy
 

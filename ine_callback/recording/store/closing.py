@@ -1,55 +1,28 @@
-r"""The closing pass's part of the store, and how rows' vectors become few numbers on disk.
+r"""The closing pass's part of the store, and the queries' part of it.
 
 At weights along the run, with the Fisher F there in the store's entries and R the summed rates, a row's vector is
 
     z = (R^-1 + F)^-1 g,
 
-so that ``<v, z>`` is the shift that the closing pass finds (:mod:`ine_callback.methods.closing`). Like mu, a row's
-vector on disk is the sum of the run's part and of the pass's, each divided by what it spreads a typical query by.
-
-On disk are the leading components of the vectors in the metric of queries: with C the queries' covariance (K-FAC's, which
-is diagonal in these entries) and V the leading eigenvectors of the covariance of ``C^(1/2) z``, row ``V^T C^(1/2) z``
-and query ``V^T C^(-1/2) v``.
+so that ``<v, z>`` is the shift that the closing pass finds (:mod:`ine_callback.methods.closing`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ine_callback.capture import Block
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import Spectrum, damped, identity
+from ine_callback.curvature.spectral import Spectrum, damped
 from ine_callback.curvature.spectral import relative as relatively_damped
 from ine_callback.methods.context import FitContext
 from ine_callback.scoring.compression import Bases, Compression
 
-RIDGE = 1e-2  # of the queries' mean variance
-COVARIANCE_ROWS = 20_000  # rows that the leading components are taken from
 DAMPING = 0.1  # from fixed weights, as in the closing pass
-CHUNK = 1 << 14  # rows that are compressed at once
-
-
-@dataclass
-class ClosingPart:
-    """What the passes at weights along the run gave each row.
-
-    Attributes:
-        sums: Sum of the vectors over the passes, each divided by its spread [n, W].
-        passes: How many there were.
-        queries: Compressed gradients of the run's queries, one [Q, W] for each pass.
-        weights: The module's parameters at the passes, by name, where they are to be saved.
-    """
-
-    sums: Tensor | None = None
-    passes: int = 0
-    queries: list[Tensor] = field(default_factory=list)
-    weights: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 class CompressedCurvature:

@@ -1,4 +1,4 @@
-"""The gradient store of one recording: built before the first step, closed with the closing pass, read by the report."""
+"""The gradient store of one recording: from before the first step to what the report holds."""
 
 from __future__ import annotations
 

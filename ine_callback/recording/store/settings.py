@@ -17,8 +17,8 @@ class GradientStore:
     """Keeps of every row what the run did with it, so that queries can come after the run.
 
     During the run each row has a vector of ``working`` numbers (float32), in the device's memory where all of them take
-    at most ``device_bytes``, else in the host's. At the end they become ``bytes_per_row`` bytes a row, on disk beside the
-    report. What the accuracy is: docs/methods/store.md.
+    at most ``device_bytes``, else in the host's. At the end they become ``bytes_per_row`` bytes a row, on disk beside
+    the report. docs/methods/store.md has the measured accuracy.
 
     Args:
         bytes_per_row: Bytes of each row on disk: a scale of 4 bytes, and as many numbers as fit in the others.

@@ -138,10 +138,10 @@ def test_what_cannot_be_stored_or_asked_is_refused_with_the_remedy() -> None:
     with pytest.raises(InfluenceError, match="store= knows one optimizer, there are 2"):
         recorder.start()
     report = trained(GradientStore()).recorder.report()
-    with pytest.raises(InfluenceError, match="Sequential has no parameter '0.weight'"):
+    with pytest.raises(InfluenceError, match=r"Sequential has no parameter '0\.weight'"):
         report.ask({"q": (x, y)}, nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), loss=loss_of)
+    other = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 3))
     with pytest.raises(InfluenceError, match="has another shape than in the run"):
-        other = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 3))
         report.ask({"q": (x, y)}, other, loss=loss_of)
     with pytest.raises(InfluenceError, match="no gradient store; train with store=GradientStore"):
         trained(None).recorder.report().ask({"q": (x, y)}, model, loss=loss_of)
