@@ -22,7 +22,8 @@ LAYERS = (
     ("optimizers", "curvature", "queries", "report"),
     ("scoring", "methods"),
     ("recording",),
-    ("integrations", "cli"),
+    ("integrations",),
+    ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LONGEST = 400  # lines of a file

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ine_callback.cli import main
-from tests.integrations.test_stored import Classifier, fit
+from tests.helpers.stored_fit import Classifier, fit
 
 MODULE = f"{Classifier.__module__}:Classifier"
 

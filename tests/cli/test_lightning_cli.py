@@ -44,6 +44,7 @@ EVERY_OPTION: dict[str, Any] = {
     "num_rows": 77,
     "layers": ["net.*"],
     "uncaptured": "raise",
+    "store": {"class_path": "ine_callback.GradientStore", "init_args": {"bytes_per_row": 512, "dtype": "float16"}},
     "log_scores": False,
     "dirpath": "elsewhere",
     "show_rows": False,
