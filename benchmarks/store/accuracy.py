@@ -36,7 +36,7 @@ def curve(found: Recorded) -> dict[str, Any]:
         }
     return {
         "rows": len(mu),
-        "working": found.recorder.store.compression.size,
+        "working": found.store.compression.size,
         "in_run": found.judge(mu),
         "seconds_with": found.seconds[0],
         "seconds_without": found.seconds[1],
@@ -47,7 +47,7 @@ def curve(found: Recorded) -> dict[str, Any]:
 def reduced(found: Recorded, settings: GradientStore) -> tuple[StoredVectors, float]:
     """The same run's vectors on as many bytes as another setting has."""
     recorder, started = found.recorder, time.process_time()
-    recorder.store.settings, recorder.store.made = settings, None
+    found.store.settings, found.store.made = settings, None
     store = recorder.report().store
     assert store is not None
     return store, time.process_time() - started
@@ -55,4 +55,4 @@ def reduced(found: Recorded, settings: GradientStore) -> tuple[StoredVectors, fl
 
 def again(found: Recorded, store: StoredVectors) -> Floats:
     """The run's own queries, asked of the store [N, Q]."""
-    return store.products(store.of_query(found.recorder.store.query_entries()))
+    return store.products(store.of_query(found.store.query_entries()))

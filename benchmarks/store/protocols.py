@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from benchmarks import g1
-from benchmarks.fidelity import cross_entropy
 from benchmarks.finetuning.judge import lds
 from benchmarks.finetuning.model import Batch, Training, token_loss
 from benchmarks.finetuning.text import Sizes, make
@@ -19,8 +18,9 @@ from benchmarks.finetuning.truth import Counts, Kept
 from benchmarks.lds import problems, retrain
 from benchmarks.lds.problems import row_losses
 from benchmarks.metrics import Floats, agreement, per_query_spearman
-from benchmarks.network import RowLosses, network
+from benchmarks.network import RowLosses, cross_entropy, network
 from ine_callback import GradientStore, Recorder
+from ine_callback.recording.store.recording import StoreRecording
 
 Judge = Callable[[Floats], float]
 NAMES = ("g1-sgd", "g1-adamw", "g2", "ft")
@@ -41,6 +41,12 @@ class Recorded:
     recorder: Recorder
     judge: Judge
     seconds: tuple[float, float]
+
+    @property
+    def store(self) -> StoreRecording:
+        """Its store."""
+        assert self.recorder.store is not None
+        return self.recorder.store
 
 
 def record(name: str, settings: GradientStore, data: Path | None, truth: Path, quick: bool) -> Recorded:

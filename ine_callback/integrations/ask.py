@@ -188,7 +188,9 @@ def _attribution(store: StoredVectors, bound: list[BoundQuery], entries: Floats,
     size = np.sqrt(np.nanmean(np.square(scores), 0))
     known = told.queries > 0
     scores = scores / np.where(size > 0, size, 1) * (told.size if known else 1.0)
-    se, checks, notes = None, (), [f"the query's gradient is stored to {captured.min():.0%} at least"]
+    se: Floats | None = None
+    checks: tuple[Check, ...] = ()
+    notes = [f"the query's gradient is stored to {captured.min():.0%} at least"]
     if known:
         error = np.sqrt(told.missing * told.size**2 + np.nan_to_num(told.se) ** 2)
         se = np.where(np.isfinite(scores), error, np.nan)

@@ -57,7 +57,8 @@ class Observations:
         packed = processes.join(torch.cat([self.signals.flatten(1), others], 1), sizes)
         signals = packed[:, :-3].unflatten(1, self.signals.shape[1:])
         compressed = processes.join(self.compressed, sizes) if self.compressed.shape[1] else packed[:, :0]
-        return Observations(rows, signals, *packed[:, -3:].unbind(1), compressed)
+        self_variance, losses, margins = packed[:, -3:].unbind(1)
+        return Observations(rows, signals, self_variance, losses, margins, compressed)
 
 
 def or_unknown(read: Tensor | None, like: Tensor) -> Tensor:

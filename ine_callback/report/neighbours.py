@@ -90,7 +90,7 @@ def near_duplicates(store: StoredVectors, cosine: float = DUPLICATE) -> list[Row
                     _join(leader, one, other)
     found: dict[int, list[int]] = {}
     for row in np.flatnonzero(store.seen):
-        found.setdefault(_root(leader, row), []).append(int(row))
+        found.setdefault(_root(leader, int(row)), []).append(int(row))
     groups = [np.array(rows) for rows in found.values() if len(rows) > 1]
     return sorted(groups, key=lambda rows: (-len(rows), rows[0]))
 

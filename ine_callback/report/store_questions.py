@@ -31,7 +31,8 @@ class StoreQuestions:
         """
         import ine_callback  # asking needs torch, and what lies above a report
 
-        found: Attribution = ine_callback.ask(self, queries, module, **options)
+        report: Any = self  # an InfluenceReport, which this is a part of
+        found: Attribution = ine_callback.ask(report, queries, module, **options)
         return found
 
     def neighbours(self, row: int, k: int = 10) -> Neighbours:

@@ -108,10 +108,10 @@ class StoredVectors:
     def products(self, queries: Floats) -> Floats:
         """Scores [N, Q] without a unit, of queries' numbers [Q, k]: in chunks of rows, so that all fit into memory."""
         factors = np.ascontiguousarray(queries.T, dtype=np.float32)
-        out = np.empty((len(self.rows), factors.shape[1]))
+        out: Floats = np.empty((len(self.rows), factors.shape[1]))
         for start, part in self.chunks():
-            scale = self.scale[start : start + len(part), None]
-            out[start : start + len(part)] = (part @ factors) * scale
+            rows = slice(start, start + len(part))
+            out[rows] = (part @ factors) * self.scale[rows, None]
         return out
 
     def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -124,8 +124,7 @@ class StoredVectors:
         """Rows' numbers, of length 1 (0 where there are none) [n, k]."""
         found = np.asarray(self.rows[which], dtype=np.float32)
         norms = np.linalg.norm(found, axis=1, keepdims=True)
-        unit: NDArray[np.float32] = found / np.where(norms > 0, norms, 1)
-        return unit
+        return np.asarray(found / np.where(norms > 0, norms, 1), dtype=np.float32)
 
 
 def write(store: StoredVectors, folder: Path) -> None:

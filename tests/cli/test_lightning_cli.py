@@ -17,7 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from ine_callback import FINE, InfluenceCallback, InfluenceReport, MarginQuery, PerClassQuery
+from ine_callback import FINE, GradientStore, InfluenceCallback, InfluenceReport, MarginQuery, PerClassQuery
 from ine_callback.cli import main
 
 Run = Callable[..., LightningCLI]
@@ -44,7 +44,7 @@ EVERY_OPTION: dict[str, Any] = {
     "num_rows": 77,
     "layers": ["net.*"],
     "uncaptured": "raise",
-    "store": {"class_path": "ine_callback.GradientStore", "init_args": {"bytes_per_row": 512, "dtype": "float16"}},
+    "store": {"bytes_per_row": 512, "dtype": "float16"},
     "log_scores": False,
     "dirpath": "elsewhere",
     "show_rows": False,
@@ -191,8 +191,9 @@ def test_every_option_is_settable_from_yaml(run: Run, tmp_path: Path) -> None:
     assert parameters == set(EVERY_OPTION), "a new option needs a value here"
     entry = {"class_path": "ine_callback.InfluenceCallback", "init_args": EVERY_OPTION}
     callback = callback_of(run("fit", "--config", with_callbacks(tmp_path / "all.yaml", [entry]), *QUIET))
-    for name in parameters - {"queries", "methods", "row_fn", "dirpath"}:
+    for name in parameters - {"queries", "methods", "row_fn", "dirpath", "store"}:
         assert getattr(callback, name) == EVERY_OPTION[name], name
+    assert callback.store == GradientStore(512, "float16")
     (fine,) = callback.methods
     assert (fine.estimator, fine.null_draws, fine.seed) == ("auc", 3, 5)
     assert callback.row_fn is not None and callback.row_fn.__name__ == "first_rows"
@@ -201,7 +202,8 @@ def test_every_option_is_settable_from_yaml(run: Run, tmp_path: Path) -> None:
 
 
 def test_every_option_works_when_it_is_on(run: Run, tmp_path: Path) -> None:
-    entry = {"class_path": "ine_callback.InfluenceCallback", "init_args": EVERY_OPTION | {"enabled": True}}
+    options = EVERY_OPTION | {"enabled": True, "store": None}  # a store needs the discount
+    entry = {"class_path": "ine_callback.InfluenceCallback", "init_args": options}
     callback = callback_of(run("fit", "--config", with_callbacks(tmp_path / "all.yaml", [entry]), *QUIET))
     report = callback.report
     assert report is not None and report.queries == ("rows", "margin", "self") and report.rows == 77

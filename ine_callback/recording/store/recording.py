@@ -243,7 +243,8 @@ def calibrated(found: Floats, mu: Floats, se: Floats) -> Calibration:
         rows.append((spearman(x, y), size, missing, np.sqrt(np.nanmean(se[known, k] ** 2))))
     if not rows:
         return Calibration()
-    return Calibration(*(float(value) for value in np.median(rows, 0)), queries=len(rows))
+    agreement, size, missing, error = (float(value) for value in np.median(rows, 0))
+    return Calibration(agreement, size, missing, error, len(rows))
 
 
 def _or_one(value: float) -> float:
