@@ -2,7 +2,7 @@
 
 A forward hook saves the input; a *tensor* hook on the output, or on each of several, receives the gradient (a full
 backward hook would wrap the module and break in-place activations). Neither draws random numbers, synchronises with the
-device or returns anything.
+device or returns anything. Inside of torch.compile the hook is traced instead: :mod:`ine_callback.capture.compiled`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks, register_multi_grad_hook
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
-from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
+from ine_callback.capture.compiled import Tap, forget_compiled
+from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
@@ -32,7 +34,6 @@ _UNKNOWN_ENTRIES = (
     "its input has {} entries for {} rows, and whose they are could not be checked; call it with one entry of each row "
     "(true and made rows apart)"
 )
-_COMPILED = "it runs inside torch.compile, which calls no hooks"
 
 # errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
 FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -67,6 +68,7 @@ class Capture:
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
             ``torch.cat``); what they have found is added up by row.
+        borrowed: Whether what is received may be in memory that compiled code uses again as soon as it goes on.
         one_each: Whether a layer must get one entry of each row. Else several may be a row's own, one after another,
             which players of a game that join true and made rows would be taken for.
     """
@@ -87,9 +89,8 @@ class Capture:
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
         self.deselected = set(found.values()) - set(fits)
-        known = {child: name for child, name in found.items() if name not in self.deselected}
-        self.names = {child: name for child, name in known.items() if child not in inside}
-        self.dropped = {name: _COMPILED for child, name in known.items() if child in inside}
+        self.names = {child: name for child, name in found.items() if name not in self.deselected}
+        self.dropped: dict[str, str] = {}
         self.approximate = {
             name: f"{type(child).__name__} mixes the rows of a batch: their sum is exact, single rows are approximate"
             for child, name in self.names.items()
@@ -98,7 +99,7 @@ class Capture:
         self.bare = BareParameters(self, module, layers, without=inside)
         self.calls: dict[nn.Module | nn.Parameter, int] = {}
         self.unscale: Tensor | None = None
-        self.half = self.double_backward = False
+        self.half = self.double_backward = self.borrowed = False
         self._received: list[tuple[nn.Module | nn.Parameter, Call]] = []
         self._parts: dict[nn.Module, int] = {}  # calls that one call is received as
         self._worked: set[nn.Module] = set()  # modules whose layer function has succeeded
@@ -109,10 +110,14 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
 
-    def attach(self) -> None:
+    def attach(self, fresh: bool = True) -> None:
+        """Sets the hooks; what was compiled before, unless it is ``fresh``, is compiled anew, for it lacks them."""
+        if not fresh:
+            forget_compiled()
         for child in self.names:
             self._parameters[child] = own_parameters(child)
-            self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
+            hook = Tap(child, self._forward, self._receive) if has_one_input(child) else self._forward
+            self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         self.end_batch()
@@ -173,7 +178,7 @@ class Capture:
         if read.requires_grad and not _transformed():
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
-            saved = _save(read.inputs)
+            saved = save(read.inputs)
         try:
             self._on_forward(module, read, saved)
         except Exception as error:
@@ -268,6 +273,13 @@ class Capture:
         # an overflow: the scaler skips the step, so nothing of it may reach the curvature
         return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
 
+    def _receive(self, module: nn.Module, activations: Tensor, output_grads: Tensor) -> None:
+        """Takes what a compiled backward pass computed; how often a compiled layer was called is known there only."""
+        self.borrowed = True
+        if self.active and module in self.names:
+            self._rows_confirmed |= activations.shape[:1] == (self.rows * self.views,)
+            self._backward(module, self.called(module), lambda: activations, output_grads)
+
     def _backward(
         self, module: nn.Module, call: Call, saved: Callable[[], Tensors | None], output_grads: Tensors
     ) -> None:
@@ -334,54 +346,6 @@ def in_words(error: Exception) -> str:
 def _transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad) runs the layer, with tensors that do not outlive it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _saved_by_hooks() -> bool:
-    """Whether hooks (of checkpointing, or offloading) apply to what autograd saves now."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        return top(False) is not None
-    try:  # torch 2.6 and 2.7 have no such function, but refuse to disable hooks that are in use
-        with disable_saved_tensors_hooks(""):
-            return False
-    except RuntimeError:
-        return True
-
-
-class _SaveForBackward(torch.autograd.Function):
-    """Saves an input as autograd does, so that hooks on saved tensors apply to it too."""
-
-    @staticmethod
-    def forward(ctx: Any, handle: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return handle.clone()
-
-
-def _save(inputs: Tensors) -> Callable[[], Tensors | None]:
-    """Saves a call's inputs; the returned function gives them in the backward pass, or None if one was changed."""
-    if isinstance(inputs, Tensor):
-        return _save_one(inputs)
-    saved = {name: _save_one(x) for name, x in inputs.items()}
-
-    def load() -> dict[str, Tensor] | None:
-        loaded = {name: one() for name, one in saved.items()}
-        present = {name: x for name, x in loaded.items() if x is not None}
-        return present if len(present) == len(loaded) else None
-
-    return load
-
-
-def _save_one(x: Tensor) -> Callable[[], Tensor | None]:
-    """Saves an input; the returned function gives it in the backward pass, or None if it was changed in place.
-
-    Under activation checkpointing or offloading a reference to the input would undo the saving of memory, so autograd
-    saves it there.
-    """
-    x, version = x.detach(), 0 if x.is_inference() else x._version
-    if not _saved_by_hooks():
-        return lambda: x if x.is_inference() or x._version == version else None
-    node = _SaveForBackward.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
-    return lambda: node.grad_fn.saved_tensors[0]
 
 
 def _capturable(module: nn.Module) -> bool:

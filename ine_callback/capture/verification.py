@@ -18,9 +18,11 @@ from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.passes import adds_to_grad
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.utilities.isolation import compiled_parts
 
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+_COMPILED = "torch.compile runs it, where only layers with one input and one output are recorded"
 _MIN_PENALTY_COSINE = 0.98  # between what is missing and a penalty's gradient, to name the penalty
 
 
@@ -182,13 +184,15 @@ def uncaptured(
     for name, child in module.named_modules():
         for p in own_parameters(child).values():
             owners.setdefault(p, []).append((name, child))
+    compiled = {child for part in compiled_parts(module) for child in part.modules()}
     out = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad or parameter in captured or parameter not in used or not parameter.numel():
             continue
         users = owners.get(parameter, [])
         known = [reasons[each] for each in (name, *(owner for owner, _ in users)) if each in reasons]
-        out[name] = known[0] if known else _why(name, [child for _, child in users])
+        why = _COMPILED if any(child in compiled for _, child in users) else _why(name, [child for _, child in users])
+        out[name] = known[0] if known else why
     return out
 
 

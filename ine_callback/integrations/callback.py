@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ine_callback.capture.compiled import forget_compiled
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.checkpoints import KEY, resume, save
@@ -172,17 +173,17 @@ class InfluenceCallback(Callback):
         self._recorder = self._log = None
         if not self.enabled or stage != "fit":
             return
-        owner = self.owner
         if not is_known(trainer.strategy):
             raise InfluenceError(
-                f"{owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
+                f"{self.owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
                 "strategy='ddp', ModelParallelStrategy (FSDP2) or devices=1, or pass enabled=False."
             )
         rivals = (c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and not c.steps_back)  # type: ignore[attr-defined]
         if sum(rival.enabled for rival in rivals) > 1:
-            raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
+            raise InfluenceError(f"{self.owner}: one Trainer holds two of them; give one all the queries.")
         self.report, self._saved = None, {}
-        self._rows = TrackedRows(trainer, pl_module, owner, self.row_fn)
+        self._rows = TrackedRows(trainer, pl_module, self.owner, self.row_fn)
+        forget_compiled()  # now: what the sanity check will compile is the training's
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._rows is None:
@@ -238,7 +239,7 @@ class InfluenceCallback(Callback):
         recent = self._recorder.closing.recent
         unreadable = self._source.unreadable(self.row_fn) if recent.wanted or ending else ""
         recent.wanted &= bool(unreadable)  # else rows are read by their index
-        self._recorder.start()
+        self._recorder.start(fresh=True)
         self._warn_of_single_rows(trainer, loaders[0])
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
         self._fit_end = FitEndMethods(ending, owner, self.on_error)

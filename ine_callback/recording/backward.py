@@ -137,6 +137,7 @@ class BackwardPasses:
                 self._signals.verification.watch(p, known)
         calls, layer = self._capture.uses(module, grad_samples), module in self._capture.names
         layer |= not all(isinstance(each, Vector) for each in grad_samples.values())
+        self._signals.borrowed = self._capture.borrowed
         self._signals.receive(module, grad_samples, calls, self._holding, layer)
 
     def lose(self, lost: nn.Module | nn.Parameter) -> None:

@@ -1,0 +1,101 @@
+"""Layers inside of torch.compile: an operation in the compiled graph hands their tensors to the recording.
+
+There a hook is traced into the graph, once, and never called. So what it does must be tensors alone. The layer's output
+goes through an identity, whose backward pass has an operation that the compiler does not look into: it gets the layer's
+input and its output gradient whenever the compiled backward pass runs, also under ``fullgraph=True``. The operation
+returns a zero, the gradient of a leaf of our own, for what returns nothing is taken out of a graph.
+
+Those tensors are the graph's: it may write other values into their memory once the operation is over.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ine_callback.capture.layers.calls import first_input
+
+Received = Callable[[nn.Module, Tensor, Tensor], None]
+
+_numbers = count()
+_taps: WeakValueDictionary[int, Tap] = WeakValueDictionary()
+
+_library = torch.library.Library("ine_callback", "DEF")
+# a CUDA graph would replay the kernels that the recording once launched there, and nothing else of it
+_tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_library.define("receive(Tensor output_grads, Tensor activations, int number) -> Tensor", tags=_tags)
+
+
+@torch.library.impl(_library, "receive", "CompositeExplicitAutograd")
+def _receive(output_grads: Tensor, activations: Tensor, number: int) -> Tensor:
+    tap = _taps.get(number)
+    if tap is not None:
+        tap.receive(tap.module, activations, output_grads)
+    return _zero(output_grads, activations, number)
+
+
+@torch.library.register_fake("ine_callback::receive", lib=_library)
+def _zero(output_grads: Tensor, activations: Tensor, number: int) -> Tensor:
+    return torch.zeros(1, device=output_grads.device)
+
+
+class _Identity(torch.autograd.Function):
+    """Its output in the forward pass; hands over the layer's tensors in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, activations: Tensor, leaf: Tensor, number: int) -> Tensor:
+        ctx.save_for_backward(activations)
+        ctx.number = number
+        return output.clone()  # no view, lest an in-place activation follows; the compiler takes the copy out
+
+    @staticmethod
+    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+        (activations,) = ctx.saved_tensors
+        return output_grads, None, torch.ops.ine_callback.receive(output_grads, activations, ctx.number), None
+
+
+class Tap:
+    """One layer's way out of compiled graphs; a forward hook that is traced there.
+
+    Args:
+        module: The layer, with one input and one output.
+        eager: The hook elsewhere.
+        receive: Called with the module, its input and its output gradient, in a compiled backward pass.
+    """
+
+    def __init__(self, module: nn.Module, eager: Callable[..., None], receive: Received) -> None:
+        self.module, self.receive, self._eager = module, receive, eager
+        self._leaf = torch.zeros(1, device=next(module.parameters()).device, requires_grad=True)
+        self._number = next(_numbers)
+        _taps[self._number] = self
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._eager(module, args, kwargs, output)
+        x = first_input(args, kwargs)
+        if not (torch.is_grad_enabled() and isinstance(x, Tensor) and isinstance(output, Tensor)):
+            return None
+        if output.requires_grad and any(p is not None and p.requires_grad for p in module._parameters.values()):
+            return _Identity.apply(output, x, self._leaf, self._number)
+        return None
+
+
+def forget_compiled() -> None:
+    """Has compiled code compiled anew at its next call, for the compiler does not see that hooks have come since.
+
+    Only if something was compiled yet. What the compiler knows of changing shapes it keeps: it decides which code it
+    makes, and so the last bits of what that computes.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    frames = dynamo.convert_frame
+    for code in (known() for known in [*frames.input_codes.seen, *frames.output_codes.seen]):
+        if code is not None:
+            torch._C._dynamo.eval_frame.reset_code(code)
