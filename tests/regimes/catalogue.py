@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .compiled import COMPILED
 from .data import DATA
 from .hugging_face import HUGGING_FACE
 from .lightning_examples import EXAMPLES
@@ -12,5 +13,5 @@ from .public_issues import ISSUES
 from .regime import Regime
 from .together import TOGETHER
 
-ALL: list[Regime] = [*OPTIONS, *OPTIMIZERS, *DATA, *MODELS, *EXAMPLES, *ISSUES, *HUGGING_FACE, *TOGETHER]
+ALL: list[Regime] = [*OPTIONS, *OPTIMIZERS, *DATA, *MODELS, *COMPILED, *EXAMPLES, *ISSUES, *HUGGING_FACE, *TOGETHER]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"
