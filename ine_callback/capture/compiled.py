@@ -17,11 +17,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.capture.layers.calls import first_input
+from ine_callback.capture.attributes import setting
+from ine_callback.capture.layers.calls import Tensors, first_input
 
-Received = Callable[[nn.Module, Tensor, Tensor], None]
+Received = Callable[[nn.Module, Tensors, Tensors], None]
 
 _numbers = count()
 _taps: WeakValueDictionary[int, Tap] = WeakValueDictionary()
@@ -29,24 +31,24 @@ _taps: WeakValueDictionary[int, Tap] = WeakValueDictionary()
 _library = torch.library.Library("ine_callback", "DEF")
 # a CUDA graph would replay the kernels that the recording once launched there, and nothing else of it
 _tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-_library.define("receive(Tensor output_grads, Tensor activations, int number) -> Tensor", tags=_tags)
+_library.define("receive(Tensor[] tensors, int number) -> Tensor", tags=_tags)
 
 
 @torch.library.impl(_library, "receive", "CompositeExplicitAutograd")
-def _receive(output_grads: Tensor, activations: Tensor, number: int) -> Tensor:
+def _receive(tensors: list[Tensor], number: int) -> Tensor:
     tap = _taps.get(number)
     if tap is not None:
-        tap.receive(tap.module, activations, output_grads)
-    return _zero(output_grads, activations, number)
+        tap.take(tensors)
+    return _zero(tensors, number)
 
 
 @torch.library.register_fake("ine_callback::receive", lib=_library)
-def _zero(output_grads: Tensor, activations: Tensor, number: int) -> Tensor:
-    return torch.zeros(1, device=output_grads.device)
+def _zero(tensors: list[Tensor], number: int) -> Tensor:
+    return torch.zeros(1, device=tensors[0].device)
 
 
 class _Identity(torch.autograd.Function):
-    """Its output in the forward pass; hands over the layer's tensors in the backward pass."""
+    """Its output in the forward pass; in the backward pass it hands over the layer's input and output gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, activations: Tensor, leaf: Tensor, number: int) -> Tensor:
@@ -55,9 +57,34 @@ class _Identity(torch.autograd.Function):
         return output.clone()  # no view, lest an in-place activation follows; the compiler takes the copy out
 
     @staticmethod
-    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (activations,) = ctx.saved_tensors
-        return output_grads, None, torch.ops.ine_callback.receive(output_grads, activations, ctx.number), None
+        return output_grads, None, torch.ops.ine_callback.receive([activations, output_grads], ctx.number), None
+
+
+class _NormIdentity(torch.autograd.Function):
+    """The same for a norm, whose scale's and shift's gradients the compiler fuses with the norm's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, activations: Tensor, leaf: Tensor, number: int, trailing: int, eps: float, mean: bool
+    ) -> Tensor:
+        ctx.save_for_backward(activations)
+        ctx.number, ctx.trailing, ctx.eps, ctx.mean = number, trailing, eps, mean
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (activations,) = ctx.saved_tensors
+        x, grads = _widened(activations), _widened(output_grads)
+        shape = x.shape[x.dim() - ctx.trailing :]
+        normed = F.layer_norm(x, shape, eps=ctx.eps) if ctx.mean else F.rms_norm(x, shape, eps=ctx.eps)
+        sums = [g.reshape(x.shape[0], -1, shape.numel()).sum(1) for g in (normed * grads, grads)]
+        return output_grads, None, torch.ops.ine_callback.receive(sums, ctx.number), None, None, None, None
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Tap:
@@ -66,13 +93,17 @@ class Tap:
     Args:
         module: The layer, with one input and one output.
         eager: The hook elsewhere.
-        receive: Called with the module, its input and its output gradient, in a compiled backward pass.
+        receive: Called in a compiled backward pass with the module, its input and its output gradient; of a norm with
+            nothing and the gradients of scale and shift [n, D], for each of the n entries that lead its input.
     """
 
     def __init__(self, module: nn.Module, eager: Callable[..., None], receive: Received) -> None:
-        self.module, self.receive, self._eager = module, receive, eager
+        self._module, self._receive, self._eager = module, receive, eager
         self._leaf = torch.zeros(1, device=next(module.parameters()).device, requires_grad=True)
         self._number = next(_numbers)
+        self._norm: tuple[int, float, bool] | None = None
+        if type(module) in (nn.LayerNorm, nn.RMSNorm):  # subclasses may compute something else
+            self._norm = len(setting(module, "normalized_shape")), setting(module, "eps"), type(module) is nn.LayerNorm
         _taps[self._number] = self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -81,9 +112,18 @@ class Tap:
         x = first_input(args, kwargs)
         if not (torch.is_grad_enabled() and isinstance(x, Tensor) and isinstance(output, Tensor)):
             return None
-        if output.requires_grad and any(p is not None and p.requires_grad for p in module._parameters.values()):
+        if not output.requires_grad or not any(p is not None and p.requires_grad for p in module._parameters.values()):
+            return None
+        if self._norm is None:
             return _Identity.apply(output, x, self._leaf, self._number)
-        return None
+        return _NormIdentity.apply(output, x, self._leaf, self._number, *self._norm)
+
+    def take(self, tensors: list[Tensor]) -> None:
+        """Takes what the operation got."""
+        if self._norm is None:
+            self._receive(self._module, *tensors)
+        else:
+            self._receive(self._module, {}, dict(zip(("weight", "bias"), tensors, strict=True)))
 
 
 def forget_compiled() -> None:

@@ -23,7 +23,7 @@ from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.compiled import Tap, forget_compiled
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
-from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
+from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.saved_inputs import save
@@ -273,15 +273,25 @@ class Capture:
         # an overflow: the scaler skips the step, so nothing of it may reach the curvature
         return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
 
-    def _receive(self, module: nn.Module, activations: Tensor, output_grads: Tensor) -> None:
+    def _receive(self, module: nn.Module, activations: Tensors, output_grads: Tensors) -> None:
         """Takes what a compiled backward pass computed; how often a compiled layer was called is known there only."""
         self.borrowed = True
-        if self.active and module in self.names:
-            self._rows_confirmed |= activations.shape[:1] == (self.rows * self.views,)
-            self._backward(module, self.called(module), lambda: activations, output_grads)
+        if not self.active or module not in self.names:
+            return
+        (leading, *_), summed = tree_leaves(output_grads)[0].shape, not isinstance(activations, Tensor)
+        self._rows_confirmed |= leading == self.rows * self.views
+        if self.one_each and leading != self.rows:
+            return self.drop(module, _UNKNOWN_ENTRIES.format(leading, self.rows))
+        function = summed_affine if summed else None
+        self._backward(module, self.called(module), lambda: activations, output_grads, function)
 
     def _backward(
-        self, module: nn.Module, call: Call, saved: Callable[[], Tensors | None], output_grads: Tensors
+        self,
+        module: nn.Module,
+        call: Call,
+        saved: Callable[[], Tensors | None],
+        output_grads: Tensors,
+        function: LayerFunction | None = None,
     ) -> None:
         if not self.active or module not in self.names:
             return
@@ -298,7 +308,7 @@ class Capture:
                 return
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
-                function = self.functions.get(module)
+                function = self.functions.get(module) if function is None else function
                 if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
                     raise RowMismatch(_UNKNOWN_ENTRIES.format(activations.shape[0], self.rows))
                 count = self.views * entries_of(activations, self.rows * self.views)
