@@ -22,29 +22,30 @@ from torch import Tensor, nn
 
 from ine_callback.capture.attributes import setting
 from ine_callback.capture.layers.calls import Tensors, first_input
+from ine_callback.capture.per_sample_gradients import widened
 
 Received = Callable[[nn.Module, Tensors, Tensors], None]
 
 _numbers = count()
 _taps: WeakValueDictionary[int, Tap] = WeakValueDictionary()
 
-_library = torch.library.Library("ine_callback", "DEF")
+LIBRARY = torch.library.Library("ine_callback", "DEF")
 # a CUDA graph would replay the kernels that the recording once launched there, and nothing else of it
 _tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
-_library.define("receive(Tensor[] tensors, int number) -> Tensor", tags=_tags)
+LIBRARY.define("receive(Tensor[] tensors, int number) -> Tensor", tags=_tags)
 
 
-@torch.library.impl(_library, "receive", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "receive", "CompositeExplicitAutograd")
 def _receive(tensors: list[Tensor], number: int) -> Tensor:
     tap = _taps.get(number)
     if tap is not None:
         tap.take(tensors)
-    return _zero(tensors, number)
-
-
-@torch.library.register_fake("ine_callback::receive", lib=_library)
-def _zero(tensors: list[Tensor], number: int) -> Tensor:
     return torch.zeros(1, device=tensors[0].device)
+
+
+torch.library.register_fake(
+    "ine_callback::receive", lambda tensors, number: torch.zeros(1, device=tensors[0].device), lib=LIBRARY
+)
 
 
 class _Identity(torch.autograd.Function):
@@ -57,7 +58,7 @@ class _Identity(torch.autograd.Function):
         return output.clone()  # no view, lest an in-place activation follows; the compiler takes the copy out
 
     @staticmethod
-    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (activations,) = ctx.saved_tensors
         return output_grads, None, torch.ops.ine_callback.receive([activations, output_grads], ctx.number), None
 
@@ -74,17 +75,13 @@ class _NormIdentity(torch.autograd.Function):
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:
         (activations,) = ctx.saved_tensors
-        x, grads = _widened(activations), _widened(output_grads)
+        x, grads = widened(activations), widened(output_grads)
         shape = x.shape[x.dim() - ctx.trailing :]
         normed = F.layer_norm(x, shape, eps=ctx.eps) if ctx.mean else F.rms_norm(x, shape, eps=ctx.eps)
         sums = [g.reshape(x.shape[0], -1, shape.numel()).sum(1) for g in (normed * grads, grads)]
         return output_grads, None, torch.ops.ine_callback.receive(sums, ctx.number), None, None, None, None
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class Tap:
@@ -115,8 +112,10 @@ class Tap:
         if not output.requires_grad or not any(p is not None and p.requires_grad for p in module._parameters.values()):
             return None
         if self._norm is None:
-            return _Identity.apply(output, x, self._leaf, self._number)
-        return _NormIdentity.apply(output, x, self._leaf, self._number, *self._norm)
+            return _Identity.apply(output, x, self._leaf, self._number)  # type: ignore[no-untyped-call]
+        return _NormIdentity.apply(  # type: ignore[no-untyped-call]
+            output, x, self._leaf, self._number, *self._norm
+        )
 
     def take(self, tensors: list[Tensor]) -> None:
         """Takes what the operation got."""

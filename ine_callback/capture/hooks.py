@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
-from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.compiled import Tap, forget_compiled
+from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
 from ine_callback.capture.passes import Call, parameters_passed_by

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _NONE, _MEAN, _SUM = 0, 1, 2
+_REDUCTIONS = {"none": _NONE, "mean": _MEAN, "sum": _SUM}
 _SEARCH_DEPTH = 8
 _SAME = ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0")
 
@@ -110,7 +111,56 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
 def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, views: int) -> LossReading | None:
     """Makes the reading from a loss's node, the weights of its terms [n], ordered by rows, and its coefficient."""
     losses, weights = _LOSSES[node.name()](node)
-    reduction = node._saved_reduction
+    labels = node._saved_target if node.name().startswith("NllLoss") else None
+    return _assembled(losses, weights, labels, node._saved_reduction, mask, coefficient, rows, views)
+
+
+def reading_of(
+    losses: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    reduction: str,
+    gradient: Tensor,
+    rows: int,
+    views: int = 1,
+) -> LossReading | None:
+    """The reading of a loss whose terms are known, without its graph.
+
+    Args:
+        losses: Loss of every term [n], ordered by rows.
+        weights: Weight of every term [n].
+        labels: Class of every term [n].
+        reduction: Of the terms: "mean" (by their weights), "sum" or "none".
+        gradient: Of the loss that is differentiated, with respect to the reduced value, or to every term.
+        rows: Number of rows b.
+        views: How many views of the rows the model sees.
+
+    Returns:
+        The reading, or None where terms do not divide into rows.
+
+    Example:
+        >>> import torch
+        >>> reading = reading_of(torch.tensor([1.0, 3.0]), torch.ones(2), None, "mean", torch.tensor(0.5), rows=2)
+        >>> reading.rows, reading.scale
+        (tensor([1., 3.]), tensor(4.))
+    """
+    coefficient, mask = wide(gradient), None
+    if reduction == "none":  # the heaviest term has weight 1, as where terms are masked
+        largest = coefficient.abs().amax()
+        coefficient, mask = largest, coefficient.flatten() / torch.where(largest > 0, largest, 1.0)
+    return _assembled(losses, weights, labels, _REDUCTIONS[reduction], mask, coefficient, rows, views)
+
+
+def _assembled(
+    losses: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    reduction: int,
+    mask: Tensor | None,
+    coefficient: Tensor,
+    rows: int,
+    views: int,
+) -> LossReading | None:
     if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
         return None
     views = views if losses.numel() % (rows * views) == 0 else 1
@@ -126,8 +176,8 @@ def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, vie
     total = weights.sum(1)
     row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
     own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
-    labels = by_row(node._saved_target) if node.name().startswith("NllLoss") else None
     scale = rows / (coefficient * weights.sum())
+    labels = None if labels is None else by_row(labels)
     return LossReading(row_losses, 1 / coefficient, scale, own, losses, weights, labels)
 
 

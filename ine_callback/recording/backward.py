@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ine_callback.capture import GradSample, Vector
 from ine_callback.capture.attributes import own_parameters
+from ine_callback.capture.compiled_loss import CompiledLoss
 from ine_callback.capture.passes import Passes
-from ine_callback.capture.row_losses import Scale, read_loss
+from ine_callback.capture.row_losses import LossReading, Scale, read_loss
 from ine_callback.capture.row_margins import read_margins
 from ine_callback.capture.verification import Verification
 from ine_callback.errors import RowsError, UnknownRows
@@ -45,6 +46,7 @@ class BackwardPasses:
         self._row_margins: Tensor | None = None
         self._phase = BatchPhase.WAITING
         self._passes, self._lost = Passes(self._pass_over), 0
+        self._compiled_loss = CompiledLoss(parts.training.module, self._told)
 
     @property
     def _holding(self) -> bool:
@@ -79,6 +81,7 @@ class BackwardPasses:
             self._coverage.wanted = 0
         self._signals.curvature_steps = self._updates.curvature_steps(step)
         self._capture.start_batch(len(rows))
+        self._compiled_loss.rows, self._compiled_loss.views = len(rows), self._capture.views
         self._lost = self._passes.discarded
         self._passes.start_batch()
         if self._holding or due:
@@ -94,6 +97,7 @@ class BackwardPasses:
             guard.enter(Phase.HOLDING)
             checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
             self._capture.one_each = self._steps.several and not checked
+            self._compiled_loss.look(self._parts.training.loss, data, len(rows), self._capture.views)
         elif guard.phase is Phase.RECORDING and coverage.thawed():
             guard.enter(Phase.HOLDING)
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
@@ -112,17 +116,27 @@ class BackwardPasses:
         if self._batch is None:
             return
         self._capture.see(loss)
+        if self._compiled_loss.inside:  # it tells in the backward pass
+            return
         with torch.no_grad():
-            reading = read_loss(loss, len(self._batch[0]), self._capture.views)
-            if reading is None:
-                self._guard.note(
-                    "the training loss is of no standard form: taken as a mean over rows, row losses unknown"
-                )
-                return
-            self._row_losses = reading.rows
-            self._row_margins = read_margins(loss, len(self._batch[0]))
-            scale = 1.0 if self._capture.unscale is None else self._capture.unscale
-            self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+            self._take(read_loss(loss, len(self._batch[0]), self._capture.views))
+            if self._row_losses is not None:
+                self._row_margins = read_margins(loss, len(self._batch[0]))
+
+    def _take(self, reading: LossReading | None) -> None:
+        if reading is None:
+            self._guard.note("the training loss is of no standard form: taken as a mean over rows, row losses unknown")
+            return
+        self._row_losses = reading.rows
+        scale = 1.0 if self._capture.unscale is None else self._capture.unscale
+        self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+
+    def _told(self, reading: LossReading | None, margins: Tensor | None) -> None:
+        """Takes what a compiled backward pass says of the loss, before it comes to the first layer."""
+        if self._batch is not None and self._capture.active:
+            with torch.no_grad():
+                self._take(reading)
+            self._row_margins = margins
 
     # -- a backward pass ----------------------------------------------------------------------------------------------
 
@@ -288,6 +302,11 @@ class BackwardPasses:
         self._capture.end_batch()
         self._batch = None
         self.end_verification()
+
+    def close(self) -> None:
+        """Ends the recording."""
+        self.end_verification()
+        self._compiled_loss.detach()
 
     def end_verification(self) -> None:
         """Leaves a verification that no backward pass came to."""

@@ -67,5 +67,5 @@ class CountedBatches:
         """Ends the batch; its rows wait for the optimizer's step."""
         self._rows = None
 
-    def end_verification(self) -> None:
-        """Nothing is verified."""
+    def close(self) -> None:
+        """Nothing is open."""

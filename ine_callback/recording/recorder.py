@@ -219,7 +219,7 @@ class Recorder:
             self._handles.clear()
             warn_if_incomplete(guard, records_signals(self.methods))
             self._clock.stop()
-            self._passes.end_verification()
+            self._passes.close()
             parts.signals.forget()
             parts.processes.close()
             guard.phase = Phase.STOPPED

@@ -86,11 +86,9 @@ class Watched:
 
 
 def by_hand(module: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    rows = []
-    for row in x.split(1):
-        found = torch.autograd.grad(loss(module(row)), [*module.parameters()])
-        rows.append(found)
-    return {n: torch.stack(each) for (n, _), each in zip(module.named_parameters(), zip(*rows, strict=True), strict=True)}
+    rows = [torch.autograd.grad(loss(module(row)), [*module.parameters()]) for row in x.split(1)]
+    names = [name for name, _ in module.named_parameters()]
+    return {name: torch.stack(each) for name, each in zip(names, zip(*rows, strict=True), strict=True)}
 
 
 def loss(out: Tensor) -> Tensor:

@@ -78,8 +78,25 @@ class WithToken(nn.Module):
         return self.head(torch.relu(self.layer(x) + self.shift))
 
 
+class OwnLoss(nn.Module):
+    """Computes its loss itself, as models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.ReLU(inplace=True), nn.Linear(8, CLASSES))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class LossInside(Classifier):
+    def loss(self, batch: Any) -> Tensor:
+        return self.net(batch[0], labels=batch[1])["loss"]
+
+
 COMPILED: list[Regime] = [
-    Regime("torch.compile", "compiled", lambda: compiled(Classifier(), backend="aot_eager"), plain_form=uncompiled),
+    Regime("torch.compile", "compiled", lambda: compiled(Classifier(), backend="eager"), plain_form=uncompiled),
     Regime(
         "torch.compile, fullgraph, convolution, a layer twice",
         "compiled",
@@ -90,53 +107,59 @@ COMPILED: list[Regime] = [
     Regime(
         "Module.compile",
         "compiled",
-        lambda: InPlace(Branches, backend="aot_eager"),
+        lambda: InPlace(Branches, backend="eager"),
         pictures,
         trainer=lambda: {"accumulate_grad_batches": 2},
     ),
     Regime(
         "torch.compile, in part",
         "compiled",
-        lambda: compiled(Classifier(), first=2, backend="aot_eager"),
+        lambda: compiled(Classifier(), first=2, backend="eager"),
         plain_form=uncompiled,
     ),
     Regime(
         "torch.compile of a method",
         "compiled",
-        lambda: OfMethod(backend="aot_eager"),
+        lambda: OfMethod(backend="eager"),
         plain_form=method_as_written,
     ),
     Regime(
         "torch.compile, checkpoints",
         "compiled",
-        lambda: compiled(Classifier(Checkpointed(reentrant=False)), backend="aot_eager"),
+        lambda: compiled(Classifier(Checkpointed(reentrant=False)), backend="eager"),
         plain_form=uncompiled,
     ),
     Regime(
         "torch.compile, tied embedding, tokens",
         "compiled",
-        lambda: compiled(LanguageModel(Tied()), backend="aot_eager"),
+        lambda: compiled(LanguageModel(Tied()), backend="eager"),
         next_words,
         plain_form=uncompiled,
     ),
     Regime(
         "torch.compile, a parameter outside of layers",
         "compiled",
-        lambda: compiled(Classifier(WithToken()), backend="aot_eager"),
+        lambda: compiled(Classifier(WithToken()), backend="eager"),
         plain_form=uncompiled,
         left_out=("net.shift",),
     ),
     Regime(
         "torch.compile, a parameter outside of layers, fallback",
         "compiled",
-        lambda: compiled(Classifier(WithToken()), backend="aot_eager"),
+        lambda: compiled(Classifier(WithToken()), backend="eager"),
         influence={"uncaptured": "fallback"},
+        plain_form=uncompiled,
+    ),
+    Regime(
+        "torch.compile, loss inside",
+        "compiled",
+        lambda: compiled(LossInside(OwnLoss()), backend="eager", fullgraph=True),
         plain_form=uncompiled,
     ),
     Regime(
         "torch.compile, bf16",
         "compiled",
-        lambda: compiled(Classifier(), backend="aot_eager"),
+        lambda: compiled(Classifier(), backend="eager"),
         trainer=lambda: {"precision": "bf16-mixed"},
         plain_form=uncompiled,
         tolerance=3e-2,

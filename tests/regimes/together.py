@@ -122,9 +122,10 @@ FORKED = [
     Regime(
         "ddp, torch.compile",
         "processes",
-        lambda: compiled(Classifier(), backend="aot_eager"),
+        lambda: compiled(Classifier(), backend="eager"),
         trainer=_two(),
         processes=2,
+        slow=True,
         plain_form=uncompiled,
     ),
     Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
