@@ -30,7 +30,7 @@ _numbers = count()
 _taps: WeakValueDictionary[int, Tap] = WeakValueDictionary()
 
 LIBRARY = torch.library.Library("ine_callback", "DEF")
-# a CUDA graph would replay the kernels that the recording once launched there, and nothing else of it
+# lest a CUDA graph replays the kernels that the recording once launched there, and nothing else of it
 _tags = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 LIBRARY.define("receive(Tensor[] tensors, int number) -> Tensor", tags=_tags)
 
@@ -38,7 +38,9 @@ LIBRARY.define("receive(Tensor[] tensors, int number) -> Tensor", tags=_tags)
 @torch.library.impl(LIBRARY, "receive", "CompositeExplicitAutograd")
 def _receive(tensors: list[Tensor], number: int) -> Tensor:
     tap = _taps.get(number)
-    if tap is not None:
+    if tap is not None and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        tap.lose("it became part of a CUDA graph, which is replayed without the recording (mode='reduce-overhead')")
+    elif tap is not None:
         tap.take(tensors)
     return torch.zeros(1, device=tensors[0].device)
 
@@ -92,10 +94,17 @@ class Tap:
         eager: The hook elsewhere.
         receive: Called in a compiled backward pass with the module, its input and its output gradient; of a norm with
             nothing and the gradients of scale and shift [n, D], for each of the n entries that lead its input.
+        drop: Called with the module and a reason when it cannot be recorded.
     """
 
-    def __init__(self, module: nn.Module, eager: Callable[..., None], receive: Received) -> None:
-        self._module, self._receive, self._eager = module, receive, eager
+    def __init__(
+        self,
+        module: nn.Module,
+        eager: Callable[..., None],
+        receive: Received,
+        drop: Callable[[nn.Module, str], None],
+    ) -> None:
+        self._module, self._receive, self._eager, self._drop = module, receive, eager, drop
         self._leaf = torch.zeros(1, device=next(module.parameters()).device, requires_grad=True)
         self._number = next(_numbers)
         self._norm: tuple[int, float, bool] | None = None
@@ -116,6 +125,10 @@ class Tap:
         return _NormIdentity.apply(  # type: ignore[no-untyped-call]
             output, x, self._leaf, self._number, *self._norm
         )
+
+    def lose(self, reason: str) -> None:
+        """The layer cannot be recorded."""
+        self._drop(self._module, reason)
 
     def take(self, tensors: list[Tensor]) -> None:
         """Takes what the operation got."""

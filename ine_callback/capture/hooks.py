@@ -116,7 +116,7 @@ class Capture:
             forget_compiled()
         for child in self.names:
             self._parameters[child] = own_parameters(child)
-            hook = Tap(child, self._forward, self._receive) if has_one_input(child) else self._forward
+            hook = Tap(child, self._forward, self._receive, self.drop) if has_one_input(child) else self._forward
             self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:

@@ -186,7 +186,7 @@ def test_without_the_compiler_nothing_is_forgotten(monkeypatch: pytest.MonkeyPat
 
 def test_a_tap_without_a_receiver_is_silent() -> None:
     layer = nn.Linear(SIDE, 3)
-    tap = Tap(layer, lambda *_: None, lambda *_: pytest.fail("received"))
+    tap = Tap(layer, lambda *_: None, lambda *_: pytest.fail("received"), pytest.fail)
     number = tap._number
     del tap
     assert torch.ops.ine_callback.receive([torch.ones(2, 3)], number).tolist() == [0.0]
