@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
-from ine_callback.capture.compiled import Tap, forget_compiled
+from ine_callback.capture.compiled import HookGuards, Tap, forget_compiled
 from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
@@ -108,18 +108,21 @@ class Capture:
         self.functions: dict[nn.Module, LayerFunction] = {}
         self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
+        self._guards = HookGuards()
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
 
     def attach(self, fresh: bool = True) -> None:
         """Sets the hooks; what was compiled before, unless it is ``fresh``, is compiled anew, for it lacks them."""
         if not fresh:
             forget_compiled()
+        self._guards.attach()
         for child in self.names:
             self._parameters[child] = own_parameters(child)
             hook = Tap(child, self._forward, self._receive, self.drop) if has_one_input(child) else self._forward
             self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
+        self._guards.detach()
         self.end_batch()
         for handle in self._handles:
             handle.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -64,11 +64,16 @@ def nothing_compiled() -> Iterator[None]:
     torch.manual_seed(0)
     torch.compiler.reset()
     yield
+    for watched in Watched.made:
+        watched.capture.detach()
+    Watched.made.clear()
     torch.compiler.reset()
 
 
 class Watched:
     """The per-sample gradients that a capture got, by the parameters' names."""
+
+    made: ClassVar[list[Watched]] = []
 
     def __init__(self, module: nn.Module, rows: int = ROWS) -> None:
         self.names = {p: name for name, p in module.named_parameters()}
@@ -76,6 +81,7 @@ class Watched:
         self.capture = Capture(module, self.receive, pytest.fail)
         self.capture.attach(fresh=False)
         self.capture.start_batch(rows)
+        self.made.append(self)
 
     def receive(self, module: nn.Module, found: dict[str, Any]) -> None:
         for name, grad_sample in found.items():
@@ -128,6 +134,52 @@ def test_a_second_recording_hears_and_the_first_does_not() -> None:
     assert all(torch.equal(before[name], g) for name, g in first.gradients.items())
     assert all(torch.equal(before[name], g) for name, g in second.gradients.items())
     assert second.gradients.keys() == before.keys()
+
+
+class Stack(nn.Module):
+    """Blocks of one class, each compiled by itself: the compiler makes one graph for all."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(SIDE), nn.Linear(SIDE, SIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(self.norm(x)))
+
+
+def test_blocks_of_one_class_share_a_graph_and_keep_their_gradients() -> None:
+    module, x = Stack(12).double(), series().double()
+    expected, watched = by_hand(module, x, loss), Watched(module)
+    for block in module.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loss(module(x)).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2  # the first block's input is a leaf
+    for name, gradients in expected.items():
+        torch.testing.assert_close(watched.gradients[name], gradients, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_a_twin_that_is_not_recorded_does_not_take_the_graph() -> None:
+    module, twin, x = Stack(1), Stack(1), series()
+    watched = Watched(module)
+    for each in (twin, module):
+        each.compile(backend="aot_eager")
+        loss(each(x)).backward()
+    assert set(watched.gradients) == set(watched.names.values())
+    assert not torch._dynamo.config.skip_nnmodule_hook_guards
+    watched.capture.detach()
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
 
 
 def test_layers_that_do_not_train_stay_without_gradient() -> None:
@@ -187,6 +239,6 @@ def test_without_the_compiler_nothing_is_forgotten(monkeypatch: pytest.MonkeyPat
 def test_a_tap_without_a_receiver_is_silent() -> None:
     layer = nn.Linear(SIDE, 3)
     tap = Tap(layer, lambda *_: None, lambda *_: pytest.fail("received"), pytest.fail)
-    number = tap._number
+    leaf = tap._leaf
     del tap
-    assert torch.ops.ine_callback.receive([torch.ones(2, 3)], number).tolist() == [0.0]
+    assert torch.ops.ine_callback.receive([torch.ones(2, 3)], leaf).tolist() == [0.0]
