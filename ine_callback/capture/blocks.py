@@ -70,6 +70,21 @@ class Block:
         return sum(p.numel() for p in self.parameters)
 
 
+def _as_joined(grad_sample: GradSample, block: Block, is_weight: bool) -> GradSample:
+    """Gradients of a weight alone, or of a bias alone, as those of both together."""
+    if is_weight and isinstance(grad_sample, Outer):
+        inputs = grad_sample.formed()
+        return Outer(torch.cat([inputs, torch.zeros_like(inputs[..., :1])], -1), grad_sample.output_grads)
+    if not is_weight and isinstance(grad_sample, Vector):
+        groups, out, inputs = block.layout
+        output_grads = grad_sample.g.view(-1, groups, 1, out)
+        activations = torch.zeros_like(output_grads[..., :1]).repeat(1, 1, 1, inputs)
+        activations[..., -1] = 1
+        return Outer(activations, output_grads)
+    kind = type(grad_sample).__name__
+    raise LayerError(f"'{block.name}' is used in two ways, one of which gives a {kind} and the other matrices")
+
+
 class BlockTable:
     """Finds or makes the block of all per-sample gradients; knows which parameters are tied between modules.
 
@@ -92,6 +107,7 @@ class BlockTable:
                 self._first[child, name] = parameter
         self._tied = {p for p, count in uses.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
+        self._joined: dict[nn.Parameter, Block] = {}  # blocks of a weight and its bias, by either
         self._refused: set[nn.Parameter] = set()
         self._from_fallback: set[nn.Parameter] = set()
 
@@ -112,8 +128,17 @@ class BlockTable:
                     pairs.append((self._block(parameters, joined), joined))
                     del grad_samples[name], grad_samples[of_bias]
         for name, grad_sample in grad_samples.items():
-            pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
+            parameter = self._parameter(module, name)
+            block = self._joined.get(parameter)
+            if block is not None:
+                grad_sample = _as_joined(grad_sample, block, parameter is block.parameters[0])
+            pairs.append((block or self._block((parameter,), grad_sample), grad_sample))
         return pairs
+
+    def tie(self, parameter: nn.Parameter) -> None:
+        """A parameter is also used outside of its layer's call: from the start on it has a block of its own."""
+        if all(parameter not in set(block.parameters) for block in self):
+            self._tied.add(parameter)
 
     def trainable(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """A module's own trainable parameters: as the module uses them now, and as the optimizer has them."""
@@ -132,7 +157,7 @@ class BlockTable:
             first = parameters[0]
             name, position, tied = self.names[first], self._positions[first], first in self._tied
             matrix = isinstance(grad_sample, Outer) and not tied
-            self._blocks[parameters] = Block(name, parameters, grad_sample.layout, position, matrix, tied)
+            self._add(Block(name, parameters, grad_sample.layout, position, matrix, tied))
         block = self._blocks[parameters]
         if not block.fits(grad_sample):
             raise LayerError(
@@ -157,9 +182,12 @@ class BlockTable:
             parameters = tuple(named[name] for name in saved["parameters"])
             first = parameters[0]
             kinds = {**saved, "layout": tuple(saved["layout"]), "parameters": parameters}
-            self._blocks[parameters] = Block(
-                name=self.names[first], position=self._positions[first], tied=first in self._tied, **kinds
-            )
+            self._add(Block(name=self.names[first], position=self._positions[first], tied=first in self._tied, **kinds))
+
+    def _add(self, block: Block) -> None:
+        self._blocks[block.parameters] = block
+        if len(block.parameters) > 1:
+            self._joined.update(dict.fromkeys(block.parameters, block))
 
     def vector(self, parameter: nn.Parameter) -> Block:
         """The block of a parameter whose per-sample gradients come from the fallback."""
@@ -169,6 +197,8 @@ class BlockTable:
     def drop(self, block: Block) -> None:
         """Drops a block: its parameters are refused from now on."""
         del self._blocks[block.parameters]
+        for parameter in block.parameters:
+            self._joined.pop(parameter, None)
         self._refused.update(block.parameters)
 
     def drop_all(self, lost: nn.Module | nn.Parameter) -> list[Block]:

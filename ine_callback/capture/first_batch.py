@@ -10,11 +10,13 @@ from torch import nn
 
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.check import find_layouts
+from ine_callback.capture.bare.no_row import find_terms_of_no_row
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
-from ine_callback.capture.row_mixing import row_mixing_faults
+from ine_callback.capture.row_mixing import as_in_training, row_mixing_faults
 from ine_callback.capture.row_order import row_order_faults
 from ine_callback.data.batches import led_by
+from ine_callback.utilities.isolation import isolated
 
 
 def first_batch_faults(
@@ -49,6 +51,8 @@ def first_batch_faults(
         # what fails here costs bare parameters only, which then are named as left out
         with contextlib.suppress(Exception):
             find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
+            running = as_in_training if training else isolated
+            find_terms_of_no_row(module, capture, loss, batch, rows, running)
     trained = {p for each in order for p in own_parameters(each).values() if p.requires_grad}
     if views and found > 1 and not trained <= capture.bare.layouts.keys():  # else they are read at their uses
         capture.views = found

@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks, register_multi_grad_hook
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
+from ine_callback.capture.bare.graph import mark_call
+from ine_callback.capture.bare.parameters import Observer
 from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
@@ -64,6 +67,7 @@ class Capture:
         half: Whether a gradient came in half precision.
         functions: Layer functions that the check before the first step chose, in place of those of the types.
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
+        last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
             ``torch.cat``); what they have found is added up by row.
@@ -108,6 +112,8 @@ class Capture:
         self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
+        self._seen = False  # whether this batch's loss is known: passes before are the training step's own
+        self.last_called: nn.Module | None = None
 
     def attach(self) -> None:
         for child in self.names:
@@ -122,6 +128,7 @@ class Capture:
 
     def start_batch(self, rows: int) -> None:
         self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
+        self._seen, self.last_called = False, None
         self.calls.clear()
         self._received.clear()
         self._release()
@@ -137,10 +144,14 @@ class Capture:
             handle.remove()
         self._awaited.clear()
 
-    def see(self, loss: Tensor) -> None:
-        """Takes the loss that is about to be differentiated, in whose graph bare parameters are found."""
-        if self.active:
-            self.bare.see(loss)
+    def see(self, loss: Tensor, observer: Observer | None = None) -> set[nn.Parameter]:
+        """Takes the loss that is about to be differentiated, in whose graph parameters are found outside of layers.
+
+        Returns:
+            Parameters of recorded layers that are also used elsewhere.
+        """
+        self._seen = True
+        return self.bare.see(loss, observer) if self.active else set()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -173,7 +184,9 @@ class Capture:
         if read.requires_grad and not _transformed():
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
-            saved = _save(read.inputs)
+            saved = save(read.inputs)
+            if module in self.names and not read.fault:
+                mark_call(module, (args, kwargs), read.outputs)
         try:
             self._on_forward(module, read, saved)
         except Exception as error:
@@ -203,7 +216,7 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
-        call = self.called(module)
+        call, self.last_called = self.called(module), module
         self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
@@ -232,7 +245,8 @@ class Capture:
     def uses(self, module: nn.Module, names: Iterable[str]) -> int:
         """How often a layer was called in this batch, or, if it was not, how often its named parameters were used."""
         calls = self.calls.get(module, 0) * self._parts.get(module, 1)
-        return calls or max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=1)
+        used = max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=0)
+        return max(1, calls + used)
 
     def forget(self) -> None:
         """The gradients of the batch's backward passes so far were removed: the calls in them do not count."""
@@ -275,6 +289,8 @@ class Capture:
             return
         try:
             # of torch.autograd.grad, or backward(inputs=...)
+            if self.every_pass and not self._seen:
+                return
             passed_by = set() if self.every_pass else parameters_passed_by(module)
             named = module._parameters.items()
             passed = passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in named)
@@ -334,54 +350,6 @@ def in_words(error: Exception) -> str:
 def _transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad) runs the layer, with tensors that do not outlive it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _saved_by_hooks() -> bool:
-    """Whether hooks (of checkpointing, or offloading) apply to what autograd saves now."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        return top(False) is not None
-    try:  # torch 2.6 and 2.7 have no such function, but refuse to disable hooks that are in use
-        with disable_saved_tensors_hooks(""):
-            return False
-    except RuntimeError:
-        return True
-
-
-class _SaveForBackward(torch.autograd.Function):
-    """Saves an input as autograd does, so that hooks on saved tensors apply to it too."""
-
-    @staticmethod
-    def forward(ctx: Any, handle: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return handle.clone()
-
-
-def _save(inputs: Tensors) -> Callable[[], Tensors | None]:
-    """Saves a call's inputs; the returned function gives them in the backward pass, or None if one was changed."""
-    if isinstance(inputs, Tensor):
-        return _save_one(inputs)
-    saved = {name: _save_one(x) for name, x in inputs.items()}
-
-    def load() -> dict[str, Tensor] | None:
-        loaded = {name: one() for name, one in saved.items()}
-        present = {name: x for name, x in loaded.items() if x is not None}
-        return present if len(present) == len(loaded) else None
-
-    return load
-
-
-def _save_one(x: Tensor) -> Callable[[], Tensor | None]:
-    """Saves an input; the returned function gives it in the backward pass, or None if it was changed in place.
-
-    Under activation checkpointing or offloading a reference to the input would undo the saving of memory, so autograd
-    saves it there.
-    """
-    x, version = x.detach(), 0 if x.is_inference() else x._version
-    if not _saved_by_hooks():
-        return lambda: x if x.is_inference() or x._version == version else None
-    node = _SaveForBackward.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
-    return lambda: node.grad_fn.saved_tensors[0]
 
 
 def _capturable(module: nn.Module) -> bool:

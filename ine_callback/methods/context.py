@@ -246,6 +246,7 @@ class FitContext:
         try:
             if self._dropped is None:
                 self._check_layers(batch, size)
+            verification = Verification(self._failures.append, None, keep=False) if self._dropped is None else None
             with isolated(self.module), self.precision():
                 capture.start_batch(size)
                 loss = self.loss(self.module, batch)
@@ -254,14 +255,17 @@ class FitContext:
                     sample(loss, generator)
                 elif what.labels == "expected":
                     expect(loss, draw, size)
-                capture.see(loss)
+                for parameter in capture.see(loss, verification):
+                    self.table.tie(parameter)
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             capture.detach()
+            if verification is not None:
+                verification.close()
         if self._failures:
             raise self._failures.pop()
-        if self._dropped is None:
-            self._verify(parameters, found)
+        if verification is not None:
+            self._verify(verification, parameters, found)
         elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in self._dropped]:
             raise CaptureError(f"{self.owner}: per-sample gradients ended early: {'; '.join(late)}.")
         grad_samples: dict[Block, list[GradSample]] = {}
@@ -295,9 +299,10 @@ class FitContext:
         for module, reason in faults.items():
             self._capture.drop(module, reason)
 
-    def _verify(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    def _verify(
+        self, verification: Verification, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+    ) -> None:
         """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
-        verification = Verification(self._failures.append, None, keep=False)
         for block, grad_sample in self._held:
             verification.take(block, grad_sample)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -305,7 +310,9 @@ class FitContext:
                 verification.compare(parameter, parameter, gradient)
         if self._failures:
             raise self._failures.pop()
-        wrong, _, finite = verification.judge(self.table, self._capture.half, self._capture.double_backward)
+        capture = self._capture
+        of_no_row = capture.bare.of_no_row
+        wrong, _, finite = verification.judge(self.table, capture.half, capture.double_backward, of_no_row)
         if not finite:
             raise CaptureError(
                 f"{self.owner}: gradients of the first {TOGETHER} rows asked for are not finite; look for inputs or "
@@ -317,6 +324,7 @@ class FitContext:
             self.table.drop(block)
         self._held = [(block, grad_sample) for block, grad_sample in self._held if block not in wrong]
         used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        used -= verification.without_rows(of_no_row)
         missing = uncaptured(self.module, self.table.captured(), self._capture.dropped, used) | missing
         unasked = {name for name in missing if name.rpartition(".")[0] in self._capture.deselected}
         if unasked:

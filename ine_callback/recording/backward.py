@@ -111,7 +111,7 @@ class BackwardPasses:
         """Reads each row's loss and margin and the loss's scale off the loss about to be differentiated."""
         if self._batch is None:
             return
-        self._capture.see(loss)
+        self._find_uses(loss)
         with torch.no_grad():
             reading = read_loss(loss, len(self._batch[0]), self._capture.views)
             if reading is None:
@@ -123,6 +123,16 @@ class BackwardPasses:
             self._row_margins = read_margins(loss, len(self._batch[0]))
             scale = 1.0 if self._capture.unscale is None else self._capture.unscale
             self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+
+    def _find_uses(self, loss: Tensor) -> None:
+        """Finds parameters outside of layers, and where a pass is to be verified, what belongs to no row."""
+        elsewhere = self._capture.see(loss, self._signals.verification)
+        alone = self._parts.processes.count == 1 and self._signals.verification is None and not self._holding
+        if alone and self._phase not in RECEIVED and self._coverage.changed(self._passes.count):
+            self._begin_verification()
+            elsewhere |= self._capture.see(loss, self._signals.verification)
+        for parameter in elsewhere:
+            self._signals.table.tie(parameter)
 
     # -- a backward pass ----------------------------------------------------------------------------------------------
 
@@ -137,6 +147,8 @@ class BackwardPasses:
                 self._signals.verification.watch(p, known)
         calls, layer = self._capture.uses(module, grad_samples), module in self._capture.names
         layer |= not all(isinstance(each, Vector) for each in grad_samples.values())
+        if self._capture.double_backward:  # a gradient penalty's layers come before the network's last one
+            layer = module is self._capture.last_called
         self._signals.receive(module, grad_samples, calls, self._holding, layer)
 
     def lose(self, lost: nn.Module | nn.Parameter) -> None:
@@ -246,6 +258,7 @@ class BackwardPasses:
         verification, self._signals.verification = self._signals.verification, None
         assert verification is not None
         verification.close()
+        self._coverage.check_terms(self._parts.training.loss, data, len(rows), verification)
         finite = self._coverage.verify(
             verification, self._signals, self._parts.processes, self._guard.steps, self._passes.count
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, GradSample, Vector
+from ine_callback.capture.bare.no_row import find_terms_of_no_row
 from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
 from ine_callback.capture.first_batch import first_batch_faults
-from ine_callback.capture.row_mixing import MIXED
+from ine_callback.capture.row_mixing import MIXED, as_in_training
 from ine_callback.capture.row_order import VIEWS
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.distributed.processes import Lockstep
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 VERIFY = 1  # to verify the capture again
 HOLD = 2  # to hold per-sample gradients back, so that layers that joined get directions
 
+_OF_NO_ROW = (
+    "the loss holds terms that belong to no row (a penalty on weights): they have no part in any row's score, nor in the "
+    "discount"
+)
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
@@ -155,7 +161,8 @@ class Coverage:
         self.agree(processes)
         slow = set(self._slow.values())
         blocks = [block for block in signals.table if not slow.intersection(block.parameters)]
-        wrong, judged, finite = verification.judge(blocks, self._capture.half, self._capture.double_backward)
+        of_no_row = self._capture.bare.of_no_row
+        wrong, judged, finite = verification.judge(blocks, self._capture.half, self._capture.double_backward, of_no_row)
         if not all(there for there, _ in processes.exchange(int(finite))):
             self.wanted |= VERIFY
             return False
@@ -168,7 +175,8 @@ class Coverage:
             signals.drop_block(block)
         captured = signals.table.captured()
         self._begin_naming(step)
-        missing = uncaptured(self._module, captured | slow, self._capture.dropped)
+        explained = captured | slow | verification.without_rows(of_no_row)
+        missing = uncaptured(self._module, explained, self._capture.dropped)
         missing |= {signals.table.names[p]: reason for block, reason in failed.items() for p in block.parameters}
         self._miss(missing, captured)
         self._used |= self._uses(passes)
@@ -176,6 +184,17 @@ class Coverage:
         self._dormant = [p for p in self._module.parameters() if p.requires_grad and p.grad is None]
         self._last, self._dropped = step, set(self._capture.dropped)
         return True
+
+    def check_terms(
+        self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, verification: Verification
+    ) -> None:
+        """Finds out whether operations on parameters that are no uses belong to no row: penalties on weights."""
+        known = self._capture.bare.of_no_row
+        if loss is not None and batch is not None and verification.has_unknown(known):
+            with contextlib.suppress(Exception):  # of the user's code: the parameters will be named as left out
+                find_terms_of_no_row(self._module, self._capture, loss, batch, rows, as_in_training)
+        if known and _OF_NO_ROW not in self.notes:
+            self.notes.append(_OF_NO_ROW)
 
     def agree_on(self, requests: Iterable[int]) -> None:
         """Takes what all processes asked of the next step."""
@@ -300,7 +319,8 @@ class Coverage:
         sums = None
         if verification is not None:
             slow = dict(self._slow)
-            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, verification.gradients)
+            gradients = verification.of_rows(self._capture.bare.of_no_row)
+            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, gradients)
 
         def factor(contributions: list[Tensor]) -> float:
             self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor
