@@ -70,19 +70,21 @@ class Block:
         return sum(p.numel() for p in self.parameters)
 
 
-def _as_joined(grad_sample: GradSample, block: Block, is_weight: bool) -> GradSample:
-    """Gradients of a weight alone, or of a bias alone, as those of both together."""
-    if is_weight and isinstance(grad_sample, Outer):
+def _fitted(grad_sample: GradSample, block: Block, parameter: nn.Parameter) -> GradSample:
+    """Gradients of another use of a block's parameter in the block's layout; as they are where that cannot be."""
+    joined = len(block.parameters) > 1
+    if isinstance(grad_sample, Outer) and joined and parameter is block.parameters[0]:  # without a bias
         inputs = grad_sample.formed()
         return Outer(torch.cat([inputs, torch.zeros_like(inputs[..., :1])], -1), grad_sample.output_grads)
-    if not is_weight and isinstance(grad_sample, Vector):
-        groups, out, inputs = block.layout
+    if len(block.layout) == 1:
+        return Vector(grad_sample.wide().gradient(slice(None)).flatten(1))
+    groups, out, inputs = block.layout
+    if isinstance(grad_sample, Vector) and parameter is block.parameters[-1] and (joined or inputs == 1):  # a bias
         output_grads = grad_sample.g.view(-1, groups, 1, out)
         activations = torch.zeros_like(output_grads[..., :1]).repeat(1, 1, 1, inputs)
         activations[..., -1] = 1
         return Outer(activations, output_grads)
-    kind = type(grad_sample).__name__
-    raise LayerError(f"'{block.name}' is used in two ways, one of which gives a {kind} and the other matrices")
+    return grad_sample
 
 
 class BlockTable:
@@ -129,10 +131,10 @@ class BlockTable:
                     del grad_samples[name], grad_samples[of_bias]
         for name, grad_sample in grad_samples.items():
             parameter = self._parameter(module, name)
-            block = self._joined.get(parameter)
-            if block is not None:
-                grad_sample = _as_joined(grad_sample, block, parameter is block.parameters[0])
-            pairs.append((block or self._block((parameter,), grad_sample), grad_sample))
+            block = self._joined.get(parameter) or self._blocks.get((parameter,))
+            if block is not None and block.layout != grad_sample.layout:
+                grad_sample = _fitted(grad_sample, block, parameter)
+            pairs.append((self._block(block.parameters if block else (parameter,), grad_sample), grad_sample))
         return pairs
 
     def tie(self, parameter: nn.Parameter) -> None:

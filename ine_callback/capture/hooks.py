@@ -20,11 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
-from ine_callback.capture.bare.graph import mark_call
 from ine_callback.capture.bare.parameters import Observer
 from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
+from ine_callback.capture.marks import mark_call
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.saved_inputs import save

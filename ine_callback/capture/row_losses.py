@@ -6,6 +6,7 @@ every influence score) and the number of terms that the loss is a mean of (the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ine_callback.capture.marks import holds_call
+
 _NONE, _MEAN, _SUM = 0, 1, 2
 _SEARCH_DEPTH = 8
+_SUMS = {"AddBackward0": 1, "SubBackward0": -1}  # the sign of what is added, or subtracted
 _SAME = ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0")
 
 
@@ -60,6 +64,8 @@ class Scale:
 def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
+    Penalties on weights that are added to it, in which no recorded layer was called, are passed by.
+
     Args:
         loss: The scalar to be differentiated.
         rows: Number of rows b of the batch.
@@ -76,26 +82,47 @@ def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
         >>> reading.rows, reading.scale
         (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
     """
-    node: Any = loss.grad_fn
     coefficient: Tensor = wide(torch.ones_like(loss, requires_grad=False))
     mask: Tensor | None = None
-    for _ in range(_SEARCH_DEPTH):
-        if node is None:
-            return None
+    for node, index in way_to(loss):
         name = node.name()
+        factor = _constant_factor(node, name)
         if name in _LOSSES:
             return _reading(node, mask, coefficient, rows, views)
-        factor = _constant_factor(node, name)
-        if factor is not None and factor.dim() == 0:
+        if name in _SUMS:
+            coefficient = coefficient * (_SUMS[name] * node._saved_alpha if index else 1)
+        elif factor is not None and factor.dim() == 0:
             coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
         elif factor is not None and mask is None and name == "MulBackward0":
             mask = factor  # a weight for each term: (losses * mask).sum() / mask.sum()
         elif name == "MeanBackward0":
             coefficient = coefficient / node._saved_self_sym_numel
-        elif name not in _SAME:
+        elif factor is not None:
             return None
-        node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
+
+
+def way_to(loss: Tensor) -> list[tuple[Any, int]]:
+    """The nodes from a loss to the one of a known form in it, each with the input that leads on; empty if none does."""
+    return _way(loss.grad_fn, _SEARCH_DEPTH) or []
+
+
+def _way(node: Any, depth: int) -> list[tuple[Any, int]] | None:
+    if node is None or not depth:
+        return None
+    name = node.name()
+    if name in _LOSSES:
+        return [(node, 0)]
+    if name in _SUMS:  # a sum may have any number of terms: its depth does not count
+        terms = [(k, below) for k, (below, _) in enumerate(node.next_functions) if below is not None]
+        of_rows = [(k, below) for k, below in terms if len(terms) == 1 or holds_call(below)]
+        way = _way(of_rows[0][1], depth) if len(of_rows) == 1 else None
+        return None if way is None else [(node, of_rows[0][0]), *way]
+    if name not in (*_SAME, "MeanBackward0") and _constant_factor(node, name) is None:
+        return None
+    index, below = next(((k, one) for k, (one, _) in enumerate(node.next_functions) if one is not None), (0, None))
+    way = _way(below, depth - 1)
+    return None if way is None else [(node, index), *way]
 
 
 def _constant_factor(node: Any, name: str) -> Tensor | None:
@@ -178,16 +205,22 @@ _LOSSES = {
 def loss_node(loss: Tensor) -> Any:
     """The node of the graph where a loss of a known form, scaled by constants or masked, takes prediction and target.
 
-    None for another form, such as a sum of several losses.
+    None for another form, such as a sum of several of them.
     """
-    node: Any = loss.grad_fn
-    for _ in range(_SEARCH_DEPTH):
-        if node is None or node.name() in _LOSSES:
-            return node
-        if node.name() not in (*_SAME, "MeanBackward0") and _constant_factor(node, node.name()) is None:
-            return None
-        node = next((function for function, _ in node.next_functions if function is not None), None)
-    return None
+    way = way_to(loss)
+    return way[-1][0] if way else None
+
+
+def silence_others(loss: Tensor) -> None:
+    """In the coming backward pass, penalties that are added to the loss of a known form have no gradient."""
+    for node, index in way_to(loss):
+        if node.name() in _SUMS:
+            node.register_hook(lambda given, _, index=index: tuple(_only(index, given)))
+
+
+def _only(index: int, gradients: tuple[Any, ...]) -> Iterator[Any]:
+    for k, grad in enumerate(gradients):
+        yield grad if k == index or grad is None else torch.zeros_like(grad)
 
 
 class RowLosses:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters, plain_parameters
 from ine_callback.capture.bare.graph import Apart
-from ine_callback.capture.bare.no_row import ApartGradients
+from ine_callback.capture.bare.no_row import ApartGradients, Kind, KindsByParameter
 from ine_callback.capture.bare.uses import SAVED_IS_READ
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
@@ -24,9 +24,6 @@ from ine_callback.capture.per_sample_gradients import GradSample, widened
 
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
-Kind = tuple[object, ...]
-KindsByParameter = Mapping[nn.Parameter, set[Kind]]
-
 _MIN_PENALTY_COSINE = 0.98  # between what is missing and a penalty's gradient, to name the penalty
 
 
@@ -59,7 +56,7 @@ class Verification:
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self._apart = ApartGradients()
         self._kinds: dict[nn.Parameter, set[Kind]] = {}  # of operations apart from all uses that gave gradients
-        self._rests: dict[nn.Parameter, Tensor] = {}  # the gradients through them, if kept
+        self._rests: dict[nn.Parameter, dict[Kind, Tensor]] = {}  # the gradients through them, if kept
 
     def watch_apart(self, parameter: nn.Parameter, apart: Apart) -> None:
         """Reads what an operation gives a parameter that may belong to no row."""
@@ -104,14 +101,14 @@ class Verification:
 
     def _take_apart(self, parameter: nn.Parameter, like: Tensor) -> Tensor:
         """What the pass gave a parameter through operations that are apart from all uses."""
-        found = self._apart.found.pop(parameter, {})
+        found, unscale = self._apart.found.pop(parameter, {}), 1.0 if self._unscale is None else self._unscale
         self._kinds.setdefault(parameter, set()).update(found)
-        total = torch.zeros_like(like)
-        for gradient in found.values():
-            total += gradient.to(like) * (1.0 if self._unscale is None else self._unscale)
-        if self._keep and found:
-            before = self._rests.get(parameter)
-            self._rests[parameter] = total if before is None else before + total
+        total, rests = torch.zeros_like(like), self._rests.setdefault(parameter, {})
+        for kind, gradient in found.items():
+            rest = gradient.to(like) * unscale
+            total += rest
+            if self._keep:
+                rests[kind] = rests[kind] + rest if kind in rests else rest
         return total
 
     def has_unknown(self, of_no_row: KindsByParameter) -> bool:
@@ -120,12 +117,8 @@ class Verification:
 
     def of_rows(self, of_no_row: KindsByParameter) -> dict[nn.Parameter, Tensor]:
         """The gradients of each parameter, if kept, without what belongs to no row."""
-        return {
-            p: gradient - self._rests[p]
-            if p in self._rests and self._kinds.get(p, set()) <= of_no_row.get(p, set())
-            else gradient
-            for p, gradient in self.gradients.items()
-        }
+        rests = {p: [rest for kind, rest in self._rests[p].items() if kind in of_no_row[p]] for p in of_no_row if p in self._rests}
+        return {p: gradient - sum(rests.get(p, [])) for p, gradient in self.gradients.items()}
 
     def forget(self) -> None:
         """Forgets the gradients so far, which were removed."""

@@ -275,6 +275,7 @@ class InfluenceCallback(Callback):
             if fault := self._rows.hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
                 self._recorder.guard.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
+            self._loss.batch_idx = batch_idx  # a penalty may come in every 16th batch only
             self._recorder.start_batch(self._rows.rows, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -291,6 +292,7 @@ class InfluenceCallback(Callback):
     ) -> None:
         if self._recorder is not None:
             self._recorder.end_batch()
+            self._loss.batch_idx = 0
             if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
                 self._recorder.discard()  # by hand gradients may be gathered over batches
             self._recorder.update()

@@ -225,17 +225,23 @@ class FitContext:
         """How many labels ``PerSamplePass("expected")`` goes through for each row; None where it cannot."""
         rows = list(range(min(2, self.rows)))
         batch = self._on_device(self.source.training(rows))
-        with isolated(self.module), self.precision():
-            try:
-                return labels_of(self.loss(self.module, batch), len(rows))
-            except InfluenceError:
-                return None
+        try:
+            return self._labels_of(batch, len(rows))
+        except InfluenceError:
+            return None
 
     def _repeats(self, what: PerSamplePass, batch: Batch, size: int) -> int:
         if what.labels != "expected":
             return 1
-        with isolated(self.module), self.precision():
-            return labels_of(self.loss(self.module, batch), size)
+        return self._labels_of(batch, size)
+
+    def _labels_of(self, batch: Batch, size: int) -> int:
+        self._capture.attach()  # which marks the layers' calls: what is beside them is no row's
+        try:
+            with isolated(self.module), self.precision():
+                return labels_of(self.loss(self.module, batch), size)
+        finally:
+            self._capture.detach()
 
     def _gradients(
         self, what: PerSamplePass, batch: Batch, size: int, draw: int, generator: torch.Generator

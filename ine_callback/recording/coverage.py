@@ -315,18 +315,18 @@ class Coverage:
             return []
         if loss is None or batch is None:
             raise CaptureError(f"{self._owner}: uncaptured='fallback' needs loss= and the batch of every step.")
-        parameters = list(self._slow.values())
+        parameters, of_no_row = list(self._slow.values()), self._capture.bare.of_no_row
         sums = None
         if verification is not None:
             slow = dict(self._slow)
-            gradients = verification.of_rows(self._capture.bare.of_no_row)
-            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, gradients)
+            gradients = verification.of_rows(of_no_row)
+            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, gradients, of_no_row)
 
         def factor(contributions: list[Tensor]) -> float:
             self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor
             return self._factor
 
-        found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor)
+        found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor, of_no_row)
         contributions = dict(zip(self._slow, found, strict=True))
         if sums is not None:
             wrong, approximate = sums.judge(contributions)

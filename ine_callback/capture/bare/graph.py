@@ -13,22 +13,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from ine_callback.capture.bare.uses import Step, Unrecognised, Use
-
-_CALL = "ine_callback.call"  # in the metadata of the node where a layer's output was made: the layer, and its inputs'
-
-
-def mark_call(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Marks the nodes of a layer's outputs, so that a graph tells the layer's own operations from others."""
-    stops = [x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.grad_fn is not None]
-    for output in tree_leaves(outputs):
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            output.grad_fn.metadata[_CALL] = module, stops
-
+from ine_callback.capture.marks import call_of
 
 @dataclass(frozen=True)
 class Apart:
@@ -86,8 +75,8 @@ class Graph:
     @cached_property
     def _outputs(self) -> dict[Any, list[Any]]:
         """The nodes of recorded layers' outputs, with those of their inputs."""
-        marked = {node: node.metadata.get(_CALL) for node in (self._root, *self._consumers)}
-        return {node: call[1] for node, call in marked.items() if call is not None and call[0] not in self._unread}
+        calls = ((node, call_of(node)) for node in (self._root, *self._consumers))
+        return {node: call[1] for node, call in calls if call is not None and call[0] not in self._unread}
 
     @cached_property
     def _own(self) -> set[Any]:

@@ -7,7 +7,7 @@ have taken the places of the others. If that is the same, the term is no row's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from ine_callback.distributed.sharding import is_sharded
 _TOLERANCE = 1e-4  # relative; the same operations on the same weights
 _WATCHED = "ine_callback.watched"  # in the metadata of a node: by whom, and which of its inputs
 Step = Callable[[nn.Module, Any], object]
-Gradients = dict[nn.Parameter, dict[tuple[Any, ...], Tensor]]
+Kind = tuple[object, ...]  # of an operation, see :class:`~.Apart`
+KindsByParameter = Mapping[nn.Parameter, set[Kind]]
+Gradients = dict[nn.Parameter, dict[Kind, Tensor]]
 
 
 class ApartGradients:
@@ -102,3 +104,31 @@ def _apart(graph: Graph, parameter: nn.Parameter, rows: int) -> list[Apart]:
         return graph.above(parameter, lambda use: bool(use.layouts(rows))).apart
     except Unrecognised:  # it shares an operation with a use
         return []
+
+
+def gradients_without(
+    of_no_row: KindsByParameter, loss: Tensor, parameters: Sequence[nn.Parameter]
+) -> list[Tensor | None]:
+    """Gradients of a loss of one row, or of a batch, without what belongs to no row; dense, None where there is none.
+
+    Args:
+        of_no_row: Of each parameter, the kinds of operations that belong to no row.
+        loss: The loss.
+        parameters: The parameters to differentiate by.
+    """
+    found = ApartGradients()
+    if any(p in of_no_row for p in parameters) and loss.grad_fn is not None:
+        graph = Graph(loss.grad_fn)
+        for p in [p for p in parameters if p in of_no_row]:
+            for apart in graph.above(p, lambda use: False).apart:
+                if apart.kind in of_no_row[p]:
+                    found.watch(p, apart)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    found.close()
+    out: list[Tensor | None] = []
+    for p, grad in zip(parameters, grads, strict=True):
+        dense = grad.to_dense() if grad is not None and grad.is_sparse else grad
+        for part in found.found.get(p, {}).values():
+            dense = None if dense is None else dense - part
+        out.append(dense)
+    return out

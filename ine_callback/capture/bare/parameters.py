@@ -84,6 +84,7 @@ class BareParameters:
         self.beside: set[nn.Parameter] = set()
         self._left_out: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
+        self._batches = 0
 
     def open_to(self, called: set[nn.Module]) -> list[nn.Parameter]:
         """Trainable parameters that no layer records whose call is known."""
@@ -121,6 +122,7 @@ class BareParameters:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._batches += 1
 
     def see(self, loss: Tensor, observer: Observer | None = None) -> set[nn.Parameter]:
         """Sets the hooks, in the graph of a loss that is about to be differentiated.
@@ -180,7 +182,7 @@ class BareParameters:
         return layout
 
     def _watch(self, use: Use, layout: RowLayout) -> None:
-        key = (id(self), use.parameter, *((id(step.node), step.index) for step in (*use.steps, use.last)))
+        key = (id(self), self._batches, use.parameter, *((id(step.node), step.index) for step in (*use.steps, use.last)))
         watched = use.last.node.metadata.setdefault(_WATCHED, set())  # there, so that nothing here holds a graph
         if key in watched:  # two passes through one graph
             return
