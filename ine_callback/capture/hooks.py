@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.bare.parameters import Observer
+from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
@@ -67,6 +68,7 @@ class Capture:
         half: Whether a gradient came in half precision.
         functions: Layer functions that the check before the first step chose, in place of those of the types.
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
+        entries: The row of each entry, in batches in which rows do not lead.
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
@@ -112,6 +114,7 @@ class Capture:
         self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
+        self.entries: EntryIndex | None = None
         self._seen = False  # whether this batch's loss is known: passes before are the training step's own
         self.last_called: nn.Module | None = None
 
@@ -126,7 +129,8 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def start_batch(self, rows: int) -> None:
+    def start_batch(self, rows: int, entries: EntryIndex | None = None) -> None:
+        self.entries = entries
         self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
         self._seen, self.last_called = False, None
         self.calls.clear()
@@ -303,13 +307,8 @@ class Capture:
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
                 function = self.functions.get(module)
-                if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
-                    raise RowMismatch(_UNKNOWN_ENTRIES.format(activations.shape[0], self.rows))
-                count = self.views * entries_of(activations, self.rows * self.views)
-                entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
-                entries = {name: g for name, g in entries.items() if name not in passed_by}
-                for part in [entries] if count == 1 else self._by_row(module, entries, count):
-                    self.receive(module, part)
+                for part in self._by_row(module, activations, output_grads, function):
+                    self.receive(module, {name: g for name, g in part.items() if name not in passed_by})
                 self._worked.add(module)
         except RowMismatch as error:
             if module in self._worked and not self._rows_confirmed:
@@ -319,8 +318,18 @@ class Capture:
         except Exception as error:  # never raised into the training's backward pass
             self.give_up(module, error)
 
-    def _by_row(self, module: nn.Module, entries: dict[str, GradSample], count: int) -> list[dict[str, GradSample]]:
-        """What was found of the rows' entries, by row: as one call of the layer, or as one for each entry."""
+    def _by_row(
+        self, module: nn.Module, activations: Tensors, output_grads: Tensors, function: LayerFunction | None
+    ) -> list[dict[str, GradSample]]:
+        """Per-sample gradients by row: as one call of the layer, or as one for each entry of a row."""
+        if self.entries is not None:
+            return [self.entries.grad_samples(module, activations, output_grads, function)]
+        if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
+            raise RowMismatch(_UNKNOWN_ENTRIES.format(activations.shape[0], self.rows))
+        count = self.views * entries_of(activations, self.rows * self.views)
+        entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
+        if count == 1:
+            return [entries]
         consecutive = self.views == 1
         found = {name: each.by_row(count, consecutive) for name, each in entries.items()}
         if all(each is not None for each in found.values()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ine_callback.capture.marks import holds_call
+from ine_callback.capture.per_sample_gradients import sums_by_row
+
+if TYPE_CHECKING:
+    from ine_callback.capture.entries import EntryIndex
 
 _NONE, _MEAN, _SUM = 0, 1, 2
 _SEARCH_DEPTH = 8
@@ -33,7 +37,7 @@ class LossReading:
         terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar.
         scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
         own: The same for each row [b], whose terms may be more or heavier than others'; 0 for a row without terms.
-        each: Loss of every term [b, T], such as a sequence's tokens.
+        each: Loss of every term [b, T], such as a sequence's tokens; of entries whose rows an index tells [n, T].
         weights: Weight of every term in the mean or sum [b, T]; 0 for one that is ignored.
         labels: Class of every term [b, T], where terms have one.
     """
@@ -61,7 +65,7 @@ class Scale:
 
 
 @torch.no_grad()  # not detach(), which would drop derivatives of forward mode
-def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
+def read_loss(loss: Tensor, rows: int, views: int = 1, entries: EntryIndex | None = None) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
 
     Penalties on weights that are added to it, in which no recorded layer was called, are passed by.
@@ -70,6 +74,7 @@ def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
         loss: The scalar to be differentiated.
         rows: Number of rows b of the batch.
         views: How many views of the rows the model sees, one after another; terms of all of them are a row's own.
+        entries: The row of each entry, where rows do not lead: terms are the rows' own, or those of entries.
 
     Returns:
         The reading, or None where the loss is of another form (a sum of several, label smoothing, a custom one).
@@ -88,7 +93,7 @@ def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
         name = node.name()
         factor = _constant_factor(node, name)
         if name in _LOSSES:
-            return _reading(node, mask, coefficient, rows, views)
+            return _reading(node, mask, coefficient, rows, views, entries)
         if name in _SUMS:
             coefficient = coefficient * (_SUMS[name] * node._saved_alpha if index else 1)
         elif factor is not None and factor.dim() == 0:
@@ -134,15 +139,27 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, views: int) -> LossReading | None:
+def _reading(
+    node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, views: int, entries: EntryIndex | None
+) -> LossReading | None:
     """Makes the reading from a loss's node, the weights of its terms [n], ordered by rows, and its coefficient."""
     losses, weights = _LOSSES[node.name()](node)
     reduction = node._saved_reduction
-    if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
+    if mask is not None and (reduction != _NONE or mask.numel() != losses.numel()):
+        return None
+    index = None
+    if entries is not None and len(losses) != rows:
+        found = entries.find(losses.shape)
+        if found is None:
+            return None
+        index = found[0]
+    elif losses.numel() % rows:
         return None
     views = views if losses.numel() % (rows * views) == 0 else 1
 
     def by_row(x: Tensor) -> Tensor:
+        if index is not None:
+            return x.reshape(index.numel(), -1)
         return x.reshape(views, rows, -1).transpose(0, 1).reshape(rows, -1)
 
     losses, weights = by_row(losses), by_row(weights)
@@ -150,8 +167,10 @@ def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, vie
         weights = weights * by_row(mask)
     if reduction == _MEAN:
         coefficient = coefficient / weights.sum()
-    total = weights.sum(1)
-    row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
+    total, weighted = weights.sum(1), (losses * weights).sum(1)
+    if index is not None:
+        total, weighted = (sums_by_row(x, index, rows) for x in (total, weighted))
+    row_losses = weighted / total.clamp_min(1e-12)
     own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
     labels = by_row(node._saved_target) if node.name().startswith("NllLoss") else None
     scale = rows / (coefficient * weights.sum())

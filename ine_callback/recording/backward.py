@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ine_callback.capture import GradSample, Vector
 from ine_callback.capture.attributes import own_parameters
+from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import Scale, read_loss
 from ine_callback.capture.row_margins import read_margins
 from ine_callback.capture.verification import Verification
+from ine_callback.data.row_entries import row_entries
 from ine_callback.errors import RowsError, UnknownRows
 from ine_callback.recording.coverage import HOLD, VERIFY
 from ine_callback.recording.guard import Guard
@@ -61,7 +63,11 @@ class BackwardPasses:
         """Announces the rows of the coming forward pass."""
         parts, step = self._parts, self._guard.steps
         try:
-            rows = parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
+            found = rows(data) if callable(rows) else rows
+            given = row_entries(found)
+            rows_of = rows if callable(rows) and given is not None else None
+            rows = parts.accumulators.check.rows(found if given is None else given.rows, None if given else data)
+            entries = None if given is None else EntryIndex(given, len(rows), parts.device, self._guard.owner)
             if self._steps.has_gap and self._holding:  # its gradients are not this step's alone
                 raise UnknownRows("the first step's rows must all be known")
         except UnknownRows as error:
@@ -71,14 +77,15 @@ class BackwardPasses:
         if self._phase is BatchPhase.SETTLED:
             self._phase = BatchPhase.WAITING
         due = False
+        self._capture.entries = entries
         if self._steps.begins:
-            self.prepare_step(rows, data)
+            self.prepare_step(rows, data, rows_of)
             due = self._coverage.due(step)
             if self._coverage.wanted & HOLD:
                 self._guard.enter(Phase.HOLDING)
             self._coverage.wanted = 0
         self._signals.curvature_steps = self._updates.curvature_steps(step)
-        self._capture.start_batch(len(rows))
+        self._capture.start_batch(len(rows), entries)
         self._lost = self._passes.discarded
         self._passes.start_batch()
         if self._holding or due:
@@ -87,12 +94,12 @@ class BackwardPasses:
         self._signals.start_batch(len(rows), parts.device, window)
         self._signals.scale = Scale(float(window), float(window))
 
-    def prepare_step(self, rows: Tensor, data: Any) -> None:
+    def prepare_step(self, rows: Tensor, data: Any, rows_of: Callable[[Any], Any] | None = None) -> None:
         """Before a step's first batch: checks the row order, holds back where parameters are new, or refreshes."""
         guard, coverage, processes = self._guard, self._coverage, self._parts.processes
         if guard.phase is Phase.PROBING:
             guard.enter(Phase.HOLDING)
-            checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
+            checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes, rows_of)
             self._capture.one_each = self._steps.several and not checked
         elif guard.phase is Phase.RECORDING and coverage.thawed():
             guard.enter(Phase.HOLDING)
@@ -113,14 +120,15 @@ class BackwardPasses:
             return
         self._find_uses(loss)
         with torch.no_grad():
-            reading = read_loss(loss, len(self._batch[0]), self._capture.views)
+            reading = read_loss(loss, len(self._batch[0]), self._capture.views, self._capture.entries)
             if reading is None:
                 self._guard.note(
                     "the training loss is of no standard form: taken as a mean over rows, row losses unknown"
                 )
                 return
             self._row_losses = reading.rows
-            self._row_margins = read_margins(loss, len(self._batch[0]))
+            if self._capture.entries is None:
+                self._row_margins = read_margins(loss, len(self._batch[0]))
             scale = 1.0 if self._capture.unscale is None else self._capture.unscale
             self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
 

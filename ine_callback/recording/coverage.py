@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ine_callback.capture import Block, Capture, GradSample, Vector
 from ine_callback.capture.bare.no_row import find_terms_of_no_row
 from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
+from ine_callback.capture.entry_order import entry_faults
 from ine_callback.capture.first_batch import first_batch_faults
 from ine_callback.capture.row_mixing import MIXED, as_in_training
 from ine_callback.capture.row_order import VIEWS
@@ -72,13 +73,24 @@ class Coverage:
         self._refreshes = False  # whether the coming step refreshes the directions
 
     def check_first_batch(
-        self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, processes: Lockstep
+        self,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+        batch: Any,
+        rows: int,
+        processes: Lockstep,
+        rows_of: Callable[[Any], Any] | None = None,
     ) -> bool:
         """Drops the layers that cannot be recorded row by row; once, before the first step. Whether it could check."""
         fewest = min(there for there, _ in processes.exchange(rows))  # all processes check, or none
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return False
+        if self._capture.entries is not None:
+            faults, unchecked = entry_faults(self._module, self._capture, loss, batch, rows, rows_of)
+            self.notes += unchecked
+            for module, reason in faults.items():
+                self._capture.drop(module, reason)
+            return not unchecked
         views = self._policy != "fallback" and processes.count == 1
         faults, unchecked = first_batch_faults(
             self._module, self._capture, loss, batch, rows, training=True, views=views

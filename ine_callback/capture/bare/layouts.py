@@ -15,7 +15,7 @@ class RowLayout:
     Attributes:
         dim: The dimension.
         place: ``"alone"``; or with other positions flattened into the dimension: ``"first"`` [b * k], as rows with
-            their tokens, or ``"last"`` [k * b], time first.
+            their tokens, or ``"last"`` [k * b], time first; or ``"pairs"``: it and the next are entries, all of them.
 
     Example:
         >>> import torch
@@ -37,10 +37,14 @@ class RowLayout:
         """Whether a tensor of this shape can hold so many rows there."""
         if self.dim >= len(shape):
             return False
+        if self.place == "pairs":
+            return self.dim + 1 < len(shape) and shape[self.dim] * shape[self.dim + 1] == rows
         return shape[self.dim] == rows if self.place == "alone" else shape[self.dim] % rows == 0
 
     def split(self, x: Tensor, rows: int) -> Tensor:
         """x with the rows first [b, ...]; what is flattened with them stays where they were."""
+        if self.place == "pairs":
+            return x.flatten(self.dim, self.dim + 1).unsqueeze(self.dim + 1).movedim(self.dim, 0)
         if self.place == "alone":
             return x.unsqueeze(self.dim + 1).movedim(self.dim, 0)
         split: Tensor = x.unflatten(self.dim, (rows, -1) if self.place == "first" else (-1, rows))
@@ -77,4 +81,6 @@ def row_layouts(output: Sequence[int], shape: Sequence[int], rows: int) -> list[
     found = [RowLayout(d, "alone") for d in free if output[d] == rows]
     if 0 in free and output[0] > rows and output[0] % rows == 0:
         found += [RowLayout(0, "first"), RowLayout(0, "last")]
+    if free[:2] == [0, 1] and output[0] * output[1] == rows:
+        found.append(RowLayout(0, "pairs"))
     return found

@@ -14,8 +14,10 @@ from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.graph import Apart, Graph
 from ine_callback.capture.bare.uses import Unrecognised, Use
+from ine_callback.capture.entries import EntryIndex
+from ine_callback.capture.layers import RowMismatch
 from ine_callback.capture.passes import Call, adds_to_grad
-from ine_callback.capture.per_sample_gradients import GradSample
+from ine_callback.capture.per_sample_gradients import GradSample, of_entries
 
 
 _WATCHED = "ine_callback.uses"  # in the metadata of a node: the uses whose gradients are awaited there
@@ -28,6 +30,7 @@ class Layers(Protocol):
     rows: int
     every_pass: bool
     double_backward: bool
+    entries: EntryIndex | None
     calls: dict[nn.Module | nn.Parameter, int]
     receive: Callable[[nn.Module, dict[str, GradSample]], None]
 
@@ -137,7 +140,7 @@ class BareParameters:
         capture = self._capture
         live = {module for module, calls in capture.calls.items() if isinstance(module, nn.Module) and calls}
         bare = {p for p in self.open_to(live) if p in self.layouts}
-        everything = observer is not None or capture.double_backward
+        everything = observer is not None or capture.double_backward or capture.entries is not None
         wanted = [p for p in self.trainable() if everything or p in self.layouts]
         if not wanted or loss.grad_fn is None:
             return set()
@@ -172,13 +175,15 @@ class BareParameters:
 
     def _layout(self, use: Use, known: Mapping[tuple[object, ...], RowLayout], derived: bool) -> RowLayout | None:
         """Where the rows are in a use's output; None if it is no use."""
-        layout = known.get(use.kind)
+        if self._capture.entries is not None:
+            return leading_entries(use, self._capture.entries)
+        layout, rows = known.get(use.kind), self._capture.rows
         if layout is None and derived:
-            layout = leading(use, self._capture.rows)
+            layout = next((one for one in use.layouts(rows) if one.dim == 0 and one.place in ("alone", "first")), None)
         if layout is None or not use.is_readable:
             return None
-        if not layout.fits(use.output, self._capture.rows):
-            raise Unrecognised(f"{use.last.name} of shape {tuple(use.output)} for {self._capture.rows} rows")
+        if not layout.fits(use.output, rows):
+            raise Unrecognised(f"{use.last.name} of shape {tuple(use.output)} for {rows} rows")
         return layout
 
     def _watch(self, use: Use, layout: RowLayout) -> None:
@@ -205,14 +210,31 @@ class BareParameters:
             with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
                 owner, name = self._owners[parameter]
                 output_grads = capture.unscaled(output_grads)
-                capture.receive(owner, {name: use.grad_sample(output_grads, layout, capture.rows)})
+                if capture.entries is None:
+                    found = use.grad_sample(output_grads, layout, capture.rows)
+                else:
+                    found = of_use(use, output_grads, layout, capture.entries)
+                capture.receive(owner, {name: found})
         except Unrecognised as error:
             self.drop(parameter, f"it is used in a way from which no rows' gradients can be read: {error}")
         except Exception as error:  # never raised into the training's backward pass
             capture.give_up(parameter, error)
 
 
-def leading(use: Use, rows: int) -> RowLayout | None:
-    """The rows lead, as in the calls of layers: so they do in a layer's derivative, which is of the layer's shapes."""
-    found = use.layouts(rows)
-    return next((one for one in found if one.dim == 0 and one.place in ("alone", "first")), None)
+def leading_entries(use: Use, entries: EntryIndex) -> RowLayout | None:
+    """Where a use's output holds all entries of one kind, or the rows: they lead; None if it does neither."""
+    try:
+        index, dims = entries.of(use.output)
+    except RowMismatch:
+        return None
+    layout = RowLayout(0, "alone" if dims == 1 else "pairs")
+    count = entries.rows if index is None else index.numel()
+    return layout if use.is_readable and layout in use.layouts(count) else None
+
+
+def of_use(use: Use, output_grads: Tensor, layout: RowLayout, entries: EntryIndex) -> GradSample:
+    """The rows' gradients of a use whose output holds entries, or rows."""
+    index, _ = entries.of(use.output)
+    if index is None:
+        return use.grad_sample(output_grads, layout, entries.rows)
+    return of_entries(use.grad_sample(output_grads, layout, index.numel()), index, entries.rows)

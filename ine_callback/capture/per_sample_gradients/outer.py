@@ -105,7 +105,7 @@ class Outer(GradSample):
             products = inner.reshape(*inner.shape[:3], queries, -1) * widened(self.output_grads)[:, :, :, None]
             units: Tensor = products[:, :, 0] if positions == 1 else products.sum(2)
             return units.transpose(1, 2).flatten(2) @ weights.T
-        chunks = row_chunks(self.rows, direction[0].numel())
+        chunks = row_chunks(len(self.output_grads), direction[0].numel())  # entries, which need not be rows
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
 
     def low_rank_signals(self, left: Tensor, right: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Outer(GradSample):
 
     def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         positions = self.output_grads.shape[2]
-        interval = min(positions, -(-self.rows * positions // MAX_POSITIONS))
+        interval = min(positions, -(-len(self.output_grads) * positions // MAX_POSITIONS))
         sampled = slice(int(phase * interval), None, interval)
         output_grads, inputs = self.output_grads[:, :, sampled], self.some_inputs(sampled)
         left = covariance(widened(output_grads), full[0]) * (positions / output_grads.shape[2])
