@@ -70,7 +70,7 @@ class EntryIndex:
         if found is None:
             kinds = " or ".join(str(list(kind)) for kind, _ in self._kinds)
             raise RowMismatch(
-                f"its input of shape {tuple(shape)} is led neither by the batch's {self.rows} rows nor by entries {kinds}"
+                f"its input of shape {tuple(shape)} is led neither by the {self.rows} rows nor by entries {kinds}"
             )
         return found
 

@@ -69,6 +69,7 @@ class Capture:
         functions: Layer functions that the check before the first step chose, in place of those of the types.
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
         entries: The row of each entry, in batches in which rows do not lead.
+        rows_of: What gives the rows and entries of a batch, where it is known.
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
@@ -115,6 +116,7 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
         self.entries: EntryIndex | None = None
+        self.rows_of: Callable[[Any], Any] | None = None
         self._seen = False  # whether this batch's loss is known: passes before are the training step's own
         self.last_called: nn.Module | None = None
 

@@ -97,7 +97,12 @@ def _choose_function(
 
 
 def _error(
-    capture: Capture, child: nn.Module, function: LayerFunction, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
+    capture: Capture,
+    child: nn.Module,
+    function: LayerFunction,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
 ) -> tuple[float, float]:
     """The largest error of two rows' gradients relative to the largest gradient, and the allowed error."""
     args, kwargs = tree_map(_fresh, args), tree_map(_fresh, kwargs)

@@ -112,13 +112,20 @@ class Verification:
         return total
 
     def has_unknown(self, of_no_row: KindsByParameter) -> bool:
-        """Whether a parameter got a gradient through an operation of which it is not known that it belongs to no row."""
-        return any(not kinds <= of_no_row.get(p, set()) for p, kinds in self._kinds.items())
+        """Whether a parameter got a gradient by an operation that is not known to belong to no row."""
+        return any(not self._explained(p, of_no_row) for p in self._kinds)
+
+    def _explained(self, parameter: nn.Parameter, of_no_row: KindsByParameter) -> bool:
+        """Whether all that is apart from a parameter's uses belongs to no row."""
+        return self._kinds.get(parameter, set()) <= of_no_row.get(parameter, set())
 
     def of_rows(self, of_no_row: KindsByParameter) -> dict[nn.Parameter, Tensor]:
         """The gradients of each parameter, if kept, without what belongs to no row."""
-        rests = {p: [rest for kind, rest in self._rests[p].items() if kind in of_no_row[p]] for p in of_no_row if p in self._rests}
-        return {p: gradient - sum(rests.get(p, [])) for p, gradient in self.gradients.items()}
+        out = {}
+        for p, gradient in self.gradients.items():
+            rests = self._rests.get(p, {}).items()
+            out[p] = gradient - sum(rest for kind, rest in rests if kind in of_no_row.get(p, ()))
+        return out
 
     def forget(self) -> None:
         """Forgets the gradients so far, which were removed."""
@@ -154,7 +161,7 @@ class Verification:
                 wrong[block] = "autograd gave it no gradient, though its layer was part of the backward pass"
                 continue
             total = torch.stack(parts).sum(0)
-            missing = total[5 if all(self._kinds.get(p, set()) <= of_no_row.get(p, set()) for p in block.parameters) else 1]
+            missing = total[5 if all(self._explained(p, of_no_row) for p in block.parameters) else 1]
             # rows that cancel (a bias before BatchNorm, or of keys) leave only rounding: compare with the rows
             size = max(float(total[0]) ** 0.5, _CANCELLATION * float(self._squares.get(block, 0)) ** 0.5)
             error = float(missing) ** 0.5 / size if size else 0.0
@@ -168,7 +175,7 @@ class Verification:
         return {
             p
             for p, numbers in self._compared.items()
-            if self._kinds.get(p) and self._kinds[p] <= of_no_row.get(p, set())
+            if self._kinds.get(p) and self._explained(p, of_no_row)
             if float(numbers[5]) <= _TOLERANCE.get(p.dtype, 1e-1) ** 2 * float(numbers[0])
         }
 

@@ -54,7 +54,7 @@ class RowEntries:
 
 
 def row_entries(found: Any) -> RowEntries | None:
-    """What ``row_fn`` returned, as rows with entries: so given, or ids [B, T] of packed tokens; None where rows lead."""
+    """What ``row_fn`` returned as rows with entries: so given, or ids [B, T] of tokens; None where rows lead."""
     if isinstance(found, RowEntries):
         return found
     if isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point():

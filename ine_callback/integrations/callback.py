@@ -329,6 +329,7 @@ class InfluenceCallback(Callback):
             progress=progress_of(trainer),
             layers=self.layers,
             owner=self.owner,
+            rows_of=self.row_fn,
             summed_rates=partial(summed_rates, self._recorder.training.optimizer, self._recorder.schedule.realised),
         )
 

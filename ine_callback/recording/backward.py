@@ -77,7 +77,7 @@ class BackwardPasses:
         if self._phase is BatchPhase.SETTLED:
             self._phase = BatchPhase.WAITING
         due = False
-        self._capture.entries = entries
+        self._capture.entries, self._capture.rows_of = entries, rows_of
         if self._steps.begins:
             self.prepare_step(rows, data, rows_of)
             due = self._coverage.due(step)

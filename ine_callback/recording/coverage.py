@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, GradSample, Vector
 from ine_callback.capture.bare.no_row import find_terms_of_no_row
-from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
 from ine_callback.capture.entry_order import entry_faults
+from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
 from ine_callback.capture.first_batch import first_batch_faults
 from ine_callback.capture.row_mixing import MIXED, as_in_training
 from ine_callback.capture.row_order import VIEWS
@@ -30,8 +30,8 @@ VERIFY = 1  # to verify the capture again
 HOLD = 2  # to hold per-sample gradients back, so that layers that joined get directions
 
 _OF_NO_ROW = (
-    "the loss holds terms that belong to no row (a penalty on weights): they have no part in any row's score, nor in the "
-    "discount"
+    "the loss holds terms that belong to no row (a penalty on weights): they have no part in any row's score, "
+    "nor in the discount"
 )
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _SLOWLY = "; uncaptured='fallback' records them slowly"

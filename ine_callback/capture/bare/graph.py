@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from ine_callback.capture.bare.uses import Step, Unrecognised, Use
 from ine_callback.capture.marks import call_of
 
+
 @dataclass(frozen=True)
 class Apart:
     """An operation on a parameter from which no use was recognised.

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters
-from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.graph import Apart, Graph
+from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.uses import Unrecognised, Use
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.layers import RowMismatch
 from ine_callback.capture.passes import Call, adds_to_grad
 from ine_callback.capture.per_sample_gradients import GradSample, of_entries
-
 
 _WATCHED = "ine_callback.uses"  # in the metadata of a node: the uses whose gradients are awaited there
 
@@ -187,7 +186,12 @@ class BareParameters:
         return layout
 
     def _watch(self, use: Use, layout: RowLayout) -> None:
-        key = (id(self), self._batches, use.parameter, *((id(step.node), step.index) for step in (*use.steps, use.last)))
+        key = (
+            id(self),
+            self._batches,
+            use.parameter,
+            *((id(step.node), step.index) for step in (*use.steps, use.last)),
+        )
         watched = use.last.node.metadata.setdefault(_WATCHED, set())  # there, so that nothing here holds a graph
         if key in watched:  # two passes through one graph
             return

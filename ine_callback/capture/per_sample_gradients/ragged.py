@@ -1,4 +1,4 @@
-"""Gradients of entries whose rows an index tells: a row has any number of them, anywhere (packed texts, nodes, experts).
+"""Gradients of entries whose rows an index tells: any number a row, anywhere (packed texts, nodes, experts).
 
 Every entry is contracted by itself, as a row would be, and what comes of it is added up by row. Where that is not
 linear (norms), the rows' gradients are formed, some at a time.
