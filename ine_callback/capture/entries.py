@@ -46,6 +46,13 @@ class EntryIndex:
                 "not tell which of them it holds, as two are equally many"
             )
 
+    def along(self, shape: Sequence[int], dims: int) -> Tensor | None:
+        """The row of each entry [n] along the first dimensions of a tensor of this shape; None where it has no such."""
+        found = self.find(shape)
+        if found is not None:
+            return found[0] if found[1] == dims else None
+        return torch.arange(self.rows, device=self._kinds[0][1].device) if dims == 1 and shape[0] == self.rows else None
+
     def find(self, shape: Sequence[int]) -> tuple[Tensor, int] | None:
         """The row of each entry [n], and how many dimensions of a tensor of this shape count entries; None: no entries.
 

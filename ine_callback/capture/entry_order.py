@@ -16,6 +16,7 @@ from ine_callback.capture.attributes import LayerError
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
+from ine_callback.capture.routed_check import Given, find_routed
 from ine_callback.capture.row_order import inputs_of, same_values
 from ine_callback.data.batches import cut, led_by
 from ine_callback.data.row_entries import RowEntries, row_entries
@@ -42,8 +43,15 @@ def entry_faults(
         whole, _ = inputs_of(module, capture, loss, batch)
         by_name = {name: child for child, name in capture.names.items()}
         faults = {by_name[n]: why for n, calls in whole.items() if (why := _shape_fault(capture.entries, calls))}
-        faults |= layer_function_faults(module, capture, loss, batch, rows)
         moved = _exchanged(batch, rows_of)
+        if moved is not None and rows_of is not None and faults:
+            at_first = row_entries(rows_of(batch))
+            assert at_first is not None
+            device = next(module.parameters()).device
+            both = [_given(*one, device) for one in ((batch, at_first), moved)]
+            routed = find_routed(module, capture, loss, both[0], both[1], faults)
+            faults = {one: why for one, why in faults.items() if one not in routed}
+        faults |= layer_function_faults(module, capture, loss, batch, rows)
         if moved is None:
             return faults, [f"{_UNCHECKED} (the batch cannot be cut by row_fn's entries)"]
         first, (other, then) = row_entries(rows_of(batch)) if rows_of else None, moved
@@ -53,7 +61,8 @@ def entry_faults(
             return faults, [f"{_UNCHECKED} (the model draws random numbers)"]
         for name, calls in whole.items():
             pairs = zip(calls, calls_then.get(name, []), strict=False)
-            if by_name[name] not in faults and not all(_follow(x, first, y, then) for x, y in pairs):
+            seen = by_name[name] in faults or by_name[name] in capture.routed
+            if not seen and not all(_follow(x, first, y, then) for x, y in pairs):
                 faults[by_name[name]] = "its input does not hold each row's entries where row_fn says so"
     except Exception as error:  # of the user's code, run on another batch
         return {}, [f"{_UNCHECKED} ({type(error).__name__}: {error})"]
@@ -67,6 +76,11 @@ def _shape_fault(entries: EntryIndex, calls: list[Tensor]) -> str:
         except LayerError as error:
             return str(error)
     return ""
+
+
+def _given(batch: Any, entries: RowEntries, device: torch.device) -> Given:
+    rows = torch.as_tensor(entries.rows).tolist()
+    return Given(batch, rows, EntryIndex(entries, len(rows), device, ""))
 
 
 def _exchanged(batch: Any, rows_of: Callable[[Any], Any] | None) -> tuple[Any, RowEntries] | None:

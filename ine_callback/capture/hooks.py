@@ -27,7 +27,8 @@ from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.marks import mark_call
 from ine_callback.capture.passes import Call, parameters_passed_by
-from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.capture.per_sample_gradients import GradSample, of_entries, widened
+from ine_callback.capture.routed import rows_of_selected
 from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
@@ -36,6 +37,7 @@ _UNKNOWN_ENTRIES = (
     "its input has {} entries for {} rows, and whose they are could not be checked; call it with one entry of each row "
     "(true and made rows apart)"
 )
+_UNTRACED = "the rows of its input of shape {}, entries that an index selected, cannot be traced in the graph"
 _COMPILED = "it runs inside torch.compile, which calls no hooks"
 
 # errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
@@ -70,6 +72,8 @@ class Capture:
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
         entries: The row of each entry, in batches in which rows do not lead.
         rows_of: What gives the rows and entries of a batch, where it is known.
+        routed: Layers that get entries selected by an index, whose rows are traced in the graph (experts).
+        selected: The rows of the entries of the present call of one of them.
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
@@ -116,6 +120,9 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
         self.entries: EntryIndex | None = None
+        self._device = next(module.parameters()).device
+        self.routed: set[nn.Module] = set()
+        self.selected: Tensor | None = None
         self.rows_of: Callable[[Any], Any] | None = None
         self._seen = False  # whether this batch's loss is known: passes before are the training step's own
         self.last_called: nn.Module | None = None
@@ -191,12 +198,29 @@ class Capture:
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
             saved = save(read.inputs)
-            if module in self.names and not read.fault:
-                mark_call(module, (args, kwargs), read.outputs)
+            self._mark(module, read, (args, kwargs))
         try:
             self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)
+
+    def _mark(self, module: nn.Module, read: LayerCall, inputs: Any) -> None:
+        """Marks a call in the graph; of a layer of selected entries, if their rows can be traced."""
+        if module not in self.names or read.fault:
+            return
+        self.selected = None
+        if module in self.routed and isinstance(read.activations, Tensor):
+            self.selected = rows_of_selected(read.activations, self._rows_of_output)
+        if module not in self.routed or self.selected is not None:
+            mark_call(module, inputs, read.outputs, self.selected)
+
+    def _rows_of_output(self, shape: Sequence[int], dims: int) -> Tensor | None:
+        """The row of each entry, along the first dimensions of the output of a layer whose input rows lead."""
+        if self.entries is not None:
+            return self.entries.along(shape, dims)
+        whole = torch.arange(self.rows, device=self._device)
+        led = dims == 1 and shape[0] % self.rows == 0
+        return whole.repeat_interleave(shape[0] // self.rows) if led else None
 
     def _on_forward(self, module: nn.Module, read: LayerCall, saved: Callable[[], Tensors | None] | None) -> None:
         """Waits for the gradients of the outputs, or drops a module that is called in an unknown way."""
@@ -222,8 +246,13 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
+        selected = self.selected if module in self.routed else None
+        if module in self.routed and (selected is None or not len(selected)):
+            if selected is None:
+                self.drop(module, _UNTRACED.format(tuple(x.shape)))
+            return
         call, self.last_called = self.called(module), module
-        self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
+        self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads, selected))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
         """Calls ``receive`` when a backward pass has the outputs' gradients; of several outputs those it computes."""
@@ -253,6 +282,10 @@ class Capture:
         calls = self.calls.get(module, 0) * self._parts.get(module, 1)
         used = max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=0)
         return max(1, calls + used)
+
+    def waiting(self) -> set[nn.Parameter]:
+        """Parameters of experts that got no entry in this batch; their gradients are zero."""
+        return {p for one in self.routed if not self.calls.get(one) for p in own_parameters(one).values()}
 
     def forget(self) -> None:
         """The gradients of the batch's backward passes so far were removed: the calls in them do not count."""
@@ -289,7 +322,12 @@ class Capture:
         return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
 
     def _backward(
-        self, module: nn.Module, call: Call, saved: Callable[[], Tensors | None], output_grads: Tensors
+        self,
+        module: nn.Module,
+        call: Call,
+        saved: Callable[[], Tensors | None],
+        output_grads: Tensors,
+        selected: Tensor | None,
     ) -> None:
         if not self.active or module not in self.names:
             return
@@ -309,7 +347,7 @@ class Capture:
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
                 function = self.functions.get(module)
-                for part in self._by_row(module, activations, output_grads, function):
+                for part in self._by_row(module, activations, output_grads, function, selected):
                     self.receive(module, {name: g for name, g in part.items() if name not in passed_by})
                 self._worked.add(module)
         except RowMismatch as error:
@@ -321,9 +359,17 @@ class Capture:
             self.give_up(module, error)
 
     def _by_row(
-        self, module: nn.Module, activations: Tensors, output_grads: Tensors, function: LayerFunction | None
+        self,
+        module: nn.Module,
+        activations: Tensors,
+        output_grads: Tensors,
+        function: LayerFunction | None,
+        selected: Tensor | None,
     ) -> list[dict[str, GradSample]]:
         """Per-sample gradients by row: as one call of the layer, or as one for each entry of a row."""
+        if selected is not None:
+            found = grad_samples_of(module, activations, output_grads, len(selected), function)
+            return [{name: of_entries(one, selected, self.rows) for name, one in found.items()}]
         if self.entries is not None:
             return [self.entries.grad_samples(module, activations, output_grads, function)]
         if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
@@ -333,9 +379,9 @@ class Capture:
         if count == 1:
             return [entries]
         consecutive = self.views == 1
-        found = {name: each.by_row(count, consecutive) for name, each in entries.items()}
-        if all(each is not None for each in found.values()):
-            return [found]  # type: ignore[list-item]
+        joined = {name: each.by_row(count, consecutive) for name, each in entries.items()}
+        if all(each is not None for each in joined.values()):
+            return [joined]  # type: ignore[list-item]
         self._parts[module] = count
         split = {name: each.split(count, consecutive) for name, each in entries.items()}
         return [{name: uses[k] for name, uses in split.items()} for k in range(count)]

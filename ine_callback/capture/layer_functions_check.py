@@ -108,7 +108,9 @@ def _error(
     args, kwargs = tree_map(_fresh, args), tree_map(_fresh, kwargs)
     activations = first_input(args, kwargs).clone()  # the layer may write into its input
     dims = 1
-    if capture.entries is None:
+    if child in capture.routed:
+        rows = len(activations)
+    elif capture.entries is None:
         rows *= entries_of(activations, rows)
     else:
         index, dims = capture.entries.of(activations.shape)

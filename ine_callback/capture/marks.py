@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,17 +11,33 @@ from torch.utils._pytree import tree_leaves
 _CALL = "ine_callback.call"  # in the metadata of the node where a layer's output was made
 
 
-def mark_call(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Marks the nodes of a layer's outputs with the layer and the nodes of its inputs."""
+@dataclass(frozen=True)
+class MarkedCall:
+    """A recorded layer's call, as the graph tells it.
+
+    Attributes:
+        module: The layer.
+        begins: The nodes of its inputs.
+        rows: The row of each of its entries, where these were selected by an index; None: rows lead.
+    """
+
+    module: nn.Module
+    begins: list[Any]
+    rows: Tensor | None
+
+
+def mark_call(module: nn.Module, inputs: Any, outputs: Any, rows: Tensor | None = None) -> None:
+    """Marks the nodes of a layer's outputs."""
     begins = [x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.grad_fn is not None]
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            output.grad_fn.metadata[_CALL] = module, begins
+            metadata: Any = output.grad_fn.metadata
+            metadata[_CALL] = MarkedCall(module, begins, rows)
 
 
-def call_of(node: Any) -> tuple[nn.Module, list[Any]] | None:
-    """The layer that made its output there, with the nodes of its inputs; None if none did."""
-    found: tuple[nn.Module, list[Any]] | None = node.metadata.get(_CALL)
+def call_of(node: Any) -> MarkedCall | None:
+    """The call that made its output there; None if none did."""
+    found: MarkedCall | None = node.metadata.get(_CALL)
     return found
 
 

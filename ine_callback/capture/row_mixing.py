@@ -193,7 +193,11 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
     trace = _Trace()
     trained = {n for child, n in capture.names.items() if any(p.requires_grad for p in child.parameters())}
 
+    routed = {capture.names[child] for child in capture.routed}
+
     def observe(name: str, x: Tensor) -> None:
+        if name in routed:  # which entries it gets may depend on the order of rows
+            return
         trace.calls.setdefault(name, []).append(x.detach().clone())
         if name in trained:
             trace.last = name

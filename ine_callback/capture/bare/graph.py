@@ -77,7 +77,7 @@ class Graph:
     def _outputs(self) -> dict[Any, list[Any]]:
         """The nodes of recorded layers' outputs, with those of their inputs."""
         calls = ((node, call_of(node)) for node in (self._root, *self._consumers))
-        return {node: call[1] for node, call in calls if call is not None and call[0] not in self._unread}
+        return {node: call.begins for node, call in calls if call is not None and call.module not in self._unread}
 
     @cached_property
     def _own(self) -> set[Any]:
