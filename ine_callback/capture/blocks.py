@@ -74,8 +74,8 @@ def _fitted(grad_sample: GradSample, block: Block, parameter: nn.Parameter) -> G
     """Gradients of another use of a block's parameter in the block's layout; as they are where that cannot be."""
     joined = len(block.parameters) > 1
     if isinstance(grad_sample, Outer) and joined and parameter is block.parameters[0]:  # without a bias
-        inputs = grad_sample.formed()
-        return Outer(torch.cat([inputs, torch.zeros_like(inputs[..., :1])], -1), grad_sample.output_grads)
+        formed = grad_sample.formed()
+        return Outer(torch.cat([formed, torch.zeros_like(formed[..., :1])], -1), grad_sample.output_grads)
     if len(block.layout) == 1:
         return Vector(grad_sample.wide().gradient(slice(None)).flatten(1))
     groups, out, inputs = block.layout

@@ -94,6 +94,8 @@ class EntryIndex:
         index, dims = self.of(activations.shape)
         if index is None:
             return grad_samples_of(module, activations, output_grads, self.rows, function)
+        if not index.numel():  # graphs without edges
+            return {}
         activations, output_grads = activations.flatten(0, dims - 1), output_grads.flatten(0, dims - 1)
         found = grad_samples_of(module, activations, output_grads, index.numel(), function)
         return {name: of_entries(one, index, self.rows) for name, one in found.items()}

@@ -60,6 +60,7 @@ def first_batch_faults(
             find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
             running = as_in_training if training else isolated
             find_terms_of_no_row(module, capture, loss, batch, rows, running)
+            capture.bare.settle()
     trained = {p for each in order for p in own_parameters(each).values() if p.requires_grad}
     if views and found > 1 and not trained <= capture.bare.layouts.keys():  # else they are read at their uses
         capture.views = found

@@ -285,7 +285,12 @@ class Capture:
 
     def waiting(self) -> set[nn.Parameter]:
         """Parameters of experts that got no entry in this batch; their gradients are zero."""
-        return {p for one in self.routed if not self.calls.get(one) for p in own_parameters(one).values()}
+        return {
+            p
+            for one in self.routed & self.names.keys()
+            if not self.calls.get(one)
+            for p in own_parameters(one).values()
+        }
 
     def forget(self) -> None:
         """The gradients of the batch's backward passes so far were removed: the calls in them do not count."""

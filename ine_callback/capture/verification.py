@@ -24,6 +24,7 @@ from ine_callback.capture.per_sample_gradients import GradSample, widened
 
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+_SEEN = "pass the loss to recorder.see(loss) before its backward pass"
 _MIN_PENALTY_COSINE = 0.98  # between what is missing and a penalty's gradient, to name the penalty
 
 
@@ -185,18 +186,18 @@ def _reason(block: Block, parts: Sequence[Tensor], error: float, double_backward
     what = f"its per-sample gradients add up to something else (relative error {error:.1g}): "
     if _parallel(block, parts, squares=lambda size, value: value, place=3):
         return what + (
-            "what is missing is a multiple of the weight itself, so the loss holds an L2 penalty on it; use the "
-            "optimizer's weight_decay instead"
+            f"what is missing is a multiple of the weight itself, so the loss holds an L2 penalty on it; {_SEEN}, or "
+            "use the optimizer's weight_decay"
         )
     if _parallel(block, parts, squares=lambda size, value: size, place=4):
         return what + (
-            "what is missing is a multiple of the weight's signs, so the loss holds an L1 penalty on it; shrink "
-            "the weights after the optimizer's step instead"
+            f"what is missing is a multiple of the weight's signs, so the loss holds an L1 penalty on it; {_SEEN}, or "
+            "shrink the weights after the optimizer's step"
         )
     if double_backward:
         return what + (
             "the loss holds a gradient (create_graph=True: a gradient penalty, forces), whose own derivative reaches "
-            "the weight through no layer's call"
+            f"the weight through no layer's call, in no way that is known; {_SEEN} in a loop of your own"
         )
     return what + "the weight is also used outside of its module's own call, or its layer function is wrong"
 

@@ -191,7 +191,7 @@ class FitContext:
             raise self._failures.pop()
         if verification is not None:
             self._verify(verification, parameters, found)
-        elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in self._dropped]:
+        elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in (self._dropped or ())]:
             raise CaptureError(f"{self.owner}: per-sample gradients ended early: {'; '.join(late)}.")
         grad_samples: dict[Block, list[GradSample]] = {}
         for block, grad_sample in self._held:

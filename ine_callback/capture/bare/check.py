@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture.bare.graph import Graph
 from ine_callback.capture.bare.layouts import RowLayout
+from ine_callback.capture.bare.parameters import BareParameters
 from ine_callback.capture.bare.uses import Unrecognised, Use
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layers.recurrent import drops_between_layers
@@ -156,7 +157,7 @@ def _products(
             if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
                 return {}, False, layers
             graph = Graph(loss.grad_fn, unread=set(capture.names) - layers)
-            uses = _uses(graph, wanted, rows)
+            uses = _uses(graph, capture.bare, wanted, rows)
             handles = [_measure(use, rows, found.setdefault((use.parameter, use.kind), [])) for use in uses]
             if uses:
                 parameters = list(dict.fromkeys(use.parameter for use in uses))
@@ -168,12 +169,14 @@ def _products(
     return found, graph.half, layers
 
 
-def _uses(graph: Graph, wanted: list[nn.Parameter], rows: int) -> list[Use]:
+def _uses(graph: Graph, bare: BareParameters, wanted: list[nn.Parameter], rows: int) -> list[Use]:
     """The uses of all parameters; operations that are apart may belong to no row."""
     out: list[Use] = []
     for parameter in wanted:
         try:
-            out += graph.above(parameter, lambda use: bool(use.layouts(rows))).uses
+            above = graph.above(parameter, lambda use: bool(use.layouts(rows)))
+            out += above.uses
+            bare.apart[parameter] = {one.kind for one in above.apart}
         except Unrecognised:
             continue
     return out

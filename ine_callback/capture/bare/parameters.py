@@ -66,6 +66,7 @@ class BareParameters:
             :func:`.find_layouts` has found them.
         of_no_row: Of each parameter, the kinds of operations whose gradients belong to no row (a penalty on weights);
             none until :func:`.find_terms_of_no_row` has found them.
+        apart: Of each parameter, the kinds of operations that :func:`.find_layouts` did not recognise.
         beside: Parameters that are read here beside the calls of their layers.
     """
 
@@ -84,6 +85,7 @@ class BareParameters:
         self.layouts: dict[nn.Parameter, Mapping[tuple[object, ...], RowLayout]] = {}
         self.of_no_row: dict[nn.Parameter, set[tuple[object, ...]]] = {}
         self.beside: set[nn.Parameter] = set()
+        self.apart: dict[nn.Parameter, set[tuple[object, ...]]] = {}
         self._left_out: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
         self._batches = 0
@@ -91,6 +93,12 @@ class BareParameters:
     def open_to(self, called: set[nn.Module]) -> list[nn.Parameter]:
         """Trainable parameters that no layer records whose call is known."""
         return [p for p in self.trainable() if not called.intersection(self._all[p])]
+
+    def settle(self) -> None:
+        """Reads no parameter of its own of which some operation is neither a use nor of no row."""
+        for p in list(self.layouts):
+            if p not in self.beside and not self.apart.get(p, set()) <= self.of_no_row.get(p, set()):
+                del self.layouts[p]
 
     def named(self) -> dict[str, nn.Parameter]:
         """The parameters that are read, by name."""
@@ -167,8 +175,9 @@ class BareParameters:
             if bare:
                 self.drop(p, f"it is used by {error} in training, otherwise than in the check before the first step")
             return []  # of a layer's parameter verification tells
-        for one in above.apart if observer is not None else ():
-            observer.watch_apart(p, one)
+        if observer is not None:
+            for one in above.apart:
+                observer.watch_apart(p, one)
         with_layouts = ((use, self._layout(use, known, derived)) for use in above.uses)
         return [(use, layout) for use, layout in with_layouts if layout is not None]
 

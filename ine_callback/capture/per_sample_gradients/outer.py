@@ -79,7 +79,7 @@ class Outer(GradSample):
         if len(basis) == 1 and self.activations.is_contiguous():  # one product for all rows
             flat, weight = self.activations.flatten(0, 2), basis[0, : self.activations.shape[3]]
             product = torch.addmm(basis[0, -1], flat, weight) if self.ones else flat @ weight
-            return product.view(*self.activations.shape[:3], -1)
+            return product.view(*self.activations.shape[:3], product.shape[-1])
         found: Tensor = self.activations @ basis[:, : self.activations.shape[3]]
         return found + basis[:, -1:] if self.ones else found
 

@@ -74,7 +74,7 @@ class Ragged(GradSample):
 
 
 @dataclass(frozen=True)
-class RaggedOuter(Ragged, Outer):
+class RaggedOuter(Ragged, Outer):  # type: ignore[misc]  # its gradients have lost their positions
     """Outer products of entries."""
 
     def gradient(self, rows: slice | Tensor) -> Tensor:
@@ -107,12 +107,12 @@ _FORMED = 1 << 24  # entries' output gradients, times rows, that are held at onc
 
 
 @dataclass(frozen=True)
-class RaggedEntries(RaggedOuter, Entries):
+class RaggedEntries(RaggedOuter, Entries):  # type: ignore[misc]
     """One-hot inputs of entries."""
 
 
 @dataclass(frozen=True)
-class RaggedLookup(Ragged, Lookup):
+class RaggedLookup(Ragged, Lookup):  # type: ignore[misc]
     """Looked-up entries of an embedding table."""
 
     def gradient(self, rows: slice | Tensor) -> Tensor:
