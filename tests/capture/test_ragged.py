@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +95,6 @@ def test_a_row_may_have_no_entry_and_a_batch_none_at_all() -> None:
     outer = Outer(_draw(0, 0, 1, 1, 4), _draw(1, 0, 1, 1, 5))
     found = of_entries(outer, torch.zeros(0, dtype=torch.int64), ROWS)
     assert not found.signals(_draw(2, 2, *found.layout)).any() and found.squared_norms().shape == (ROWS,)
-    some = of_entries(
-        replace(outer, activations=_draw(0, 2, 1, 1, 4), output_grads=_draw(1, 2, 1, 1, 5)), torch.tensor([2, 2]), ROWS
-    )
+    two = Outer(_draw(0, 2, 1, 1, 4), _draw(1, 2, 1, 1, 5))
+    some = of_entries(two, torch.tensor([2, 2]), ROWS)
     assert some.squared_norms().nonzero().flatten().tolist() == [2]

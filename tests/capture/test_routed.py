@@ -1,4 +1,4 @@
-"""Experts: tokens that an index selected are traced back to their rows, exactly, or their layers are left out by name."""
+"""Experts: tokens that an index selected are traced back to their rows, or their layers are left out by name."""
 
 from __future__ import annotations
 
