@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ine_callback.capture.layers import LayerFunction, RowMismatch, grad_samples_of
 from ine_callback.capture.layers.calls import Tensors
 from ine_callback.capture.per_sample_gradients import GradSample, of_entries
+from ine_callback.data.batches import led_by
 from ine_callback.data.row_entries import RowEntries
 from ine_callback.errors import RowsError, UnknownRows
 
@@ -45,6 +47,11 @@ class EntryIndex:
                 f"{owner}: a batch of {rows} rows with {' and '.join(map(str, counts))} entries: a layer's input does "
                 "not tell which of them it holds, as two are equally many"
             )
+
+    def leading(self, batch: Any) -> int:
+        """How many rows, or packed sequences, a batch can be cut into."""
+        packed = [kind[0] for kind, _ in self._kinds if len(kind) > 1]
+        return next((size for size in (self.rows, *packed) if led_by(batch, size)), self.rows)
 
     def along(self, shape: Sequence[int], dims: int) -> Tensor | None:
         """The row of each entry [n] along the first dimensions of a tensor of this shape; None where it has no such."""

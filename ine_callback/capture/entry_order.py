@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import LayerError
+from ine_callback.capture.bare.entry_check import find_entry_uses
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
@@ -44,26 +45,25 @@ def entry_faults(
         by_name = {name: child for child, name in capture.names.items()}
         faults = {by_name[n]: why for n, calls in whole.items() if (why := _shape_fault(capture.entries, calls))}
         moved = _exchanged(batch, rows_of)
-        if moved is not None and rows_of is not None and faults:
-            at_first = row_entries(rows_of(batch))
-            assert at_first is not None
-            device = next(module.parameters()).device
-            both = [_given(*one, device) for one in ((batch, at_first), moved)]
-            routed = find_routed(module, capture, loss, both[0], both[1], faults)
-            faults = {one: why for one, why in faults.items() if one not in routed}
-        faults |= layer_function_faults(module, capture, loss, batch, rows)
+        capture.bare.trusts_entries = moved is None
         if moved is None:
+            faults |= layer_function_faults(module, capture, loss, batch, rows)
             return faults, [f"{_UNCHECKED} (the batch cannot be cut by row_fn's entries)"]
-        first, (other, then) = row_entries(rows_of(batch)) if rows_of else None, moved
-        assert first is not None
+        (_, at_first), (other, then) = moved
         calls_then, random = inputs_of(module, capture, loss, other)
         if random:
             return faults, [f"{_UNCHECKED} (the model draws random numbers)"]
+        device = next(module.parameters()).device
+        first, second = (_given(*one, device) for one in moved)
+        routed = find_routed(module, capture, loss, first, second, faults)
+        faults = {one: why for one, why in faults.items() if one not in routed}
         for name, calls in whole.items():
             pairs = zip(calls, calls_then.get(name, []), strict=False)
             seen = by_name[name] in faults or by_name[name] in capture.routed
-            if not seen and not all(_follow(x, first, y, then) for x, y in pairs):
+            if not seen and not all(_follow(x, at_first, y, then) for x, y in pairs):
                 faults[by_name[name]] = "its input does not hold each row's entries where row_fn says so"
+        faults |= layer_function_faults(module, capture, loss, batch, rows)
+        find_entry_uses(module, capture, loss, first, second, faults)
     except Exception as error:  # of the user's code, run on another batch
         return {}, [f"{_UNCHECKED} ({type(error).__name__}: {error})"]
     return faults, []
@@ -83,21 +83,26 @@ def _given(batch: Any, entries: RowEntries, device: torch.device) -> Given:
     return Given(batch, rows, EntryIndex(entries, len(rows), device, ""))
 
 
-def _exchanged(batch: Any, rows_of: Callable[[Any], Any] | None) -> tuple[Any, RowEntries] | None:
-    """The batch with its texts or graphs in another order, and its entries; None if it cannot be cut."""
+def _exchanged(
+    batch: Any, rows_of: Callable[[Any], Any] | None
+) -> tuple[tuple[Any, RowEntries], tuple[Any, RowEntries]] | None:
+    """The batch, and the same in another order, each with its entries; None if it cannot be cut."""
     given = None if rows_of is None else row_entries(rows_of(batch))
     if given is None or rows_of is None:
         return None
-    for size in (len(given.rows), *(shape[0] for shape in given.sizes() if len(shape) > 1)):
+    packed = [shape[0] for shape in given.sizes() if len(shape) > 1]
+    for size in (len(given.rows), *packed):
         if size > 1 and led_by(batch, size):
             other = cut(batch, torch.arange(size).roll(1), size)
             then = row_entries(rows_of(other))
-            # parts of another size, like a vector of nodes, stay as they are: then no entry moves with its row
-            if then is not None and not torch.equal(torch.as_tensor(then.rows), torch.as_tensor(given.rows)):
-                return other, then
-            if then is not None and len(given.sizes()[0]) > 1:
-                return other, then
+            # of graphs, parts like a vector of nodes may have stayed as they were: then no row has moved
+            if then is not None and (size in packed or not _same_order(given, then)):
+                return (batch, given), (other, then)
     return None
+
+
+def _same_order(one: RowEntries, other: RowEntries) -> bool:
+    return torch.equal(torch.as_tensor(one.rows), torch.as_tensor(other.rows))
 
 
 def _follow(x: Tensor, first: RowEntries, y: Tensor, then: RowEntries) -> bool:

@@ -202,6 +202,8 @@ class Coverage:
     ) -> None:
         """Finds out whether operations on parameters that are no uses belong to no row: penalties on weights."""
         known = self._capture.bare.of_no_row
+        if self._capture.entries is not None:
+            rows = self._capture.entries.leading(batch)
         if loss is not None and batch is not None and verification.has_unknown(known):
             with contextlib.suppress(Exception):  # of the user's code: the parameters will be named as left out
                 find_terms_of_no_row(self._module, self._capture, loss, batch, rows, as_in_training)

@@ -151,7 +151,9 @@ def fit(make: Callable[[], Module], loaders: tuple[DataLoader[Any], DataLoader[A
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     keep, runs = Keep(), []
     settings = {"queries": ["val", "self"], "methods": [keep], "discount": False, "refresh_every": 1, "rank": None}
-    callback = InfluenceCallback(**{**settings, "on_error": "raise", **options})
+    if "methods" in options:
+        settings["on_error"] = "raise"  # these make a report
+    callback = InfluenceCallback(**{**settings, **options})
     for callbacks in ([], [callback]):
         torch.manual_seed(0)
         module = make()

@@ -62,6 +62,13 @@ def summed_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     return (x.sum(dims) if dims else x).reshape(len(x), *shape)
 
 
+def pair_layouts(output: Sequence[int], shape: Sequence[int], rows: int) -> list[RowLayout]:
+    """The layout in which the first two dimensions are entries, all ``rows`` of them, if the tensor has neither."""
+    lead = len(output) - len(shape)
+    free = len(output) > 1 and all(d < lead or shape[d - lead] == 1 for d in (0, 1))
+    return [RowLayout(0, "pairs")] if free and output[0] * output[1] == rows else []
+
+
 def row_layouts(output: Sequence[int], shape: Sequence[int], rows: int) -> list[RowLayout]:
     """Where rows may be in an output to which a tensor was broadcast: only in dimensions that this one does not have.
 
@@ -81,6 +88,4 @@ def row_layouts(output: Sequence[int], shape: Sequence[int], rows: int) -> list[
     found = [RowLayout(d, "alone") for d in free if output[d] == rows]
     if 0 in free and output[0] > rows and output[0] % rows == 0:
         found += [RowLayout(0, "first"), RowLayout(0, "last")]
-    if free[:2] == [0, 1] and output[0] * output[1] == rows:
-        found.append(RowLayout(0, "pairs"))
     return found

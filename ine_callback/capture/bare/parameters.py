@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from ine_callback.capture.bare.graph import Apart, Graph
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.uses import Unrecognised, Use
 from ine_callback.capture.entries import EntryIndex
-from ine_callback.capture.layers import RowMismatch
+from ine_callback.capture.layers import RowMismatch, layer_function
 from ine_callback.capture.passes import Call, adds_to_grad
 from ine_callback.capture.per_sample_gradients import GradSample, of_entries
 
@@ -67,6 +67,7 @@ class BareParameters:
         of_no_row: Of each parameter, the kinds of operations whose gradients belong to no row (a penalty on weights);
             none until :func:`.find_terms_of_no_row` has found them.
         apart: Of each parameter, the kinds of operations that :func:`.find_layouts` did not recognise.
+        trusts_entries: Whether uses that entries lead are read without a check, as nothing could be checked.
         beside: Parameters that are read here beside the calls of their layers.
     """
 
@@ -84,11 +85,16 @@ class BareParameters:
                     self._owners.setdefault(p, (child, local))
         self.layouts: dict[nn.Parameter, Mapping[tuple[object, ...], RowLayout]] = {}
         self.of_no_row: dict[nn.Parameter, set[tuple[object, ...]]] = {}
+        self.trusts_entries = False
         self.beside: set[nn.Parameter] = set()
         self.apart: dict[nn.Parameter, set[tuple[object, ...]]] = {}
         self._left_out: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
         self._batches = 0
+
+    def called(self, parameter: nn.Parameter, without: Collection[nn.Module]) -> bool:
+        """Whether a recorded layer has the parameter."""
+        return any(layer_function(one) is not None and one not in without for one in self._all[parameter])
 
     def open_to(self, called: set[nn.Module]) -> list[nn.Parameter]:
         """Trainable parameters that no layer records whose call is known."""
@@ -147,7 +153,7 @@ class BareParameters:
         capture = self._capture
         live = {module for module, calls in capture.calls.items() if isinstance(module, nn.Module) and calls}
         bare = {p for p in self.open_to(live) if p in self.layouts}
-        everything = observer is not None or capture.double_backward or capture.entries is not None
+        everything = observer is not None or capture.double_backward or self.trusts_entries
         wanted = [p for p in self.trainable() if everything or p in self.layouts]
         if not wanted or loss.grad_fn is None:
             return set()
@@ -184,7 +190,8 @@ class BareParameters:
     def _layout(self, use: Use, known: Mapping[tuple[object, ...], RowLayout], derived: bool) -> RowLayout | None:
         """Where the rows are in a use's output; None if it is no use."""
         if self._capture.entries is not None:
-            return leading_entries(use, self._capture.entries)
+            trusted = self.trusts_entries or use.kind in known
+            return leading_entries(use, self._capture.entries) if trusted else None
         layout, rows = known.get(use.kind), self._capture.rows
         if layout is None and derived:
             layout = next((one for one in use.layouts(rows) if one.dim == 0 and one.place in ("alone", "first")), None)
@@ -240,9 +247,10 @@ def leading_entries(use: Use, entries: EntryIndex) -> RowLayout | None:
         index, dims = entries.of(use.output)
     except RowMismatch:
         return None
-    layout = RowLayout(0, "alone" if dims == 1 else "pairs")
     count = entries.rows if index is None else index.numel()
-    return layout if use.is_readable and layout in use.layouts(count) else None
+    if dims > 1:
+        return next(iter(use.pairs(count)), None)
+    return RowLayout(0, "alone") if RowLayout(0, "alone") in use.layouts(count) else None
 
 
 def of_use(use: Use, output_grads: Tensor, layout: RowLayout, entries: EntryIndex) -> GradSample:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture.bare.derivatives import DERIVATIVES, ENTRIES_ALONE
-from ine_callback.capture.bare.layouts import RowLayout, row_layouts, summed_to
+from ine_callback.capture.bare.layouts import RowLayout, pair_layouts, row_layouts, summed_to
 from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector, widened
 from ine_callback.capture.row_losses import signed
 
@@ -112,8 +112,16 @@ class Use:
         if self.is_derivative:
             found = row_layouts(self.output, self.output[1:], rows) if all(s.name == _CAST for s in self.steps) else []
             return [one for one in found if one.place == "alone" or self.last.name not in ENTRIES_ALONE]
-        known = self.is_bias or self.last.name in _BROADCAST or self._copies
-        return row_layouts(self.output, self.last.shape, rows) if known else []
+        return row_layouts(self.output, self.last.shape, rows) if self._is_broadcast else []
+
+    def pairs(self, entries: int) -> list[RowLayout]:
+        """The layout in which the output's first two dimensions are entries; none if they are not."""
+        return pair_layouts(self.output, self.last.shape, entries) if self._is_broadcast and self.is_readable else []
+
+    @property
+    def _is_broadcast(self) -> bool:
+        """Whether the parameter is broadcast to the output."""
+        return self.is_bias or self.last.name in _BROADCAST or self._copies
 
     @property
     def _copies(self) -> bool:
