@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import LayerError, own_parameters
+from ine_callback.capture.attributes import LayerError, own_parameters, setting
+from ine_callback.capture.layers import layer_function
+from ine_callback.capture.layers.convolution import convolution
+from ine_callback.capture.layers.embedding import embedding
+from ine_callback.capture.layers.linear import linear
 from ine_callback.capture.per_sample_gradients import CompressedGradients, GradSample, Lookup, Outer, Vector
 
 
@@ -138,9 +142,27 @@ class BlockTable:
         return pairs
 
     def tie(self, parameter: nn.Parameter) -> None:
-        """A parameter is also used outside of its layer's call: from the start on it has a block of its own."""
-        if all(parameter not in set(block.parameters) for block in self):
-            self._tied.add(parameter)
+        """A parameter is also used outside of its layer's call, which may come first in a backward pass.
+
+        The block of a table must take other gradients than lookups, too. A weight still shares its block with the bias.
+        """
+        if any(parameter in set(block.parameters) for block in self):
+            return
+        for module, name in [place for place, p in self._first.items() if p is parameter]:
+            bias = self._first.get((module, name.replace("weight", "bias", 1)))
+            weight = self._first.get((module, name.replace("bias", "weight", 1)))
+            if layer_function(module) is embedding:
+                self._tied.add(parameter)
+            elif weight is not None and bias is not None and weight is not bias:
+                self._join(module, weight, bias)
+
+    def _join(self, module: nn.Module, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        """Makes the block of a weight and its bias before either comes, where its layer gives both as matrices."""
+        both = weight.requires_grad and bias.requires_grad and not self._tied.intersection((weight, bias))
+        if both and layer_function(module) in (linear, convolution) and self._joinable(weight, bias):
+            groups = setting(module, "groups", 1)
+            layout = (groups, len(weight) // groups, weight[0].numel() + 1)
+            self._add(Block(self.names[weight], (weight, bias), layout, self._positions[weight], matrix=True))
 
     def trainable(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """A module's own trainable parameters: as the module uses them now, and as the optimizer has them."""
