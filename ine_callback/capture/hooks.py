@@ -28,7 +28,7 @@ from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
 from ine_callback.capture.marks import mark_call
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, of_entries, widened
-from ine_callback.capture.routed import rows_of_selected
+from ine_callback.capture.routed import base_of, rows_of_selected
 from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
@@ -71,7 +71,7 @@ class Capture:
         functions: Layer functions that the check before the first step chose, in place of those of the types.
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
         entries: The row of each entry, in batches in which rows do not lead.
-        rows_of: What gives the rows and entries of a batch, where it is known.
+        rows_of: What gives a batch's rows and entries, if known.
         routed: Layers that get entries selected by an index, whose rows are traced in the graph (experts).
         selected: The rows of the entries of the present call of one of them.
         last_called: The recorded layer that was called last in this batch.
@@ -120,7 +120,6 @@ class Capture:
         self._handles: list[RemovableHandle] = []
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
         self.entries: EntryIndex | None = None
-        self._device = next(module.parameters()).device
         self.routed: set[nn.Module] = set()
         self.selected: Tensor | None = None
         self.rows_of: Callable[[Any], Any] | None = None
@@ -208,19 +207,11 @@ class Capture:
         """Marks a call in the graph; of a layer of selected entries, if their rows can be traced."""
         if module not in self.names or read.fault:
             return
-        self.selected = None
-        if module in self.routed and isinstance(read.activations, Tensor):
-            self.selected = rows_of_selected(read.activations, self._rows_of_output)
+        self.selected, x = None, read.activations
+        if module in self.routed and isinstance(x, Tensor):
+            self.selected = rows_of_selected(x, base_of(self.rows, self.entries, x.device))
         if module not in self.routed or self.selected is not None:
             mark_call(module, inputs, read.outputs, self.selected)
-
-    def _rows_of_output(self, shape: Sequence[int], dims: int) -> Tensor | None:
-        """The row of each entry, along the first dimensions of the output of a layer whose input rows lead."""
-        if self.entries is not None:
-            return self.entries.along(shape, dims)
-        whole = torch.arange(self.rows, device=self._device)
-        led = dims == 1 and shape[0] % self.rows == 0
-        return whole.repeat_interleave(shape[0] // self.rows) if led else None
 
     def _on_forward(self, module: nn.Module, read: LayerCall, saved: Callable[[], Tensors | None] | None) -> None:
         """Waits for the gradients of the outputs, or drops a module that is called in an unknown way."""
@@ -246,13 +237,13 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
-        selected = self.selected if module in self.routed else None
-        if module in self.routed and (selected is None or not len(selected)):
-            if selected is None:
-                self.drop(module, _UNTRACED.format(tuple(x.shape)))
-            return
+        if module in self.routed and self.selected is None:
+            return self.drop(module, _UNTRACED.format(tuple(x.shape)))
+        if module in self.routed and not len(x):
+            return  # an expert without a token
         call, self.last_called = self.called(module), module
-        self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads, selected))
+        call.rows = self.selected if module in self.routed else None
+        self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
         """Calls ``receive`` when a backward pass has the outputs' gradients; of several outputs those it computes."""
@@ -327,12 +318,7 @@ class Capture:
         return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
 
     def _backward(
-        self,
-        module: nn.Module,
-        call: Call,
-        saved: Callable[[], Tensors | None],
-        output_grads: Tensors,
-        selected: Tensor | None,
+        self, module: nn.Module, call: Call, saved: Callable[[], Tensors | None], output_grads: Tensors
     ) -> None:
         if not self.active or module not in self.names:
             return
@@ -351,8 +337,7 @@ class Capture:
                 return
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
-                function = self.functions.get(module)
-                for part in self._by_row(module, activations, output_grads, function, selected):
+                for part in self._by_row(module, call.rows, activations, output_grads):
                     self.receive(module, {name: g for name, g in part.items() if name not in passed_by})
                 self._worked.add(module)
         except RowMismatch as error:
@@ -364,14 +349,10 @@ class Capture:
             self.give_up(module, error)
 
     def _by_row(
-        self,
-        module: nn.Module,
-        activations: Tensors,
-        output_grads: Tensors,
-        function: LayerFunction | None,
-        selected: Tensor | None,
+        self, module: nn.Module, selected: Tensor | None, activations: Tensors, output_grads: Tensors
     ) -> list[dict[str, GradSample]]:
         """Per-sample gradients by row: as one call of the layer, or as one for each entry of a row."""
+        function = self.functions.get(module)
         if selected is not None:
             found = grad_samples_of(module, activations, output_grads, len(selected), function)
             return [{name: of_entries(one, selected, self.rows) for name, one in found.items()}]
@@ -383,12 +364,11 @@ class Capture:
         entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
         if count == 1:
             return [entries]
-        consecutive = self.views == 1
-        joined = {name: each.by_row(count, consecutive) for name, each in entries.items()}
+        joined = {name: each.by_row(count, self.views == 1) for name, each in entries.items()}
         if all(each is not None for each in joined.values()):
             return [joined]  # type: ignore[list-item]
         self._parts[module] = count
-        split = {name: each.split(count, consecutive) for name, each in entries.items()}
+        split = {name: each.split(count, self.views == 1) for name, each in entries.items()}
         return [{name: uses[k] for name, uses in split.items()} for k in range(count)]
 
     def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture.bare.uses import is_readable
+from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.marks import call_of
 from ine_callback.capture.row_losses import signed
 
@@ -38,6 +39,24 @@ def rows_of_selected(x: Tensor, base: Base) -> Tensor | None:
         return None
     rows = _traced(x.grad_fn, x.output_nr, 0, base, _DEEPEST)
     return rows if rows is not None and len(rows) == len(x) else None
+
+
+def base_of(rows: int, entries: EntryIndex | None, device: torch.device) -> Base:
+    """The rows of the outputs of layers whose inputs rows lead, or entries.
+
+    Args:
+        rows: Number of rows b.
+        entries: The row of each entry, where rows do not lead.
+        device: Of the layer's input.
+    """
+
+    def base(shape: Shape, dims: int) -> Tensor | None:
+        if entries is not None:
+            return entries.along(shape, dims)
+        led = dims == 1 and shape[0] % rows == 0
+        return torch.arange(rows, device=device).repeat_interleave(shape[0] // rows) if led else None
+
+    return base
 
 
 def _traced(node: Any, output: int, dim: int, base: Base, depth: int) -> Tensor | None:

@@ -212,8 +212,7 @@ class InfluenceCallback(Callback):
             raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
         loss = self._loss = ModuleLoss(pl_module, owner)
         training, ending = (None, []) if self.methods is None else split_methods(self.methods, owner)
-        if training == []:
-            training = [ObservationCounts()]
+        training = [ObservationCounts()] if training == [] else training
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
         self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
@@ -270,8 +269,7 @@ class InfluenceCallback(Callback):
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._recorder is not None:
-            assert self._rows is not None
+        if self._recorder is not None and self._rows is not None:
             if fault := self._rows.hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
                 self._recorder.guard.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
