@@ -19,7 +19,7 @@ from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.routed_check import Given, find_routed
 from ine_callback.capture.row_order import inputs_of, same_values
-from ine_callback.data.batches import cut, led_by
+from ine_callback.data.batches import cut, holds_graphs, led_by
 from ine_callback.data.row_entries import RowEntries, row_entries
 
 Loss = Callable[[nn.Module, Any], object]
@@ -91,18 +91,14 @@ def _exchanged(
     if given is None or rows_of is None:
         return None
     packed = [shape[0] for shape in given.sizes() if len(shape) > 1]
-    for size in (len(given.rows), *packed):
+    # of nodes beside one another, only their own class knows how to move them with their graph
+    for size in [len(given.rows)] * holds_graphs(batch) + packed:
         if size > 1 and led_by(batch, size):
             other = cut(batch, torch.arange(size).roll(1), size)
             then = row_entries(rows_of(other))
-            # of graphs, parts like a vector of nodes may have stayed as they were: then no row has moved
-            if then is not None and (size in packed or not _same_order(given, then)):
+            if then is not None:
                 return (batch, given), (other, then)
     return None
-
-
-def _same_order(one: RowEntries, other: RowEntries) -> bool:
-    return torch.equal(torch.as_tensor(one.rows), torch.as_tensor(other.rows))
 
 
 def _follow(x: Tensor, first: RowEntries, y: Tensor, then: RowEntries) -> bool:

@@ -129,6 +129,26 @@ def test_entries_whose_order_is_another_are_found_before_the_first_step() -> Non
     assert not keep.steps and "where row_fn says so" in " ".join(callback._recorder.capture.dropped.values())
 
 
+def test_nodes_that_nobody_can_move_are_recorded_with_a_note() -> None:
+    """A tuple of tensors: labels can be exchanged, nodes cannot."""
+
+    def collate(items: list[Any]) -> Any:
+        batch = Batch(items)
+        return batch.x, batch.batch, batch.y, batch.row
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        x, of_node, y, _ = batch
+        pooled = torch.zeros(len(y), 8).to(x).index_add(0, of_node, torch.tanh(net[0](x)))
+        return F.cross_entropy(net[1](pooled), y)
+
+    loaders = tuple(DataLoader(graphs(), size, collate_fn=collate) for size in (TOGETHER, GRAPHS))
+    make = lambda: Module(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), loss)  # noqa: E731
+    _, callback, keep = fit(make, loaders, row_fn=lambda batch: RowEntries(batch[3], batch[1]), num_rows=GRAPHS)
+    coverage = callback._recorder.coverage
+    assert coverage.share == 1.0 and len(keep.steps) == GRAPHS // TOGETHER
+    assert any("order of entries" in note and "not checked" in note for note in coverage.notes)
+
+
 def test_ids_by_token_name_texts_in_order_of_their_index() -> None:
     found = row_entries(torch.tensor([[5, 5, 9], [9, -100, -1]]))
     assert found is not None
