@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ine_callback.applications.suppression import SuppressTokens, suppressed_cross_entropy
     from ine_callback.applications.token_mask import TokenMask, token_mask
     from ine_callback.capture.layers import register_layer
+    from ine_callback.data.row_entries import RowEntries
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
     from ine_callback.methods import (
@@ -70,6 +71,7 @@ __all__ = [
     "Query",
     "Recorder",
     "RecordingConfig",
+    "RowEntries",
     "SelfQuery",
     "Subspaces",
     "SuppressTokens",
@@ -102,6 +104,7 @@ _MODULES = {
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
+    "data.row_entries": ["RowEntries"],
     "methods.kairos.values": ["kairos"],
     "methods.fairness.settings": ["FairSettings"],
     "methods.fairness.subspaces": ["fair_subspaces"],

@@ -171,7 +171,7 @@ class InfluenceCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._recorder = self._log = None
-        if not self.enabled or stage != "fit":
+        if not (self.enabled and stage == "fit"):
             return
         if not is_known(trainer.strategy):
             raise InfluenceError(
@@ -202,21 +202,19 @@ class InfluenceCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._rows is not None
-        owner = self.owner
         if splits_tensors(trainer.strategy):
             raise InfluenceError(
-                f"{owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1), or "
-                "pass enabled=False."
+                f"{self.owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1) "
+                "or pass enabled=False."
             )
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
-            raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
-        loss = self._loss = ModuleLoss(pl_module, owner)
-        training, ending = (None, []) if self.methods is None else split_methods(self.methods, owner)
-        if training == []:
-            training = [ObservationCounts()]
+            raise InfluenceError(f"{self.owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
+        loss = self._loss = ModuleLoss(pl_module, self.owner)
+        training, ending = (None, []) if self.methods is None else split_methods(self.methods, self.owner)
+        training = [ObservationCounts()] if training == [] else training
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
-        self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
+        self._source = DataSource(self.owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
             pl_module,
             trainer.optimizers,
@@ -231,7 +229,7 @@ class InfluenceCallback(Callback):
             source=self._source,
             to_device=lambda batch: transferred(trainer, batch),
             context=lambda: evaluating(trainer),
-            owner=owner,
+            owner=self.owner,
             config=self._config,
         )
         for lane in self._recorder.lanes:
@@ -242,10 +240,10 @@ class InfluenceCallback(Callback):
         self._recorder.start(fresh=True)
         self._warn_of_single_rows(trainer, loaders[0])
         self._folder = self._folder_of(trainer)  # now: loggers ask all processes, and later one may be gone
-        self._fit_end = FitEndMethods(ending, owner, self.on_error)
+        self._fit_end = FitEndMethods(ending, self.owner, self.on_error)
         infos = [query.info for query in self._recorder.bound]
         self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size, self._source)
-        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
+        self._log = RunLog(trainer, self.owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             saved, self._saved = self._saved, {}
             resume(saved, trainer, self._recorder, self._fit_end, self.on_error)
@@ -271,11 +269,11 @@ class InfluenceCallback(Callback):
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._recorder is not None:
-            assert self._rows is not None
+        if self._recorder is not None and self._rows is not None:
             if fault := self._rows.hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
                 self._recorder.guard.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
+            self._loss.batch_idx = batch_idx  # a penalty may come in every 16th batch only
             self._recorder.start_batch(self._rows.rows, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -292,6 +290,7 @@ class InfluenceCallback(Callback):
     ) -> None:
         if self._recorder is not None:
             self._recorder.end_batch()
+            self._loss.batch_idx = 0
             if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
                 self._recorder.discard()  # by hand gradients may be gathered over batches
             self._recorder.update()
@@ -328,6 +327,7 @@ class InfluenceCallback(Callback):
             progress=progress_of(trainer),
             layers=self.layers,
             owner=self.owner,
+            rows_of=self.row_fn,
             summed_rates=partial(summed_rates, self._recorder.training.optimizer, self._recorder.schedule.realised),
         )
 
