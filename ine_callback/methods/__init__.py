@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ine_callback.methods.base import Method, split_methods, training_methods
     from ine_callback.methods.bif.bif import BIF
     from ine_callback.methods.context import FitContext, RowGradients
+    from ine_callback.methods.effects import CausalEffects
     from ine_callback.methods.fairness.fair import FairSubspaces
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
@@ -21,6 +22,7 @@ __all__ = [
     "FINE",
     "IF",
     "KAIROS",
+    "CausalEffects",
     "DataValues",
     "FairSubspaces",
     "FitContext",
@@ -39,6 +41,7 @@ _MODULES = {
     "base": ["Method", "split_methods", "training_methods"],
     "bif.bif": ["BIF"],
     "context": ["FitContext", "RowGradients"],
+    "effects": ["CausalEffects"],
     "fairness.fair": ["FairSubspaces"],
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],
