@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ine_callback.effects.data import EffectData
+from ine_callback.effects.discovery import discovered_graph
 from ine_callback.effects.effect import Effect
 from ine_callback.effects.estimands import ATE, NDE, NIE, WCDE
 from ine_callback.effects.estimation import estimate
@@ -26,6 +27,7 @@ __all__ = [
     "Networks",
     "Outcome",
     "Paths",
+    "discovered_graph",
     "estimate",
     "paths",
 ]

@@ -120,9 +120,7 @@ class Effect:
             KeyError: Or TypeError, or ValueError, if it is something else.
         """
         texts = {name: str(words[name]) for name in ("estimand", "treatment", "outcome", "why", "nuisances")}
-        parts = {
-            each.name: {str(k): float(v) for k, v in words[each.name].items()} for each in fields(Positivity)
-        }
+        parts = {each.name: {str(k): float(v) for k, v in words[each.name].items()} for each in fields(Positivity)}
         return cls(
             influence=influence,
             adjustment=tuple(tuple(map(str, each)) for each in words["adjustment"]),

@@ -86,9 +86,7 @@ class Estimand:
         """What must hold, in words."""
         raise NotImplementedError
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances
-    ) -> list[Terms]:
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
         """Terms of each fold's own rows, with nuisances of its training rows; those of all folds are fitted at once."""
         raise NotImplementedError
 
@@ -124,9 +122,7 @@ class ATE(Estimand):
             "one row's treatment does not change another row's outcome",
         )
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances
-    ) -> list[Terms]:
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
         z, a, y, rows = data.matrix(adjust), data.treated, data.outcome, masks(folds, len(data))
         shares = models.probabilities(z, a, rows)
         means = {arm: models.means(z, y, rows & (a == arm)) for arm in (True, False)}
@@ -176,9 +172,7 @@ class WCDE(Estimand):
                 "effect is the whole one; ask ATE()."
             )
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances
-    ) -> list[Terms]:
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
         a, y, rows = data.treated, data.outcome, masks(folds, len(data))
         z1, z2 = data.matrix(adjust & data.graph.mediators), data.matrix(adjust - data.graph.mediators)
         z = np.concatenate([z1, z2], 1)
@@ -229,9 +223,7 @@ class _Natural(Estimand):
     def optimal(self, graph: CausalGraph) -> frozenset[str]:
         return adjustment.for_mediation(graph, self.through(graph))
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances
-    ) -> list[Terms]:
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
         pairs = [[each[arms] for arms in self.contrast] for each in self.cross(data, adjust, folds, models)]
         return [Terms(one.values - other.values, one.parts | other.parts) for one, other in pairs]
 

@@ -70,7 +70,9 @@ def load(path: Path) -> list[Effect]:
 
 def _effect(words: dict[str, Any], table: pa.Table) -> Effect:
     named = Effect.from_dict(words, np.zeros(table.num_rows)).name
-    column = next(name for name in (named, words["estimand"]) if f"{name}/influence" in table.column_names)  # 0.2: short
+    column = next(
+        name for name in (named, words["estimand"]) if f"{name}/influence" in table.column_names
+    )  # 0.2: short
     return Effect.from_dict(words, table[f"{column}/influence"].to_numpy())
 
 

@@ -14,12 +14,10 @@ one is measured (``python -m benchmarks.effects``, docs/methods/effects.md), and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
-
 import lightning as L
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ine_callback.effects.data import EffectData
@@ -51,9 +49,11 @@ class FlowSEM(L.LightningModule):
         torch.Size([3, 4])
     """
 
+    allowed: Tensor
+
     def __init__(
         self,
-        allowed: Sequence[Sequence[bool]],
+        allowed: ArrayLike,
         copies: int = COPIES,
         hidden: int = 16,
         sparsity: float = 0.03,
@@ -63,7 +63,7 @@ class FlowSEM(L.LightningModule):
         super().__init__()
         self.sparsity, self.learning_rate = sparsity, learning_rate
         self.register_buffer("allowed", torch.as_tensor(np.asarray(allowed), dtype=torch.float32))
-        p, random = len(allowed), torch.Generator().manual_seed(seed)
+        p, random = len(self.allowed), torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(copies, *shape, generator=random))
@@ -88,14 +88,15 @@ class FlowSEM(L.LightningModule):
     def log_density(self, x: Tensor) -> Tensor:
         """Logarithm of the density of rows [n, p] in each copy [B, n]."""
         mean, log_sd = self(x)
-        return torch.distributions.Normal(mean, log_sd.exp()).log_prob(x).sum(-1)
+        density: Tensor = torch.distributions.Normal(mean, log_sd.exp()).log_prob(x).sum(-1)
+        return density
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Sum over copies of the penalised negative log density."""
         x, weights = batch
         weights = weights.T
         density = (self.log_density(x) * weights).sum(1) / weights.sum(1).clamp_min(1e-12)
-        return cast(Tensor, (self.sparsity * self.strengths.sum((1, 2)) - density).sum())
+        return (self.sparsity * self.strengths.sum((1, 2)) - density).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, which treats every number by itself, so that copies stay apart."""

@@ -125,7 +125,7 @@ class CrossFitNuisances(L.LightningModule):
             losses = nn.functional.binary_cross_entropy_with_logits(found, y, reduction="none")
         else:
             losses = (found - y) ** 2
-        return ((losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)).sum()
+        return cast(Tensor, ((losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)).sum())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, which treats every number by itself, so that copies stay apart."""
@@ -134,7 +134,7 @@ class CrossFitNuisances(L.LightningModule):
     def _outputs(self, x: Tensor) -> Tensor:
         """What the networks give of the same rows, in standardised units [K, n]."""
         call = vmap(self._one, randomness="different")
-        return cast(Tensor, call(list(self.stacked), (x - self.middle) / self.scale))
+        return call(list(self.stacked), (x - self.middle) / self.scale)
 
     def _one(self, parameters: list[Tensor], x: Tensor) -> Tensor:
         named = dict(zip(self._names, parameters, strict=True))
@@ -178,7 +178,7 @@ class Networks(Nuisances):
     """
 
     network: Callable[[int], nn.Module] | None = None
-    epochs: int = 20
+    epochs: int = 60
     batch_size: int = 128
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
@@ -202,11 +202,13 @@ class Networks(Nuisances):
 
     def _fitted(self, x: Floats, y: Floats | Mask, rows: Mask, classes: bool) -> list[Function]:
         """What each copy gives of rows [n, d]."""
-        tensors = [torch.tensor(part, dtype=torch.float32) for part in (x, np.broadcast_to(y, rows.shape).T, rows.T)]
+        every = (x, np.broadcast_to(y, rows.shape).T, rows.T)
+        inputs, targets, weights = (torch.tensor(part, dtype=torch.float32) for part in every)
         module = CrossFitNuisances(
-            self.network or perceptron, *tensors, classes, self.learning_rate, self.weight_decay, self.seed
-        )
-        fit(module, Batches(tensors, self.batch_size, self.seed), self.epochs)
+            self.network or perceptron, inputs, targets, weights, classes, self.learning_rate, self.weight_decay,
+            self.seed,
+        )  # fmt: skip
+        fit(module, Batches([inputs, targets, weights], self.batch_size, self.seed), self.epochs)
         return [partial(_predicted, module, k) for k in range(len(rows))]
 
 
@@ -240,9 +242,10 @@ def fit(module: L.LightningModule, batches: Any, epochs: int) -> None:
     with quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         trainer = L.Trainer(
             accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False, barebones=False,
+            enable_model_summary=False, enable_checkpointing=False,
         )  # fmt: skip
-        trainer.callbacks.clear()  # what the environment gives every Trainer, such as our own, is not for this one
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        callbacks.clear()  # what the environment gives every Trainer, such as our own, is not for this one
         trainer.fit(module, batches)
     if trainer.interrupted:
         raise KeyboardInterrupt

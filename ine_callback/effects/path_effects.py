@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 SMALLEST_SHARE = 1e-3  # of a node's sets of parents that effects are averaged over
+FLOW = "Stabilities are by a flow, and not calibrated. "
 NATURAL, LINEAR = "natural effect", "linear model"
 
 
@@ -309,7 +310,7 @@ def render_paths(found: Sequence[PathEffect], tau: float, flow: bool) -> Group:
             number(one.imbalance, 2),
         )
     words = (
-        f"{'Stabilities are by a flow, and not calibrated. ' if flow else ''}Paths of stability {tau:g} or more, given the order of the tiers. Effects are of graphs that hold the "
-        "path; a path chosen for being stable may look stronger than it is."
+        f"{FLOW if flow else ''}Paths of stability {tau:g} or more, given the order of the tiers. Effects are of "
+        "graphs that hold the path; a path chosen for being stable may look stronger than it is."
     )
     return Group(table, Text(words))

@@ -93,7 +93,9 @@ def of_edges(data: EffectData, copies: Mapping[tuple[str, str], Floats]) -> Post
     for node, found in candidates(data):
         chance = np.array([copies[cause, node].mean() for cause in found])
         sets[node] = {
-            frozenset(found[k] for k in chosen): float(np.prod(np.where(np.isin(range(len(found)), chosen), chance, 1 - chance)))
+            frozenset(found[k] for k in chosen): float(
+                np.prod(np.where(np.isin(range(len(found)), chosen), chance, 1 - chance))
+            )
             for chosen in _subsets(range(len(found)))
         }
     return Posterior(sets, copies)

@@ -14,6 +14,7 @@ from ine_callback.effects.estimation import LARGEST_IMBALANCE, SMALLEST_SAMPLE
 from ine_callback.effects.path_effects import PathEffect, Paths, render_paths
 from ine_callback.errors import InfluenceError
 from ine_callback.scores import Attribution, Check, QueryInfo
+from ine_callback.utilities.jsonable import jsonable
 from ine_callback.utilities.terminal import as_text
 from ine_callback.utilities.words import signed
 
@@ -26,7 +27,7 @@ REMOVAL = "removal"
 WHO = "report.effects"
 REMEDY = "adjust for fewer columns, or keep rows of kinds that occur with both treatments"
 LEGEND = (
-    "φ > 0: the row raises the estimate; it neither helps nor harms. \"Without it\" is what leaving the row out adds to "
+    'φ > 0: the row raises the estimate; it neither helps nor harms. "Without it" is what leaving the row out adds to '
     "the estimate, −φ / (n − 1)."
 )
 
@@ -56,7 +57,9 @@ def attribution(
         raise InfluenceError(f"{WHO}: {twice[0]!r} is there twice; give each question once.")
     sizes = sorted({len(one.influence) for one in both})
     if len(sizes) != 1:
-        raise InfluenceError(f"{WHO}: effects have {sizes or 'no'} rows; all must be of the same rows, and one at least.")
+        raise InfluenceError(
+            f"{WHO}: effects have {sizes or 'no'} rows; all must be of the same rows, and one at least."
+        )
     index = np.arange(sizes[0]) if rows is None else np.asarray(rows)
     if len(index) != sizes[0]:
         raise InfluenceError(f"{WHO}: rows names {len(index)} rows, and the effects have {sizes[0]}.")
@@ -101,9 +104,15 @@ def _checks(one: Effect | PathEffect) -> list[Check]:
     else:
         size, imbalance = one.positivity.smallest, max(one.positivity.imbalance.values())
     return [
-        Check(f"{one.name}: effective sample size", size, f"{SMALLEST_SAMPLE} or more", size >= SMALLEST_SAMPLE, REMEDY),
         Check(
-            f"{one.name}: imbalance", imbalance, f"{LARGEST_IMBALANCE} sd or less", imbalance <= LARGEST_IMBALANCE, REMEDY
+            f"{one.name}: effective sample size", size, f"{SMALLEST_SAMPLE} or more", size >= SMALLEST_SAMPLE, REMEDY
+        ),
+        Check(
+            f"{one.name}: imbalance",
+            imbalance,
+            f"{LARGEST_IMBALANCE} sd or less",
+            imbalance <= LARGEST_IMBALANCE,
+            REMEDY,
         ),
     ]
 
@@ -172,7 +181,9 @@ class Effects:
             self.tau = None if words["tau"] is None else float(words["tau"])
             self.flow = bool(words["flow"])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InfluenceError(f"{WHO}: the effects in this report are damaged ({error}); estimate them anew.") from None
+            raise InfluenceError(
+                f"{WHO}: the effects in this report are damaged ({error}); estimate them anew."
+            ) from None
         self.attribution, self.rows = attribution, attribution.rows
         if self.names != tuple(query.name for query in attribution.queries):
             raise InfluenceError(f"{WHO}: the effects in this report are damaged (names differ); estimate them anew.")
@@ -180,10 +191,19 @@ class Effects:
     @property
     def names(self) -> tuple[str, ...]:
         """Of effects and of paths."""
-        return tuple(one.name for one in (*self.found, *self.paths))
+        return tuple(one.name for one in self._both)
+
+    @property
+    def _both(self) -> list[Effect | PathEffect]:
+        return [*self.found, *self.paths]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the rows, as plain types for JSON."""
+        words: dict[str, Any] = jsonable(self.attribution.settings, WHO)
+        return words
 
     def __getitem__(self, name: str) -> Effect | PathEffect:
-        for one in (*self.found, *self.paths):
+        for one in self._both:
             if one.name == name:
                 return one
         raise KeyError(f"{WHO}: no {name!r}; choose one of {', '.join(map(repr, self.names))}")

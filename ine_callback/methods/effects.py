@@ -72,7 +72,7 @@ class CausalEffects(FitEndMethod):
     columns: str | Columns | Callable[[Any], Mapping[str, Any]]
     graph: str | None = None
     tiers: Sequence[Sequence[str]] | None = None
-    outcome: Literal["loss", "score"] | Callable[[Any, Any], torch.Tensor] = LOSS
+    outcome: Literal["loss", "score"] | Callable[[Any, Any], torch.Tensor] = "loss"
     query: str | None = None
     estimands: Sequence[Estimand] = (ATE(),)
     tau: float | None = None
@@ -89,7 +89,8 @@ class CausalEffects(FitEndMethod):
     def needs(self) -> Sequence[Need]:  # type: ignore[override]
         """Training rows where functions of batches are asked, whole weights for predictions."""
         reads = callable(self.columns) or callable(self.outcome)
-        return (*(["training_rows"] if reads else []), *(["whole_weights"] if callable(self.outcome) else []))  # type: ignore[return-value]
+        found: list[Need] = ["training_rows"] if reads else []
+        return [*found, "whole_weights"] if callable(self.outcome) else found
 
     def __post_init__(self) -> None:
         if self.outcome not in (LOSS, SCORE) and not callable(self.outcome):
@@ -98,10 +99,17 @@ class CausalEffects(FitEndMethod):
             )
         if self.query is not None and self.outcome != SCORE:
             raise InfluenceError(f"{WHO}: query={self.query!r} belongs to outcome='score'.")
+        if not callable(self.outcome) and list(self.at) != ["end"]:
+            raise InfluenceError(
+                f"{WHO}: at={list(self.at)}, and the run's {self.outcome} is known at its end; leave at= out, or give a "
+                "function of module and batch as the outcome."
+            )
         if not self.estimands and self.tau is None:
             raise InfluenceError(f"{WHO}: no estimands and no tau; ask something, such as estimands=[ATE()].")
         if self.tau is not None and self.tiers is None:
-            raise InfluenceError(f"{WHO}: tau={self.tau:g} looks for paths under tiers; give tiers= in place of graph=.")
+            raise InfluenceError(
+                f"{WHO}: tau={self.tau:g} looks for paths under tiers; give tiers= in place of graph=."
+            )
         graph = self._graph()
         for estimand in self.estimands:
             check_question(graph, estimand)
@@ -137,8 +145,8 @@ class CausalEffects(FitEndMethod):
         lengths = {len(column) for column in columns.values()} | {len(outcome)}
         if len(lengths) > 1 or len(outcome) != context.rows:
             raise InfluenceError(
-                f"{WHO}: columns have {sorted({len(each) for each in columns.values()})} rows, and the training set has "
-                f"{context.rows}; give each column a value for each training row, in the order of the data set."
+                f"{WHO}: columns have {sorted({len(each) for each in columns.values()})} rows, and the training set "
+                f"has {context.rows}; give each column a value for each training row, in the order of the data set."
             )
         kept = np.flatnonzero(np.isfinite(outcome))
         if not kept.size:

@@ -99,7 +99,7 @@ def combine_attributions(runs: Sequence[Sequence[Attribution]]) -> tuple[tuple[A
         each = [run[method, at] for run in by_stage if (method, at) in run]
         if any(query.kind == "estimand" for query in each[0].queries):
             notes.append(
-                f"{method}, {moment(at)}, are left out of the combined report: they are effects on what single runs gave. "
+                f"{method}, {moment(at)}, are left out of the combined report: they are effects on single runs. "
                 "Estimate them anew with the combined report's loss or scores as the outcome."
             )
             continue

@@ -95,7 +95,6 @@ class Plots:
         fairness(subspaces_of(self._report.attribution(FAIR)), ax)
         return ax
 
-
     def effects(self, *, ax: Axes | None = None) -> Axes:
         """Graphs that the report's causal effects rest on; under tiers with the probability of each edge.
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from ine_callback.report.attribution_combine import MethodAgreement
 from ine_callback.report.attribution_combine import agreements as method_agreements
 from ine_callback.report.attribution_view import moment
-from ine_callback.report.effects_view import effects_compared
 from ine_callback.report.combine import check_rows, differing_settings, flag_signs
+from ine_callback.report.effects_view import effects_compared
 from ine_callback.scores import Floats
 from ine_callback.stats.ranks import spearman
 from ine_callback.utilities.jsonable import jsonable

@@ -84,18 +84,20 @@ def draw(drawing: Drawing, ax: Axes) -> None:
         )
         boxes[name] = made.get_bbox_patch()
     for (u, v), chance in drawing.edges.items():
-        far = places[v][0] - places[u][0] > 1.5  # passes by what lies between
-        up = places[u][1] + places[v][1] > 0
+        span = places[v][0] - places[u][0]
+        side = 1 if places[u][1] + places[v][1] > 0 else -1
+        bend = 0.15 * span if span > 1.5 else 0.0  # passes by what lies between
         style = {
             "arrowstyle": "-|>", "color": INK, "linewidth": 0.5 + 1.5 * chance, "alpha": 0.25 + 0.6 * chance,
-            "connectionstyle": f"arc3,rad={(-0.3 if up else 0.3) if far else 0.04}", "patchA": boxes[u],
+            "connectionstyle": f"arc3,rad={-side * bend}", "patchA": boxes[u],
             "patchB": boxes[v],
         }  # fmt: skip
         ax.annotate("", places[v], places[u], arrowprops=style, zorder=4)  # after the boxes, at which it ends
         if chance < 1:
             x, y = (0.5 * (a + b) for a, b in zip(places[u], places[v], strict=True))
-            y += (0.15 if up else -0.15) * (places[v][0] - places[u][0]) if far else 0.0  # where the arc is
-            ax.text(x, y, f"{chance:.2f}", fontsize=7, color=INK, ha="center", va="center", backgroundcolor="#ffffffcc")
+            back = {"boxstyle": "square,pad=0.1", "facecolor": "#ffffff", "edgecolor": "none", "alpha": 0.85}
+            at = (x, y + side * bend * span / 2)  # where the arc is
+            ax.text(*at, f"{chance:.2f}", fontsize=7, color=INK, ha="center", va="center", bbox=back, zorder=5)
     xs, ys = zip(*places.values(), strict=True)
     ax.set_xlim(min(xs) - 0.6, max(xs) + 0.6)
     ax.set_ylim(min(ys) - 0.8, max(ys) + 0.8)

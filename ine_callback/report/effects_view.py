@@ -104,8 +104,8 @@ def effects_assumptions(found: Attribution) -> list[str]:
 def _of_paths(effects: Effects) -> list[str]:
     flow = ["Stabilities are by a flow, and not calibrated."] if effects.flow else []
     tau = 0.0 if effects.tau is None else effects.tau
-    return [*flow, f"Paths of stability {tau:g} or more, given the order of the tiers; a path chosen for being stable may "
-            "look stronger than it is."]  # fmt: skip
+    words = f"Paths of stability {tau:g} or more, given the order of the tiers; a path chosen for being stable may look"
+    return [*flow, f"{words} stronger than it is."]
 
 
 def effects_section(found: Attribution) -> dict[str, Any]:

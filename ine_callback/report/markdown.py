@@ -91,7 +91,7 @@ def _effects(found: Attribution) -> list[str]:
     for head, lines in effects_tables(found):
         parts.append(table(head, [[_cell(cell) for cell in line] for line in lines], left=1))
     assumed = effects_assumptions(found)
-    return parts + [escaped(found.legend), "\n".join(f"- {escaped(line)}" for line in assumed)]
+    return [*parts, escaped(found.legend), "\n".join(f"- {escaped(line)}" for line in assumed)]
 
 
 def _cell(text: str) -> str:
