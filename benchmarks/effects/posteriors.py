@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from ine_callback.effects.posterior import posterior
 
 Floats = NDArray[np.float64]
 ORDER = [["C", "D"], ["A"], ["M", "N"], ["Y"]]
-CURVES = {"line": lambda x: x, "absolute value": lambda x: np.abs(x) - np.sqrt(2 / np.pi)}
+CURVES: dict[str, Callable[[Any], Any]] = {
+    "line": lambda x: x,
+    "absolute value": lambda x: np.abs(x) - np.sqrt(2 / np.pi),
+}
 BINS = np.linspace(0, 1, 11)
 
 

@@ -16,7 +16,8 @@ from ine_callback.effects.effect import Effect
 from ine_callback.effects.estimands import OPTIMAL, Estimand, Fold, Rows, Weighted
 from ine_callback.effects.formulas import Floats
 from ine_callback.effects.graph import CausalGraph
-from ine_callback.effects.nuisances import Nuisances, nuisances
+from ine_callback.effects.nuisances import Nuisances
+from ine_callback.effects.parsing import nuisances
 from ine_callback.effects.positivity import Positivity, positivity
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.tracking import Track, untracked

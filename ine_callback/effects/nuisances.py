@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from scipy.interpolate import BSpline
 from scipy.special import expit
 
-from ine_callback.errors import InfluenceError
-
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Function = Callable[[Floats], Floats]
@@ -225,37 +223,6 @@ class FoldByFold(Nuisances):
 
     def ratios(self, x: Floats, y: Mask, rows: Mask) -> list[Function]:
         return [_probability(self.ratio, x[mine], y[mine]) for mine in rows]
-
-
-def nuisances(chosen: str | tuple[Any, Any] | Nuisances) -> Nuisances:
-    """Nuisances from what a user gives.
-
-    Args:
-        chosen: ``"spline"``, ``"linear"``, ``"network"``, a pair of a regressor and a classifier with scikit-learn's
-            methods, or :class:`Nuisances` such as :class:`~ine_callback.effects.Networks`.
-
-    Raises:
-        InfluenceError: If it is none of these.
-    """
-    if isinstance(chosen, Nuisances):
-        return chosen
-    if isinstance(chosen, str) and chosen in ("linear", "spline"):
-        splines = chosen == "spline"
-        plain, quadratic = Basis(splines, products=False), Basis(splines=False, products=True)
-        return FoldByFold(Ridge(Basis(splines, products=splines)), Logistic(plain), Logistic(quadratic), chosen)
-    if chosen == "network":
-        from ine_callback.effects.networks import Networks  # with torch and Lightning
-
-        return Networks()
-    if isinstance(chosen, tuple) and len(chosen) == 2:
-        regressor, classifier = chosen
-        if all(hasattr(regressor, m) for m in ("fit", "predict")) and hasattr(classifier, "predict_proba"):
-            title = f"{type(regressor).__name__}, {type(classifier).__name__}"
-            return FoldByFold(regressor, classifier, classifier, title)
-    raise InfluenceError(
-        f"estimate: nuisances={chosen!r}; choose 'spline', 'linear' or 'network', or give (regressor, classifier) with "
-        "fit, predict and predict_proba, or Networks(...)."
-    )
 
 
 def limited(probability: Floats) -> Floats:

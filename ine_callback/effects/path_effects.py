@@ -24,7 +24,7 @@ from ine_callback.effects.estimands import NDE, NIE, Estimand
 from ine_callback.effects.estimation import check_rows, cross_fit, deal
 from ine_callback.effects.formulas import Floats
 from ine_callback.effects.nuisances import Nuisances
-from ine_callback.effects.nuisances import nuisances as parsed
+from ine_callback.effects.parsing import nuisances as parsed
 from ine_callback.effects.posterior import Posterior, candidates, of_edges
 from ine_callback.effects.posterior import posterior as exact
 from ine_callback.errors import InfluenceError

@@ -15,8 +15,9 @@ from ine_callback.effects.estimands import ATE, Estimand
 from ine_callback.effects.estimation import check_question, estimate
 from ine_callback.effects.files import read_columns
 from ine_callback.effects.graph import CausalGraph, causal_graph
-from ine_callback.effects.nuisances import Nuisances, nuisances
+from ine_callback.effects.nuisances import Nuisances
 from ine_callback.effects.outcome import Outcome
+from ine_callback.effects.parsing import nuisances
 from ine_callback.effects.path_effects import paths
 from ine_callback.effects.reported import NAME, attribution
 from ine_callback.errors import InfluenceError
@@ -101,8 +102,8 @@ class CausalEffects(FitEndMethod):
             raise InfluenceError(f"{WHO}: query={self.query!r} belongs to outcome='score'.")
         if not callable(self.outcome) and list(self.at) != ["end"]:
             raise InfluenceError(
-                f"{WHO}: at={list(self.at)}, and the run's {self.outcome} is known at its end; leave at= out, or give a "
-                "function of module and batch as the outcome."
+                f"{WHO}: at={list(self.at)}, and the run's {self.outcome} is known at its end; leave at= out, or give "
+                "a function of module and batch as the outcome."
             )
         if not self.estimands and self.tau is None:
             raise InfluenceError(f"{WHO}: no estimands and no tau; ask something, such as estimands=[ATE()].")

@@ -17,7 +17,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from ine_callback.effects import ATE, NDE, NIE, WCDE, EffectData, estimate
 from ine_callback.effects.estimands import Estimand, paired_means, shifted
 from ine_callback.effects.estimation import choose, cross_fit, deal
-from ine_callback.effects.nuisances import Basis, Logistic, Ridge, nuisances
+from ine_callback.effects.nuisances import Basis, Logistic, Ridge
+from ine_callback.effects.parsing import nuisances
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.tracking import untracked
 

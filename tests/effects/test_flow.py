@@ -74,7 +74,7 @@ def test_tempered_probabilities_of_the_true_weights_find_its_paths() -> None:
     rng = np.random.default_rng(0)
     drawn = [nx.from_numpy_array((rng.random((5, 5)) < chance) * 1, create_using=nx.DiGraph) for _ in range(2000)]
     acyclic = [graph for graph in drawn if nx.is_directed_acyclic_graph(graph)]
-    assert 0.7 < len(acyclic) / 2000 < 0.95
+    assert len(acyclic) / 2000 > 0.6  # of σ(|W|) not half of them, see there
     assert np.mean([graph.has_edge(0, 1) and graph.has_edge(1, 4) for graph in acyclic]) > 0.99
 
 

@@ -65,7 +65,8 @@ def test_scores_and_predictions_are_outcomes_at_any_stage() -> None:
 
 def test_networks_are_trained_inside_of_the_fit_without_a_trace() -> None:
     alone, *_ = sourced_fit([FINE()])
-    model, influence, trainer = sourced_fit(effect_methods(nuisances=Networks(epochs=3), at=[1, "end"]))
+    asked = {"outcome": margin, "graph": GRAPH.replace("loss", "prediction"), "at": [1, "end"]}
+    model, influence, trainer = sourced_fit(effect_methods(nuisances=Networks(epochs=3), **asked))
     assert_untouched(model, alone)
     assert influence.report.effects.found[0].nuisances == "networks" and trainer.current_epoch == 2
     assert trainer.state.finished and model.trainer is trainer
