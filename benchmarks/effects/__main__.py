@@ -74,7 +74,7 @@ def _part(part: str, sets: int, repetitions: int, quick: bool) -> Iterator[dict[
         yield {
             "calibration": calibrated,
             "calibration runs": few,
-            "flow paths": posteriors.flow_paths(ROWS, few // 3 + 1),
+            "flow paths": posteriors.flow_paths(ROWS, 2 if quick else 10),
         }
     elif part == "networks":
         few = 2 if quick else 50

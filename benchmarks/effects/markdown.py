@@ -31,7 +31,7 @@ def section(results: dict[str, Any]) -> Iterable[str]:
         head = [f"{name} (ratio to the next {optimal / second:.2f})", *columns]
         yield table(head, ([key, *(_short(each[c]) for c in columns)] for key, each in found.items()))
     titled = {
-        "coverage": f"linear model with a mediator, {results.get('rows', 0):,} rows, {results.get('coverage runs')} runs",
+        "coverage": f"linear model with a mediator, 1,000 rows, {results.get('coverage runs')} runs",
         "paths": f"paths under tiers, 8 nodes, 2,000 rows, {results.get('paths runs')} runs",
         "networks": f"ATE where lines are wrong, 1,000 rows, {results.get('networks runs')} runs",
     }

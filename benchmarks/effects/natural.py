@@ -74,7 +74,7 @@ def beside_doubleml(rows: int, repetitions: int) -> dict[str, float] | None:
 
 
 def beside_dowhy(rows: int, repetitions: int) -> dict[str, float] | None:
-    """The same columns to adjust for by dowhy's efficient adjustment, and its linear estimate; None where not installed.
+    """The same by dowhy: its efficient adjustment set, and its linear estimate; None where not installed.
 
     dowhy has no WCDE, and its mediation is of linear regressions without an influence function.
     """

@@ -115,7 +115,8 @@ class CrossFitNuisances(L.LightningModule):
         if self.classes:
             return found.sigmoid()
         middle, scale = self.target[:, copy]
-        return found * scale + middle
+        made: Tensor = found * scale + middle
+        return made
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Sum over copies of the weighted mean loss."""
@@ -125,7 +126,8 @@ class CrossFitNuisances(L.LightningModule):
             losses = nn.functional.binary_cross_entropy_with_logits(found, y, reduction="none")
         else:
             losses = (found - y) ** 2
-        return cast(Tensor, ((losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)).sum())
+        loss: Tensor = ((losses * weights).sum(1) / weights.sum(1).clamp_min(1e-12)).sum()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, which treats every number by itself, so that copies stay apart."""
