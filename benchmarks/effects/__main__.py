@@ -69,15 +69,15 @@ def _part(part: str, sets: int, repetitions: int, quick: bool) -> Iterator[dict[
     elif part == "paths":
         yield {"paths": {kind: tiers.measured(kind, 2000, runs) for kind in tiers.KINDS}, "paths runs": runs}
     elif part == "posteriors":
-        few = 2 if quick else 30
+        few = 1 if quick else 30
         calibrated = {curve: posteriors.calibration(curve, ROWS, few) for curve in posteriors.CURVES}
         yield {
             "calibration": calibrated,
             "calibration runs": few,
-            "flow paths": posteriors.flow_paths(ROWS, 2 if quick else 10),
+            "flow paths": posteriors.flow_paths(ROWS, 1 if quick else 10),
         }
     elif part == "networks":
-        few = 2 if quick else 50
+        few = 1 if quick else 50
         yield {"networks": networks.measured(ROWS if not quick else 300, few), "networks runs": few}
     else:
         for function, models, noise, rows in CASES[:1] if quick else CASES:
