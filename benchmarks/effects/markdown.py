@@ -11,7 +11,7 @@ HEAD = """\
 ## Effects
 
 ```bash
-python -m benchmarks.effects --json effects.json --repetitions {repetitions}
+python -m benchmarks.effects --json effects.json
 ```
 
 WCDE in the two graphs of arXiv 2506.09871, all valid sets, {sets} sets of coefficients with {repetitions} repetitions
