@@ -60,8 +60,8 @@ def row_order_faults(
                 faults[by_name[name]] = f"{views} (torch.cat), not each row's own one after another"
             else:
                 faults[by_name[name]] = _not_led_by_rows(x, rows)
-    views = views_of(faults, whole, rows)
-    return faults | like_them(faults, capture, whole), views
+    count = views_of(faults, whole, rows)
+    return faults | like_them(faults, capture, whole), count
 
 
 def like_them(

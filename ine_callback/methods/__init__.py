@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ine_callback.methods.base import Method, split_methods, training_methods
     from ine_callback.methods.bif.bif import BIF
     from ine_callback.methods.context import FitContext
+    from ine_callback.methods.effects import CausalEffects
     from ine_callback.methods.fairness.fair import FairSubspaces
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
@@ -22,6 +23,7 @@ __all__ = [
     "FINE",
     "IF",
     "KAIROS",
+    "CausalEffects",
     "DataValues",
     "FairSubspaces",
     "FitContext",
@@ -41,6 +43,7 @@ _MODULES = {
     "bif.bif": ["BIF"],
     "context": ["FitContext"],
     "row_gradients": ["RowGradients"],
+    "effects": ["CausalEffects"],
     "fairness.fair": ["FairSubspaces"],
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],
