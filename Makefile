@@ -34,6 +34,11 @@ OLDEST := torch==2.6.0 lightning==2.5.0 torchmetrics==1.4.0 numpy==1.26.0 scipy=
 oldest: ## `make test` on Python 3.10 and the oldest versions of what the package needs, in .venv-oldest
 	$(MAKE) test PYTHON=python3.10 VENV=.venv-oldest TORCH="$(OLDEST)"
 
+gpu: $(VENV)/.installed-dev ## on a machine with a GPU: its tests, and what a recording costs there, eager and compiled
+	$(PYTEST) tests/recording/test_cuda.py
+	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --json gpu.json
+	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --compile --json gpu-compiled.json
+
 lint: $(VENV)/.installed-dev ## linter and formatter, changing nothing
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ine_callback.applications.suppression import SuppressTokens, suppressed_cross_entropy
     from ine_callback.applications.token_mask import TokenMask, token_mask
     from ine_callback.capture.layers import register_layer
+    from ine_callback.data.row_entries import RowEntries
     from ine_callback.integrations.ask import ask
     from ine_callback.integrations.callback import InfluenceCallback
     from ine_callback.integrations.rerun import run_bif, run_if, run_unlearning
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         FINE,
         IF,
         KAIROS,
+        CausalEffects,
         DataValues,
         FairSubspaces,
         FitContext,
@@ -54,6 +56,7 @@ __all__ = [
     "BIFScores",
     "Calibration",
     "CallableQuery",
+    "CausalEffects",
     "DataValues",
     "EachRow",
     "FairSettings",
@@ -73,6 +76,7 @@ __all__ = [
     "Query",
     "Recorder",
     "RecordingConfig",
+    "RowEntries",
     "SelfQuery",
     "Subspaces",
     "SuppressTokens",
@@ -107,6 +111,7 @@ _MODULES = {
     "methods.bif.scores": ["BIFScores"],
     "integrations.callback": ["InfluenceCallback"],
     "capture.layers": ["register_layer"],
+    "data.row_entries": ["RowEntries"],
     "methods.kairos.values": ["kairos"],
     "methods.fairness.settings": ["FairSettings"],
     "methods.fairness.subspaces": ["fair_subspaces"],
@@ -115,6 +120,7 @@ _MODULES = {
         "FINE",
         "IF",
         "KAIROS",
+        "CausalEffects",
         "DataValues",
         "FitContext",
         "FitEndMethod",

@@ -360,7 +360,7 @@ def _kairos(arguments: argparse.Namespace) -> int:
 def _effects(arguments: argparse.Namespace) -> int:
     from ine_callback.effects.command import main as run  # which no other command needs
 
-    return run(arguments.rest or ["--help"])
+    return run(arguments.rest or ["--help"], lambda folder: InfluenceReport.load(folder).effects)
 
 
 def _tokens(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ine_callback.utilities.jsonable import jsonable, unicode
 
-QueryKind = Literal["loss", "margin", "self", "custom"]
+QueryKind = Literal["loss", "margin", "self", "custom", "estimand"]
 Stage = int | Literal["end"]  # finished epochs, or the end of training
 Floats = NDArray[np.float64]
 OF_QUERIES = ("queries", "null_mu", "null_ks_p", "unit", "query_loss")  # fields that are no arrays over rows
@@ -29,7 +29,8 @@ class QueryInfo:
 
     Attributes:
         name: Unique name, the report's column.
-        kind: ``"loss"`` and ``"custom"`` are losses, ``"margin"`` a negated margin, ``"self"`` the row's own loss.
+        kind: ``"loss"`` and ``"custom"`` are losses, ``"margin"`` a negated margin, ``"self"`` the row's own loss;
+            ``"estimand"`` is no loss: a score above 0 raises an estimate, and neither helps nor harms.
         question: One sentence a newcomer understands, shown in every report.
     """
 
@@ -151,6 +152,8 @@ class TokenScores:
 @dataclass(frozen=True)
 class Attribution:
     """Scores of R rows on Q queries by one method; a positive score means that training on the row lowers the query.
+
+    (Of a query of kind ``"estimand"``: that the row raises the estimate.)
 
     The one form in which every method that runs on a trained model reports. It is stored, shown, exported, compared and
     combined by these fields alone. A further column or array can be read like an attribute: ``found.laplace``.

@@ -13,7 +13,7 @@ from ine_callback.effects import WCDE, EffectData
 from ine_callback.effects.adjustment import names, valid_sets, wcde_faults
 from ine_callback.effects.estimation import LARGEST_IMBALANCE, SMALLEST_SAMPLE, cross_fit, deal
 from ine_callback.effects.graph import causal_graph
-from ine_callback.effects.nuisances import nuisances
+from ine_callback.effects.parsing import nuisances
 
 GRAPHS = {
     "back door": "B2 -> A; B2 -> G1; B2 -> G2; A -> G1 -> Y; G2 -> Y; A -> Y",

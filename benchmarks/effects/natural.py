@@ -12,6 +12,7 @@ from rich.progress import track
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from ine_callback.effects import ATE, NDE, NIE, WCDE, EffectData, estimate
+from ine_callback.effects.graph import causal_graph
 
 GRAPH = "C -> A; C -> M; C -> Y; A -> M -> Y; A -> Y"
 TRUE = {"ATE": 0.02, "WCDE": 0.5, "NDE": 0.5, "NIE": -0.48}
@@ -69,4 +70,29 @@ def beside_doubleml(rows: int, repetitions: int) -> dict[str, float] | None:
         "standard errors, ratio": float(np.mean(ratios)),
         "seconds a fit, ours": seconds["ours"] / repetitions,
         "seconds a fit, doubleml": seconds["doubleml"] / repetitions,
+    }
+
+
+def beside_dowhy(rows: int, repetitions: int) -> dict[str, float] | None:
+    """The same by dowhy: its efficient adjustment set, and its linear estimate; None where not installed.
+
+    dowhy has no WCDE, and its mediation is of linear regressions without an influence function.
+    """
+    if find_spec("dowhy") is None:
+        return None
+    from dowhy import CausalModel
+
+    graph = causal_graph(GRAPH, "A", "Y").graph
+    same, differences = [], []
+    for seed in track(range(repetitions), description="beside dowhy"):
+        columns = sampled(rows, seed)
+        ours = estimate(EffectData(columns, "A", "Y", GRAPH), ATE(), "linear")
+        model = CausalModel(pd.DataFrame(columns), treatment="A", outcome="Y", graph=graph)
+        found = model.identify_effect(method_name="efficient-adjustment")
+        same.append(tuple(sorted(found.get_backdoor_variables())) == ours.adjustment[0])
+        theirs = model.estimate_effect(found, method_name="backdoor.linear_regression")
+        differences.append((ours.estimate - float(theirs.value)) / ours.standard_error)
+    return {
+        "same adjustment set": float(np.mean(same)),
+        "largest difference in standard errors": float(np.abs(differences).max()),
     }

@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead --json overhead.json [--data DIR]           # CPU, one thread
     python -m benchmarks.overhead --json overhead.json --device cuda          # GPT-2 small, ResNet-18, ViT-S, LoRA
+    python -m benchmarks.overhead --compile --json compiled.json              # every network run by torch.compile
     python -m benchmarks.overhead --knobs --json knobs.json                   # what each knob saves and costs
     python -m benchmarks.overhead --workloads gpt2-short --steppers "one query" "one query and self" --warm-up 21
         --rounds 45 --json gpt2.json --data DIR                               # GPT-2 small on a CPU: needs transformers
@@ -23,6 +24,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,8 @@ def timed(
     for turn in track(range(rounds), description=workload.name):
         rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
         batch = workload.x[rows].to(device), workload.y[rows].to(device)
+        if device.type == "cuda" and batch[0].dim() == 4:
+            batch = batch[0].to(memory_format=torch.channels_last), batch[1]
         for name in list(made)[turn % 2 :: 2] + list(made)[1 - turn % 2 :: 2]:
             if name == SLOW and turn >= SLOW_ROUNDS + warm_up:
                 continue
@@ -175,7 +179,7 @@ def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
         if (value := getattr(args, name)) != parser.get_default(name):
             values = [value] if isinstance(value, str | int) else value
             given.append(" ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(each)) for each in values)]))
-    return " ".join(given)
+    return " ".join([*given, *(["--compile"] if args.compile else [])])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of every stepper that are not timed")
     parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")
     parser.add_argument("--no-peers", action="store_true", help="our own steppers alone")
+    parser.add_argument("--compile", action="store_true", help="run every network by torch.compile, the plain one too")
     parser.add_argument("--knobs", action="store_true", help="the MLP and the transformer with the knobs turned")
     parser.add_argument("--quick", action="store_true", help="25 steps of the MLP: to see it work")
     args = parser.parse_args(argv)
@@ -202,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "protocol": "knobs" if args.knobs else "overhead",
         "machine": machine(),
         "device": card or "CPU, one thread",
+        "compiled": args.compile,
         "flags": flags(args, parser),
     }
     results["workloads"] = {}
@@ -210,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name} is left out: {lacks} is not installed")
             continue
         workload, rounds = workloads.load(name, where), 25 if args.quick else args.rounds
+        workload = replace(workload, compiled=args.compile)
         if args.knobs:
             makers = turned(workload, device, rounds)
             found = timed(workload, device, rounds, makers, [*makers][1:])
@@ -217,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             makers = steppers(workload, device, not args.no_peers)
             makers = {k: make for k, make in makers.items() if not args.steppers or k in ["plain", *args.steppers]}
             found = timed(workload, device, rounds, makers, [DEFAULT], args.warm_up)
-        if device.type == "cpu" and not args.quick and not args.knobs:
+        if device.type == "cpu" and not (args.quick or args.knobs or args.compile):
             found["plain_peak_mb"] = on_the_host(name, where, found["steppers"])
         results["workloads"][name] = found
         args.json.write_text(json.dumps(results, indent=1))

@@ -40,9 +40,13 @@ class Plain:
     def __init__(self, workload: Workload, device: torch.device) -> None:
         torch.manual_seed(1)
         self.workload, self.device = workload, device
-        self.model = workload.network().to(device)
+        self.model: nn.Module = workload.network().to(device)
+        if device.type == "cuda":  # the fastest layout of convolutions there
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if workload.compiled:
+            self.model = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=workload.lr)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=workload.lr, fused=device.type == "cuda")
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 on a GPU."""

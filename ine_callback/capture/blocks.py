@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import LayerError, own_parameters
+from ine_callback.capture.attributes import LayerError, own_parameters, setting
+from ine_callback.capture.layers import layer_function
+from ine_callback.capture.layers.convolution import convolution
+from ine_callback.capture.layers.embedding import embedding
+from ine_callback.capture.layers.linear import linear
 from ine_callback.capture.per_sample_gradients import CompressedGradients, GradSample, Lookup, Outer, Vector
 
 
@@ -70,6 +74,23 @@ class Block:
         return sum(p.numel() for p in self.parameters)
 
 
+def _fitted(grad_sample: GradSample, block: Block, parameter: nn.Parameter) -> GradSample:
+    """Gradients of another use of a block's parameter in the block's layout; as they are where that cannot be."""
+    joined = len(block.parameters) > 1
+    if isinstance(grad_sample, Outer) and joined and parameter is block.parameters[0]:  # without a bias
+        formed = grad_sample.formed()
+        return Outer(torch.cat([formed, torch.zeros_like(formed[..., :1])], -1), grad_sample.output_grads)
+    if len(block.layout) == 1:
+        return Vector(grad_sample.wide().gradient(slice(None)).flatten(1))
+    groups, out, inputs = block.layout
+    if isinstance(grad_sample, Vector) and parameter is block.parameters[-1] and (joined or inputs == 1):  # a bias
+        output_grads = grad_sample.g.view(-1, groups, 1, out)
+        activations = torch.zeros_like(output_grads[..., :1]).repeat(1, 1, 1, inputs)
+        activations[..., -1] = 1
+        return Outer(activations, output_grads)
+    return grad_sample
+
+
 class BlockTable:
     """Finds or makes the block of all per-sample gradients; knows which parameters are tied between modules.
 
@@ -92,6 +113,7 @@ class BlockTable:
                 self._first[child, name] = parameter
         self._tied = {p for p, count in uses.items() if count > 1}
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
+        self._joined: dict[nn.Parameter, Block] = {}  # blocks of a weight and its bias, by either
         self._refused: set[nn.Parameter] = set()
         self._from_fallback: set[nn.Parameter] = set()
 
@@ -112,8 +134,35 @@ class BlockTable:
                     pairs.append((self._block(parameters, joined), joined))
                     del grad_samples[name], grad_samples[of_bias]
         for name, grad_sample in grad_samples.items():
-            pairs.append((self._block((self._parameter(module, name),), grad_sample), grad_sample))
+            parameter = self._parameter(module, name)
+            block = self._joined.get(parameter) or self._blocks.get((parameter,))
+            if block is not None and block.layout != grad_sample.layout:
+                grad_sample = _fitted(grad_sample, block, parameter)
+            pairs.append((self._block(block.parameters if block else (parameter,), grad_sample), grad_sample))
         return pairs
+
+    def tie(self, parameter: nn.Parameter) -> None:
+        """A parameter is also used outside of its layer's call, which may come first in a backward pass.
+
+        The block of a table must take other gradients than lookups, too. A weight still shares its block with the bias.
+        """
+        if any(parameter in set(block.parameters) for block in self):
+            return
+        for module, name in [place for place, p in self._first.items() if p is parameter]:
+            bias = self._first.get((module, name.replace("weight", "bias", 1)))
+            weight = self._first.get((module, name.replace("bias", "weight", 1)))
+            if layer_function(module) is embedding:
+                self._tied.add(parameter)
+            elif weight is not None and bias is not None and weight is not bias:
+                self._join(module, weight, bias)
+
+    def _join(self, module: nn.Module, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        """Makes the block of a weight and its bias before either comes, where its layer gives both as matrices."""
+        both = weight.requires_grad and bias.requires_grad and not self._tied.intersection((weight, bias))
+        if both and layer_function(module) in (linear, convolution) and self._joinable(weight, bias):
+            groups = setting(module, "groups", 1)
+            layout = (groups, len(weight) // groups, weight[0].numel() + 1)
+            self._add(Block(self.names[weight], (weight, bias), layout, self._positions[weight], matrix=True))
 
     def trainable(self, module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """A module's own trainable parameters: as the module uses them now, and as the optimizer has them."""
@@ -132,7 +181,7 @@ class BlockTable:
             first = parameters[0]
             name, position, tied = self.names[first], self._positions[first], first in self._tied
             matrix = isinstance(grad_sample, Outer) and not tied
-            self._blocks[parameters] = Block(name, parameters, grad_sample.layout, position, matrix, tied)
+            self._add(Block(name, parameters, grad_sample.layout, position, matrix, tied))
         block = self._blocks[parameters]
         if not block.fits(grad_sample):
             raise LayerError(
@@ -157,9 +206,12 @@ class BlockTable:
             parameters = tuple(named[name] for name in saved["parameters"])
             first = parameters[0]
             kinds = {**saved, "layout": tuple(saved["layout"]), "parameters": parameters}
-            self._blocks[parameters] = Block(
-                name=self.names[first], position=self._positions[first], tied=first in self._tied, **kinds
-            )
+            self._add(Block(name=self.names[first], position=self._positions[first], tied=first in self._tied, **kinds))
+
+    def _add(self, block: Block) -> None:
+        self._blocks[block.parameters] = block
+        if len(block.parameters) > 1:
+            self._joined.update(dict.fromkeys(block.parameters, block))
 
     def vector(self, parameter: nn.Parameter) -> Block:
         """The block of a parameter whose per-sample gradients come from the fallback."""
@@ -169,6 +221,8 @@ class BlockTable:
     def drop(self, block: Block) -> None:
         """Drops a block: its parameters are refused from now on."""
         del self._blocks[block.parameters]
+        for parameter in block.parameters:
+            self._joined.pop(parameter, None)
         self._refused.update(block.parameters)
 
     def drop_all(self, lost: nn.Module | nn.Parameter) -> list[Block]:

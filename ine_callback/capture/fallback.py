@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.bare.no_row import KindsByParameter, gradients_without
 from ine_callback.capture.row_losses import Scale, read_loss
 from ine_callback.capture.verification import adds_up
 from ine_callback.data.batches import cut
@@ -35,6 +37,7 @@ def row_contributions(
     parameters: Sequence[nn.Parameter],
     scale: Scale,
     factor: Callable[[list[Tensor]], float] = lambda contributions: 1.0,
+    of_no_row: KindsByParameter = MappingProxyType({}),
 ) -> list[Tensor]:
     """Every row's contribution to the gradient of the batch's loss, at the present weights.
 
@@ -48,6 +51,7 @@ def row_contributions(
         parameters: The parameters to differentiate by.
         scale: How the batch's loss was scaled.
         factor: If the loss's form is not known: the factor for contributions to a mean over rows, given these.
+        of_no_row: Of each parameter, the kinds of operations that belong to no row (a penalty on weights).
 
     Returns:
         For each parameter the contributions [b, *shape].
@@ -63,9 +67,9 @@ def row_contributions(
             known &= reading is not None
             # in a mean over terms (tokens), a row with more terms contributes more
             value = value / scale.rows if reading is None else value * (reading.terms / scale.terms)
-            for total, grad in zip(out, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
+            for total, grad in zip(out, gradients_without(of_no_row, value, parameters), strict=True):
                 if grad is not None:
-                    total[k] = grad.to_dense() if grad.is_sparse else grad
+                    total[k] = grad
     if not known:
         times = factor(out)
         out = out if times == 1.0 else [contributions * times for contributions in out]
@@ -95,7 +99,8 @@ class FallbackVerification:
         rows: b.
         parameters: By name.
         scale: How the batch's loss was scaled.
-        gradients: The batch's gradients, of :class:`~.Verification`.
+        gradients: The batch's gradients, of :class:`~.Verification`, without what belongs to no row.
+        of_no_row: Of each parameter, the kinds of operations that belong to no row.
     """
 
     module: nn.Module
@@ -105,6 +110,7 @@ class FallbackVerification:
     parameters: dict[str, nn.Parameter]
     scale: Scale
     gradients: Mapping[nn.Parameter, Tensor]
+    of_no_row: KindsByParameter
 
     def factor(self, contributions: list[Tensor], default: float) -> float:
         """1 if the loss is a mean over rows, b if it is a sum: whichever makes more parameters add up."""
@@ -143,9 +149,9 @@ class FallbackVerification:
             value = self.loss(self.module, self.batch)
             reading = read_loss(value, self.rows)
             value = value * (self.rows / self.scale.rows if reading is None else reading.terms / self.scale.terms)
-            grads = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+            grads = gradients_without(self.of_no_row, value, list(self.parameters.values()))
         return {
-            name: torch.zeros_like(p) if grad is None else grad.to_dense() if grad.is_sparse else grad
+            name: torch.zeros_like(p) if grad is None else grad
             for (name, p), grad in zip(self.parameters.items(), grads, strict=True)
         }
 

@@ -6,15 +6,19 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.check import find_layouts
+from ine_callback.capture.bare.no_row import find_terms_of_no_row
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
-from ine_callback.capture.row_mixing import row_mixing_faults
+from ine_callback.capture.routed_check import Given, find_routed
+from ine_callback.capture.row_mixing import as_in_training, row_mixing_faults
 from ine_callback.capture.row_order import row_order_faults
-from ine_callback.data.batches import led_by
+from ine_callback.data.batches import cut, led_by
+from ine_callback.utilities.isolation import isolated
 
 
 def first_batch_faults(
@@ -41,6 +45,11 @@ def first_batch_faults(
     by_rows = led_by(batch, rows)
     try:
         order, found = row_order_faults(module, capture, loss, batch, rows)
+        if by_rows and found == 1:
+            turned = torch.arange(rows).roll(1)
+            first, then = Given(batch, range(rows)), Given(cut(batch, turned, rows), turned.tolist())
+            routed = find_routed(module, capture, loss, first, then, order)
+            order = {one: why for one, why in order.items() if one not in routed}
         faults = _faults(module, capture, loss, batch, rows, training and by_rows)
     except Exception as error:  # of the user's code, run on a part of a batch
         return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
@@ -49,6 +58,9 @@ def first_batch_faults(
         # what fails here costs bare parameters only, which then are named as left out
         with contextlib.suppress(Exception):
             find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
+            running = as_in_training if training else isolated
+            find_terms_of_no_row(module, capture, loss, batch, rows, running)
+            capture.bare.settle()
     trained = {p for each in order for p in own_parameters(each).values() if p.requires_grad}
     if views and found > 1 and not trained <= capture.bare.layouts.keys():  # else they are read at their uses
         capture.views = found

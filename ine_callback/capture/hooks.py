@@ -2,7 +2,7 @@
 
 A forward hook saves the input; a *tensor* hook on the output, or on each of several, receives the gradient (a full
 backward hook would wrap the module and break in-place activations). Neither draws random numbers, synchronises with the
-device or returns anything.
+device or returns anything. Inside of torch.compile the hook is traced instead: :mod:`ine_callback.capture.compiled`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks, register_multi_grad_hook
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import LayerError, own_parameters
 from ine_callback.capture.bare import BareParameters
-from ine_callback.capture.layers import LayerFunction, RowMismatch, entries_of, grad_samples_of, layer_function
-from ine_callback.capture.layers.calls import LayerCall, Tensors, layer_call
-from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES
+from ine_callback.capture.bare.parameters import Observer
+from ine_callback.capture.batch_layout import UNKNOWN_ENTRIES, BatchLayout
+from ine_callback.capture.compiled import HookGuards, Tap, forget_compiled
+from ine_callback.capture.entries import EntryIndex
+from ine_callback.capture.layers import LayerFunction, RowMismatch, layer_function
+from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
+from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
+from ine_callback.capture.marks import mark_call
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.capture.routed import base_of, rows_of_selected
+from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
-_UNKNOWN_ENTRIES = (
-    "its input has {} entries for {} rows, and whose they are could not be checked; call it with one entry of each row "
-    "(true and made rows apart)"
-)
-_COMPILED = "it runs inside torch.compile, which calls no hooks"
+_UNTRACED = "the rows of its input of shape {}, entries that an index selected, cannot be traced in the graph"
 
 # errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
 FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -57,18 +60,22 @@ class Capture:
         rows: Number of rows of the current batch.
         deselected: Names of modules that no pattern fits.
         bare: Hooks on the operations that use parameters outside of a layer's call.
-        calls: How often each layer was called in this batch, and each bare parameter used, as far as it counts.
+        calls: Counted calls of each layer in this batch, and uses of each bare parameter.
         dropped: Name of a module or bare parameter -> why it has no per-sample gradients.
         approximate: Module name -> why single rows are approximate.
         unscale: Factor that undoes the scaling of the loss under mixed precision.
         half: Whether a gradient came in half precision.
         functions: Layer functions that the check before the first step chose, in place of those of the types.
         double_backward: Whether a gradient of this batch was made differentiable itself (``create_graph=True``).
+        entries: The row of each entry, in batches in which rows do not lead.
+        rows_of: What gives a batch's rows and entries, if known.
+        routed: Layers that get entries selected by an index, whose rows are traced in the graph (experts).
+        selected: The rows of the entries of the present call of one of them.
+        last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
-        views: How many views of its rows a batch holds inside of the model, one after another (SimCLR's
-            ``torch.cat``); what they have found is added up by row.
-        one_each: Whether a layer must get one entry of each row. Else several may be a row's own, one after another,
-            which players of a game that join true and made rows would be taken for.
+        views: Views of its rows that layers get, one after another (SimCLR's ``torch.cat``); added up by row.
+        borrowed: Whether what is received may be in memory that compiled code uses again as soon as it goes on.
+        one_each: Whether a layer must get one entry of each row: several may be those of true and made rows, joined.
     """
 
     def __init__(
@@ -87,9 +94,8 @@ class Capture:
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
         self.deselected = set(found.values()) - set(fits)
-        known = {child: name for child, name in found.items() if name not in self.deselected}
-        self.names = {child: name for child, name in known.items() if child not in inside}
-        self.dropped = {name: _COMPILED for child, name in known.items() if child in inside}
+        self.names = {child: name for child, name in found.items() if name not in self.deselected}
+        self.dropped: dict[str, str] = {}
         self.approximate = {
             name: f"{type(child).__name__} mixes the rows of a batch: their sum is exact, single rows are approximate"
             for child, name in self.names.items()
@@ -98,7 +104,7 @@ class Capture:
         self.bare = BareParameters(self, module, layers, without=inside)
         self.calls: dict[nn.Module | nn.Parameter, int] = {}
         self.unscale: Tensor | None = None
-        self.half = self.double_backward = False
+        self.half = self.double_backward = self.borrowed = False
         self._received: list[tuple[nn.Module | nn.Parameter, Call]] = []
         self._parts: dict[nn.Module, int] = {}  # calls that one call is received as
         self._worked: set[nn.Module] = set()  # modules whose layer function has succeeded
@@ -107,21 +113,36 @@ class Capture:
         self.functions: dict[nn.Module, LayerFunction] = {}
         self.on_call: Callable[[str, Tensor], None] | None = None
         self._handles: list[RemovableHandle] = []
+        self._guards = HookGuards()
         self._awaited: list[RemovableHandle] = []  # on several outputs of one call in this batch
+        self.entries: EntryIndex | None = None
+        self.routed: set[nn.Module] = set()
+        self.selected: Tensor | None = None
+        self.rows_of: Callable[[Any], Any] | None = None
+        self._seen = False  # whether this batch's loss is known: passes before are the training step's own
+        self.last_called: nn.Module | None = None
 
-    def attach(self) -> None:
+    def attach(self, fresh: bool = True) -> None:
+        """Sets the hooks; what was compiled before, unless it is ``fresh``, is compiled anew, for it lacks them."""
+        if not fresh:
+            forget_compiled()
+        self._guards.attach()
         for child in self.names:
             self._parameters[child] = own_parameters(child)
-            self._handles.append(child.register_forward_hook(self._forward, with_kwargs=True))
+            hook = Tap(child, self._forward, self._receive, self.drop) if has_one_input(child) else self._forward
+            self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
+        self._guards.detach()
         self.end_batch()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def start_batch(self, rows: int) -> None:
+    def start_batch(self, rows: int, entries: EntryIndex | None = None) -> None:
+        self.entries = entries
         self.rows, self.active, self._rows_confirmed, self.double_backward = rows, True, False, False
+        self._seen, self.last_called = False, None
         self.calls.clear()
         self._received.clear()
         self._release()
@@ -137,10 +158,14 @@ class Capture:
             handle.remove()
         self._awaited.clear()
 
-    def see(self, loss: Tensor) -> None:
-        """Takes the loss that is about to be differentiated, in whose graph bare parameters are found."""
-        if self.active:
-            self.bare.see(loss)
+    def see(self, loss: Tensor, observer: Observer | None = None) -> set[nn.Parameter]:
+        """Takes the loss that is about to be differentiated, in whose graph parameters are found outside of layers.
+
+        Returns:
+            Parameters of recorded layers that are also used elsewhere.
+        """
+        self._seen = True
+        return self.bare.see(loss, observer) if self.active else set()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -173,11 +198,22 @@ class Capture:
         if read.requires_grad and not _transformed():
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
-            saved = _save(read.inputs)
+            saved = save(read.inputs)
+            self._mark(module, read, (args, kwargs))
         try:
             self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)
+
+    def _mark(self, module: nn.Module, read: LayerCall, inputs: Any) -> None:
+        """Marks a call in the graph; of a layer of selected entries, if their rows can be traced."""
+        if module not in self.names or read.fault:
+            return
+        self.selected, x = None, read.activations
+        if module in self.routed and isinstance(x, Tensor):
+            self.selected = rows_of_selected(x, base_of(self.rows, self.entries, x.device))
+        if module not in self.routed or self.selected is not None:
+            mark_call(module, inputs, read.outputs, self.selected)
 
     def _on_forward(self, module: nn.Module, read: LayerCall, saved: Callable[[], Tensors | None] | None) -> None:
         """Waits for the gradients of the outputs, or drops a module that is called in an unknown way."""
@@ -203,7 +239,12 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
-        call = self.called(module)
+        if module in self.routed and self.selected is None:
+            return self.drop(module, _UNTRACED.format(tuple(x.shape)))
+        if module in self.routed and not len(x):
+            return  # an expert without a token
+        call, self.last_called = self.called(module), module
+        call.rows = self.selected if module in self.routed else None
         self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
@@ -232,7 +273,17 @@ class Capture:
     def uses(self, module: nn.Module, names: Iterable[str]) -> int:
         """How often a layer was called in this batch, or, if it was not, how often its named parameters were used."""
         calls = self.calls.get(module, 0) * self._parts.get(module, 1)
-        return calls or max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=1)
+        used = max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=0)
+        return max(1, calls + used)
+
+    def waiting(self) -> set[nn.Parameter]:
+        """Parameters of experts that got no entry in this batch; their gradients are zero."""
+        return {
+            p
+            for one in self.routed & self.names.keys()
+            if not self.calls.get(one)
+            for p in own_parameters(one).values()
+        }
 
     def forget(self) -> None:
         """The gradients of the batch's backward passes so far were removed: the calls in them do not count."""
@@ -268,13 +319,34 @@ class Capture:
         # an overflow: the scaler skips the step, so nothing of it may reach the curvature
         return torch.where(output_grads.isfinite().all(), output_grads, 0.0)
 
+    def _receive(self, module: nn.Module, activations: Tensors, output_grads: Tensors) -> None:
+        """Takes what a compiled backward pass computed; how often a compiled layer was called is known there only."""
+        self.borrowed = True
+        if not self.active or module not in self.names:
+            return
+        (leading, *_), summed = tree_leaves(output_grads)[0].shape, not isinstance(activations, Tensor)
+        self._rows_confirmed |= leading == self.rows * self.views
+        if self.one_each and leading != self.rows:
+            return self.drop(module, UNKNOWN_ENTRIES.format(leading, self.rows))
+        if module in self.routed or (summed and self.entries is not None):
+            return self.drop(module, "torch.compile runs it, where no rows but those that lead can be told apart")
+        function = summed_affine if summed else None
+        self._backward(module, self.called(module), lambda: activations, output_grads, function)
+
     def _backward(
-        self, module: nn.Module, call: Call, saved: Callable[[], Tensors | None], output_grads: Tensors
+        self,
+        module: nn.Module,
+        call: Call,
+        saved: Callable[[], Tensors | None],
+        output_grads: Tensors,
+        function: LayerFunction | None = None,
     ) -> None:
         if not self.active or module not in self.names:
             return
         try:
             # of torch.autograd.grad, or backward(inputs=...)
+            if self.every_pass and not self._seen:
+                return
             passed_by = set() if self.every_pass else parameters_passed_by(module)
             named = module._parameters.items()
             passed = passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in named)
@@ -286,14 +358,12 @@ class Capture:
                 return
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
                 output_grads = tree_map(self.unscaled, output_grads)
-                function = self.functions.get(module)
-                if self.one_each and isinstance(activations, Tensor) and activations.shape[:1] != (self.rows,):
-                    raise RowMismatch(_UNKNOWN_ENTRIES.format(activations.shape[0], self.rows))
-                count = self.views * entries_of(activations, self.rows * self.views)
-                entries = grad_samples_of(module, activations, output_grads, self.rows * count, function)
-                entries = {name: g for name, g in entries.items() if name not in passed_by}
-                for part in [entries] if count == 1 else self._by_row(module, entries, count):
-                    self.receive(module, part)
+                layout = BatchLayout(self.rows, self.views, self.one_each, self.entries)
+                function = function or self.functions.get(module)
+                parts = layout.by_row(module, call.rows, activations, output_grads, function)
+                self._parts[module] = len(parts)
+                for part in parts:
+                    self.receive(module, {name: g for name, g in part.items() if name not in passed_by})
                 self._worked.add(module)
         except RowMismatch as error:
             if module in self._worked and not self._rows_confirmed:
@@ -302,16 +372,6 @@ class Capture:
                 self.drop(module, str(error))
         except Exception as error:  # never raised into the training's backward pass
             self.give_up(module, error)
-
-    def _by_row(self, module: nn.Module, entries: dict[str, GradSample], count: int) -> list[dict[str, GradSample]]:
-        """What was found of the rows' entries, by row: as one call of the layer, or as one for each entry."""
-        consecutive = self.views == 1
-        found = {name: each.by_row(count, consecutive) for name, each in entries.items()}
-        if all(each is not None for each in found.values()):
-            return [found]  # type: ignore[list-item]
-        self._parts[module] = count
-        split = {name: each.split(count, consecutive) for name, each in entries.items()}
-        return [{name: uses[k] for name, uses in split.items()} for k in range(count)]
 
     def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None:
         """After an exception: drops the layer or parameter, or stops the recording if the error is the machine's."""
@@ -334,54 +394,6 @@ def in_words(error: Exception) -> str:
 def _transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad) runs the layer, with tensors that do not outlive it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _saved_by_hooks() -> bool:
-    """Whether hooks (of checkpointing, or offloading) apply to what autograd saves now."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        return top(False) is not None
-    try:  # torch 2.6 and 2.7 have no such function, but refuse to disable hooks that are in use
-        with disable_saved_tensors_hooks(""):
-            return False
-    except RuntimeError:
-        return True
-
-
-class _SaveForBackward(torch.autograd.Function):
-    """Saves an input as autograd does, so that hooks on saved tensors apply to it too."""
-
-    @staticmethod
-    def forward(ctx: Any, handle: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return handle.clone()
-
-
-def _save(inputs: Tensors) -> Callable[[], Tensors | None]:
-    """Saves a call's inputs; the returned function gives them in the backward pass, or None if one was changed."""
-    if isinstance(inputs, Tensor):
-        return _save_one(inputs)
-    saved = {name: _save_one(x) for name, x in inputs.items()}
-
-    def load() -> dict[str, Tensor] | None:
-        loaded = {name: one() for name, one in saved.items()}
-        present = {name: x for name, x in loaded.items() if x is not None}
-        return present if len(present) == len(loaded) else None
-
-    return load
-
-
-def _save_one(x: Tensor) -> Callable[[], Tensor | None]:
-    """Saves an input; the returned function gives it in the backward pass, or None if it was changed in place.
-
-    Under activation checkpointing or offloading a reference to the input would undo the saving of memory, so autograd
-    saves it there.
-    """
-    x, version = x.detach(), 0 if x.is_inference() else x._version
-    if not _saved_by_hooks():
-        return lambda: x if x.is_inference() or x._version == version else None
-    node = _SaveForBackward.apply(torch.empty(0, requires_grad=True), x)  # type: ignore[no-untyped-call]
-    return lambda: node.grad_fn.saved_tensors[0]
 
 
 def _capturable(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ine_callback.capture.row_losses import loss_node, wide
+from ine_callback.capture.row_losses import loss_node, silence_others, wide
 from ine_callback.errors import InfluenceError
 
 Cotangent = Callable[[Tensor], Tensor]
@@ -61,6 +61,7 @@ def sample(loss: Tensor, generator: torch.Generator | None = None) -> None:
         InfluenceError: If the loss is of another form.
     """
     node, side = _known(loss)
+    silence_others(loss)
     name = node.name()
     value = (node._saved_target if side else node._saved_self).detach()
     if name.startswith("NllLoss"):
@@ -90,6 +91,7 @@ def expect(loss: Tensor, label: int, rows: int) -> None:
         rows: Number of rows of the batch.
     """
     node, side = _known(loss)
+    silence_others(loss)
     value = (node._saved_target if side else node._saved_self).detach()
     if node.name() == "NllLossBackward0":
         root = (wide(value)[:, label] / 2).exp()

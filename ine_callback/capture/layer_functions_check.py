@@ -82,7 +82,7 @@ def _choose_function(
     first = ""
     for function in (known, *([ALTERNATIVES[known]] if known in ALTERNATIVES else [])):
         try:
-            error, allowed = _error(child, function, args, kwargs, rows)
+            error, allowed = _error(capture, child, function, args, kwargs, rows)
         except Exception as failure:
             first = first or in_words(failure)
             continue
@@ -97,23 +97,36 @@ def _choose_function(
 
 
 def _error(
-    child: nn.Module, function: LayerFunction, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
+    capture: Capture,
+    child: nn.Module,
+    function: LayerFunction,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
 ) -> tuple[float, float]:
     """The largest error of two rows' gradients relative to the largest gradient, and the allowed error."""
     args, kwargs = tree_map(_fresh, args), tree_map(_fresh, kwargs)
     activations = first_input(args, kwargs).clone()  # the layer may write into its input
-    rows *= entries_of(activations, rows)
+    dims = 1
+    if child in capture.routed:
+        rows = len(activations)
+    elif capture.entries is None:
+        rows *= entries_of(activations, rows)
+    else:
+        index, dims = capture.entries.of(activations.shape)
+        rows = rows if index is None else index.numel()
+        activations = activations.flatten(0, dims - 1)
     parameters = {name: p for name, p in plain_parameters(child).items() if p.requires_grad and p.numel()}
     with torch.enable_grad():
         output = child.forward(*args, **kwargs)
     output_grads = torch.randn_like(output)
     with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
-        grad_samples = grad_samples_of(child, activations, output_grads.clone(), rows, function)
+        grad_samples = grad_samples_of(child, activations, output_grads.clone().flatten(0, dims - 1), rows, function)
     names = [name for name in parameters if name in grad_samples]
     worst, size = 0.0, 0.0
     for k in {0, rows - 1}:
         alone = torch.zeros_like(output_grads)
-        by_row(alone, rows)[k] = by_row(output_grads, rows)[k]
+        by_row(alone.flatten(0, dims - 1), rows)[k] = by_row(output_grads.flatten(0, dims - 1), rows)[k]
         truth = torch.autograd.grad(output, [parameters[n] for n in names], alone, retain_graph=True, allow_unused=True)
         for name, expected in zip(names, truth, strict=True):
             found = grad_samples[name].wide().gradient(slice(k, k + 1))

@@ -16,9 +16,15 @@ from torch.autograd.graph import get_gradient_edge
 
 
 class Call:
-    """One call of a layer, or use of a bare parameter; ``counts``: whether it adds to gradients, as far as is known."""
+    """One call of a layer, or use of a bare parameter.
+
+    Attributes:
+        counts: Whether it adds to gradients, as far as is known.
+        rows: The row of each entry of its input, where an index selected them.
+    """
 
     counts = True
+    rows: Tensor | None = None
 
 
 def adds_to_grad(parameter: nn.Parameter) -> bool:

@@ -6,8 +6,9 @@ every influence score) and the number of terms that the loss is a mean of (the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +16,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ine_callback.capture.marks import holds_call
+from ine_callback.capture.per_sample_gradients import sums_by_row
+
+if TYPE_CHECKING:
+    from ine_callback.capture.entries import EntryIndex
+
 _NONE, _MEAN, _SUM = 0, 1, 2
+_REDUCTIONS = {"none": _NONE, "mean": _MEAN, "sum": _SUM}
 _SEARCH_DEPTH = 8
+_SUMS = {"AddBackward0": 1, "SubBackward0": -1}  # the sign of what is added, or subtracted
 _SAME = ("SumBackward0", "ViewBackward0", "UnsafeViewBackward0", "ToCopyBackward0", "AliasBackward0")
 
 
@@ -29,7 +38,7 @@ class LossReading:
         terms: Inverse of the coefficient with which a term enters the loss (rows or tokens for a mean), a scalar.
         scale: Inverse of the coefficient with which a row's loss enters the loss (the number of rows for a mean).
         own: The same for each row [b], whose terms may be more or heavier than others'; 0 for a row without terms.
-        each: Loss of every term [b, T], such as a sequence's tokens.
+        each: Loss of every term [b, T], such as a sequence's tokens; of entries whose rows an index tells [n, T].
         weights: Weight of every term in the mean or sum [b, T]; 0 for one that is ignored.
         labels: Class of every term [b, T], where terms have one.
     """
@@ -57,13 +66,16 @@ class Scale:
 
 
 @torch.no_grad()  # not detach(), which would drop derivatives of forward mode
-def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
+def read_loss(loss: Tensor, rows: int, views: int = 1, entries: EntryIndex | None = None) -> LossReading | None:
     """Reads a loss made by cross entropy, NLL, MSE or binary cross entropy with logits, scaled by constants or masked.
+
+    Penalties on weights that are added to it, in which no recorded layer was called, are passed by.
 
     Args:
         loss: The scalar to be differentiated.
         rows: Number of rows b of the batch.
         views: How many views of the rows the model sees, one after another; terms of all of them are a row's own.
+        entries: The row of each entry, where rows do not lead: terms are the rows' own, or those of entries.
 
     Returns:
         The reading, or None where the loss is of another form (a sum of several, label smoothing, a custom one).
@@ -76,26 +88,47 @@ def read_loss(loss: Tensor, rows: int, views: int = 1) -> LossReading | None:
         >>> reading.rows, reading.scale
         (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
     """
-    node: Any = loss.grad_fn
     coefficient: Tensor = wide(torch.ones_like(loss, requires_grad=False))
     mask: Tensor | None = None
-    for _ in range(_SEARCH_DEPTH):
-        if node is None:
-            return None
+    for node, index in way_to(loss):
         name = node.name()
-        if name in _LOSSES:
-            return _reading(node, mask, coefficient, rows, views)
         factor = _constant_factor(node, name)
-        if factor is not None and factor.dim() == 0:
+        if name in _LOSSES:
+            return _reading(node, mask, coefficient, rows, views, entries)
+        if name in _SUMS:
+            coefficient = coefficient * (_SUMS[name] * node._saved_alpha if index else 1)
+        elif factor is not None and factor.dim() == 0:
             coefficient = coefficient / factor if name == "DivBackward0" else coefficient * factor
         elif factor is not None and mask is None and name == "MulBackward0":
             mask = factor  # a weight for each term: (losses * mask).sum() / mask.sum()
         elif name == "MeanBackward0":
             coefficient = coefficient / node._saved_self_sym_numel
-        elif name not in _SAME:
+        elif factor is not None:
             return None
-        node = next((function for function, _ in node.next_functions if function is not None), None)
     return None
+
+
+def way_to(loss: Tensor) -> list[tuple[Any, int]]:
+    """The nodes from a loss to the one of a known form in it, each with the input that leads on; empty if none does."""
+    return _way(loss.grad_fn, _SEARCH_DEPTH) or []
+
+
+def _way(node: Any, depth: int) -> list[tuple[Any, int]] | None:
+    if node is None or not depth:
+        return None
+    name = node.name()
+    if name in _LOSSES:
+        return [(node, 0)]
+    if name in _SUMS:  # a sum may have any number of terms: its depth does not count
+        terms = [(k, below) for k, (below, _) in enumerate(node.next_functions) if below is not None]
+        of_rows = [(k, below) for k, below in terms if len(terms) == 1 or holds_call(below)]
+        way = _way(of_rows[0][1], depth) if len(of_rows) == 1 else None
+        return None if way is None else [(node, of_rows[0][0]), *way]
+    if name not in (*_SAME, "MeanBackward0") and _constant_factor(node, name) is None:
+        return None
+    index, below = next(((k, one) for k, (one, _) in enumerate(node.next_functions) if one is not None), (0, None))
+    way = _way(below, depth - 1)
+    return None if way is None else [(node, index), *way]
 
 
 def _constant_factor(node: Any, name: str) -> Tensor | None:
@@ -107,15 +140,78 @@ def _constant_factor(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, views: int) -> LossReading | None:
+def _reading(
+    node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, views: int, entries: EntryIndex | None
+) -> LossReading | None:
     """Makes the reading from a loss's node, the weights of its terms [n], ordered by rows, and its coefficient."""
     losses, weights = _LOSSES[node.name()](node)
-    reduction = node._saved_reduction
-    if losses.numel() % rows or (mask is not None and (reduction != _NONE or mask.numel() != losses.numel())):
+    labels = node._saved_target if node.name().startswith("NllLoss") else None
+    return _assembled(losses, weights, labels, node._saved_reduction, mask, coefficient, rows, views, entries)
+
+
+def reading_of(
+    losses: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    reduction: str,
+    gradient: Tensor,
+    rows: int,
+    views: int = 1,
+) -> LossReading | None:
+    """The reading of a loss whose terms are known, without its graph.
+
+    Args:
+        losses: Loss of every term [n], ordered by rows.
+        weights: Weight of every term [n].
+        labels: Class of every term [n].
+        reduction: Of the terms: "mean" (by their weights), "sum" or "none".
+        gradient: Of the loss that is differentiated, with respect to the reduced value, or to every term.
+        rows: Number of rows b.
+        views: How many views of the rows the model sees.
+
+    Returns:
+        The reading, or None where terms do not divide into rows.
+
+    Example:
+        >>> import torch
+        >>> reading = reading_of(torch.tensor([1.0, 3.0]), torch.ones(2), None, "mean", torch.tensor(0.5), rows=2)
+        >>> reading.rows, reading.scale
+        (tensor([1., 3.]), tensor(4.))
+    """
+    coefficient, mask = wide(gradient), None
+    if reduction == "none":  # the heaviest term has weight 1, as where terms are masked
+        largest = coefficient.abs().amax()
+        coefficient, mask = largest, coefficient.flatten() / torch.where(largest > 0, largest, 1.0)
+    return _assembled(losses, weights, labels, _REDUCTIONS[reduction], mask, coefficient, rows, views, None)
+
+
+def _assembled(
+    losses: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    reduction: int,
+    mask: Tensor | None,
+    coefficient: Tensor,
+    rows: int,
+    views: int,
+    entries: EntryIndex | None,
+) -> LossReading | None:
+    """Makes the reading of terms [n]; ``mask``: weights of unreduced ones."""
+    if mask is not None and (reduction != _NONE or mask.numel() != losses.numel()):
+        return None
+    index = None
+    if entries is not None and len(losses) != rows:
+        found = entries.find(losses.shape)
+        if found is None:
+            return None
+        index = found[0]
+    elif losses.numel() % rows:
         return None
     views = views if losses.numel() % (rows * views) == 0 else 1
 
     def by_row(x: Tensor) -> Tensor:
+        if index is not None:
+            return x.reshape(index.numel(), -1)
         return x.reshape(views, rows, -1).transpose(0, 1).reshape(rows, -1)
 
     losses, weights = by_row(losses), by_row(weights)
@@ -123,11 +219,13 @@ def _reading(node: Any, mask: Tensor | None, coefficient: Tensor, rows: int, vie
         weights = weights * by_row(mask)
     if reduction == _MEAN:
         coefficient = coefficient / weights.sum()
-    total = weights.sum(1)
-    row_losses = (losses * weights).sum(1) / total.clamp_min(1e-12)
+    total, weighted = weights.sum(1), (losses * weights).sum(1)
+    if index is not None:
+        total, weighted = (sums_by_row(x, index, rows) for x in (total, weighted))
+    row_losses = weighted / total.clamp_min(1e-12)
     own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
-    labels = by_row(node._saved_target) if node.name().startswith("NllLoss") else None
     scale = rows / (coefficient * weights.sum())
+    labels = None if labels is None else by_row(labels)
     return LossReading(row_losses, 1 / coefficient, scale, own, losses, weights, labels)
 
 
@@ -178,16 +276,22 @@ _LOSSES = {
 def loss_node(loss: Tensor) -> Any:
     """The node of the graph where a loss of a known form, scaled by constants or masked, takes prediction and target.
 
-    None for another form, such as a sum of several losses.
+    None for another form, such as a sum of several of them.
     """
-    node: Any = loss.grad_fn
-    for _ in range(_SEARCH_DEPTH):
-        if node is None or node.name() in _LOSSES:
-            return node
-        if node.name() not in (*_SAME, "MeanBackward0") and _constant_factor(node, node.name()) is None:
-            return None
-        node = next((function for function, _ in node.next_functions if function is not None), None)
-    return None
+    way = way_to(loss)
+    return way[-1][0] if way else None
+
+
+def silence_others(loss: Tensor) -> None:
+    """In the coming backward pass, penalties that are added to the loss of a known form have no gradient."""
+    for node, index in way_to(loss):
+        if node.name() in _SUMS:
+            node.register_hook(lambda given, _, index=index: tuple(_only(index, given)))
+
+
+def _only(index: int, gradients: tuple[Any, ...]) -> Iterator[Any]:
+    for k, grad in enumerate(gradients):
+        yield grad if k == index or grad is None else torch.zeros_like(grad)
 
 
 class RowLosses:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -192,19 +193,18 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
     trace = _Trace()
     trained = {n for child, n in capture.names.items() if any(p.requires_grad for p in child.parameters())}
 
+    routed = {capture.names[child] for child in capture.routed}
+
     def observe(name: str, x: Tensor) -> None:
+        if name in routed:  # which entries it gets may depend on the order of rows
+            return
         trace.calls.setdefault(name, []).append(x.detach().clone())
         if name in trained:
             trace.last = name
 
-    training = [each for each in module.modules() if each.training and not _is_plain(each)]
-    restore = Again(_own_functions(module)).remember()  # what the step changes outside of the module
     capture.on_call = observe
     try:
-        with isolated(module):
-            for each in training:
-                each.training = True
-            seed_everywhere(seed)
+        with as_in_training(module, seed):
             loss = step(module, batch)
             trace.state = _random_state(next(module.parameters()).device)
             known = isinstance(loss, Tensor) and loss.requires_grad
@@ -213,10 +213,24 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
                 trace.calls[_LOSS] = [reading.rows.detach()]
     finally:
         capture.on_call = None
-        restore()
     if capture.views > 1:  # those of one row side by side
         trace.calls = {n: [_side_by_side(x, rows) for x in calls] for n, calls in trace.calls.items()}
     return trace
+
+
+@contextmanager
+def as_in_training(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Runs the module isolated and seeded, in training mode but for leaf layers of torch.nn."""
+    training = [each for each in module.modules() if each.training and not _is_plain(each)]
+    restore = Again(_own_functions(module)).remember()  # what the step changes outside of the module
+    try:
+        with isolated(module):
+            for each in training:
+                each.training = True
+            seed_everywhere(seed)
+            yield
+    finally:
+        restore()
 
 
 def _side_by_side(x: Tensor, rows: int) -> Tensor:

@@ -8,6 +8,7 @@ only the third run shows what stays.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def row_order_faults(
             side), only the layers' shapes are checked.
         rows: Its number of rows (at least 2).
     """
-    whole, random = _inputs(module, capture, run, batch)
+    whole, random = inputs_of(module, capture, run, batch)
     by_name = {name: child for child, name in capture.names.items()}
     faults: dict[nn.Module, str] = {}
     if not led_by(batch, rows):
@@ -47,8 +48,8 @@ def row_order_faults(
                     faults[by_name[name]] = _not_led_by_rows(x, rows)
         return faults, 1
     places = torch.arange(rows)
-    fewer, _ = _inputs(module, capture, run, cut(batch, places[:-1], rows))
-    replaced, _ = _inputs(module, capture, run, cut(batch, places % (rows - 1), rows))
+    fewer, _ = inputs_of(module, capture, run, cut(batch, places[:-1], rows))
+    replaced, _ = inputs_of(module, capture, run, cut(batch, places % (rows - 1), rows))
     for name, calls in whole.items():
         for x, less, other in zip(calls, fewer.get(name, []), replaced.get(name, []), strict=False):
             in_order = _loses_its_end(x, less, rows) and _same_rows(x, other, less)
@@ -59,7 +60,26 @@ def row_order_faults(
                 faults[by_name[name]] = f"{views} (torch.cat), not each row's own one after another"
             else:
                 faults[by_name[name]] = _not_led_by_rows(x, rows)
-    return faults, views_of(faults, whole, rows)
+    count = views_of(faults, whole, rows)
+    return faults | like_them(faults, capture, whole), count
+
+
+def like_them(
+    faults: Mapping[nn.Module, str], capture: Capture, whole: Mapping[str, Sequence[Tensor]]
+) -> dict[nn.Module, str]:
+    """Layers that got no entry in this batch, and differ by number alone from one that rows do not lead (experts)."""
+    alike = {unnumbered(capture.names[one]) for one, why in faults.items() if VIEWS not in why}
+    unseen = {name for name in capture.names.values() if not any(x.dim() and len(x) for x in whole.get(name, []))}
+    return {
+        child: "rows do not lead the input of its like, and it got none in the first batch"
+        for child, name in capture.names.items()
+        if child not in faults and name in unseen and unnumbered(name) in alike
+    }
+
+
+def unnumbered(name: str) -> str:
+    """A module's name without numbers, the same for all blocks, or experts, of a kind."""
+    return re.sub(r"\d+", "", name)
 
 
 def views_of(faults: dict[nn.Module, str], whole: Mapping[str, Sequence[Tensor]], rows: int) -> int:
@@ -82,7 +102,7 @@ def _not_led_by_rows(x: Tensor, rows: int) -> str:
     )
 
 
-def _inputs(
+def inputs_of(
     module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any
 ) -> tuple[dict[str, list[Tensor]], bool]:
     """The inputs of every layer, call by call, and whether the model drew random numbers."""
@@ -120,8 +140,12 @@ def _are_views(whole: Tensor, less: Tensor, replaced: Tensor, rows: int, random:
 def _same_rows(whole: Tensor, other: Tensor, less: Tensor) -> bool:
     """Whether two inputs agree in the rows that the smaller batch has."""
     a, b = whole[: less.shape[0]], other[: less.shape[0]]
-    if a.shape != b.shape:
-        return True  # other dimensions depend on the batch (padding to its longest row), so values cannot be compared
+    # other dimensions may depend on the batch (padding to its longest row): then values cannot be compared
+    return a.shape != b.shape or same_values(a, b)
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape agree, but for rounding."""
     if not a.is_floating_point():
         return torch.equal(a, b)
     scale = float(a.float().abs().max()) if a.numel() else 0.0

@@ -1,7 +1,8 @@
 """Verification: do the per-sample gradients of each parameter add up to the gradient that autograd gives it?
 
 A hook reads the gradient where autograd hands it over: before it is accumulated, averaged over processes, unscaled or
-clipped. So the sums must be equal, without any factor, and each parameter is verified on its own.
+clipped. So the sums must be equal, without any factor, and each parameter is verified on its own. What a term of the
+loss gives it that belongs to no row (a penalty on weights) is measured where the parameter enters that term.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters, plain_parameters
+from ine_callback.capture.bare.graph import Apart
+from ine_callback.capture.bare.no_row import ApartGradients, Kind, KindsByParameter
 from ine_callback.capture.bare.uses import SAVED_IS_READ
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.passes import adds_to_grad
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.utilities.isolation import compiled_parts
 
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+_COMPILED = "torch.compile runs it, where only layers with one input and one output are recorded"
+_SEEN = "pass the loss to recorder.see(loss) before its backward pass"
 _MIN_PENALTY_COSINE = 0.98  # between what is missing and a penalty's gradient, to name the penalty
 
 
@@ -51,6 +57,13 @@ class Verification:
         self._squares: dict[Block, Tensor] = {}  # summed squared norms of the rows' gradients
         self._blocks: dict[nn.Parameter, Block] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}
+        self._apart = ApartGradients()
+        self._kinds: dict[nn.Parameter, set[Kind]] = {}  # of operations apart from all uses that gave gradients
+        self._rests: dict[nn.Parameter, dict[Kind, Tensor]] = {}  # the gradients through them, if kept
+
+    def watch_apart(self, parameter: nn.Parameter, apart: Apart) -> None:
+        """Reads what an operation gives a parameter that may belong to no row."""
+        self._apart.watch(parameter, apart)
 
     def watch(self, parameter: nn.Parameter, known_as: nn.Parameter) -> None:
         """Reads the gradients of a parameter. With FSDP2 it replaces, during a pass, the one it is known as."""
@@ -83,24 +96,54 @@ class Verification:
                 before = self.gradients.get(known_as)
                 self.gradients[known_as] = gradient.clone() if before is None else before + gradient
             missing = gradient - self._sums.pop(known_as).to(gradient) if known_as in self._sums else gradient
-            value = widened(parameter.detach())
+            value, rest = widened(parameter.detach()), missing - self._take_apart(known_as, gradient)
             squares = [x.square().sum() for x in (gradient, missing, value)]
             penalties = [(missing * value).sum(), (missing * value.sign()).sum()]
-            numbers = torch.stack([*squares, *penalties]).double()
+            numbers = torch.stack([*squares, *penalties, rest.square().sum()]).double()
             self._compared[known_as] = self._compared[known_as] + numbers if known_as in self._compared else numbers
+
+    def _take_apart(self, parameter: nn.Parameter, like: Tensor) -> Tensor:
+        """What the pass gave a parameter through operations that are apart from all uses."""
+        found, unscale = self._apart.found.pop(parameter, {}), 1.0 if self._unscale is None else self._unscale
+        self._kinds.setdefault(parameter, set()).update(found)
+        total, rests = torch.zeros_like(like), self._rests.setdefault(parameter, {})
+        for kind, gradient in found.items():
+            rest = gradient.to(like) * unscale
+            total += rest
+            if self._keep:
+                rests[kind] = rests[kind] + rest if kind in rests else rest
+        return total
+
+    def has_unknown(self, of_no_row: KindsByParameter) -> bool:
+        """Whether a parameter got a gradient by an operation that is not known to belong to no row."""
+        return any(not self._explained(p, of_no_row) for p in self._kinds)
+
+    def _explained(self, parameter: nn.Parameter, of_no_row: KindsByParameter) -> bool:
+        """Whether all that is apart from a parameter's uses belongs to no row."""
+        return self._kinds.get(parameter, set()) <= of_no_row.get(parameter, set())
+
+    def of_rows(self, of_no_row: KindsByParameter) -> dict[nn.Parameter, Tensor]:
+        """The gradients of each parameter, if kept, without what belongs to no row."""
+        out = {}
+        for p, gradient in self.gradients.items():
+            rests = self._rests.get(p, {}).items()
+            out[p] = gradient - sum(rest for kind, rest in rests if kind in of_no_row.get(p, ()))
+        return out
 
     def forget(self) -> None:
         """Forgets the gradients so far, which were removed."""
         self.gradients.clear()
+        self._rests.clear()
 
     def close(self) -> None:
         """Removes the hooks."""
+        self._apart.close()
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
 
     def judge(
-        self, blocks: Iterable[Block], half: bool, double_backward: bool
+        self, blocks: Iterable[Block], half: bool, double_backward: bool, of_no_row: KindsByParameter
     ) -> tuple[dict[Block, str], set[Block], bool]:
         """The blocks that are wrong, with the reason; all blocks compared; and whether all gradients were finite.
 
@@ -108,9 +151,10 @@ class Verification:
             blocks: The recorded blocks.
             half: Whether a pass ran in half precision somewhere, which needs a larger tolerance.
             double_backward: Whether a gradient was itself made differentiable.
+            of_no_row: Of each parameter, the kinds of operations that belong to no row.
         """
         owners = {p: block for block in blocks for p in block.parameters} | self._blocks
-        table = torch.stack([*self._compared.values()]).cpu() if self._compared else torch.zeros(0, 5)
+        table = torch.stack([*self._compared.values()]).cpu() if self._compared else torch.zeros(0, 6)
         finite = bool(table[:, 0].isfinite().all())
         wrong, numbers = {}, dict(zip(self._compared, table, strict=True))
         compared = dict.fromkeys(owners[p] for p in [*(p for p in self._compared if p in owners), *self._sums])
@@ -120,13 +164,23 @@ class Verification:
                 wrong[block] = "autograd gave it no gradient, though its layer was part of the backward pass"
                 continue
             total = torch.stack(parts).sum(0)
+            missing = total[5 if all(self._explained(p, of_no_row) for p in block.parameters) else 1]
             # rows that cancel (a bias before BatchNorm, or of keys) leave only rounding: compare with the rows
             size = max(float(total[0]) ** 0.5, _CANCELLATION * float(self._squares.get(block, 0)) ** 0.5)
-            error = float(total[1]) ** 0.5 / size if size else 0.0
+            error = float(missing) ** 0.5 / size if size else 0.0
             tolerance = _TOLERANCE[torch.bfloat16] if half else _TOLERANCE.get(block.parameters[0].dtype, 1e-1)
             if not error <= tolerance:
                 wrong[block] = _reason(block, parts, error, double_backward)
         return wrong, set(compared), finite
+
+    def without_rows(self, of_no_row: KindsByParameter) -> set[nn.Parameter]:
+        """Parameters that have no gradient but that of terms that belong to no row."""
+        return {
+            p
+            for p, numbers in self._compared.items()
+            if self._kinds.get(p) and self._explained(p, of_no_row)
+            if float(numbers[5]) <= _TOLERANCE.get(p.dtype, 1e-1) ** 2 * float(numbers[0])
+        }
 
 
 def _reason(block: Block, parts: Sequence[Tensor], error: float, double_backward: bool) -> str:
@@ -134,18 +188,18 @@ def _reason(block: Block, parts: Sequence[Tensor], error: float, double_backward
     what = f"its per-sample gradients add up to something else (relative error {error:.1g}): "
     if _parallel(block, parts, squares=lambda size, value: value, place=3):
         return what + (
-            "what is missing is a multiple of the weight itself, so the loss holds an L2 penalty on it; use the "
-            "optimizer's weight_decay instead"
+            f"what is missing is a multiple of the weight itself, so the loss holds an L2 penalty on it; {_SEEN}, or "
+            "use the optimizer's weight_decay"
         )
     if _parallel(block, parts, squares=lambda size, value: size, place=4):
         return what + (
-            "what is missing is a multiple of the weight's signs, so the loss holds an L1 penalty on it; shrink "
-            "the weights after the optimizer's step instead"
+            f"what is missing is a multiple of the weight's signs, so the loss holds an L1 penalty on it; {_SEEN}, or "
+            "shrink the weights after the optimizer's step"
         )
     if double_backward:
         return what + (
             "the loss holds a gradient (create_graph=True: a gradient penalty, forces), whose own derivative reaches "
-            "the weight through no layer's call"
+            f"the weight through no layer's call, in no way that is known; {_SEEN} in a loop of your own"
         )
     return what + "the weight is also used outside of its module's own call, or its layer function is wrong"
 
@@ -182,13 +236,15 @@ def uncaptured(
     for name, child in module.named_modules():
         for p in own_parameters(child).values():
             owners.setdefault(p, []).append((name, child))
+    compiled = {child for part in compiled_parts(module) for child in part.modules()}
     out = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad or parameter in captured or parameter not in used or not parameter.numel():
             continue
         users = owners.get(parameter, [])
         known = [reasons[each] for each in (name, *(owner for owner, _ in users)) if each in reasons]
-        out[name] = known[0] if known else _why(name, [child for _, child in users])
+        why = _COMPILED if any(child in compiled for _, child in users) else _why(name, [child for _, child in users])
+        out[name] = known[0] if known else why
     return out
 
 

@@ -85,7 +85,7 @@ class EKFAC:
 def _squares(rotated: Sequence[GradSample], scale: Tensor) -> Tensor:
     """Sum over rows of the squared gradients [*layout], a row's uses added up first."""
     first = rotated[0]
-    if len(rotated) == 1 and isinstance(first, Outer) and first.output_grads.shape[2] == 1:
+    if len(rotated) == 1 and isinstance(first, Outer) and first.positions == 1:
         output_grads = first.output_grads[:, :, 0] * scale[:, None, None]
         return torch.einsum("bgo,bgi->goi", output_grads.square(), first.formed()[:, :, 0].square())
     total = scale.new_zeros(first.layout)

@@ -76,6 +76,8 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 
 def to_store(grad_sample: GradSample, rows: Tensor | slice, scale: Tensor | float = 1.0) -> StoredGradients:
     """Gradients of chosen rows, summed over positions, in float32; as factors where there is one position."""
+    if isinstance(grad_sample, Outer) and grad_sample.positions is None:
+        return StoredGradients(None, grad_sample.wide().gradient(rows).float() * scale)
     if isinstance(grad_sample, Outer):
         activations, output_grads = grad_sample.formed(rows).float(), grad_sample.output_grads[rows].float() * scale
         if activations.shape[2] == 1:

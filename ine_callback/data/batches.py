@@ -83,6 +83,11 @@ def _graphs(batch: Any) -> Any:
     return next((kind for kind in type(batch).__mro__ if "from_data_list" in vars(kind)), None)
 
 
+def holds_graphs(batch: Any) -> bool:
+    """Whether a batch is of a class that puts graphs together, and can take them apart."""
+    return _graphs(batch) is not None
+
+
 def is_all_led_by(batch: Any, size: int) -> bool:
     """Whether every tensor of a batch has one row each for ``size`` rows, or none at all.
 

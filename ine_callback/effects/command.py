@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ine_callback.effects.estimands import ATE, NDE, NIE, WCDE, Estimand
 from ine_callback.effects.estimation import estimate
 from ine_callback.effects.files import check_output, load, read_columns, save
 from ine_callback.effects.graph import CausalGraph, causal_graph
+from ine_callback.effects.reported import Effects
 from ine_callback.utilities.terminal import as_text
 from ine_callback.utilities.words import plain
 
@@ -31,17 +32,23 @@ examples:
   ine-callback effects fit table.parquet --graph "C -> A -> Y; C -> Y" --treatment A --outcome Y \\
       --estimand ate --adjust C -o effects.parquet
   ine-callback effects show effects.parquet
+  ine-callback effects show run/influence
   ine-callback effects adjust graph.txt --treatment A --outcome Y --estimand wcde"""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], of_report: Callable[[Path], Effects]) -> int:
     """Runs the part of the command line after ``ine-callback effects``; returns the exit status.
+
+    Args:
+        argv: Its words.
+        of_report: Reads the effects in the folder of a report.
 
     Raises:
         ValueError: If a file, the graph or a setting cannot be used.
         SystemExit: On wrong usage, and after ``--help``.
     """
     arguments = _parser().parse_args(argv)
+    arguments.of_report = of_report
     status: int = arguments.run(arguments)
     return status
 
@@ -65,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit)
 
     show = commands.add_parser("show", help="print saved effects", allow_abbrev=False)
-    show.add_argument("file", type=Path, help="written by fit -o")
+    show.add_argument("file", type=Path, help="written by fit -o, or the folder of a report")
     show.add_argument("--json", action="store_true", help="the same as JSON")
     show.set_defaults(run=_show)
 
@@ -99,7 +106,11 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    _say(load(arguments.file), arguments.json)
+    if not arguments.file.is_dir():
+        _say(load(arguments.file), arguments.json)
+        return 0
+    found = arguments.of_report(arguments.file)
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else as_text(found))
     return 0
 
 

@@ -14,6 +14,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.utilities.validate import listed
 
 Floats = NDArray[np.float64]
+Columns = Mapping[str, ArrayLike] | Any  # a data frame, too
 
 
 class EffectData:
@@ -42,7 +43,7 @@ class EffectData:
 
     def __init__(
         self,
-        columns: Mapping[str, ArrayLike] | Any,
+        columns: Columns,
         treatment: str,
         outcome: str | Outcome,
         graph: str | Any | None = None,
@@ -65,7 +66,7 @@ class EffectData:
             )
         if measured := sorted({treatment, outcome} & hidden):
             raise InfluenceError(f"{OWNER}: {measured[0]!r} is treatment or outcome and cannot be hidden.")
-        self._columns = {name: _numbers(name, given[name]) for name in self.graph.graph if name not in hidden}
+        self._columns = {name: numbers(name, given[name]) for name in self.graph.graph if name not in hidden}
         lengths = {name: len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) > 1:
             raise InfluenceError(f"{OWNER}: columns have unequal lengths: {lengths}; give each a value for each row.")
@@ -116,8 +117,12 @@ class EffectData:
         return treated
 
 
-def _numbers(name: str, column: Any) -> Floats:
-    """A column as numbers [N, d]; categories as 0 and 1 for each but the first."""
+def numbers(name: str, column: Any) -> Floats:
+    """A column as numbers [N, d]; categories as 0 and 1 for each but the first.
+
+    Raises:
+        InfluenceError: If it holds something else.
+    """
     found = np.asarray(column)
     if found.dtype.kind == "O" and not any(isinstance(value, str) for value in found.flat):
         found = found.astype(np.float64)  # None becomes NaN

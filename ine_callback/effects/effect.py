@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class Effect:
         positivity: Weights and effective sample sizes.
         folds: Of cross-fitting.
         nuisances: Name of the regressions and classifiers.
+        mediators: Of natural effects: the columns that carry the indirect one.
+        edges: Of the graph, from cause to effect.
     """
 
     estimand: str
@@ -49,6 +52,14 @@ class Effect:
     positivity: Positivity
     folds: int
     nuisances: str
+    mediators: tuple[str, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What is asked, such as ``"NIE of A on Y through {M}"``."""
+        through = f" through {{{', '.join(self.mediators)}}}" if self.mediators else ""
+        return f"{self.estimand} of {self.treatment} on {self.outcome}{through}"
 
     @property
     def standard_error(self) -> float:
@@ -97,7 +108,30 @@ class Effect:
             "effective_size": self.positivity.effective_size,
             "folds": self.folds,
             "nuisances": self.nuisances,
+            "mediators": list(self.mediators),
+            "edges": [list(edge) for edge in self.edges],
         }
+
+    @classmethod
+    def from_dict(cls, words: dict[str, Any], influence: Floats) -> Effect:
+        """What :meth:`to_dict` gave, with the rows' influence; of files of 0.2 without mediators and edges.
+
+        Raises:
+            KeyError: Or TypeError, or ValueError, if it is something else.
+        """
+        texts = {name: str(words[name]) for name in ("estimand", "treatment", "outcome", "why", "nuisances")}
+        parts = {each.name: {str(k): float(v) for k, v in words[each.name].items()} for each in fields(Positivity)}
+        return cls(
+            influence=influence,
+            adjustment=tuple(tuple(map(str, each)) for each in words["adjustment"]),
+            assumptions=tuple(map(str, words["assumptions"])),
+            positivity=Positivity(**parts),
+            folds=int(words["folds"]),
+            mediators=tuple(map(str, words.get("mediators", ()))),
+            edges=tuple((str(u), str(v)) for u, v in words.get("edges", ())),
+            estimate=float(words["estimate"]),
+            **texts,
+        )
 
     def __rich__(self) -> Group:
         return render([self])
@@ -109,8 +143,13 @@ class Effect:
         return f"Effect({self.estimand} {self.estimate:.4g} ± {self.standard_error:.2g}, {len(self.influence)} rows)"
 
 
-def render(effects: list[Effect]) -> Group:
-    """Estimates as a table for a terminal, each with what it rests on."""
+def render(effects: Sequence[Effect], rows: NDArray[np.int64] | None = None) -> Group:
+    """Estimates as a table for a terminal, each with what it rests on.
+
+    Args:
+        effects: Of the same rows.
+        rows: Dataset index of each row; None: 0 to n − 1.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -124,23 +163,25 @@ def render(effects: list[Effect]) -> Group:
         low, high = each.interval()
         table.add_row(
             each.estimand,
-            plain(f"{each.treatment} on {each.outcome}"),
+            plain(each.name.removeprefix(f"{each.estimand} of ")),
             signed(each.estimate, 3),
             number(each.standard_error, 3),
             f"{signed(low, 3)} to {signed(high, 3)}",
             probability(each.p),
             number(each.positivity.smallest, 0),
         )
-        parts.append(Text("\n".join(map(plain, _words(each)))))
+        parts.append(Text("\n".join(map(plain, words(each, rows)))))
     return Group(*parts)
 
 
-def _words(effect: Effect) -> list[str]:
+def words(effect: Effect, index: NDArray[np.int64] | None = None) -> list[str]:
+    """What an effect rests on, and the rows that carry it."""
     sets = " and ".join("{" + ", ".join(each) + "}" for each in effect.adjustment)
-    rows = ", ".join(map(str, np.argsort(-np.abs(effect.influence), kind="stable")[:5].tolist()))
+    most = np.argsort(-np.abs(effect.influence), kind="stable")[:5]
+    rows = ", ".join(map(str, (most if index is None else index[most]).tolist()))
     largest, imbalance = max(effect.positivity.largest_weight.values()), max(effect.positivity.imbalance.values())
     return [
-        f"{effect.estimand} holds if",
+        f"{effect.name} holds if",
         *(f"  - {each}" for each in effect.assumptions),
         f"  adjusted for {sets}: {effect.why}",
         f"  {len(effect.influence)} rows, {effect.folds} folds, {effect.nuisances}; largest weight {largest:.3g}, "

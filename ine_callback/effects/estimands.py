@@ -19,6 +19,7 @@ from ine_callback.errors import InfluenceError
 
 Rows = NDArray[np.int64]
 PARTNERS = 64  # rows that each row is paired with, for means over independent draws
+MIXED = 2  # the same, for the ratio of densities
 OPTIMAL = "optimal"
 
 
@@ -34,6 +35,20 @@ class Weighted(NamedTuple):
     weight: Floats
     columns: Floats
     reference: Floats
+
+
+class Fold(NamedTuple):
+    """A part of the rows with the rows that its nuisances are fitted on.
+
+    Attributes:
+        train: Indices of these.
+        test: Indices of the part's own rows.
+        rng: Draws partners.
+    """
+
+    train: Rows
+    test: Rows
+    rng: np.random.Generator
 
 
 class Terms(NamedTuple):
@@ -59,6 +74,10 @@ class Estimand:
         """Why a set of columns is not valid, in words; empty if it is."""
         raise NotImplementedError
 
+    def through(self, graph: CausalGraph) -> frozenset[str]:
+        """The mediators that are asked about; none where the question names none."""
+        return frozenset()
+
     def optimal(self, graph: CausalGraph) -> frozenset[str]:
         """The set that is taken unless nodes of it are hidden."""
         raise NotImplementedError
@@ -67,10 +86,8 @@ class Estimand:
         """What must hold, in words."""
         raise NotImplementedError
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
-    ) -> Terms:
-        """Terms of the test rows, with nuisances of the training rows."""
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
+        """Terms of each fold's own rows, with nuisances of its training rows; those of all folds are fitted at once."""
         raise NotImplementedError
 
     def check(self, graph: CausalGraph) -> None:
@@ -105,18 +122,19 @@ class ATE(Estimand):
             "one row's treatment does not change another row's outcome",
         )
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
-    ) -> Terms:
-        z, a, y = data.matrix(adjust), data.treated, data.outcome
-        share = models.probability(z[train], a[train])(z[test])
-        arms, parts = [], {}
-        for arm, chance in ((True, share), (False, 1 - share)):
-            mine = train[a[train] == arm]
-            weight = (a[test] == arm) / chance
-            parts[f"{data.graph.treatment} = {int(arm)}"] = Weighted(weight, z[test], np.ones(len(test)))
-            arms.append(potential_mean(y[test], models.mean(z[mine], y[mine])(z[test]), weight))
-        return Terms(arms[0] - arms[1], parts)
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
+        z, a, y, rows = data.matrix(adjust), data.treated, data.outcome, masks(folds, len(data))
+        shares = models.probabilities(z, a, rows)
+        means = {arm: models.means(z, y, rows & (a == arm)) for arm in (True, False)}
+        found = []
+        for k, fold in enumerate(folds):
+            test, share, arms, parts = fold.test, shares[k](z[fold.test]), [], {}
+            for arm, chance in ((True, share), (False, 1 - share)):
+                weight = (a[test] == arm) / chance
+                parts[f"{data.graph.treatment} = {int(arm)}"] = Weighted(weight, z[test], np.ones(len(test)))
+                arms.append(potential_mean(y[test], means[arm][k](z[test]), weight))
+            found.append(Terms(arms[0] - arms[1], parts))
+        return found
 
 
 @dataclass(frozen=True)
@@ -154,24 +172,31 @@ class WCDE(Estimand):
                 "effect is the whole one; ask ATE()."
             )
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
-    ) -> Terms:
-        a, y = data.treated, data.outcome
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
+        a, y, rows = data.treated, data.outcome, masks(folds, len(data))
         z1, z2 = data.matrix(adjust & data.graph.mediators), data.matrix(adjust - data.graph.mediators)
         z = np.concatenate([z1, z2], 1)
-        mixed = [np.concatenate([z1[train], z2[order]], 1) for order in shifted(train, 2, rng)]
-        arms, parts = [], {}
+        mixed = [
+            np.concatenate([z1[fold.train], z2[order]], 1)
+            for fold in folds
+            for order in shifted(fold.train, MIXED, fold.rng)
+        ]
+        owner = np.repeat(np.arange(len(folds)), [MIXED * len(fold.train) for fold in folds])
+        of_mixed = owner == np.arange(len(folds))[:, None]
+        arms: list[list[Floats]] = [[] for _ in folds]
+        parts: list[dict[str, Weighted]] = [{} for _ in folds]
         for arm in (True, False):
-            mine = train[a[train] == arm]
-            mu = models.mean(z[mine], y[mine])
+            mine = rows & (a == arm)
+            means = models.means(z, y, mine)
             # one ratio, of pairs drawn independently to the arm's rows, holds density ratio and propensity in one
-            ratio = models.odds(np.concatenate(mixed), z[mine])(z[test])
-            weight = (a[test] == arm) * ratio * (len(train) / len(mine))
-            parts[f"{data.graph.treatment} = {int(arm)}"] = Weighted(weight, z[test], np.ones(len(test)))
-            h1, h2 = paired_means(mu, z1[test], z2[test], rng)
-            arms.append(weighted_controlled(y[test], mu(z[test]), weight, h1, h2, float(h1.mean())))
-        return Terms(arms[0] - arms[1], parts)
+            ratios = models.odds(np.concatenate(mixed), z, of_mixed, mine)
+            for k, fold in enumerate(folds):
+                test, mu = fold.test, means[k]
+                weight = (a[test] == arm) * ratios[k](z[test]) * (rows[k].sum() / mine[k].sum())
+                parts[k][f"{data.graph.treatment} = {int(arm)}"] = Weighted(weight, z[test], np.ones(len(test)))
+                h1, h2 = paired_means(mu, z1[test], z2[test], fold.rng)
+                arms[k].append(weighted_controlled(y[test], mu(z[test]), weight, h1, h2, float(h1.mean())))
+        return [Terms(one - other, part) for (one, other), part in zip(arms, parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +214,6 @@ class _Natural(Estimand):
     adjust: str | Sequence[str] = OPTIMAL
 
     def through(self, graph: CausalGraph) -> frozenset[str]:
-        """The mediators asked about."""
         given = [self.mediators] if isinstance(self.mediators, str) else self.mediators
         return graph.mediators if given is None else frozenset(given)
 
@@ -199,12 +223,9 @@ class _Natural(Estimand):
     def optimal(self, graph: CausalGraph) -> frozenset[str]:
         return adjustment.for_mediation(graph, self.through(graph))
 
-    def terms(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances, rng: Any
-    ) -> Terms:
-        found = self.cross(data, adjust, train, test, models)
-        one, other = (found[each] for each in self.contrast)
-        return Terms(one.values - other.values, one.parts | other.parts)
+    def terms(self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances) -> list[Terms]:
+        pairs = [[each[arms] for arms in self.contrast] for each in self.cross(data, adjust, folds, models)]
+        return [Terms(one.values - other.values, one.parts | other.parts) for one, other in pairs]
 
     def assumptions(self, graph: CausalGraph) -> tuple[str, ...]:
         through = names(self.through(graph))
@@ -230,26 +251,32 @@ class _Natural(Estimand):
             )
 
     def cross(
-        self, data: EffectData, adjust: frozenset[str], train: Rows, test: Rows, models: Nuisances
-    ) -> dict[tuple[int, int], Terms]:
-        """Terms of E[Y(a', M(a''))] for a', a'' = 1, 1 and 1, 0 and 0, 0."""
-        a, y, c = data.treated, data.outcome, data.matrix(adjust)
+        self, data: EffectData, adjust: frozenset[str], folds: Sequence[Fold], models: Nuisances
+    ) -> list[dict[tuple[int, int], Terms]]:
+        """For each fold the terms of E[Y(a', M(a''))] for a', a'' = 1, 1 and 1, 0 and 0, 0."""
+        a, y, c, rows = data.treated, data.outcome, data.matrix(adjust), masks(folds, len(data))
         mc = np.concatenate([data.matrix(self.through(data.graph)), c], 1)
-        share, late = models.probability(c[train], a[train])(c[test]), models.probability(mc[train], a[train])(mc[test])
-        found = {}
-        for arm, chance in ((1, share), (0, 1 - share)):
-            mine, weight = train[a[train] == arm], (a[test] == arm) / chance
-            values = potential_mean(y[test], models.mean(c[mine], y[mine])(c[test]), weight)
-            part = Weighted(weight, c[test], np.ones(len(test)))
-            found[arm, arm] = Terms(values, {f"{data.graph.treatment} = {arm}": part})
-        treated, others = train[a[train]], train[~a[train]]
-        mu = models.mean(mc[treated], y[treated])
-        g = models.mean(c[others], mu(mc[others]))(c[test])
-        weight = a[test] * (1 - late) / (late * (1 - share))
-        reference = ~a[test] / (1 - share)
-        values = cross_mean(y[test], mu(mc[test]), weight, g, reference)
-        part = Weighted(weight, mc[test], reference)
-        found[1, 0] = Terms(values, {f"{data.graph.treatment} = 1, mediators as under 0": part})
+        early, late = models.probabilities(c, a, rows), models.probabilities(mc, a, rows)
+        means = {arm: models.means(c, y, rows & (a == arm)) for arm in (1, 0)}
+        mus, others = models.means(mc, y, rows & a), rows & ~a
+        inner = np.zeros(rows.shape)
+        for mu, target, mine in zip(mus, inner, others, strict=True):
+            target[mine] = mu(mc[mine])
+        gs = models.means(c, inner, others)
+        found: list[dict[tuple[int, int], Terms]] = []
+        for k, fold in enumerate(folds):
+            test, terms = fold.test, {}
+            share, after = early[k](c[test]), late[k](mc[test])
+            for arm, chance in ((1, share), (0, 1 - share)):
+                weight = (a[test] == arm) / chance
+                values = potential_mean(y[test], means[arm][k](c[test]), weight)
+                part = Weighted(weight, c[test], np.ones(len(test)))
+                terms[arm, arm] = Terms(values, {f"{data.graph.treatment} = {arm}": part})
+            weight, reference = a[test] * (1 - after) / (after * (1 - share)), ~a[test] / (1 - share)
+            values = cross_mean(y[test], mus[k](mc[test]), weight, gs[k](c[test]), reference)
+            part = Weighted(weight, mc[test], reference)
+            terms[1, 0] = Terms(values, {f"{data.graph.treatment} = 1, mediators as under 0": part})
+            found.append(terms)
         return found
 
 
@@ -277,6 +304,14 @@ class NIE(_Natural):
 
     name: ClassVar[str] = "NIE"
     contrast: ClassVar = ((1, 1), (1, 0))
+
+
+def masks(folds: Sequence[Fold], rows: int) -> NDArray[np.bool_]:
+    """Which rows each fold's nuisances are fitted on [K, rows]."""
+    found = np.zeros((len(folds), rows), dtype=bool)
+    for mask, fold in zip(found, folds, strict=True):
+        mask[fold.train] = True
+    return found
 
 
 def shifted(rows: Rows, count: int, rng: Any) -> list[Rows]:

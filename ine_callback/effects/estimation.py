@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from ine_callback.effects.adjustment import names, valid_sets
 from ine_callback.effects.data import EffectData
 from ine_callback.effects.effect import Effect
-from ine_callback.effects.estimands import OPTIMAL, Estimand, Rows, Weighted
+from ine_callback.effects.estimands import OPTIMAL, Estimand, Fold, Rows, Weighted
 from ine_callback.effects.formulas import Floats
-from ine_callback.effects.nuisances import Nuisances, nuisances
+from ine_callback.effects.graph import CausalGraph
+from ine_callback.effects.nuisances import Nuisances
+from ine_callback.effects.parsing import nuisances
 from ine_callback.effects.positivity import Positivity, positivity
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.tracking import Track, untracked
@@ -44,7 +46,8 @@ def estimate(
     Args:
         data: Columns with their graph.
         estimand: ``ATE()``, ``WCDE()``, ``NDE()`` or ``NIE()``.
-        nuisances: ``"spline"``, ``"linear"``, or (regressor, classifier) with scikit-learn's methods.
+        nuisances: ``"spline"``, ``"linear"``, ``"network"`` or :class:`~ine_callback.effects.Networks`, or (regressor,
+            classifier) with scikit-learn's methods.
         folds: Of cross-fitting.
         seed: Deals the rows into folds.
         refuse: Whether weights that show a lack of positivity are an error: an effective sample size below 20, or means
@@ -68,7 +71,7 @@ def estimate(
         ((('C',),), array([1338, 1258,  313]))
     """
     models = _models(nuisances)
-    estimand.check(data.graph)
+    check_question(data.graph, estimand)
     check_rows(data, folds)
     fold = deal(data.treated, folds, np.random.default_rng(seed))
     choice = choose(data, estimand, models, fold, seed, track)
@@ -79,7 +82,8 @@ def estimate(
     adjusted = tuple(dict.fromkeys(tuple(sorted(each)) for each in choice.sets))
     return Effect(
         estimand.name, graph.treatment, graph.outcome, found.estimate, found.influence, adjusted, choice.why,
-        estimand.assumptions(graph), found.positivity, folds, models.name,
+        estimand.assumptions(graph), found.positivity, folds, models.name, tuple(sorted(estimand.through(graph))),
+        graph.edges,
     )  # fmt: skip
 
 
@@ -115,23 +119,18 @@ def deal(treated: NDArray[np.bool_], folds: int, rng: Any) -> Rows:
 
 
 def choose(data: EffectData, estimand: Estimand, models: Nuisances, fold: Rows, seed: int, track: Track) -> Choice:
-    """The adjustment set of each fold.
+    """The adjustment set of each fold, of a question that :func:`check_question` lets through.
 
     Raises:
-        InfluenceError: If the named set is not valid, or none is.
+        InfluenceError: If the named set is not valid.
     """
     graph, folds = data.graph, int(fold.max()) + 1
     if estimand.adjust != OPTIMAL:
-        given = [estimand.adjust] if isinstance(estimand.adjust, str) else estimand.adjust
-        return Choice((_named(data, estimand, given),) * folds, "you named it; it is valid in this graph")
+        return Choice((_named(graph, estimand),) * folds, "you named it; it is valid in this graph")
     best = estimand.optimal(graph)
-    if not best & graph.hidden and not (faults := estimand.faults(graph, best)):
+    if not best & graph.hidden and not estimand.faults(graph, best):
         return Choice((best,) * folds, f"valid in this graph: {estimand.best}")
     candidates = list(islice(valid_sets(graph, estimand.faults), MOST_SETS))
-    if not candidates:
-        best -= graph.hidden
-        faults = estimand.faults(graph, best)
-        raise InfluenceError(f"{estimand.name}: no set of columns is valid. Of {names(best)}: {'; '.join(faults)}.")
     if len(candidates) == 1:
         return Choice((candidates[0],) * folds, "the only valid set without hidden nodes")
     half = fold % 2
@@ -171,12 +170,16 @@ def cross_fit(
     """
     terms = np.zeros(len(data))
     parts: dict[tuple[str, frozenset[str]], list[Weighted]] = {}
-    for k in track(range(len(sets)), estimand.name):
-        train, test = np.flatnonzero((fold != k) & (fold >= 0)), np.flatnonzero(fold == k)
-        found = estimand.terms(data, sets[k], train, test, models, np.random.default_rng([seed, k]))
-        terms[test] = found.values
-        for name, part in found.parts.items():
-            parts.setdefault((name, sets[k]), []).append(part)
+    each = [
+        Fold(np.flatnonzero((fold != k) & (fold >= 0)), np.flatnonzero(fold == k), np.random.default_rng([seed, k]))
+        for k in range(len(sets))
+    ]
+    for adjust in track(list(dict.fromkeys(sets)), estimand.name):
+        mine = [one for one, chosen in zip(each, sets, strict=True) if chosen == adjust]
+        for one, found in zip(mine, estimand.terms(data, adjust, mine, models), strict=True):
+            terms[one.test] = found.values
+            for name, part in found.parts.items():
+                parts.setdefault((name, adjust), []).append(part)
     there = fold >= 0
     value = float(terms[there].mean())
     return CrossFit(value, np.where(there, terms - value, 0.0), positivity(parts))
@@ -192,8 +195,24 @@ def _variance(
     return float((found.influence[rows] ** 2).mean())
 
 
-def _named(data: EffectData, estimand: Estimand, given: Sequence[str]) -> frozenset[str]:
-    graph, chosen = data.graph, frozenset(given)
+def check_question(graph: CausalGraph, estimand: Estimand) -> None:
+    """Refuses what no rows could answer in this graph.
+
+    Raises:
+        InfluenceError: If there is nothing to ask, or the named set, or any set, is not valid.
+    """
+    estimand.check(graph)
+    if estimand.adjust != OPTIMAL:
+        _named(graph, estimand)
+        return
+    best = estimand.optimal(graph) - graph.hidden
+    faults = estimand.faults(graph, best)
+    if faults and next(valid_sets(graph, estimand.faults), None) is None:
+        raise InfluenceError(f"{estimand.name}: no set of columns is valid. Of {names(best)}: {'; '.join(faults)}.")
+
+
+def _named(graph: CausalGraph, estimand: Estimand) -> frozenset[str]:
+    chosen = frozenset([estimand.adjust] if isinstance(estimand.adjust, str) else estimand.adjust)
     if unknown := sorted(chosen - set(graph.observed)):
         raise InfluenceError(
             f"{estimand.name}: {', '.join(map(repr, unknown))} cannot be adjusted for; choose among {graph.observed}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from pyarrow import csv, parquet
 
 from ine_callback.effects.effect import Effect
-from ine_callback.effects.positivity import Positivity
 from ine_callback.errors import InfluenceError
 
 KEY = b"ine_callback.effects"
@@ -48,7 +46,7 @@ def save(effects: Sequence[Effect], path: Path) -> Path:
     """Writes effects of one table: a line for every row, with its influence and what leaving it out would add."""
     columns: dict[str, Any] = {"row": np.arange(len(effects[0].influence))}
     for each in effects:
-        columns |= {f"{each.estimand}/influence": each.influence, f"{each.estimand}/removal": each.removal}
+        columns |= {f"{each.name}/influence": each.influence, f"{each.name}/removal": each.removal}
     words = json.dumps([each.to_dict() for each in effects])
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.table(columns).replace_schema_metadata({KEY: words}), path)
@@ -65,21 +63,17 @@ def load(path: Path) -> list[Effect]:
     table = _read(path)
     try:
         found = json.loads((table.schema.metadata or {})[KEY])
-        return [_effect(words, table[f"{words['estimand']}/influence"].to_numpy()) for words in found]
-    except (KeyError, TypeError, ValueError) as error:
+        return [_effect(words, table) for words in found]
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise InfluenceError(f"effects: {path} holds no effects ({error}); write them by effects fit -o.") from None
 
 
-def _effect(words: dict[str, Any], influence: NDArray[np.float64]) -> Effect:
-    checks = Positivity(**{each.name: words[each.name] for each in fields(Positivity)})
-    plain = ("estimand", "treatment", "outcome", "estimate", "why", "folds", "nuisances")
-    return Effect(
-        influence=influence,
-        adjustment=tuple(map(tuple, words["adjustment"])),
-        assumptions=tuple(words["assumptions"]),
-        positivity=checks,
-        **{name: words[name] for name in plain},
-    )
+def _effect(words: dict[str, Any], table: pa.Table) -> Effect:
+    named = Effect.from_dict(words, np.zeros(table.num_rows)).name
+    column = next(
+        name for name in (named, words["estimand"]) if f"{name}/influence" in table.column_names
+    )  # 0.2: short
+    return Effect.from_dict(words, table[f"{column}/influence"].to_numpy())
 
 
 def _read(path: Path) -> pa.Table:

@@ -51,6 +51,11 @@ class CausalGraph:
         """Nodes that may be adjusted for, sorted: all but treatment, outcome and the hidden ones."""
         return tuple(sorted(set(self.graph) - {self.treatment, self.outcome} - self.hidden))
 
+    @property
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """From cause to effect, in the order in which they were given."""
+        return tuple(self.graph.edges)
+
     def parents(self, node: str) -> frozenset[str]:
         """Direct causes of a node."""
         return frozenset(self.graph.predecessors(node))

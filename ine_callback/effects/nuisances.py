@@ -7,6 +7,8 @@ The built-in ones are linear in a basis. Regressions choose their ridge penalty 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,9 +18,9 @@ from numpy.typing import NDArray
 from scipy.interpolate import BSpline
 from scipy.special import expit
 
-from ine_callback.errors import InfluenceError
-
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Function = Callable[[Floats], Floats]
 KNOTS, DEGREE, FEW_VALUES = 4, 3, 6
 RIDGES = np.logspace(-6, 2, 17)  # times the number of rows
 NEWTON_STEPS, CONVERGED = 50, 1e-8
@@ -154,13 +156,55 @@ class Logistic:
         return np.stack([1 - one, one], 1)
 
 
-@dataclass(frozen=True)
-class Nuisances:
-    """What regressions and classifiers an effect is estimated with.
+class Nuisances(ABC):
+    """What an effect is estimated with: for every fold a function of its own, fitted on chosen rows.
 
     Attributes:
-        regressor: Fitted anew, as a copy, wherever a mean is needed.
-        classifier: The same for probabilities.
+        name: Shown in tables.
+    """
+
+    name: str
+
+    @abstractmethod
+    def means(self, x: Floats, y: Floats, rows: Mask) -> list[Function]:
+        """Functions of rows [n, d] that are E[y | x].
+
+        Args:
+            x: Columns [N, d].
+            y: Numbers [N], or others for each fold [K, N].
+            rows: Which rows each of the K functions is fitted on [K, N].
+        """
+
+    @abstractmethod
+    def probabilities(self, x: Floats, y: Mask, rows: Mask) -> list[Function]:
+        """Functions of rows [n, d] that are P(y = 1 | x), within [.001, .999]; arguments as of :meth:`means`."""
+
+    @abstractmethod
+    def ratios(self, x: Floats, y: Mask, rows: Mask) -> list[Function]:
+        """The same by a classifier that sees products of columns."""
+
+    def odds(self, one: Floats, other: Floats, of_one: Mask, of_other: Mask) -> list[Function]:
+        """Functions of rows [n, d] that are the density of some rows over that of others.
+
+        Args:
+            one: Rows [N, d].
+            other: Rows [M, d].
+            of_one: Which of them each of the K functions is fitted on [K, N].
+            of_other: The same of the others [K, M].
+        """
+        which = np.r_[np.ones(len(one), dtype=bool), np.zeros(len(other), dtype=bool)]
+        found = self.ratios(np.concatenate([one, other]), which, np.concatenate([of_one, of_other], 1))
+        sizes = of_other.sum(1) / of_one.sum(1)
+        return [_odds(function, float(size)) for function, size in zip(found, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class FoldByFold(Nuisances):
+    """Regressors and classifiers with scikit-learn's methods, fitted anew, as copies, for every fold.
+
+    Attributes:
+        regressor: For means.
+        classifier: For probabilities.
         ratio: For ratios of densities: a classifier that sees products of columns.
         name: Shown in tables.
     """
@@ -168,56 +212,39 @@ class Nuisances:
     regressor: Regressor
     classifier: Classifier
     ratio: Classifier
-    name: str
+    name: str = ""
 
-    def mean(self, x: Floats, y: Floats) -> Any:
-        """A function of rows [n, d] that is E[y | x], fitted."""
-        model = deepcopy(self.regressor)
-        model.fit(_filled(x), y)
-        return lambda new: np.asarray(model.predict(_filled(new)), dtype=np.float64)
+    def means(self, x: Floats, y: Floats, rows: Mask) -> list[Function]:
+        each = y if y.ndim == 2 else [y] * len(rows)
+        return [_mean(self.regressor, x[mine], one[mine]) for mine, one in zip(rows, each, strict=True)]
 
-    def probability(self, x: Floats, y: NDArray[np.bool_]) -> Any:
-        """A function of rows [n, d] that is P(y = 1 | x), fitted; within [.001, .999]."""
-        return _probability(self.classifier, x, y)
+    def probabilities(self, x: Floats, y: Mask, rows: Mask) -> list[Function]:
+        return [_probability(self.classifier, x[mine], y[mine]) for mine in rows]
 
-    def odds(self, one: Floats, other: Floats) -> Any:
-        """A function of rows [n, d] that is the density of the first rows over that of the others, fitted."""
-        both, which = np.concatenate([one, other]), np.r_[np.ones(len(one)), np.zeros(len(other))]
-        found = _probability(self.ratio, both, which == 1)
-        return lambda new: (p := found(new)) / (1 - p) * len(other) / len(one)
+    def ratios(self, x: Floats, y: Mask, rows: Mask) -> list[Function]:
+        return [_probability(self.ratio, x[mine], y[mine]) for mine in rows]
 
 
-def nuisances(chosen: str | tuple[Any, Any] | Nuisances) -> Nuisances:
-    """Nuisances from what a user gives.
-
-    Args:
-        chosen: ``"spline"``, ``"linear"``, or a pair of a regressor and a classifier with scikit-learn's methods.
-
-    Raises:
-        InfluenceError: If it is none of these.
-    """
-    if isinstance(chosen, Nuisances):
-        return chosen
-    if isinstance(chosen, str) and chosen in ("linear", "spline"):
-        splines = chosen == "spline"
-        plain, quadratic = Basis(splines, products=False), Basis(splines=False, products=True)
-        return Nuisances(Ridge(Basis(splines, products=splines)), Logistic(plain), Logistic(quadratic), chosen)
-    if isinstance(chosen, tuple) and len(chosen) == 2:
-        regressor, classifier = chosen
-        if all(hasattr(regressor, m) for m in ("fit", "predict")) and hasattr(classifier, "predict_proba"):
-            title = f"{type(regressor).__name__}, {type(classifier).__name__}"
-            return Nuisances(regressor, classifier, classifier, title)
-    raise InfluenceError(
-        f"estimate: nuisances={chosen!r}; choose 'spline' or 'linear', or give (regressor, classifier) with fit, "
-        "predict and predict_proba."
-    )
+def limited(probability: Floats) -> Floats:
+    """Within [.001, .999], so that no single row gets all the weight."""
+    found: Floats = probability.clip(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+    return found
 
 
-def _probability(classifier: Classifier, x: Floats, y: NDArray[np.bool_]) -> Any:
+def _mean(regressor: Regressor, x: Floats, y: Floats) -> Function:
+    model = deepcopy(regressor)
+    model.fit(_filled(x), y)
+    return lambda new: np.asarray(model.predict(_filled(new)), dtype=np.float64)
+
+
+def _probability(classifier: Classifier, x: Floats, y: Mask) -> Function:
     model = deepcopy(classifier)
     model.fit(_filled(x), y.astype(np.float64))
-    low, high = SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY
-    return lambda new: np.asarray(model.predict_proba(_filled(new)), dtype=np.float64)[:, 1].clip(low, high)
+    return lambda new: limited(np.asarray(model.predict_proba(_filled(new)), dtype=np.float64)[:, 1])
+
+
+def _odds(probability: Function, sizes: float) -> Function:
+    return lambda new: (p := probability(new)) / (1 - p) * sizes
 
 
 def _filled(x: Floats) -> Floats:

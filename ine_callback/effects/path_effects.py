@@ -13,9 +13,9 @@ node on it has another way to Y; then it is the product of the coefficients of l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,9 @@ from ine_callback.effects.estimands import NDE, NIE, Estimand
 from ine_callback.effects.estimation import check_rows, cross_fit, deal
 from ine_callback.effects.formulas import Floats
 from ine_callback.effects.nuisances import Nuisances
-from ine_callback.effects.nuisances import nuisances as parsed
-from ine_callback.effects.posterior import Posterior, posterior
+from ine_callback.effects.parsing import nuisances as parsed
+from ine_callback.effects.posterior import Posterior, candidates, of_edges
+from ine_callback.effects.posterior import posterior as exact
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.terminal import as_text
 from ine_callback.utilities.tracking import Track, untracked
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 SMALLEST_SHARE = 1e-3  # of a node's sets of parents that effects are averaged over
+FLOW = "Stabilities are by a flow, and not calibrated. "
 NATURAL, LINEAR = "natural effect", "linear model"
 
 
@@ -45,6 +47,7 @@ class PathEffect:
     Attributes:
         nodes: From the treatment to the outcome.
         stability: Probability that all of its edges are there.
+        stability_error: Standard error of that, from a flow's copies; 0 where it is exact.
         effect: Averaged over the graphs that hold the path.
         influence: φ [N], averaged over them too; above 0: the row raises the effect.
         within: Mean squared standard error of a graph.
@@ -56,6 +59,7 @@ class PathEffect:
 
     nodes: tuple[str, ...]
     stability: float
+    stability_error: float
     effect: float
     influence: Floats
     within: float
@@ -63,6 +67,11 @@ class PathEffect:
     by: str
     effective_size: float
     imbalance: float
+
+    @property
+    def name(self) -> str:
+        """The nodes, such as ``"A → M → Y"``."""
+        return " → ".join(self.nodes)
 
     @property
     def standard_error(self) -> float:
@@ -74,6 +83,21 @@ class PathEffect:
         """Effect over all graphs, 0 where the path is missing, with its standard error: shrunk towards 0."""
         s, mean = self.stability, self.effect
         return s * mean, float(np.sqrt(s * (self.within + self.between) + s * (1 - s) * mean**2))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the rows, as plain types for JSON; a natural effect's positivity is NaN of a linear one."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "influence"}
+
+    @classmethod
+    def from_dict(cls, words: dict[str, Any], influence: Floats) -> PathEffect:
+        """What :meth:`to_dict` gave, also after JSON, with the rows' influence.
+
+        Raises:
+            KeyError: Or TypeError, or ValueError, if it is something else.
+        """
+        names = [each.name for each in fields(cls) if each.name not in ("nodes", "by", "influence")]
+        numbers = {name: np.nan if words[name] is None else float(words[name]) for name in names}
+        return cls(nodes=tuple(map(str, words["nodes"])), by=str(words["by"]), influence=influence, **numbers)
 
 
 @dataclass(frozen=True)
@@ -91,7 +115,7 @@ class Paths:
     tau: float
 
     def __rich__(self) -> Group:
-        return _render(self)
+        return render_paths(self.found, self.tau, self.posterior.copies is not None)
 
     def __str__(self) -> str:
         return as_text(self)
@@ -103,6 +127,7 @@ def paths(
     nuisances: str | tuple[Any, Any] | Nuisances = "linear",
     folds: int = 5,
     seed: int = 0,
+    posterior: Literal["exact", "flow"] = "exact",
     track: Track = untracked,
 ) -> Paths:
     """Paths from the treatment to the outcome, with the effect along each.
@@ -113,6 +138,8 @@ def paths(
         nuisances: As of :func:`estimate`, for natural effects.
         folds: Of cross-fitting.
         seed: Deals the rows into folds.
+        posterior: ``"exact"``, of linear regressions; ``"flow"``: by a :class:`~ine_callback.effects.FlowSEM`, which
+            sees curves that have no slope, and whose probabilities are not calibrated.
         track: Shows a bar.
 
     Raises:
@@ -129,8 +156,10 @@ def paths(
     """
     if not 0 < tau <= 1:
         raise InfluenceError(f"paths: tau={tau:g}; give a probability above 0, such as .15.")
+    if posterior not in ("exact", "flow"):
+        raise InfluenceError(f"paths: posterior={posterior!r}; choose 'exact' or 'flow'.")
     check_rows(data, folds)
-    models, graphs = parsed(nuisances), posterior(data, track)
+    models, graphs = parsed(nuisances), exact(data, track) if posterior == "exact" else _flow(data, seed)
     fold = deal(data.treated, folds, np.random.default_rng(seed))
     stable = sorted(_stable(graphs, data, tau), key=graphs.stability, reverse=True)
     natural = _one_tier(data)
@@ -138,10 +167,15 @@ def paths(
         path: _natural(data, graphs, path, models, fold, seed) if natural else _linear(data, graphs, path)
         for path in track(stable, "effects along paths")
     }
-    made = [
-        _averaged(path, graphs.stability(path), each, NATURAL if natural else LINEAR) for path, each in effects.items()
-    ]
-    return Paths(tuple(made), graphs, tau)
+    by = NATURAL if natural else LINEAR
+    return Paths(tuple(_averaged(path, graphs, each, by) for path, each in effects.items()), graphs, tau)
+
+
+def _flow(data: EffectData, seed: int) -> Posterior:
+    candidates(data)  # refuses what would be refused after the training
+    from ine_callback.effects.flow import edge_chances  # with torch and Lightning
+
+    return of_edges(data, edge_chances(data, seed))
 
 
 class Found(NamedTuple):
@@ -154,14 +188,16 @@ class Found(NamedTuple):
     imbalance: float = np.nan
 
 
-def _averaged(path: tuple[str, ...], stability: float, each: Sequence[Found], by: str) -> PathEffect:
+def _averaged(path: tuple[str, ...], graphs: Posterior, each: Sequence[Found], by: str) -> PathEffect:
     share, effect = np.array([one.share for one in each]), np.array([one.effect for one in each])
     influence = np.stack([one.influence for one in each])
     mean, rows = float(share @ effect), influence.shape[1]
     within = float(share @ (influence**2).sum(1)) / rows**2
     between = float(share @ (effect - mean) ** 2)
     size, imbalance = min(one.effective_size for one in each), max(one.imbalance for one in each)
-    return PathEffect(path, stability, mean, share @ influence, within, between, by, size, imbalance)
+    return PathEffect(
+        path, graphs.stability(path), graphs.error(path), mean, share @ influence, within, between, by, size, imbalance
+    )
 
 
 def _stable(graphs: Posterior, data: EffectData, tau: float) -> Iterator[tuple[str, ...]]:
@@ -252,7 +288,8 @@ def _coefficient(data: EffectData, cause: str, node: str, parents: frozenset[str
     return float(weights[0]), (x @ inverse[0]) * (y - x @ weights)
 
 
-def _render(found: Paths) -> Group:
+def render_paths(found: Sequence[PathEffect], tau: float, flow: bool) -> Group:
+    """Paths as a table for a terminal."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -261,10 +298,10 @@ def _render(found: Paths) -> Group:
     table = Table(box=box.SIMPLE_HEAD, title="effects along paths", title_justify="left")
     for head in ("path", "stability", "effect", "± se", "over all graphs", "by", "n_eff", "imbalance"):
         table.add_column(head, justify="left" if head in ("path", "by") else "right")
-    for one in found.found:
+    for one in found:
         table.add_row(
-            plain(" → ".join(one.nodes)),
-            number(one.stability, 2),
+            plain(one.name),
+            number(one.stability, 2) + (f" ± {number(one.stability_error, 2)}" if one.stability_error else ""),
             signed(one.effect, 3),
             number(one.standard_error, 3),
             signed(one.averaged[0], 3),
@@ -273,7 +310,7 @@ def _render(found: Paths) -> Group:
             number(one.imbalance, 2),
         )
     words = (
-        f"Paths of stability {found.tau:g} or more, given the order of the tiers. Effects are of graphs that hold the "
-        "path; a path chosen for being stable may look stronger than it is."
+        f"{FLOW if flow else ''}Paths of stability {tau:g} or more, given the order of the tiers. Effects are of "
+        "graphs that hold the path; a path chosen for being stable may look stronger than it is."
     )
     return Group(table, Text(words))

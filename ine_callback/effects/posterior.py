@@ -32,9 +32,11 @@ class Posterior:
 
     Attributes:
         parents: Node to sets with their probabilities, which sum to 1.
+        copies: By a flow: probability of each edge in each of its copies [B]; None where exact.
     """
 
     parents: Mapping[str, Sets]
+    copies: Mapping[tuple[str, str], Floats] | None = None
 
     def edge(self, cause: str, node: str) -> float:
         """Probability that one node is a parent of another."""
@@ -43,6 +45,13 @@ class Posterior:
     def stability(self, path: Sequence[str]) -> float:
         """Probability that all edges of a path are there."""
         return float(np.prod([self.edge(u, v) for u, v in pairwise(path)]))
+
+    def error(self, path: Sequence[str]) -> float:
+        """Standard error of a path's stability, by the scatter between copies; 0 where it is exact."""
+        if self.copies is None:
+            return 0.0
+        each = np.prod([self.copies[edge] for edge in pairwise(path)], 0)
+        return float(each.std(ddof=1) / np.sqrt(len(each)))
 
     def given(self, cause: str | None, node: str, smallest: float) -> Sets:
         """Probabilities of a node's sets, of those that hold a cause; sets of less than a share are left out."""
@@ -67,38 +76,72 @@ def posterior(data: EffectData, track: Track = untracked) -> Posterior:
         >>> round(found.stability(["A", "M", "Y"]), 2), round(found.stability(["A", "N", "Y"]), 2)
         (1.0, 0.0)
     """
+    return Posterior({node: _sets(data, node, found) for node, found in track(candidates(data), "graphs")})
+
+
+def of_edges(data: EffectData, copies: Mapping[tuple[str, str], Floats]) -> Posterior:
+    """A posterior by edges that are independent of each other, such as a flow's.
+
+    Args:
+        data: With tiers.
+        copies: Probability of each edge that the tiers allow, in each copy [B].
+
+    Raises:
+        InfluenceError: If a node has more than 12 candidates.
+    """
+    sets: dict[str, Sets] = {}
+    for node, found in candidates(data):
+        chance = np.array([copies[cause, node].mean() for cause in found])
+        sets[node] = {
+            frozenset(found[k] for k in chosen): float(
+                np.prod(np.where(np.isin(range(len(found)), chosen), chance, 1 - chance))
+            )
+            for chosen in _subsets(range(len(found)))
+        }
+    return Posterior(sets, copies)
+
+
+def candidates(data: EffectData) -> list[tuple[str, list[str]]]:
+    """Each node with the nodes of earlier tiers.
+
+    Raises:
+        InfluenceError: If the data has no tiers, a node more than 12 candidates, or several numbers a row.
+    """
     if data.tiers is None:
         raise InfluenceError('paths: needs an order of groups; give EffectData(tiers=[["C"], ["A"], ["M"], ["Y"]]).')
     earlier: list[str] = []
-    asked: list[tuple[str, list[str]]] = []
+    found: list[tuple[str, list[str]]] = []
     for tier in data.tiers:
-        asked += [(node, list(earlier)) for node in tier]
+        found += [(node, list(earlier)) for node in tier]
         earlier += tier
-    return Posterior({node: _sets(data, node, candidates) for node, candidates in track(asked, "graphs")})
+    for node, causes in found:
+        if len(causes) > MOST_CANDIDATES:
+            raise InfluenceError(
+                f"paths: {node!r} has {len(causes)} candidates for parents, and all their sets are compared, so at "
+                f"most {MOST_CANDIDATES}; leave out columns, or join them into one node [rows, numbers]."
+            )
+        if causes and not data.single(node):
+            raise InfluenceError(
+                f"paths: {node!r} has several numbers a row and a tier above it; only the first tier may."
+            )
+    return found
 
 
-def _sets(data: EffectData, node: str, candidates: Sequence[str]) -> Sets:
-    if not candidates:
+def _sets(data: EffectData, node: str, causes: Sequence[str]) -> Sets:
+    if not causes:
         return {frozenset(): 1.0}
-    if len(candidates) > MOST_CANDIDATES:
-        raise InfluenceError(
-            f"paths: {node!r} has {len(candidates)} candidates for parents, and all their sets are compared, so at "
-            f"most {MOST_CANDIDATES}; leave out columns, or join them into one node [rows, numbers]."
-        )
-    if not data.single(node):
-        raise InfluenceError(f"paths: {node!r} has several numbers a row and a tier above it; only the first tier may.")
     rows, target = len(data), data.matrix([node])[:, 0]
     target = target - target.mean()
-    columns = [data.matrix([name]) for name in candidates]
+    columns = [data.matrix([name]) for name in causes]
     joined = np.concatenate([column - column.mean(0) for column in columns], 1)
     joined = joined / np.maximum(joined.std(0), 1e-300)
     ends = np.cumsum([0, *(column.shape[1] for column in columns)])
     gram, product, total = joined.T @ joined, joined.T @ target, float(target @ target)
     scores: dict[frozenset[str], float] = {}
-    for chosen in _subsets(range(len(candidates))):
+    for chosen in _subsets(range(len(causes))):
         at = [k for one in chosen for k in range(ends[one], ends[one + 1])]
         rest = total - _explained(gram, product, at)
-        scores[frozenset(candidates[one] for one in chosen)] = -0.5 * (
+        scores[frozenset(causes[one] for one in chosen)] = -0.5 * (
             rows * np.log(max(rest, 1e-12 * total) / rows) + len(at) * np.log(rows)
         )
     best = max(scores.values())

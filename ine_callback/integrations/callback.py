@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ine_callback.capture.compiled import forget_compiled
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.checkpoints import KEY, resume, save
@@ -173,19 +174,19 @@ class InfluenceCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._recorder = self._log = None
-        if not self.enabled or stage != "fit":
+        if not (self.enabled and stage == "fit"):
             return
-        owner = self.owner
         if not is_known(trainer.strategy):
             raise InfluenceError(
-                f"{owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
+                f"{self.owner}: whole gradients cannot be had under {type(trainer.strategy).__name__}; train with "
                 "strategy='ddp', ModelParallelStrategy (FSDP2) or devices=1, or pass enabled=False."
             )
         rivals = (c for c in trainer.callbacks if isinstance(c, InfluenceCallback) and not c.steps_back)  # type: ignore[attr-defined]
         if sum(rival.enabled for rival in rivals) > 1:
-            raise InfluenceError(f"{owner}: one Trainer holds two of them; give one all the queries.")
+            raise InfluenceError(f"{self.owner}: one Trainer holds two of them; give one all the queries.")
         self.report, self._saved = None, {}
-        self._rows = TrackedRows(trainer, pl_module, owner, self.row_fn)
+        self._rows = TrackedRows(trainer, pl_module, self.owner, self.row_fn)
+        forget_compiled()  # now: what the sanity check will compile is the training's
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._rows is None:
@@ -204,21 +205,19 @@ class InfluenceCallback(Callback):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._rows is not None
-        owner = self.owner
         if splits_tensors(trainer.strategy):
             raise InfluenceError(
-                f"{owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1), or "
-                "pass enabled=False."
+                f"{self.owner}: tensor parallelism is not supported; use ModelParallelStrategy(tensor_parallel_size=1) "
+                "or pass enabled=False."
             )
         loaders = tree_leaves(trainer.train_dataloader)
         if self.row_fn is None and len(loaders) != 1:
-            raise InfluenceError(f"{owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
-        loss = self._loss = ModuleLoss(pl_module, owner)
-        training, ending = (None, []) if self.methods is None else split_methods(self.methods, owner)
-        if training == []:
-            training = [ObservationCounts()]
+            raise InfluenceError(f"{self.owner}: {len(loaders)} training loaders have no common rows; pass row_fn=.")
+        loss = self._loss = ModuleLoss(pl_module, self.owner)
+        training, ending = (None, []) if self.methods is None else split_methods(self.methods, self.owner)
+        training = [ObservationCounts()] if training == [] else training
         val = [] if trainer.val_dataloaders is None else tree_leaves(trainer.val_dataloaders)
-        self._source = DataSource(owner, loss, loaders[0], val, self.max_query_rows)
+        self._source = DataSource(self.owner, loss, loaders[0], val, self.max_query_rows)
         self._recorder = Recorder(
             pl_module,
             trainer.optimizers,
@@ -233,7 +232,7 @@ class InfluenceCallback(Callback):
             source=self._source,
             to_device=lambda batch: transferred(trainer, batch),
             context=lambda: evaluating(trainer),
-            owner=owner,
+            owner=self.owner,
             config=self._config,
         )
         for lane in self._recorder.lanes:
@@ -241,23 +240,22 @@ class InfluenceCallback(Callback):
         recent = self._recorder.closing.recent
         unreadable = self._source.unreadable(self.row_fn) if recent.wanted or ending else ""
         recent.wanted &= bool(unreadable)  # else rows are read by their index
-        self._recorder.start()
-        self._warn_of_single_rows(trainer, loaders[0])
+        self._recorder.start(fresh=True)
+        self._warn_of_single_rows(trainer, loaders[0], self._recorder)
         self._folder = report_folder(trainer, self.dirpath)  # now: loggers ask all processes, and later one may be gone
-        self._fit_end = FitEndMethods(ending, owner, self.on_error)
+        self._fit_end = FitEndMethods(ending, self.owner, self.on_error)
         infos = [query.info for query in self._recorder.bound]
         self._fit_end.check(infos, is_sharded(pl_module), unreadable, trainer.world_size, self._source)
-        self._log = RunLog(trainer, owner, self.on_error == "raise") if self.log_scores else None
+        self._log = RunLog(trainer, self.owner, self.on_error == "raise") if self.log_scores else None
         if trainer.global_step:
             saved, self._saved = self._saved, {}
             resume(saved, trainer, self._recorder, self._fit_end, self.on_error)
 
-    def _warn_of_single_rows(self, trainer: Trainer, loader: Any) -> None:
+    def _warn_of_single_rows(self, trainer: Trainer, loader: Any, recorder: Recorder) -> None:
         """Before a long training; where batches tell no size, the first step does."""
-        assert self._recorder is not None
         rows = getattr(loader, "batch_size", None) == 1 and trainer.accumulate_grad_batches * trainer.world_size == 1
-        if rows and trainer.lightning_module.automatic_optimization and self._recorder.infos:
-            self._recorder.guard.warn(SINGLE_ROW)
+        if rows and trainer.lightning_module.automatic_optimization and recorder.infos:
+            recorder.guard.warn(SINGLE_ROW)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -273,11 +271,11 @@ class InfluenceCallback(Callback):
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._recorder is not None:
-            assert self._rows is not None
+        if self._recorder is not None and self._rows is not None:
             if fault := self._rows.hooks.fault(pl_module, lambda batch: transferred(trainer, batch)):
                 self._recorder.guard.warn(fault)
             self._recorder.capture.unscale = unscale(trainer)
+            self._loss.batch_idx = batch_idx  # a penalty may come in every 16th batch only
             self._recorder.start_batch(self._rows.rows, batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -294,6 +292,7 @@ class InfluenceCallback(Callback):
     ) -> None:
         if self._recorder is not None:
             self._recorder.end_batch()
+            self._loss.batch_idx = 0
             if pl_module.automatic_optimization and not trainer.fit_loop._should_accumulate():
                 self._recorder.discard()  # by hand gradients may be gathered over batches
             self._recorder.update()
@@ -307,15 +306,14 @@ class InfluenceCallback(Callback):
         if not self._fit_end.due(at):
             return
         with recorder.capture.paused():
-            self._fit_end.run(
-                replace(
-                    self._context(trainer, pl_module),
-                    scores=scores if scores is not None and scores.queries else None,
-                    factors=recorder.signals.curvature,
-                    gradient_sample=recorder.signals.reservoir if recorder.signals.curvature is not None else None,
-                    at=at,
-                )
+            context = replace(
+                self._context(trainer, pl_module),
+                scores=scores if scores is not None and scores.queries else None,
+                factors=recorder.signals.curvature,
+                gradient_sample=recorder.signals.reservoir if recorder.signals.curvature is not None else None,
+                at=at,
             )
+            self._fit_end.run(context)
 
     def _context(self, trainer: Trainer, pl_module: LightningModule) -> FitContext:
         """The model at its present weights, with its rows by their indices."""
@@ -330,6 +328,7 @@ class InfluenceCallback(Callback):
             progress=progress_of(trainer),
             layers=self.layers,
             owner=self.owner,
+            rows_of=self.row_fn,
             summed_rates=partial(summed_rates, self._recorder.training.optimizer, self._recorder.schedule.realised),
         )
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ine_callback.methods.base import Method, split_methods, training_methods
     from ine_callback.methods.bif.bif import BIF
-    from ine_callback.methods.context import FitContext, RowGradients
+    from ine_callback.methods.context import FitContext
+    from ine_callback.methods.effects import CausalEffects
     from ine_callback.methods.fairness.fair import FairSubspaces
     from ine_callback.methods.fine import FINE
     from ine_callback.methods.fit_end import FitEndMethod, FitEndMethods
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from ine_callback.methods.kairos.kairos import KAIROS
     from ine_callback.methods.kairos.values import DataValues
     from ine_callback.methods.passes import PerSamplePass
+    from ine_callback.methods.row_gradients import RowGradients
 
 __all__ = [
     "BIF",
     "FINE",
     "IF",
     "KAIROS",
+    "CausalEffects",
     "DataValues",
     "FairSubspaces",
     "FitContext",
@@ -38,7 +41,9 @@ __all__ = [
 _MODULES = {
     "base": ["Method", "split_methods", "training_methods"],
     "bif.bif": ["BIF"],
-    "context": ["FitContext", "RowGradients"],
+    "context": ["FitContext"],
+    "row_gradients": ["RowGradients"],
+    "effects": ["CausalEffects"],
     "fairness.fair": ["FairSubspaces"],
     "fine": ["FINE"],
     "fit_end": ["FitEndMethod", "FitEndMethods"],

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable, Capture, GradSample
+from ine_callback.capture.entries import EntryIndex
+from ine_callback.capture.entry_order import entry_faults
 from ine_callback.capture.first_batch import first_batch_faults
 from ine_callback.capture.label_gradients import expect, labels_of, sample
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
+from ine_callback.data.row_entries import row_entries
 from ine_callback.distributed.processes import Processes
 from ine_callback.errors import CaptureError, InfluenceError
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.methods.row_gradients import RowGradients
 from ine_callback.queries import Batch, BoundQuery, gradients, values
 from ine_callback.queries.sources import DataSource
 from ine_callback.scores import QueryInfo, Scores, Stage
@@ -27,94 +31,6 @@ from ine_callback.utilities.isolation import isolated
 from ine_callback.utilities.tracking import Track, untracked
 
 TOGETHER = 64  # rows of a pass's batch
-
-
-class RowGradients:
-    """Gradients of b rows' own losses, block by block, as the factors that the passes left; formed on demand.
-
-    A row's own loss is the mean over its terms, as in the report's ``mean_loss``: without constants that scale the
-    loss, and whatever the other rows of its batch weigh.
-
-    Args:
-        grad_samples: Each block's per-sample gradients as factors; several where a batch used it several times.
-        scale: What turns their rows into gradients of the rows' own losses [b].
-        terms: Likelihood terms of the mean that the batch's loss is: ``terms * sum s s^T`` of the factors' rows s is
-            the batch's Fisher.
-    """
-
-    def __init__(self, grad_samples: dict[Block, list[GradSample]], scale: Tensor, terms: Tensor | float) -> None:
-        self._grad_samples, self._scale, self.terms = grad_samples, scale, terms
-
-    def __iter__(self) -> Iterator[Block]:
-        return iter(self._grad_samples)
-
-    def grad_samples(self, block: Block) -> list[GradSample]:
-        """A block's factors: their sum times :attr:`scale`, row by row, are the rows' gradients."""
-        return self._grad_samples[block]
-
-    @property
-    def scale(self) -> Tensor:
-        """What the rows of the factors are multiplied with [b]."""
-        return self._scale
-
-    def formed(self, block: Block) -> Tensor:
-        """The gradients [b, *layout] of a block."""
-        first, *rest = (grad_sample.wide().gradient(slice(None)) for grad_sample in self._grad_samples[block])
-        total = sum(rest, first)
-        return total * self._scale.to(total.dtype).view(-1, *[1] * (total.dim() - 1))
-
-    def products(self, directions: dict[Block, Tensor]) -> Tensor:
-        """Inner products [b, Q] with directions, each [Q, *layout]."""
-        parts = [
-            grad_sample.wide().signals(directions[block])
-            for block, grad_samples in self._grad_samples.items()
-            if block in directions
-            for grad_sample in grad_samples
-        ]
-        return torch.stack(parts).sum(0) * self._scale[:, None]
-
-    def position_products(self, directions: dict[Block, Tensor], positions: int) -> Tensor:
-        """The parts of :meth:`products` by position [b, P, Q].
-
-        Blocks of other numbers of positions, and those that have lost theirs, count the same at each.
-        """
-        total: Tensor | None = None
-        for block, grad_samples in self._grad_samples.items():
-            for one in grad_samples if block in directions else ():
-                found = one.wide().position_signals(directions[block]) if one.positions == positions else None
-                if found is None:
-                    whole = one.wide().signals(directions[block]) / positions
-                    found = whole[:, None].expand(-1, positions, -1)
-                total = found if total is None else total + found
-        assert total is not None
-        return total * self._scale[:, None, None]
-
-    def weighted_sums(self, weights: Tensor) -> dict[Block, Tensor]:
-        """Sums of the rows' gradients, each [Q, *layout], with Q weights for each row [b, Q]."""
-        scaled = weights * self._scale[:, None]
-        return {
-            block: torch.stack([one.wide().weighted_sums(scaled.to(one.wide().dtype)) for one in grad_samples]).sum(0)
-            for block, grad_samples in self._grad_samples.items()
-        }
-
-    def only(self, blocks: Sequence[Block]) -> RowGradients:
-        """The gradients of some blocks."""
-        chosen = {block: self._grad_samples[block] for block in blocks if block in self._grad_samples}
-        return RowGradients(chosen, self._scale, self.terms)
-
-    def rescaled(self, scale: Tensor) -> RowGradients:
-        """The same factors, times other numbers [b]."""
-        return RowGradients(self._grad_samples, scale, self.terms)
-
-    def squared_norms(self) -> Tensor:
-        """Squared norms [b] of the gradients over all blocks."""
-        parts = [
-            grad_samples[0].wide().squared_norms() * self._scale**2
-            if len(grad_samples) == 1
-            else self.formed(block).flatten(1).square().sum(1)
-            for block, grad_samples in self._grad_samples.items()
-        ]
-        return torch.stack(parts).sum(0)
 
 
 @dataclass
@@ -141,6 +57,7 @@ class FitContext:
         owner: Class named in messages.
         recent: Training rows as pairs of indices [b] and batches, in place of the source's.
         notes: Sentences for the report, such as which parameters per-sample gradients leave out.
+        rows_of: What names the rows of a batch, where rows do not lead (``row_fn``).
         summed_rates: What the run's learning rates add up to for some parameters, by curvature and by weight decay
             (:func:`~ine_callback.optimizers.registry.summed_rates`); None where there was no run.
     """
@@ -162,6 +79,7 @@ class FitContext:
     owner: str = "FitContext"
     recent: Sequence[tuple[Tensor, Batch]] | None = None
     notes: list[str] = field(default_factory=list)
+    rows_of: Callable[[Batch], Any] | None = None
     summed_rates: Callable[[Sequence[nn.Parameter]], tuple[Tensor | float, Tensor | float]] | None = None
 
     def __post_init__(self) -> None:
@@ -225,17 +143,23 @@ class FitContext:
         """How many labels ``PerSamplePass("expected")`` goes through for each row; None where it cannot."""
         rows = list(range(min(2, self.rows)))
         batch = self._on_device(self.source.training(rows))
-        with isolated(self.module), self.precision():
-            try:
-                return labels_of(self.loss(self.module, batch), len(rows))
-            except InfluenceError:
-                return None
+        try:
+            return self._labels_of(batch, len(rows))
+        except InfluenceError:
+            return None
 
     def _repeats(self, what: PerSamplePass, batch: Batch, size: int) -> int:
         if what.labels != "expected":
             return 1
-        with isolated(self.module), self.precision():
-            return labels_of(self.loss(self.module, batch), size)
+        return self._labels_of(batch, size)
+
+    def _labels_of(self, batch: Batch, size: int) -> int:
+        self._capture.attach()  # which marks the layers' calls: what is beside them is no row's
+        try:
+            with isolated(self.module), self.precision():
+                return labels_of(self.loss(self.module, batch), size)
+        finally:
+            self._capture.detach()
 
     def _gradients(
         self, what: PerSamplePass, batch: Batch, size: int, draw: int, generator: torch.Generator
@@ -244,25 +168,30 @@ class FitContext:
         self._held.clear()
         capture.attach()
         try:
+            entries = self._entries(batch, size)
             if self._dropped is None:
-                self._check_layers(batch, size)
+                self._check_layers(batch, size, entries)
+            verification = Verification(self._failures.append, None, keep=False) if self._dropped is None else None
             with isolated(self.module), self.precision():
-                capture.start_batch(size)
+                capture.start_batch(size, entries)
                 loss = self.loss(self.module, batch)
-                reading = read_loss(loss, size, capture.views)
+                reading = read_loss(loss, size, capture.views, entries)
                 if what.labels == "sampled":
                     sample(loss, generator)
                 elif what.labels == "expected":
                     expect(loss, draw, size)
-                capture.see(loss)
+                for parameter in capture.see(loss, verification):
+                    self.table.tie(parameter)
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             capture.detach()
+            if verification is not None:
+                verification.close()
         if self._failures:
             raise self._failures.pop()
-        if self._dropped is None:
-            self._verify(parameters, found)
-        elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in self._dropped]:
+        if verification is not None:
+            self._verify(verification, parameters, found)
+        elif late := [f"{n}: {why}" for n, why in capture.dropped.items() if n not in (self._dropped or ())]:
             raise CaptureError(f"{self.owner}: per-sample gradients ended early: {'; '.join(late)}.")
         grad_samples: dict[Block, list[GradSample]] = {}
         for block, grad_sample in self._held:
@@ -279,7 +208,14 @@ class FitContext:
     def _receive(self, module: nn.Module, found: dict[str, GradSample]) -> None:
         self._held += self.table.sort(module, found)
 
-    def _check_layers(self, batch: Batch, size: int) -> None:
+    def _entries(self, batch: Batch, size: int) -> EntryIndex | None:
+        """The row of each entry of a batch in which rows do not lead."""
+        given = None if self.rows_of is None else row_entries(self.rows_of(batch))
+        if given is None:
+            return None
+        return EntryIndex(given, size, next(self.module.parameters()).device, self.owner)
+
+    def _check_layers(self, batch: Batch, size: int, entries: EntryIndex | None) -> None:
         """Drops layers whose inputs are not led by the batch's rows, or whose layer function is wrong."""
         if size < 2:
             return
@@ -289,15 +225,20 @@ class FitContext:
                 return self.loss(module, batch)
 
         # these passes are in evaluation mode, so what a training step does to its rows is no fault here
-        faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, False, views=True)
+        if entries is None:
+            faults, unchecked = first_batch_faults(self.module, self._capture, loss, batch, size, False, views=True)
+        else:
+            self._capture.entries = entries
+            faults, unchecked = entry_faults(self.module, self._capture, loss, batch, size, self.rows_of)
         for note in unchecked:
             self._note(f"per-sample gradients: {note}")
         for module, reason in faults.items():
             self._capture.drop(module, reason)
 
-    def _verify(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    def _verify(
+        self, verification: Verification, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+    ) -> None:
         """Leaves out, and names, what does not add up to autograd's gradients or has no gradients by rows."""
-        verification = Verification(self._failures.append, None, keep=False)
         for block, grad_sample in self._held:
             verification.take(block, grad_sample)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -305,7 +246,9 @@ class FitContext:
                 verification.compare(parameter, parameter, gradient)
         if self._failures:
             raise self._failures.pop()
-        wrong, _, finite = verification.judge(self.table, self._capture.half, self._capture.double_backward)
+        capture = self._capture
+        of_no_row = capture.bare.of_no_row
+        wrong, _, finite = verification.judge(self.table, capture.half, capture.double_backward, of_no_row)
         if not finite:
             raise CaptureError(
                 f"{self.owner}: gradients of the first {TOGETHER} rows asked for are not finite; look for inputs or "
@@ -317,6 +260,7 @@ class FitContext:
             self.table.drop(block)
         self._held = [(block, grad_sample) for block, grad_sample in self._held if block not in wrong]
         used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        used -= verification.without_rows(of_no_row)
         missing = uncaptured(self.module, self.table.captured(), self._capture.dropped, used) | missing
         unasked = {name for name in missing if name.rpartition(".")[0] in self._capture.deselected}
         if unasked:

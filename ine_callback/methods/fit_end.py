@@ -36,7 +36,8 @@ from ine_callback.scores import Attribution, QueryInfo, Stage, attribute_name
 from ine_callback.utilities.isolation import isolated
 
 if TYPE_CHECKING:
-    from ine_callback.methods.context import FitContext, RowGradients
+    from ine_callback.methods.context import FitContext
+from ine_callback.methods.row_gradients import RowGradients
 
 Need = Literal["queries", "whole_weights", "training_rows"]
 Take = Callable[[Tensor, "RowGradients"], None]

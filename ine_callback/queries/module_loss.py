@@ -18,12 +18,16 @@ class ModuleLoss:
     Args:
         module: The module.
         owner: Class named in messages.
+
+    Attributes:
+        batch_idx: What ``training_step`` gets as its batch's number.
     """
 
     def __init__(self, module: LightningModule, owner: str) -> None:
         self._owner = owner
         self._step: Literal["validation_step", "training_step"] | None = None
         self._automatic = module.automatic_optimization
+        self.batch_idx = 0
 
     def __call__(self, module: Any, batch: Any) -> Tensor:
         if self._step is None:
@@ -53,16 +57,16 @@ class ModuleLoss:
                 f"{self._owner}: {type(module).__name__} optimizes by hand: its training_step cannot be called for "
                 "a loss; return the loss from validation_step, or pass a callable query (module, batch) -> scalar."
             )
-        return call_step(module, name, batch)
+        return call_step(module, name, batch, self.batch_idx if name == "training_step" else 0)
 
 
-def call_step(module: Any, name: str, batch: Any) -> Any:
-    """What a step of the module returns for a batch, as the first of its loader."""
+def call_step(module: Any, name: str, batch: Any, batch_idx: int = 0) -> Any:
+    """What a step of the module returns for a batch of its first loader."""
     step = getattr(module, name)
     parameters = list(inspect.signature(step).parameters.values())[1:]
     # batch_idx and dataloader_idx, whatever the user calls them
     indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return step(batch, *indices)
+    return step(batch, *[batch_idx, *indices[1:]][: len(indices)])
 
 
 def _loss_of(output: Any) -> Tensor | None:

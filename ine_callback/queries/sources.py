@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ine_callback.data.again import Again
 from ine_callback.data.batches import count_of, micro_batches
+from ine_callback.data.row_entries import row_entries
 from ine_callback.errors import QueryError
 from ine_callback.queries.bound import Batch, QuerySource
 from ine_callback.utilities.isolation import unmoved
@@ -167,7 +168,9 @@ class DataSource(QuerySource):
         if row_fn is None or self.training_rows == 0:
             return ""
         try:
-            named = torch.as_tensor(row_fn(self.training(some))).tolist()
+            found = row_fn(self.training(some))
+            entries = row_entries(found)
+            named = torch.as_tensor(found if entries is None else entries.rows).tolist()
         except Exception as error:
             return f"row_fn fails for a batch of the items {some} ({type(error).__name__}: {error})"
         return "" if named == some else f"row_fn names the rows {named} for the items {some}"

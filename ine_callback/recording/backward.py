@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from ine_callback.capture import GradSample, Vector
 from ine_callback.capture.attributes import own_parameters
+from ine_callback.capture.compiled_loss import CompiledLoss
+from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.passes import Passes
-from ine_callback.capture.row_losses import Scale, read_loss
+from ine_callback.capture.row_losses import LossReading, Scale, read_loss
 from ine_callback.capture.row_margins import read_margins
 from ine_callback.capture.verification import Verification
+from ine_callback.data.row_entries import row_entries
 from ine_callback.errors import RowsError, UnknownRows
 from ine_callback.recording.coverage import HOLD, VERIFY
 from ine_callback.recording.guard import Guard
@@ -45,6 +48,7 @@ class BackwardPasses:
         self._row_margins: Tensor | None = None
         self._phase = BatchPhase.WAITING
         self._passes, self._lost = Passes(self._pass_over), 0
+        self._compiled_loss = CompiledLoss(parts.training.module, self._told)
 
     @property
     def _holding(self) -> bool:
@@ -61,7 +65,11 @@ class BackwardPasses:
         """Announces the rows of the coming forward pass."""
         parts, step = self._parts, self._guard.steps
         try:
-            rows = parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
+            found = rows(data) if callable(rows) else rows
+            given = row_entries(found)
+            rows_of = rows if callable(rows) and given is not None else None
+            rows = parts.accumulators.check.rows(found if given is None else given.rows, None if given else data)
+            entries = None if given is None else EntryIndex(given, len(rows), parts.device, self._guard.owner)
             if self._steps.has_gap and self._holding:  # its gradients are not this step's alone
                 raise UnknownRows("the first step's rows must all be known")
         except UnknownRows as error:
@@ -71,14 +79,16 @@ class BackwardPasses:
         if self._phase is BatchPhase.SETTLED:
             self._phase = BatchPhase.WAITING
         due = False
+        self._capture.entries, self._capture.rows_of = entries, rows_of
         if self._steps.begins:
-            self.prepare_step(rows, data)
+            self.prepare_step(rows, data, rows_of)
             due = self._coverage.due(step)
             if self._coverage.wanted & HOLD:
                 self._guard.enter(Phase.HOLDING)
             self._coverage.wanted = 0
         self._signals.curvature_steps = self._updates.curvature_steps(step)
-        self._capture.start_batch(len(rows))
+        self._capture.start_batch(len(rows), entries)
+        self._compiled_loss.rows, self._compiled_loss.views = len(rows), self._capture.views
         self._lost = self._passes.discarded
         self._passes.start_batch()
         if self._holding or due:
@@ -87,13 +97,15 @@ class BackwardPasses:
         self._signals.start_batch(len(rows), parts.device, window)
         self._signals.scale = Scale(float(window), float(window))
 
-    def prepare_step(self, rows: Tensor, data: Any) -> None:
+    def prepare_step(self, rows: Tensor, data: Any, rows_of: Callable[[Any], Any] | None = None) -> None:
         """Before a step's first batch: checks the row order, holds back where parameters are new, or refreshes."""
         guard, coverage, processes = self._guard, self._coverage, self._parts.processes
         if guard.phase is Phase.PROBING:
             guard.enter(Phase.HOLDING)
-            checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes)
+            checked = coverage.check_first_batch(self._parts.training.loss, data, len(rows), processes, rows_of)
             self._capture.one_each = self._steps.several and not checked
+            if rows_of is None:
+                self._compiled_loss.look(self._parts.training.loss, data, len(rows), self._capture.views)
         elif guard.phase is Phase.RECORDING and coverage.thawed():
             guard.enter(Phase.HOLDING)
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
@@ -111,18 +123,38 @@ class BackwardPasses:
         """Reads each row's loss and margin and the loss's scale off the loss about to be differentiated."""
         if self._batch is None:
             return
-        self._capture.see(loss)
+        self._find_uses(loss)
+        if self._compiled_loss.inside:  # it tells in the backward pass
+            return
         with torch.no_grad():
-            reading = read_loss(loss, len(self._batch[0]), self._capture.views)
-            if reading is None:
-                self._guard.note(
-                    "the training loss is of no standard form: taken as a mean over rows, row losses unknown"
-                )
-                return
-            self._row_losses = reading.rows
-            self._row_margins = read_margins(loss, len(self._batch[0]))
-            scale = 1.0 if self._capture.unscale is None else self._capture.unscale
-            self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+            self._take(read_loss(loss, len(self._batch[0]), self._capture.views, self._capture.entries))
+            if self._row_losses is not None and self._capture.entries is None:
+                self._row_margins = read_margins(loss, len(self._batch[0]))
+
+    def _take(self, reading: LossReading | None) -> None:
+        if reading is None:
+            self._guard.note("the training loss is of no standard form: taken as a mean over rows, row losses unknown")
+            return
+        self._row_losses = reading.rows
+        scale = 1.0 if self._capture.unscale is None else self._capture.unscale
+        self._signals.scale = Scale(reading.terms / scale, reading.scale / scale)
+
+    def _told(self, reading: LossReading | None, margins: Tensor | None) -> None:
+        """Takes what a compiled backward pass says of the loss, before it comes to the first layer."""
+        if self._batch is not None and self._capture.active:
+            with torch.no_grad():
+                self._take(reading)
+            self._row_margins = margins
+
+    def _find_uses(self, loss: Tensor) -> None:
+        """Finds parameters outside of layers, and where a pass is to be verified, what belongs to no row."""
+        elsewhere = self._capture.see(loss, self._signals.verification)
+        alone = self._parts.processes.count == 1 and self._signals.verification is None and not self._holding
+        if alone and self._phase not in RECEIVED and self._coverage.changed(self._passes.count):
+            self._begin_verification()
+            elsewhere |= self._capture.see(loss, self._signals.verification)
+        for parameter in elsewhere:
+            self._signals.table.tie(parameter)
 
     # -- a backward pass ----------------------------------------------------------------------------------------------
 
@@ -137,6 +169,9 @@ class BackwardPasses:
                 self._signals.verification.watch(p, known)
         calls, layer = self._capture.uses(module, grad_samples), module in self._capture.names
         layer |= not all(isinstance(each, Vector) for each in grad_samples.values())
+        self._signals.borrowed = self._capture.borrowed
+        if self._capture.double_backward:  # a gradient penalty's layers come before the network's last one
+            layer = module is self._capture.last_called
         self._signals.receive(module, grad_samples, calls, self._holding, layer)
 
     def lose(self, lost: nn.Module | nn.Parameter) -> None:
@@ -248,6 +283,7 @@ class BackwardPasses:
         verification, self._signals.verification = self._signals.verification, None
         assert verification is not None
         verification.close()
+        self._coverage.check_terms(self._parts.training.loss, data, len(rows), verification)
         finite = self._coverage.verify(
             verification, self._signals, self._parts.processes, self._guard.steps, self._passes.count
         )
@@ -289,6 +325,11 @@ class BackwardPasses:
         self._capture.end_batch()
         self._batch = None
         self.end_verification()
+
+    def close(self) -> None:
+        """Ends the recording."""
+        self.end_verification()
+        self._compiled_loss.detach()
 
     def end_verification(self) -> None:
         """Leaves a verification that no backward pass came to."""

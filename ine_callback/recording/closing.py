@@ -23,8 +23,9 @@ from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import Method
 from ine_callback.methods.closing import Closing, OnePass, averaged
-from ine_callback.methods.context import FitContext, RowGradients
+from ine_callback.methods.context import FitContext
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.methods.row_gradients import RowGradients
 from ine_callback.optimizers.joint import JointOptimizer
 from ine_callback.optimizers.registry import summed_rates
 from ine_callback.queries.sources import DataSource
@@ -155,6 +156,7 @@ def _context(parts: Parts, recent: RecentBatches, config: RecordingConfig, owner
         layers=config.layers,
         owner=owner,
         recent=batches,
+        rows_of=parts.capture.rows_of,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.capture.row_margins import read_margins
+from ine_callback.data.row_entries import row_entries
 from ine_callback.errors import UnknownRows
 from ine_callback.recording.backward import Rows
 from ine_callback.recording.guard import Guard
@@ -35,7 +36,9 @@ class CountedBatches:
     def start_batch(self, rows: Rows, data: Any) -> None:
         """Announces the rows of the coming forward pass."""
         try:
-            found = self._parts.accumulators.check.rows(rows(data) if callable(rows) else rows, data)
+            found = rows(data) if callable(rows) else rows
+            given = row_entries(found)
+            found = self._parts.accumulators.check.rows(found if given is None else given.rows, None if given else data)
         except UnknownRows as error:
             return self._steps.leave_out(error)
         self._rows = found.to(self._parts.device, torch.int64, non_blocking=True)
@@ -67,5 +70,5 @@ class CountedBatches:
         """Ends the batch; its rows wait for the optimizer's step."""
         self._rows = None
 
-    def end_verification(self) -> None:
-        """Nothing is verified."""
+    def close(self) -> None:
+        """Nothing is open."""

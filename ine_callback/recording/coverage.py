@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, Capture, GradSample, Vector
+from ine_callback.capture.bare.no_row import find_terms_of_no_row
+from ine_callback.capture.entry_order import entry_faults
 from ine_callback.capture.fallback import COMPARED, FallbackVerification, row_contributions, separable
 from ine_callback.capture.first_batch import first_batch_faults
-from ine_callback.capture.row_mixing import MIXED
+from ine_callback.capture.row_mixing import MIXED, as_in_training
 from ine_callback.capture.row_order import VIEWS
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
 from ine_callback.distributed.processes import Lockstep
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 VERIFY = 1  # to verify the capture again
 HOLD = 2  # to hold per-sample gradients back, so that layers that joined get directions
 
+_OF_NO_ROW = (
+    "the loss holds terms that belong to no row (a penalty on weights): they have no part in any row's score, "
+    "nor in the discount"
+)
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
@@ -66,13 +73,24 @@ class Coverage:
         self._refreshes = False  # whether the coming step refreshes the directions
 
     def check_first_batch(
-        self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, processes: Lockstep
+        self,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+        batch: Any,
+        rows: int,
+        processes: Lockstep,
+        rows_of: Callable[[Any], Any] | None = None,
     ) -> bool:
         """Drops the layers that cannot be recorded row by row; once, before the first step. Whether it could check."""
         fewest = min(there for there, _ in processes.exchange(rows))  # all processes check, or none
         if loss is None or batch is None or fewest < 2:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return False
+        if self._capture.entries is not None:
+            faults, unchecked = entry_faults(self._module, self._capture, loss, batch, rows, rows_of)
+            self.notes += unchecked
+            for module, reason in faults.items():
+                self._capture.drop(module, reason)
+            return not unchecked
         views = self._policy != "fallback" and processes.count == 1
         faults, unchecked = first_batch_faults(
             self._module, self._capture, loss, batch, rows, training=True, views=views
@@ -155,7 +173,8 @@ class Coverage:
         self.agree(processes)
         slow = set(self._slow.values())
         blocks = [block for block in signals.table if not slow.intersection(block.parameters)]
-        wrong, judged, finite = verification.judge(blocks, self._capture.half, self._capture.double_backward)
+        of_no_row = self._capture.bare.of_no_row
+        wrong, judged, finite = verification.judge(blocks, self._capture.half, self._capture.double_backward, of_no_row)
         if not all(there for there, _ in processes.exchange(int(finite))):
             self.wanted |= VERIFY
             return False
@@ -168,7 +187,8 @@ class Coverage:
             signals.drop_block(block)
         captured = signals.table.captured()
         self._begin_naming(step)
-        missing = uncaptured(self._module, captured | slow, self._capture.dropped)
+        explained = captured | slow | verification.without_rows(of_no_row) | self._capture.waiting()
+        missing = uncaptured(self._module, explained, self._capture.dropped)
         missing |= {signals.table.names[p]: reason for block, reason in failed.items() for p in block.parameters}
         self._miss(missing, captured)
         self._used |= self._uses(passes)
@@ -176,6 +196,19 @@ class Coverage:
         self._dormant = [p for p in self._module.parameters() if p.requires_grad and p.grad is None]
         self._last, self._dropped = step, set(self._capture.dropped)
         return True
+
+    def check_terms(
+        self, loss: Callable[[nn.Module, Any], Tensor] | None, batch: Any, rows: int, verification: Verification
+    ) -> None:
+        """Finds out whether operations on parameters that are no uses belong to no row: penalties on weights."""
+        known = self._capture.bare.of_no_row
+        if self._capture.entries is not None:
+            rows = self._capture.entries.leading(batch)
+        if loss is not None and batch is not None and verification.has_unknown(known):
+            with contextlib.suppress(Exception):  # of the user's code: the parameters will be named as left out
+                find_terms_of_no_row(self._module, self._capture, loss, batch, rows, as_in_training)
+        if known and _OF_NO_ROW not in self.notes:
+            self.notes.append(_OF_NO_ROW)
 
     def agree_on(self, requests: Iterable[int]) -> None:
         """Takes what all processes asked of the next step."""
@@ -296,17 +329,18 @@ class Coverage:
             return []
         if loss is None or batch is None:
             raise CaptureError(f"{self._owner}: uncaptured='fallback' needs loss= and the batch of every step.")
-        parameters = list(self._slow.values())
+        parameters, of_no_row = list(self._slow.values()), self._capture.bare.of_no_row
         sums = None
         if verification is not None:
             slow = dict(self._slow)
-            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, verification.gradients)
+            gradients = verification.of_rows(of_no_row)
+            sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, gradients, of_no_row)
 
         def factor(contributions: list[Tensor]) -> float:
             self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor
             return self._factor
 
-        found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor)
+        found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor, of_no_row)
         contributions = dict(zip(self._slow, found, strict=True))
         if sums is not None:
             wrong, approximate = sums.judge(contributions)

@@ -175,8 +175,11 @@ class Recorder(Readable):
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, fresh: bool = False) -> None:
         """Binds the queries, attaches the hooks.
+
+        Args:
+            fresh: Whether the model was not trained in this process yet, so no compiled code need be compiled anew.
 
         Raises:
             InfluenceError: About anything that can be known before the first step.
@@ -193,7 +196,7 @@ class Recorder(Readable):
         self._passes: Any = CountedBatches(guard, self._parts, self._steps)
         if records:
             self._passes = BackwardPasses(guard, self._parts, updates, self._steps)
-            self.capture.attach()
+            self.capture.attach(fresh)
         for warning in without_rule(training.optimizer) if records else []:
             guard.warn(warning)
         self._handles = watch_steps(self.lanes, guard, self._ready, self._steps.end)
@@ -217,7 +220,7 @@ class Recorder(Readable):
             self._handles.clear()
             warn_if_incomplete(guard, records_signals(self.methods))
             self._clock.stop()
-            self._passes.end_verification()
+            self._passes.close()
             parts.signals.forget()
             parts.processes.close()
             guard.phase = Phase.STOPPED

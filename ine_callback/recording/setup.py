@@ -105,11 +105,6 @@ def refuse(training: Training, config: RecordingConfig, capture: Capture, covera
         )
     if isinstance(training.optimizer, JointOptimizer):
         _refuse_optimizers(training.optimizer, module, owner)
-    if capture.dropped and not capture.names and config.uncaptured != "fallback":
-        raise InfluenceError(
-            f"{owner}: no layer can be recorded: {coverage.first_reason()}; train without torch.compile, "
-            "or pass uncaptured='fallback' (slow: one backward pass a row)."
-        )
     if any(is_lazy(p) for p in module.parameters()):
         raise InfluenceError(
             f"{owner}: a lazy module has no weights yet, and a pass of the recording would draw others "

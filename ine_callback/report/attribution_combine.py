@@ -97,6 +97,12 @@ def combine_attributions(runs: Sequence[Sequence[Attribution]]) -> tuple[tuple[A
     notes: list[str] = []
     for method, at in dict.fromkeys(key for run in by_stage for key in run):
         each = [run[method, at] for run in by_stage if (method, at) in run]
+        if any(query.kind == "estimand" for query in each[0].queries):
+            notes.append(
+                f"{method}, {moment(at)}, are left out of the combined report: they are effects on single runs. "
+                "Estimate them anew with the combined report's loss or scores as the outcome."
+            )
+            continue
         combined = _combined(each) if len(each) == len(runs) else None
         if combined is not None:
             found.append(combined)

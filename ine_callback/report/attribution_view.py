@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.applications.fairness import Subspaces, holds_subspaces
+from ine_callback.report.effects_view import effects_text, is_effects
 from ine_callback.scores import Attribution, Scores
 from ine_callback.stats.ranks import spearman
-from ine_callback.utilities.words import BLUE, ORANGE, plain, probability
+from ine_callback.utilities.words import BLUE, plain, probability, tails
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,8 +55,10 @@ def section(
     parts += [Text(line) for line in earlier(stages)]
     if holds_subspaces(found):
         parts.append(Text(str(Subspaces(found))))
+    if is_effects(found):
+        parts.append(Text(effects_text(found)))
     for name in [query.name for query in found.queries[:MAX_DETAILED]] if queries is None else queries:
-        words = f"{plain(name)} · {agreement(found, scores, name)}"
+        words = f"{plain(name)} · {about(found, scores, name)}"
         parts.append(Rule(Text(words, "bold"), align="left", style="dim"))
         sides = ends(found, found.column(name), k)
         parts.append(Columns([_table(head_of(found), *side) for side in sides], padding=(0, 3)))
@@ -109,29 +112,36 @@ def verdict(found: Attribution) -> str:
     """Whether the ranking can be believed."""
     if not found.checks:
         return "the method checks nothing of itself"
-    return "all checks passed" if found.reliable else "UNRELIABLE: do not use this ranking"
+    if found.reliable:
+        return "all checks passed"
+    return f"UNRELIABLE: do not use {'what fails its check' if is_effects(found) else 'this ranking'}"
 
 
 def head_of(found: Attribution) -> tuple[str, ...]:
     """Heads of the lines that :func:`ends` makes."""
+    if is_effects(found):
+        return ("row", "φ", "without it")
     known = (("±", found.ranking_se is not None), ("q", found.q is not None))
     return ("row", plain(found.method), *(name for name, there in known if there))
 
 
 def ends(found: Attribution, column: int, k: int) -> list[tuple[str, str, list[tuple[str, ...]]]]:
-    """Title, colour and lines (:func:`head_of`) of a query's most helpful and most harmful rows."""
+    """Title, colour and lines (:func:`head_of`) of the rows at a query's ends, such as the most helpful ones."""
     score = found.ranking[:, column]
     order = np.argsort(-score, kind="stable")
     order = order[np.isfinite(score[order])]
+    words = tails(found.queries[column].kind)
     return [
-        ("Most helpful", BLUE, [_line(found, column, row) for row in order[:k]]),
-        ("Most harmful", ORANGE, [_line(found, column, row) for row in order[::-1][:k]]),
+        (words.upper, BLUE, [_line(found, column, row) for row in order[:k]]),
+        (words.lower, words.color(-1.0), [_line(found, column, row) for row in order[::-1][:k]]),
     ]
 
 
 def _line(found: Attribution, column: int, k: int) -> tuple[str, ...]:
     mark = " ?" if found.doubtful is not None and found.doubtful[k, column] else ""
     cells = [str(found.rows[k]), f"{found.ranking[k, column]:+.3g}{mark}".replace("-", "−")]
+    if is_effects(found):
+        return (*cells, f"{found.removal[k, column]:+.3g}".replace("-", "−"))
     if (se := found.ranking_se) is not None:
         cells.append(f"{se[k, column]:.1g}")
     if found.q is not None:
@@ -150,6 +160,12 @@ def _table(head: Sequence[str], title: str, color: str, lines: list[tuple[str, .
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     return table
+
+
+def about(found: Attribution, scores: Scores, query: str) -> str:
+    """What stands behind a query's name: an estimand's question, else how its scores agree with f-INE's."""
+    info = found.queries[found.column(query)]
+    return plain(info.question) if info.kind == "estimand" else agreement(found, scores, query)
 
 
 def agreement(found: Attribution, scores: Scores, query: str) -> str:

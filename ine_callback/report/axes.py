@@ -8,6 +8,8 @@ from ine_callback.applications.fairness import NAME as FAIR
 from ine_callback.applications.fairness import subspaces_of
 from ine_callback.report import plots
 from ine_callback.report.attribution_view import by_method
+from ine_callback.report.effects_plot import draw, drawings
+from ine_callback.report.effects_view import effects_in
 from ine_callback.report.fairness_plot import fairness
 from ine_callback.report.layer_plot import layers
 from ine_callback.report.stages import stages
@@ -91,6 +93,16 @@ class Plots:
         """
         ax = _given(ax)
         fairness(subspaces_of(self._report.attribution(FAIR)), ax)
+        return ax
+
+    def effects(self, *, ax: Axes | None = None) -> Axes:
+        """Graphs that the report's causal effects rest on; under tiers with the probability of each edge.
+
+        Raises:
+            InfluenceError: If there are no effects.
+        """
+        ax = _given(ax)
+        draw(drawings(effects_in(self._report.attributions))[0], ax)
         return ax
 
 

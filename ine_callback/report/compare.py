@@ -23,6 +23,7 @@ from ine_callback.report.attribution_combine import MethodAgreement
 from ine_callback.report.attribution_combine import agreements as method_agreements
 from ine_callback.report.attribution_view import moment
 from ine_callback.report.combine import check_rows, differing_settings, flag_signs
+from ine_callback.report.effects_view import effects_compared
 from ine_callback.scores import Floats
 from ine_callback.stats.ranks import spearman
 from ine_callback.utilities.jsonable import jsonable
@@ -143,6 +144,7 @@ def compare(one: Contents, other: Contents, q: float) -> Comparison:
     same = all(np.array_equal(here, there, equal_nan=True) for here, there in pairs)
     if same:
         notes.append("The scores are equal to the last bit: the same run, or its exact repetition.")
+    notes += effects_compared(one.attributions, other.attributions)
     agreements = tuple(_agreement(one, other, name, limit) for name in names)
     methods = method_agreements(one.attributions, other.attributions)
     return Comparison(agreements, q, same, tuple(note for note in notes if note), methods)

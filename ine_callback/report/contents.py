@@ -16,7 +16,7 @@ from ine_callback.applications.layer_sensitivity import Aggregate, LayerSensitiv
 from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.table import ScoreTable
-from ine_callback.report.validate import checked, checked_attributions
+from ine_callback.report.validate import checked, checked_attributions, no_query
 from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
 from ine_callback.utilities.validate import row_ids
 from ine_callback.utilities.words import NO_QUERY
@@ -102,14 +102,14 @@ class Contents:
         """Column of a query in the ``[N, Q]`` arrays of :attr:`scores`.
 
         Raises:
-            KeyError: When there is no such query; the message lists the choices.
+            KeyError: When there is no such query; the message lists the choices. ValueError: for an estimand.
         """
         if not self.queries:
             raise KeyError(f"InfluenceReport: {NO_QUERY}")
         if query is None:
             return 0
         if query not in self.queries:
-            raise KeyError(f"InfluenceReport: no query {query!r}; choose one of {', '.join(map(repr, self.queries))}")
+            raise no_query(query, self.queries, self.attributions)
         return self.queries.index(query)
 
     # ---- rows ----

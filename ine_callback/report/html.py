@@ -22,6 +22,7 @@ from ine_callback.applications.fairness import Subspaces, holds_subspaces
 from ine_callback.report import attribution_view as words_of
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
+from ine_callback.report.effects_view import effects_section, is_effects
 from ine_callback.report.fairness_plot import image
 from ine_callback.report.pagedata import Classes, encoded, payload
 from ine_callback.report.samples import Render, Samples, classes, classes_of
@@ -237,10 +238,11 @@ def _method(report: Contents, stages: Sequence[Attribution]) -> dict[str, Any]:
         "head": words_of.head_of(found),
         "found": found,
         "subspaces": _subspaces(found),
+        "effects": effects_section(found) if is_effects(found) else None,
         "sections": [
             {
                 "name": query.name,
-                "agreement": words_of.agreement(found, report.scores, query.name),
+                "agreement": words_of.about(found, report.scores, query.name),
                 "tables": words_of.ends(found, column, TABLE_ROWS),
             }
             for column, query in enumerate(found.queries[:MAX_DETAILED])

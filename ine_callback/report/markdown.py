@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ine_callback.report.effects_view import effects_assumptions, effects_tables, is_effects
 from ine_callback.report.view import FLAG_AT, LEGEND, MAX_DETAILED, ROWS_PER_END, advice, headline, summary, warnings
 from ine_callback.utilities.words import null_check, plain, tails
 
 if TYPE_CHECKING:
     from ine_callback.report.contents import Contents
+    from ine_callback.scores import Attribution
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>!|~&$])")
 _PING = re.compile(r"([@#])(?=\w)")  # a forge would notify @someone and link #7
@@ -33,6 +35,7 @@ def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
     ]
     if len(shown) < len(report.queries):
         parts.append(f"Not shown in full: {len(report.queries) - len(shown)} more queries.")
+    parts += [part for each in report.attributions if is_effects(each) for part in _effects(each)]
     if facts["notes"]:
         parts += ["### Notes", "\n".join(f"- {escaped(note)}" for note in facts["notes"])]
     return "\n\n".join(parts) + "\n"
@@ -80,6 +83,20 @@ def _extremes(report: Contents, query: dict[str, Any]) -> list[str]:
         cells = rows.cells(ROWS_PER_END, compact=True)
         parts += [f"{title}:", table(cells.head, cells.body)]
     return parts
+
+
+def _effects(found: Attribution) -> list[str]:
+    """Estimates, and what they rest on."""
+    parts = [f"### {escaped(found.title)}", *(f"> **✗** {escaped(reason)}" for reason in found.reasons)]
+    for head, lines in effects_tables(found):
+        parts.append(table(head, [[_cell(cell) for cell in line] for line in lines], left=1))
+    assumed = effects_assumptions(found)
+    return [*parts, escaped(found.legend), "\n".join(f"- {escaped(line)}" for line in assumed)]
+
+
+def _cell(text: str) -> str:
+    """Numbers are ours, names are foreign."""
+    return escaped(text) if any(letter.isalpha() for letter in text) else text
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 0) -> str:

@@ -31,6 +31,7 @@ from ine_callback.report.axes import Plots
 from ine_callback.report.combine import combine_runs, combine_scores
 from ine_callback.report.compare import Comparison
 from ine_callback.report.contents import Contents
+from ine_callback.report.effects_view import effects_in
 from ine_callback.report.export import Format
 from ine_callback.report.files import replace_file, replacing
 from ine_callback.report.reading import named
@@ -42,7 +43,11 @@ from ine_callback.scores import Attribution, Scores
 from ine_callback.utilities.terminal import as_text
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from rich.console import Group
+
+    from ine_callback.effects import Effect, Paths
+    from ine_callback.effects.reported import Effects
 
 
 class InfluenceReport(Contents, StoreQuestions, legacy.FormerNames):
@@ -328,6 +333,35 @@ class InfluenceReport(Contents, StoreQuestions, legacy.FormerNames):
             ValueError: If it did not run.
         """
         return subspaces_of(self.attribution(FAIR))
+
+    @property
+    def effects(self) -> Effects:
+        """Causal effects with each row's influence on them: what ``CausalEffects`` or :meth:`with_effects` put here.
+
+        Raises:
+            InfluenceError: If there are none.
+        """
+        return effects_in(self.attributions)
+
+    def with_effects(self, *found: Effect | Paths, rows: ArrayLike | None = None) -> InfluenceReport:
+        """The same report with effects in place of the present ones; they are saved, shown and compared with it.
+
+        Args:
+            found: By :func:`~ine_callback.effects.estimate`, and at most one by :func:`~ine_callback.effects.paths`.
+            rows: Dataset index of each row of their data; None: all of the report's rows, in their order.
+
+        Raises:
+            InfluenceError: If they are not of these rows, or ask one thing twice.
+        """
+        from ine_callback.effects.reported import attribution
+
+        made = attribution(found, rows)
+        if made.rows.max() >= self.rows or (rows is None and len(made.rows) != self.rows):
+            raise InfluenceError(
+                f"with_effects: the effects are of {len(made.rows):,} rows, and the report has {self.rows:,}; name the "
+                "dataset index of each with rows=."
+            )
+        return self.with_attributions(made)
 
     def figure(self, query: str | None = None) -> Any:
         """The three plots of a query in one matplotlib ``Figure``; needs the extra ``report``."""

@@ -24,6 +24,11 @@ def checked(scores: Scores) -> Scores:
     names = [query.name for query in scores.queries]
     if len(set(names)) < len(names):
         raise ValueError(f"InfluenceReport: queries are {names}; give each its own name")
+    if estimands := [query.name for query in scores.queries if query.kind == "estimand"]:
+        raise ValueError(
+            f"InfluenceReport: scores ask {estimands[0]!r}, an estimand, for which no row helps or harms; return it as "
+            "an Attribution"
+        )
     seen = readonly(np.asarray(scores.observations).astype(np.int64))
     n, q = seen.size, len(names)
     arrays: dict[str, Any] = {"observations": seen}
@@ -59,6 +64,16 @@ def checked(scores: Scores) -> Scores:
     if scored.size:
         raise ValueError(f"InfluenceReport: never observed rows have scores ({listed(scored)}); set their mu to NaN")
     return replace(scores, queries=tuple(scores.queries), **arrays)
+
+
+def no_query(query: str, queries: Sequence[str], attributions: Sequence[Attribution]) -> Exception:
+    """What to raise for a name that is no query of f-INE's: estimands are refused wherever rows help or harm."""
+    if any(info.name == query and info.kind == "estimand" for each in attributions for info in each.queries):
+        return ValueError(
+            f"InfluenceReport: {query!r} is an estimand: its rows raise or lower an estimate, and neither help nor "
+            f"harm training, so nothing is dropped, weighted or suspected by it; read report.effects[{query!r}]"
+        )
+    return KeyError(f"InfluenceReport: no query {query!r}; choose one of {', '.join(map(repr, queries))}")
 
 
 def checked_attributions(found: Sequence[Attribution]) -> tuple[Attribution, ...]:

@@ -183,7 +183,7 @@ class CompressedDirection(Direction):
             signals = grad_sample.parts(self.queries, self._signs)
         if self._columns is None:
             return signals, grad_sample
-        if grad_sample.output_grads.shape[2] == 1:
+        if grad_sample.positions == 1:
             return self._contract_one_position(grad_sample, signals)
         compressed = grad_sample.compressed(self._columns)
         if self.queries is not None and self._compressed:

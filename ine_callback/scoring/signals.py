@@ -31,6 +31,7 @@ class Signals(Directions):
         self._restored = False  # whether a checkpoint's curvature waits for its first directions
         self.verification: Verification | None = None
         self.aside = False
+        self.borrowed = False  # whether gradients must be copied to outlive the call that brings them
         self.unused: set[Block] = set()  # whose gradients of this pass no step is expected to take
 
     def start_batch(self, rows: int, device: torch.device, window: int) -> None:
@@ -64,7 +65,7 @@ class Signals(Directions):
         if self.verification is not None:
             self.verification.take(block, grad_sample)
         if hold or (self.several and block not in self._directions):
-            self.held.append((block, grad_sample, self.scale))
+            self.held.append((block, grad_sample.copied() if self.borrowed else grad_sample, self.scale))
             return
         if self.aside or block in self.unused:  # such gradients were discarded in the batch before: no curvature
             return self._contract(block, grad_sample, self.scale)
@@ -93,7 +94,7 @@ class Signals(Directions):
         if signals is not None:
             self._signals.append((block, signals))
         if self.self_query and block.reused:
-            block.waiting.append(use)
+            block.waiting.append(use.copied() if self.borrowed and isinstance(use, GradSample) else use)
         elif self.self_query:
             self._self_terms.append((block, direction.self_terms_of([use]), scale))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -153,8 +154,9 @@ def compiled_parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _uncompiled(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Runs compiled parts as they were written: other shapes would change what is compiled for the training."""
-    return torch.compiler.set_stance("force_eager") if compiled_parts(module) else contextlib.nullcontext()
+    """Runs compiled code as it was written: other shapes would change what is compiled for the training."""
+    compiles = "torch._dynamo" in sys.modules  # a function may be compiled, too, where no module tells
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

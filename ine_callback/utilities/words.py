@@ -26,7 +26,8 @@ class Tails:
         lower: Heading of the rows with the smallest scores.
         high: One word for a score above 0.
         low: One word for a score below 0.
-        suspect: Sign of the end that a reader should inspect: +1 for self-influence, -1 for all other queries.
+        suspect: Sign of the end that a reader should inspect: +1 for self-influence, -1 for all other queries, 0 for
+            estimands, which have none.
         axis: Name of the score on a plot's axis.
     """
 
@@ -44,6 +45,7 @@ class Tails:
 
 _HELP = Tails("Most helpful", "Most harmful", "helpful", "harmful", -1)
 _SELF = Tails("Largest self-influence", "Smallest self-influence", "atypical", "typical", 1, "self-influence μ")
+_ESTIMAND = Tails("Raise the estimate most", "Lower the estimate most", "raises", "lowers", 0, "influence φ")
 
 
 def tails(kind: str) -> Tails:
@@ -53,7 +55,7 @@ def tails(kind: str) -> Tails:
         >>> tails("loss").low, tails("loss").suspect, tails("self").suspect
         ('harmful', -1, 1)
     """
-    return _SELF if kind == "self" else _HELP
+    return {"self": _SELF, "estimand": _ESTIMAND}.get(kind, _HELP)
 
 
 SIZE = "size not reliable: "  # begins a note of a run whose scores rank rows, but are no numbers of deviations

@@ -55,7 +55,7 @@ class Sorted(nn.Module):
 
 
 class Regularised(nn.Module):
-    """The parameter can be a part of the loss itself, too."""
+    """A shift of a layer's outputs."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -76,21 +76,11 @@ class Scaled(nn.Module):
         return self.head(torch.tanh(self.first(x))) * self.scale.exp()
 
 
-def penalised(module: nn.Module, batch: Any) -> Tensor:
-    return cross_entropy(module, batch) + 0.1 * module.shift.square().sum()
-
-
-def added(module: nn.Module, batch: Any) -> Tensor:
-    return cross_entropy(module, batch) + 0.1 * module.shift
-
-
 @pytest.mark.parametrize(
     ("model", "name", "loss"),
     [
         (Twofold, "shift", cross_entropy),
         (Sorted, "shift", cross_entropy),
-        (lambda: Regularised(4), "shift", penalised),
-        (Regularised, "shift", added),
     ],
 )
 def test_what_is_not_recognised_is_left_out_by_name_and_the_others_stay_exact(
@@ -226,10 +216,10 @@ def test_no_graph_is_held_after_a_batch() -> None:
             loss = cross_entropy(model, (x, y))
             recorder.see(loss)
             loss.backward()
-            (use,) = recorder.capture.bare._watched
-            mark = use[1].metadata["mark"] = nn.Module()  # lives as long as the node
+            assert len(recorder.capture.bare._handles) == 1
+            mark = loss.grad_fn.metadata["mark"] = nn.Module()  # lives as long as the graph
             node = weakref.ref(mark)
-            del mark, use, loss
+            del mark, loss
         assert node() is None
         sgd.step()
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.kept_steps import EXACT, Net, check, recorded, truth
+from tests.helpers.kept_steps import Net, check, recorded
 
 
 class Adversarial(Net):
@@ -115,27 +115,3 @@ def test_manual_backward_passes_count_unless_cleared(between: bool) -> None:
 
     module, _, keep = recorded(make)
     check(module, keep)
-
-
-class LazyR1(Net):
-    """A gradient penalty in every other step only: its double backward reaches weights through no layer's call."""
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        x, y = batch
-        value = self.differentiate(x, y)
-        if index >= 2:
-            leaf = x.detach().clone().requires_grad_()
-            (g,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=True)
-            value = value + g.square().sum(1).mean()
-        return value
-
-
-def test_a_gradient_penalty_that_begins_later_is_named_with_the_step() -> None:
-    module, recorder, keep = recorded(LazyR1)
-    assert len(keep.steps) == 2  # then nothing is left
-    check(module, keep, steps=2) if len(module.seen) == 2 else None
-    for step in range(2):
-        torch.testing.assert_close(keep.steps[step][1][:, 0], truth(module, step), **EXACT)
-    assert recorder.failed and recorder.coverage.share < 0.05
-    told = " ".join(recorder.coverage.uncaptured.values())
-    assert "create_graph=True" in told and "from step 2 on (verified until step 1)" in told

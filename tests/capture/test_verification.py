@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback import Recorder
-from tests.helpers.kept_steps import ROWS, Net, check, data, recorded
+from tests.helpers.kept_steps import ROWS, Net, check, data, mlp, recorded
 
 
 class Tripled(nn.Linear):
@@ -92,33 +91,34 @@ def test_clipping_in_a_bare_loop_does_not_change_what_verification_finds(clip: s
     assert set(recorder.coverage.uncaptured) == {"0.weight", "0.bias"}
 
 
-class Penalised(Net):
-    kind = ""
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        value = self.differentiate(*batch)
-        weights = list(self.net.parameters())
-        if self.kind == "l2":
-            return value + 1e-1 * sum(p.square().sum() for p in weights)
-        if self.kind == "norm":
-            return value + 1e-1 * torch.stack([p.norm() for p in weights]).sum()
-        if self.kind == "l1":
-            return value + 1e-1 * torch.stack([p.abs().sum() for p in weights]).sum()
-        leaf = batch[0].detach().clone().requires_grad_()
-        (g,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=True)
-        return value + g.square().sum(1).mean()
+def _penalty(kind: str, net: nn.Module, x: Tensor) -> Tensor:
+    weights = list(net.parameters())
+    if kind == "l2":
+        return 1e-1 * torch.stack([p.square().sum() for p in weights]).sum()
+    if kind == "norm":
+        return 1e-1 * torch.stack([p.norm() for p in weights]).sum()
+    if kind == "l1":
+        return 1e-1 * torch.stack([p.abs().sum() for p in weights]).sum()
+    leaf = x.detach().clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(leaf).sum(), leaf, create_graph=True)
+    return g.square().sum(1).mean()
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("l2", "weight_decay"), ("norm", "weight_decay"), ("l1", "L1 penalty"), ("gradient", "create_graph=True")],
 )
-def test_the_reason_names_the_penalty(kind: str, reason: str) -> None:
-    def make() -> Net:
-        net = Penalised()
-        net.kind = kind
-        return net
-
-    _, recorder, keep = recorded(make)
-    assert not keep.steps and reason in recorder.notes[-1]
+def test_the_reason_names_a_penalty_in_a_loss_that_was_not_seen(kind: str, reason: str) -> None:
+    """Without the loss's graph nobody knows what else gives the weights gradients."""
+    net, (x, y) = mlp().double(), data()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    recorder = Recorder(
+        net, sgd, ROWS, {"val": (x, y)}, lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])
+    )
+    with recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with recorder.batch(torch.arange(ROWS), (x, y)):
+            (F.cross_entropy(net(x), y) + _penalty(kind, net, x)).backward()
+        sgd.step()
+    assert reason in recorder.notes[-1] and "recorder.see(loss)" in recorder.notes[-1]
     assert "row_fn" not in recorder.notes[-1] and "no layer with a known type" not in recorder.notes[-1]

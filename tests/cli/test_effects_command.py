@@ -15,6 +15,7 @@ from ine_callback.effects import WCDE, EffectData, estimate
 from ine_callback.effects.command import EXAMPLES
 from ine_callback.effects.files import load
 from tests.helpers.effect_files import GRAPH, effect_columns, save_effect_files
+from tests.helpers.effect_runs import report_with_effects
 
 ROLES = "--treatment A --outcome Y"
 
@@ -43,8 +44,22 @@ def test_saved_effects_are_shown_as_they_were(capsys: pytest.CaptureFixture[str]
     assert fitted == capsys.readouterr().out + f"{Path('new/effects.parquet')}\n"
     (found,) = load(Path("new/effects.parquet"))
     table = parquet.read_table("new/effects.parquet")
-    assert table.column_names == ["row", "NIE/influence", "NIE/removal"] and len(table) == 600
-    assert np.array_equal(table["NIE/removal"].to_numpy(), found.removal) and "NIE" in fitted
+    name = "NIE of A on Y through {M}"
+    assert table.column_names == ["row", f"{name}/influence", f"{name}/removal"] and len(table) == 600
+    assert np.array_equal(table[f"{name}/removal"].to_numpy(), found.removal) and "NIE" in fitted
+
+
+def test_files_of_short_names_are_still_read() -> None:
+    """As they were before effects knew their mediators and edges."""
+    assert ran(f"fit table.csv --graph '{GRAPH}' {ROLES} --estimand nie -o effects.parquet") == 0
+    (whole,) = load(Path("effects.parquet"))
+    table = parquet.read_table("effects.parquet")
+    words = [{k: v for k, v in whole.to_dict().items() if k not in ("mediators", "edges")}]
+    former = table.rename_columns(["row", "NIE/influence", "NIE/removal"])
+    former = former.replace_schema_metadata({"ine_callback.effects": json.dumps(words)})
+    parquet.write_table(former, "former.parquet")
+    (found,) = load(Path("former.parquet"))
+    assert (found.influence == whole.influence).all() and found.name == "NIE of A on Y" and found.edges == ()
 
 
 def test_adjust_lists_sets_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +101,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_examples_of_the_help_work(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.strip() for line in EXAMPLES.replace("\\\n", "").splitlines() if line.startswith("  ine-callback")]
-    assert len(lines) == 4
+    assert len(lines) == 5
+    report_with_effects().save("run/influence")
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err

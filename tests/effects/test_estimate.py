@@ -17,7 +17,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from ine_callback.effects import ATE, NDE, NIE, WCDE, EffectData, estimate
 from ine_callback.effects.estimands import Estimand, paired_means, shifted
 from ine_callback.effects.estimation import choose, cross_fit, deal
-from ine_callback.effects.nuisances import Basis, Logistic, Ridge, nuisances
+from ine_callback.effects.nuisances import Basis, Logistic, Ridge
+from ine_callback.effects.parsing import nuisances
 from ine_callback.errors import InfluenceError
 from ine_callback.utilities.tracking import untracked
 
@@ -135,7 +136,8 @@ def test_the_density_ratio_needs_products_of_columns() -> None:
     mixed = np.c_[z[:, 0], rng.permutation(z[:, 1])]
     true = 0.5 * np.log(1 - rho**2) + (z[:, 0] ** 2 - 2 * rho * z[:, 0] * z[:, 1] + z[:, 1] ** 2) / (2 * (1 - rho**2))
     true -= (z**2).sum(1) / 2
-    found = np.log(nuisances("linear").odds(mixed, z)(z))
+    every = np.ones((1, 5000), dtype=bool)
+    found = np.log(nuisances("linear").odds(mixed, z, every, every)[0](z))
     assert np.corrcoef(found, true)[0, 1] > 0.99
     without = Logistic(Basis(splines=False, products=False)).fit(np.r_[z, mixed], np.r_[np.zeros(5000), np.ones(5000)])
     assert without.predict_proba(z)[:, 1].std() < 0.02  # constant: both have the same margins

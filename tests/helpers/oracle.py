@@ -180,14 +180,14 @@ class Bare(nn.Module):
 
 
 class Borrowed(nn.Module):
-    """A weight used by its module and, functionally, beside it."""
+    """A weight used by its module and, functionally and in no known way, beside it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inner(x)) + F.linear(x, self.inner.weight))
+        return self.head(torch.tanh(self.inner(x)) + F.linear(x, opaque(self.inner.weight)))
 
 
 class PositionTable(nn.Module):

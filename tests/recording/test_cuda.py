@@ -87,3 +87,36 @@ def test_recorded_steps_do_not_synchronise_and_training_is_bit_identical(tmp_pat
     report = recorder.report()
     assert (report.observations == 2).all()
     assert report.run.captured_share == 1.0
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_network_is_recorded_and_trains_the_same(mode: str | None) -> None:
+    def trained(record: bool) -> tuple[list[Tensor], Recorder | None]:
+        torch.compiler.reset()
+        network = model()
+        run = torch.compile(network, mode=mode)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+        g = torch.Generator().manual_seed(1)
+        x, y = torch.randn(64, 3, 8, 8, generator=g), torch.randint(0, 10, (64,), generator=g)
+        recorder = Recorder(run, optimizer, 64, queries={"val": (x[:16], y[:16])}, loss=loss_of, total_steps=8)
+        if record:
+            recorder.start()
+        for step in range(8):
+            rows = torch.arange(16) + 16 * (step % 4)
+            batch = x[rows], y[rows]
+            if record:
+                recorder.start_batch(rows, batch)
+            loss = loss_of(run, batch)
+            if record:
+                recorder.see(loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        recorder.stop()
+        return [p.detach().cpu() for p in network.parameters()], recorder if record else None
+
+    plain, _ = trained(False)
+    left, recorder = trained(True)
+    assert recorder is not None and not recorder.report().run.uncaptured
+    assert (recorder.report().observations == 2).all()
+    torch.testing.assert_close(left, plain, rtol=1e-4, atol=1e-6)  # to the bit where the compiler fuses alike

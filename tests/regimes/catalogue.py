@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from .compiled import COMPILED
 from .data import DATA
+from .entries import ENTRIES
 from .hugging_face import HUGGING_FACE
 from .lightning_examples import EXAMPLES
 from .models import MODELS
 from .optimizers import OPTIMIZERS
 from .options import OPTIONS
+from .penalties import PENALTIES
 from .public_issues import ISSUES
 from .regime import Regime
 from .together import TOGETHER
 
-ALL: list[Regime] = [*OPTIONS, *OPTIMIZERS, *DATA, *MODELS, *EXAMPLES, *ISSUES, *HUGGING_FACE, *TOGETHER]
+ALL: list[Regime] = [
+    *OPTIONS,
+    *OPTIMIZERS,
+    *DATA,
+    *MODELS,
+    *COMPILED,
+    *PENALTIES,
+    *ENTRIES,
+    *EXAMPLES,
+    *ISSUES,
+    *HUGGING_FACE,
+    *TOGETHER,
+]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"

@@ -124,6 +124,7 @@ class Verdict:
 def fit(regime: Regime, influence: InfluenceCallback | None) -> Run:
     """Trains once, with or without the callback."""
     L.seed_everything(11, verbose=False)
+    torch.compiler.reset()  # the shapes of runs before would change what is compiled
     data, module = regime.data(), regime.module()
     first, watch, history = copy.deepcopy(module), Watch(data), History()
     options = {**QUIET, **regime.trainer()}

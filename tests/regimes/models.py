@@ -217,23 +217,6 @@ class Freezes(BaseFinetuning):
             self.freeze(pl_module.net[:3])
 
 
-class Compiled(Classifier):
-    """The network, or its first layers, run by torch.compile."""
-
-    def __init__(self, backend: str, first: int | None = None) -> None:
-        super().__init__()
-        if first is None:
-            self.net = torch.compile(self.net, backend=backend)
-        else:
-            self.net = nn.Sequential(torch.compile(self.net[:first], backend=backend), *self.net[first:])
-
-
-def uncompiled(module: Compiled) -> None:
-    module.net = getattr(module.net, "_orig_mod", module.net)
-    if hasattr(module.net[0], "_orig_mod"):
-        module.net[0] = module.net[0]._orig_mod
-
-
 VISION = tuple(f"net.{name}" for name in LEFT_OUT)
 RNN = tuple(f"net.rnn.{name}_{side}_l{k}" for name in ("weight", "bias") for side in ("ih", "hh") for k in range(2))
 ATTENTION = () if TELLS else tuple(f"net.attention.{name}" for name in ("in_proj_weight", "out_proj.weight"))
@@ -317,20 +300,4 @@ MODELS = [
         approximate=("net.norm", "net.inner", "net.outer"),
     ),
     Regime("two views of each row joined, convolutions", "models", lambda: Classifier(Views()), pictures),
-    Regime(
-        "torch.compile, in part",
-        "models",
-        lambda: Compiled("eager", first=2),
-        left_out=("net.0.0.weight", "net.0.0.bias"),
-        plain_form=uncompiled,
-        slow=True,
-    ),
-    Regime(
-        "torch.compile (inductor), fallback",
-        "models",
-        lambda: Compiled("inductor"),
-        influence=SLOWLY,
-        plain_form=uncompiled,
-        slow=True,
-    ),
 ]

@@ -179,6 +179,9 @@ class _Loop:
         for parameter in new:
             total = torch.stack([share[parameter] for share in shares if parameter in share]).sum(0)
             parameter.grad = total if parameter.grad is None else parameter.grad + total
+        if (penalty := self.module.of_no_row()) is not None:
+            for parameter, g in gradient(self.module, penalty / self.accumulate).items():
+                parameter.grad = g if parameter.grad is None else parameter.grad + g
         if (self.several and not new <= self.joined) or (not self.stepped and not self.pending):
             self.joined |= new
             self._aim()

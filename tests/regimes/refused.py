@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .data import Ready, Stream, combined
-from .models import Compiled
 from .optimizers import Together, plain
 from .regime import BATCH, Classifier, Data, vectors
 
@@ -96,12 +95,6 @@ REFUSED = [
         "its training_step takes optimizer steps, so it cannot be called for a loss; a callable query works",
         ("ByHand", "return the loss from validation_step", "callable query"),
         ByHand,
-    ),
-    Refusal(
-        "torch.compile of the whole network",
-        "compiled code calls no hooks; uncaptured='fallback' works",
-        ("torch.compile", "uncaptured='fallback'"),
-        lambda: Compiled("eager"),
     ),
     Refusal(
         "iterable dataset without row_fn",

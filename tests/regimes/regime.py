@@ -114,8 +114,13 @@ class Classifier(L.LightningModule):
         """How many terms of the mean loss a row has: 1, or its tokens."""
         return 1
 
+    def of_no_row(self) -> Tensor | None:
+        """What the training loss holds beside the rows' losses."""
+        return None
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = self.loss(batch)
+        loss, penalty = self.loss(batch), self.of_no_row()
+        loss = loss if penalty is None else loss + penalty
         self.log("train", loss, on_step=True, on_epoch=True, batch_size=1)
         return loss
 

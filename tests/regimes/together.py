@@ -33,6 +33,7 @@ from tests.helpers.identical import History, differing, fitted, unequal
 from tests.helpers.once import once
 from tests.helpers.vision import Vision
 
+from .compiled import compiled, uncompiled
 from .harness import QUIET, Run, Verdict, Watch, judged, recorder
 from .models import VISION, series
 from .optimizers import GAN
@@ -117,6 +118,15 @@ FORKED = [
         trainer=lambda: {"strategy": "ddp_fork_find_unused_parameters_true", "devices": 2},
         processes=2,
         tolerance=1e-5,
+    ),
+    Regime(
+        "ddp, torch.compile",
+        "processes",
+        lambda: compiled(Classifier(), backend="eager"),
+        trainer=_two(),
+        processes=2,
+        slow=True,
+        plain_form=uncompiled,
     ),
     Regime("ddp, bf16-mixed", "processes", trainer=_two(precision="bf16-mixed"), processes=2, tolerance=0.05),
     Regime(

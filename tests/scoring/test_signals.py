@@ -263,7 +263,7 @@ def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
             recorder.end_batch()
 
 
-@pytest.mark.parametrize("rows", [[-1, 0], [0, 9], [[0, 1]], [0.5, 1.0], []])
+@pytest.mark.parametrize("rows", [[-1, 0], [0, 9], [[[0, 1]]], [0.5, 1.0], []])
 def test_wrong_rows_are_refused(rows: Any) -> None:
     model = mlp()
     recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), 9, "self", on_error="raise")

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.bare.graph import Graph
 from ine_callback.capture.bare.layouts import RowLayout
-from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
+from ine_callback.capture.bare.parameters import BareParameters
+from ine_callback.capture.bare.uses import Unrecognised, Use
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layers.recurrent import drops_between_layers
 from ine_callback.data.batches import cut
@@ -42,6 +44,8 @@ def find_layouts(
 ) -> None:
     """Finds the parameters whose rows' gradients can be read at their uses. Runs the model isolated, if there are any.
 
+    Of recorded layers' parameters, the uses outside of the layers' own calls.
+
     Args:
         module: The model.
         capture: Its hooks; what is found is in ``capture.bare.layouts`` afterwards.
@@ -56,12 +60,12 @@ def find_layouts(
     order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
     places = torch.arange(rows)
     run_on = partial(_products, module, capture, run, rows=rows, unordered=unordered)
-    whole, half = run_on(batch)
-    moved, _ = run_on(cut(batch, order, rows)) if whole else ({}, half)
+    whole, half, recorded = run_on(batch)
+    moved, *_ = run_on(cut(batch, order, rows)) if whole else ({},)
     compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
     found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
     if any(len(layouts) > 1 for layouts in found.values()):
-        replaced, _ = run_on(cut(batch, places % (rows - 1), rows))
+        replaced, *_ = run_on(cut(batch, places % (rows - 1), rows))
         for use, layouts in found.items():
             if len(layouts) > 1:
                 found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
@@ -69,6 +73,7 @@ def find_layouts(
         known = {kind: layouts for (p, kind), layouts in found.items() if p is parameter}
         if all(len(layouts) == 1 for layouts in known.values()):
             capture.bare.layouts[parameter] = {kind: layouts[0] for kind, layouts in known.items()}
+    capture.bare.beside = set(capture.bare.layouts).difference(capture.bare.open_to(recorded))
 
 
 @dataclass
@@ -132,26 +137,27 @@ def _products(
     batch: Any,
     rows: int,
     unordered: set[nn.Module],
-) -> tuple[Found, bool]:
+) -> tuple[Found, bool, set[nn.Module]]:
     """Products of every row's gradient with random directions, for each use and each place where the rows may be.
 
     Returns:
-        The products, and whether half precision took part.
+        The products, whether half precision took part, and the layers whose calls are recorded.
     """
     called = set[str]()
     capture.on_call = lambda name, x: called.add(name)
     found: Found = {}
+    layers = set[nn.Module]()
     try:
         with isolated(module):
             torch.manual_seed(0)
             loss = run(module, batch)
             layers = {child for child, name in capture.names.items() if name in called} - unordered
             layers = {child for child in layers if not drops_between_layers(child)}
-            wanted = capture.bare.open_to(layers)
+            wanted = capture.bare.trainable()
             if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
-                return {}, False
-            graph = Graph(loss.grad_fn)
-            uses = _uses(graph, wanted, rows)
+                return {}, False, layers
+            graph = Graph(loss.grad_fn, unread=set(capture.names) - layers)
+            uses = _uses(graph, capture.bare, wanted, rows)
             handles = [_measure(use, rows, found.setdefault((use.parameter, use.kind), [])) for use in uses]
             if uses:
                 parameters = list(dict.fromkeys(use.parameter for use in uses))
@@ -160,15 +166,17 @@ def _products(
                 handle.remove()
     finally:
         capture.on_call = None
-    return found, graph.half
+    return found, graph.half, layers
 
 
-def _uses(graph: Graph, wanted: list[nn.Parameter], rows: int) -> list[Use]:
-    """The uses of all parameters of which each use is recognised."""
+def _uses(graph: Graph, bare: BareParameters, wanted: list[nn.Parameter], rows: int) -> list[Use]:
+    """The uses of all parameters; operations that are apart may belong to no row."""
     out: list[Use] = []
     for parameter in wanted:
         try:
-            out += graph.uses(parameter, lambda use: bool(use.layouts(rows)))
+            above = graph.above(parameter, lambda use: bool(use.layouts(rows)))
+            out += above.uses
+            bare.apart[parameter] = {one.kind for one in above.apart}
         except Unrecognised:
             continue
     return out

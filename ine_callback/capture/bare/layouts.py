@@ -15,7 +15,7 @@ class RowLayout:
     Attributes:
         dim: The dimension.
         place: ``"alone"``; or with other positions flattened into the dimension: ``"first"`` [b * k], as rows with
-            their tokens, or ``"last"`` [k * b], time first.
+            their tokens, or ``"last"`` [k * b], time first; or ``"pairs"``: it and the next are entries, all of them.
 
     Example:
         >>> import torch
@@ -37,10 +37,14 @@ class RowLayout:
         """Whether a tensor of this shape can hold so many rows there."""
         if self.dim >= len(shape):
             return False
+        if self.place == "pairs":
+            return self.dim + 1 < len(shape) and shape[self.dim] * shape[self.dim + 1] == rows
         return shape[self.dim] == rows if self.place == "alone" else shape[self.dim] % rows == 0
 
     def split(self, x: Tensor, rows: int) -> Tensor:
         """x with the rows first [b, ...]; what is flattened with them stays where they were."""
+        if self.place == "pairs":
+            return x.flatten(self.dim, self.dim + 1).unsqueeze(self.dim + 1).movedim(self.dim, 0)
         if self.place == "alone":
             return x.unsqueeze(self.dim + 1).movedim(self.dim, 0)
         split: Tensor = x.unflatten(self.dim, (rows, -1) if self.place == "first" else (-1, rows))
@@ -56,6 +60,13 @@ def summed_to(x: Tensor, shape: Sequence[int]) -> Tensor:
     lead = x.dim() - len(shape)
     dims = [*range(1, lead), *(lead + d for d, n in enumerate(shape) if n == 1 and x.shape[lead + d] != 1)]
     return (x.sum(dims) if dims else x).reshape(len(x), *shape)
+
+
+def pair_layouts(output: Sequence[int], shape: Sequence[int], rows: int) -> list[RowLayout]:
+    """The layout in which the first two dimensions are entries, all ``rows`` of them, if the tensor has neither."""
+    lead = len(output) - len(shape)
+    free = len(output) > 1 and all(d < lead or shape[d - lead] == 1 for d in (0, 1))
+    return [RowLayout(0, "pairs")] if free and output[0] * output[1] == rows else []
 
 
 def row_layouts(output: Sequence[int], shape: Sequence[int], rows: int) -> list[RowLayout]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters
+from ine_callback.capture.bare.graph import Apart, Graph
 from ine_callback.capture.bare.layouts import RowLayout
-from ine_callback.capture.bare.uses import Graph, Unrecognised, Use
+from ine_callback.capture.bare.uses import Unrecognised, Use
+from ine_callback.capture.entries import EntryIndex
+from ine_callback.capture.layers import RowMismatch, layer_function
 from ine_callback.capture.passes import Call, adds_to_grad
-from ine_callback.capture.per_sample_gradients import GradSample
+from ine_callback.capture.per_sample_gradients import GradSample, of_entries
+
+_WATCHED = "ine_callback.uses"  # in the metadata of a node: the uses whose gradients are awaited there
 
 
 class Layers(Protocol):
@@ -23,6 +28,8 @@ class Layers(Protocol):
     active: bool
     rows: int
     every_pass: bool
+    double_backward: bool
+    entries: EntryIndex | None
     calls: dict[nn.Module | nn.Parameter, int]
     receive: Callable[[nn.Module, dict[str, GradSample]], None]
 
@@ -37,8 +44,16 @@ class Layers(Protocol):
     def give_up(self, what: nn.Module | nn.Parameter, error: Exception) -> None: ...
 
 
+class Observer(Protocol):
+    """What is told of operations that belong to no row, or are not known: :class:`~.Verification`."""
+
+    def watch_apart(self, parameter: nn.Parameter, apart: Apart) -> None: ...
+
+
 class BareParameters:
     """The parameters whose rows' gradients are read at the operations that use them.
+
+    Those of recorded layers are read at their uses outside of the layer's own call.
 
     Args:
         capture: The hooks of layers; what these record is left to them.
@@ -49,6 +64,11 @@ class BareParameters:
     Attributes:
         layouts: Of each parameter, where the rows are in the output of each kind of use; none until
             :func:`.find_layouts` has found them.
+        of_no_row: Of each parameter, the kinds of operations whose gradients belong to no row (a penalty on weights);
+            none until :func:`.find_terms_of_no_row` has found them.
+        apart: Of each parameter, the kinds of operations that :func:`.find_layouts` did not recognise.
+        trusts_entries: Whether uses that entries lead are read without a check, as nothing could be checked.
+        beside: Parameters that are read here beside the calls of their layers.
     """
 
     def __init__(
@@ -64,80 +84,145 @@ class BareParameters:
                 if child not in without and (layers is None or any(fnmatchcase(name, one) for one in layers)):
                     self._owners.setdefault(p, (child, local))
         self.layouts: dict[nn.Parameter, Mapping[tuple[object, ...], RowLayout]] = {}
-        self._watched: dict[tuple[object, ...], RemovableHandle] = {}
+        self.of_no_row: dict[nn.Parameter, set[tuple[object, ...]]] = {}
+        self.trusts_entries = False
+        self.beside: set[nn.Parameter] = set()
+        self.apart: dict[nn.Parameter, set[tuple[object, ...]]] = {}
+        self._left_out: set[nn.Parameter] = set()
+        self._handles: list[RemovableHandle] = []
+        self._batches = 0
+
+    def called(self, parameter: nn.Parameter, without: Collection[nn.Module]) -> bool:
+        """Whether a recorded layer has the parameter."""
+        return any(layer_function(one) is not None and one not in without for one in self._all[parameter])
 
     def open_to(self, called: set[nn.Module]) -> list[nn.Parameter]:
         """Trainable parameters that no layer records whose call is known."""
-        return [
-            p
-            for p in self._owners
-            if p.requires_grad and p.numel() and not p.is_complex() and not called.intersection(self._all[p])
-        ]
+        return [p for p in self.trainable() if not called.intersection(self._all[p])]
+
+    def settle(self) -> None:
+        """Reads no parameter of its own of which some operation is neither a use nor of no row."""
+        for p in list(self.layouts):
+            if p not in self.beside and not self.apart.get(p, set()) <= self.of_no_row.get(p, set()):
+                del self.layouts[p]
 
     def named(self) -> dict[str, nn.Parameter]:
         """The parameters that are read, by name."""
         return {self._names[p]: p for p in self.layouts}
 
     def takes(self, module: nn.Module) -> bool:
-        """Whether one of a module's own parameters is read here."""
-        return any(p in self.layouts for p in own_parameters(module).values())
+        """Whether one of a module's own parameters is read here alone."""
+        return any(p in self.layouts and p not in self.beside for p in own_parameters(module).values())
+
+    def trainable(self) -> list[nn.Parameter]:
+        """All trainable parameters that may be read."""
+        return [p for p in self._owners if p.requires_grad and p.numel() and not p.is_complex()]
 
     def refuse(self, names: Iterable[str]) -> None:
         """Reads no more what is named as left out."""
-        for name, p in self.named().items():
+        names = set(names)
+        for p, name in self._names.items():
             if name in names:
-                del self.layouts[p]
+                self.layouts.pop(p, None)
+                self._left_out.add(p)
 
     def drop(self, parameter: nn.Parameter, reason: str) -> None:
         """Ignores a parameter from now on; what it contributed to this batch may be incomplete."""
-        if self.layouts.pop(parameter, None) is not None:
+        self.layouts.pop(parameter, None)
+        if parameter not in self._left_out:
+            self._left_out.add(parameter)
             self._capture.lost(parameter, self._names[parameter], reason)
 
     def release(self) -> None:
-        """Removes the hooks, and lets go of the graphs."""
-        for handle in self._watched.values():
+        """Removes the hooks."""
+        for handle in self._handles:
             handle.remove()
-        self._watched.clear()
+        self._handles.clear()
+        self._batches += 1
 
-    def see(self, loss: Tensor) -> None:
-        """Sets the hooks, in the graph of a loss that is about to be differentiated."""
+    def see(self, loss: Tensor, observer: Observer | None = None) -> set[nn.Parameter]:
+        """Sets the hooks, in the graph of a loss that is about to be differentiated.
+
+        Args:
+            loss: The loss.
+            observer: Is told of what is apart from all uses, if anybody wants to know.
+
+        Returns:
+            Parameters of recorded layers that are also used elsewhere.
+        """
         capture = self._capture
         live = {module for module, calls in capture.calls.items() if isinstance(module, nn.Module) and calls}
-        wanted = [p for p in self.open_to(live) if p in self.layouts]
+        bare = {p for p in self.open_to(live) if p in self.layouts}
+        everything = observer is not None or capture.double_backward or self.trusts_entries
+        wanted = [p for p in self.trainable() if everything or p in self.layouts]
         if not wanted or loss.grad_fn is None:
-            return
-        graph = Graph(loss.grad_fn)
+            return set()
+        graph, elsewhere = Graph(loss.grad_fn), set[nn.Parameter]()
         for p in wanted:
-            known = self.layouts[p]
-            try:
-                for use in graph.uses(p, lambda use, known=known: self._ends(use, known)):  # type: ignore[misc]
-                    self._watch(use, known[use.kind])
-            except Unrecognised as error:
-                self.drop(p, f"it is used by {error} in training, otherwise than in the check before the first step")
+            for use, layout in self._read(graph, p, p in bare, observer):
+                self._watch(use, layout)
+                if p not in bare:
+                    elsewhere.add(p)
+        return elsewhere
 
-    def _ends(self, use: Use, known: Mapping[tuple[object, ...], RowLayout]) -> bool:
-        layout = known.get(use.kind)
+    def _read(
+        self, graph: Graph, p: nn.Parameter, bare: bool, observer: Observer | None
+    ) -> list[tuple[Use, RowLayout]]:
+        """The uses of a parameter with their layouts."""
+        known = self.layouts.get(p, {})
+        called = any(self._capture.calls.get(owner) for owner in self._all[p])
+        derived = called and self._capture.double_backward
+        try:
+            above = graph.above(p, lambda use: self._layout(use, known, derived) is not None)
+            unknown = [one for one in above.apart if one.kind not in self.of_no_row.get(p, ())]
+            if bare and unknown:
+                raise Unrecognised(unknown[0].name)
+        except Unrecognised as error:
+            if bare:
+                self.drop(p, f"it is used by {error} in training, otherwise than in the check before the first step")
+            return []  # of a layer's parameter verification tells
+        if observer is not None:
+            for one in above.apart:
+                observer.watch_apart(p, one)
+        with_layouts = ((use, self._layout(use, known, derived)) for use in above.uses)
+        return [(use, layout) for use, layout in with_layouts if layout is not None]
+
+    def _layout(self, use: Use, known: Mapping[tuple[object, ...], RowLayout], derived: bool) -> RowLayout | None:
+        """Where the rows are in a use's output; None if it is no use."""
+        if self._capture.entries is not None:
+            trusted = self.trusts_entries or use.kind in known
+            return leading_entries(use, self._capture.entries) if trusted else None
+        layout, rows = known.get(use.kind), self._capture.rows
+        if layout is None and derived:
+            layout = next((one for one in use.layouts(rows) if one.dim == 0 and one.place in ("alone", "first")), None)
         if layout is None or not use.is_readable:
-            return False
-        if not layout.fits(use.output, self._capture.rows):
-            raise Unrecognised(f"{use.last.name} of shape {tuple(use.output)} for {self._capture.rows} rows")
-        return True
+            return None
+        if not layout.fits(use.output, rows):
+            raise Unrecognised(f"{use.last.name} of shape {tuple(use.output)} for {rows} rows")
+        return layout
 
     def _watch(self, use: Use, layout: RowLayout) -> None:
-        key = (use.parameter, use.last.node, use.last.index, *((step.node, step.index) for step in use.steps))
-        if key in self._watched:  # two passes through one graph
+        key = (
+            id(self),
+            self._batches,
+            use.parameter,
+            *((id(step.node), step.index) for step in (*use.steps, use.last)),
+        )
+        watched = use.last.node.metadata.setdefault(_WATCHED, set())  # there, so that nothing here holds a graph
+        if key in watched:  # two passes through one graph
             return
+        watched.add(key)
         call = self._capture.called(use.parameter)
 
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if grads[0] is not None:
                 self._backward(use, layout, call, grads[0])
 
-        self._watched[key] = use.last.node.register_prehook(hook)
+        self._handles.append(use.last.node.register_prehook(hook))
 
     def _backward(self, use: Use, layout: RowLayout, call: Call, output_grads: Tensor) -> None:
         capture, parameter = self._capture, use.parameter
-        if not capture.active or parameter not in self.layouts:
+        if not capture.active or parameter in self._left_out:
             return
         try:
             if not capture.received(parameter, call, capture.every_pass or adds_to_grad(parameter)):
@@ -145,8 +230,32 @@ class BareParameters:
             with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
                 owner, name = self._owners[parameter]
                 output_grads = capture.unscaled(output_grads)
-                capture.receive(owner, {name: use.grad_sample(output_grads, layout, capture.rows)})
+                if capture.entries is None:
+                    found = use.grad_sample(output_grads, layout, capture.rows)
+                else:
+                    found = of_use(use, output_grads, layout, capture.entries)
+                capture.receive(owner, {name: found})
         except Unrecognised as error:
             self.drop(parameter, f"it is used in a way from which no rows' gradients can be read: {error}")
         except Exception as error:  # never raised into the training's backward pass
             capture.give_up(parameter, error)
+
+
+def leading_entries(use: Use, entries: EntryIndex) -> RowLayout | None:
+    """Where a use's output holds all entries of one kind, or the rows: they lead; None if it does neither."""
+    try:
+        index, dims = entries.of(use.output)
+    except RowMismatch:
+        return None
+    count = entries.rows if index is None else index.numel()
+    if dims > 1:
+        return next(iter(use.pairs(count)), None)
+    return RowLayout(0, "alone") if RowLayout(0, "alone") in use.layouts(count) else None
+
+
+def of_use(use: Use, output_grads: Tensor, layout: RowLayout, entries: EntryIndex) -> GradSample:
+    """The rows' gradients of a use whose output holds entries, or rows."""
+    index, _ = entries.of(use.output)
+    if index is None:
+        return use.grad_sample(output_grads, layout, entries.rows)
+    return of_entries(use.grad_sample(output_grads, layout, index.numel()), index, entries.rows)

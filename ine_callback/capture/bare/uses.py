@@ -6,7 +6,7 @@ then the *use*: the operation whose output is led by rows. Its gradient, for eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from ine_callback.capture.bare.layouts import RowLayout, row_layouts, summed_to
+from ine_callback.capture.bare.derivatives import DERIVATIVES, ENTRIES_ALONE
+from ine_callback.capture.bare.layouts import RowLayout, pair_layouts, row_layouts, summed_to
 from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector, widened
 from ine_callback.capture.row_losses import signed
 
@@ -88,6 +88,11 @@ class Use:
         return self.last.name in _PRODUCTS and self.last.index == _PRODUCTS[self.last.name][0]
 
     @property
+    def is_derivative(self) -> bool:
+        """Whether it is a layer's derivative by its input, with the parameter as weight."""
+        return self.last.name in DERIVATIVES and self.last.index == DERIVATIVES[self.last.name][0]
+
+    @property
     def is_bias(self) -> bool:
         """Whether it is the addition to a matrix product."""
         return self.last.name == "AddmmBackward0" and self.last.index == 0
@@ -104,8 +109,19 @@ class Use:
         if self.is_product:
             known = len(self.parameter.shape) == 2 and all(step.name in _OF_WEIGHTS for step in self.steps)
             return row_layouts(self.output, self.output[1:], rows) if known else []
-        known = self.is_bias or self.last.name in _BROADCAST or self._copies
-        return row_layouts(self.output, self.last.shape, rows) if known else []
+        if self.is_derivative:
+            found = row_layouts(self.output, self.output[1:], rows) if all(s.name == _CAST for s in self.steps) else []
+            return [one for one in found if one.place == "alone" or self.last.name not in ENTRIES_ALONE]
+        return row_layouts(self.output, self.last.shape, rows) if self._is_broadcast else []
+
+    def pairs(self, entries: int) -> list[RowLayout]:
+        """The layout in which the output's first two dimensions are entries; none if they are not."""
+        return pair_layouts(self.output, self.last.shape, entries) if self._is_broadcast and self.is_readable else []
+
+    @property
+    def _is_broadcast(self) -> bool:
+        """Whether the parameter is broadcast to the output."""
+        return self.is_bias or self.last.name in _BROADCAST or self._copies
 
     @property
     def _copies(self) -> bool:
@@ -122,6 +138,9 @@ class Use:
         """The rows' gradients of the parameter, from the gradient of the last operation's output."""
         if self.is_product:
             return self._of_product(output_grads, layout, rows)
+        if self.is_derivative:
+            _, derivative = DERIVATIVES[self.last.name]
+            return derivative(self.last.node, output_grads, layout, rows, self.parameter.shape)
         gradients = layout.summed(self._broadcast(widened(output_grads)), rows, self.last.shape)
         for step, above in self._downwards():
             if step is self.steps[0] and step.name == "EmbeddingBackward0":
@@ -162,56 +181,6 @@ class Use:
                 dim, outside = _outside(step, above)
                 left, right = (left, F.pad(right, outside)) if dim else (F.pad(left, outside), right)
         return Outer(right, left)
-
-
-class Graph:
-    """The graph of a loss, read upwards: which operations use the output of each node."""
-
-    def __init__(self, root: Any) -> None:
-        self._consumers: dict[Any, list[tuple[Any, int, int]]] = {}
-        seen, waiting = {root}, [root]
-        while waiting:
-            node = waiting.pop()
-            for index, (below, output) in enumerate(node.next_functions):
-                if below is not None:
-                    self._consumers.setdefault(below, []).append((node, index, output))
-                    if below not in seen:
-                        seen.add(below)
-                        waiting.append(below)
-
-    @property
-    def half(self) -> bool:
-        """Whether half precision takes part somewhere."""
-        halves = (torch.float16, torch.bfloat16)
-        return any(one.dtype in halves for node in self._consumers for one in node._input_metadata)
-
-    def uses(self, parameter: nn.Parameter, ends: Callable[[Use], bool]) -> list[Use]:
-        """All uses of a parameter.
-
-        Args:
-            parameter: The parameter.
-            ends: Whether an operation is a use; else it is taken as a step.
-
-        Raises:
-            Unrecognised: If it is neither.
-        """
-        leaf = get_gradient_edge(parameter).node
-        return [] if leaf not in self._consumers else list(self._climb(parameter, leaf, (), ends))
-
-    def _climb(
-        self, parameter: nn.Parameter, node: Any, steps: tuple[Step, ...], ends: Callable[[Use], bool]
-    ) -> Iterator[Use]:
-        if node not in self._consumers:
-            raise Unrecognised("the loss itself")
-        for consumer, index, output in self._consumers[node]:
-            step = Step(consumer, index, output, node._input_metadata[output].shape)
-            use = Use(parameter, step, steps)
-            if ends(use):
-                yield use
-            elif use.is_step():
-                yield from self._climb(parameter, consumer, (*steps, step), ends)
-            else:
-                raise Unrecognised(step.name.removeprefix("torch::autograd::"))
 
 
 def is_readable(node: Any) -> bool:

@@ -63,6 +63,11 @@ def layer_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return LayerCall(x, fault="its input or output is not a single tensor")
 
 
+def has_one_input(module: nn.Module) -> bool:
+    """Whether a layer has one input and one output, and no function of its own that reads its calls."""
+    return not any(kind in _READERS for kind in type(module).__mro__)
+
+
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The activations of a layer: its first argument."""
     return args[0] if args else next(iter(kwargs.values()), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,10 +20,18 @@ def convolution(module: nn.Module, activations: Tensor, output_grads: Tensor, ro
     activations, output_grads = by_row(activations, rows), by_row(output_grads, rows)
     mode = setting(module, "padding_mode")
     mode = "constant" if mode == "zeros" else mode
-    padded = F.pad(activations, setting(module, "_reversed_padding_repeated_twice"), mode=mode)
-    kernel = _kernel(module)
-    grad_sample = Windows(padded, _channels_last(output_grads, kernel.groups), kernel=kernel)
-    return {"weight": grad_sample, "bias": bias_of(grad_sample.output_grads)}
+    weight = windows(
+        activations, output_grads, _kernel(module), setting(module, "_reversed_padding_repeated_twice"), mode
+    )
+    return {"weight": weight, "bias": bias_of(weight.output_grads)}
+
+
+def windows(
+    activations: Tensor, output_grads: Tensor, kernel: Kernel, padding: Sequence[int], mode: str = "constant"
+) -> Windows:
+    """A convolution's weight; padding as F.pad takes it."""
+    padded = F.pad(activations, padding, mode=mode)
+    return Windows(padded, _channels_last(output_grads, kernel.groups), kernel=kernel)
 
 
 @register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,13 +40,18 @@ def transposed_convolution(
 ) -> dict[str, GradSample]:
     """Windows are cut from the output gradient, and the weight's leading dimension is that of the input."""
     activations, output_grads = by_row(activations, rows), by_row(output_grads, rows)
-    kernel = _kernel(module)
-    padded = F.pad(output_grads, setting(module, "_reversed_padding_repeated_twice"))
+    padding = setting(module, "_reversed_padding_repeated_twice")
+    weight = transposed_windows(activations, output_grads, _kernel(module), padding)
+    return {"weight": weight, "bias": Vector(output_grads.flatten(2).sum(2))}
+
+
+def transposed_windows(activations: Tensor, output_grads: Tensor, kernel: Kernel, padding: Sequence[int]) -> Outer:
+    """A transposed convolution's weight; padding as F.pad takes it."""
+    padded = F.pad(output_grads, padding)
     sizes = zip(activations.shape[2:], kernel.size, kernel.stride, kernel.dilation, strict=True)
     for d, (length, k, s, r) in enumerate(sizes):
         padded = padded.narrow(2 + d, 0, (length - 1) * s + r * (k - 1) + 1)  # output padding has no window
-    weight = Outer(kernel.cut(padded), _channels_last(activations, kernel.groups))
-    return {"weight": weight, "bias": Vector(output_grads.flatten(2).sum(2))}
+    return Outer(kernel.cut(padded), _channels_last(activations, kernel.groups))
 
 
 def _kernel(module: nn.Module) -> Kernel:

@@ -92,6 +92,16 @@ def _affine(normed: Tensor, output_grads: Tensor, rows: int, trailing: int) -> d
     return {"weight": Vector(scale.view(rows, -1, size).sum(1)), "bias": Vector(shift.view(rows, -1, size).sum(1))}
 
 
+def summed_affine(
+    module: nn.Module, activations: object, gradients: dict[str, Tensor], rows: int
+) -> dict[str, GradSample]:
+    """Scale and shift whose gradients [n, D] compiled code has formed, for the n entries that led the norm's input."""
+    (n, *_) = gradients["weight"].shape
+    if n % rows:
+        raise RowMismatch(f"leading dimension {n} is not a multiple of the batch size {rows}")
+    return {name: Vector(each.view(rows, n // rows, -1).sum(1)) for name, each in gradients.items()}
+
+
 @register_layer(nn.GroupNorm)
 def group_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift for each channel."""

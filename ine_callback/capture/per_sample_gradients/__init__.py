@@ -4,6 +4,7 @@ from ine_callback.capture.per_sample_gradients.base import GradSample, row_chunk
 from ine_callback.capture.per_sample_gradients.compressed import CompressedGradients
 from ine_callback.capture.per_sample_gradients.lookup import Lookup
 from ine_callback.capture.per_sample_gradients.outer import Outer
+from ine_callback.capture.per_sample_gradients.ragged import Ragged, of_entries, sums_by_row
 from ine_callback.capture.per_sample_gradients.vector import Vector
 from ine_callback.capture.per_sample_gradients.windows import Kernel, Windows
 
@@ -13,8 +14,11 @@ __all__ = [
     "Kernel",
     "Lookup",
     "Outer",
+    "Ragged",
     "Vector",
     "Windows",
+    "of_entries",
     "row_chunks",
+    "sums_by_row",
     "widened",
 ]

@@ -52,6 +52,13 @@ class GradSample(ABC):
         """The same in float32 or better. All methods need that, except where a class says otherwise."""
         return self
 
+    def copied(self) -> GradSample:
+        """The same in memory of its own."""
+        held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        tensors = {name: t.clone() for name, t in held.items() if isinstance(t, Tensor)}
+        copied: GradSample = replace(self, **tensors)  # type: ignore[type-var]
+        return copied
+
     @property
     @abstractmethod
     def rows(self) -> int:

@@ -79,7 +79,7 @@ class Outer(GradSample):
         if len(basis) == 1 and self.activations.is_contiguous():  # one product for all rows
             flat, weight = self.activations.flatten(0, 2), basis[0, : self.activations.shape[3]]
             product = torch.addmm(basis[0, -1], flat, weight) if self.ones else flat @ weight
-            return product.view(*self.activations.shape[:3], -1)
+            return product.view(*self.activations.shape[:3], product.shape[-1])
         found: Tensor = self.activations @ basis[:, : self.activations.shape[3]]
         return found + basis[:, -1:] if self.ones else found
 
@@ -102,10 +102,12 @@ class Outer(GradSample):
         if positions == 1 or (queries == 1 and self._inner_first):
             # no gradient is formed: contracts the inputs first, then the output gradients
             inner = widened(self.projected(direction.permute(1, 3, 0, 2).flatten(2)))
-            products = inner.reshape(*inner.shape[:3], queries, -1) * widened(self.output_grads)[:, :, :, None]
+            products = (
+                inner.reshape(*inner.shape[:3], queries, direction.shape[2]) * widened(self.output_grads)[:, :, :, None]
+            )
             units: Tensor = products[:, :, 0] if positions == 1 else products.sum(2)
             return units.transpose(1, 2).flatten(2) @ weights.T
-        chunks = row_chunks(self.rows, direction[0].numel())
+        chunks = row_chunks(len(self.output_grads), direction[0].numel())  # entries, which need not be rows
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
 
     def low_rank_signals(self, left: Tensor, right: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class Outer(GradSample):
 
     def covariances(self, full: tuple[bool, bool], phase: float = 0.0) -> tuple[Tensor, Tensor]:
         positions = self.output_grads.shape[2]
-        interval = min(positions, -(-self.rows * positions // MAX_POSITIONS))
+        interval = min(positions, -(-len(self.output_grads) * positions // MAX_POSITIONS))
         sampled = slice(int(phase * interval), None, interval)
         output_grads, inputs = self.output_grads[:, :, sampled], self.some_inputs(sampled)
         left = covariance(widened(output_grads), full[0]) * (positions / output_grads.shape[2])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -20,6 +18,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.airrep.collect import Train
 from ine_callback.methods.airrep.settings import NAME
 from ine_callback.utilities.isolation import unmoved
+from ine_callback.utilities.quiet import quiet
 
 RowLoss = Callable[[Any, Any], Tensor]
 
@@ -72,7 +71,7 @@ def retraining(
     """
 
     def train(rows: NDArray[np.int64], seed: int) -> Tensor:
-        with unmoved((dataset, dev)), _quiet():
+        with unmoved((dataset, dev)), quiet():
             _seed(seed)
             fresh, by = module(), trainer()
             order = torch.Generator().manual_seed(seed)
@@ -98,17 +97,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hundreds of trainings do not say each time which devices there are."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

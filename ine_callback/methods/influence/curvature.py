@@ -14,13 +14,14 @@ from ine_callback.curvature.ekfac import EKFAC
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import SpectralOperator, identity, resolvent
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.context import FitContext, RowGradients
+from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Take
 from ine_callback.methods.influence.fisher import LABELS, Fisher, FisherRows, fisher_rows
 from ine_callback.methods.influence.settings import ACROSS_LAYERS, IFSettings
 from ine_callback.methods.influence.solvers.base import System
 from ine_callback.methods.influence.space import ParameterSpace
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.methods.row_gradients import RowGradients
 
 MAX_DIM = 8192  # sides of a layer larger than this have a diagonal covariance
 RELATIVE_DAMPING = 0.1  # of a block's mean eigenvalue, as Grosse et al. 2023 take it

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block
-from ine_callback.methods.context import RowGradients
 from ine_callback.methods.influence.space import ParameterSpace
+from ine_callback.methods.row_gradients import RowGradients
 
 CHUNK = 1 << 26  # numbers of the products with directions of low rank that are formed at once
 

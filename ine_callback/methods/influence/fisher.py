@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample
-from ine_callback.methods.context import TOGETHER, FitContext, RowGradients
+from ine_callback.capture.per_sample_gradients import Ragged
+from ine_callback.methods.context import TOGETHER, FitContext
 from ine_callback.methods.influence.space import ParameterSpace
 from ine_callback.methods.passes import Labels, PerSamplePass
+from ine_callback.methods.row_gradients import RowGradients
 
 Fisher = Literal["exact", "sampled", "empirical"]
 LABELS: dict[Fisher, Labels] = {"exact": "expected", "sampled": "sampled", "empirical": "true"}
@@ -74,6 +76,9 @@ class FisherRows:
     def keep(self, rows: Tensor, gradients: RowGradients) -> None:
         """Stores a batch's gradients, if all rows' fit into memory."""
         if not self.stored:
+            return
+        if any(isinstance(one, Ragged) for b in gradients for one in gradients.grad_samples(b)):
+            self.stored = False  # rows have other numbers of entries: read anew each time
             return
         gradients = _detached(fisher_rows(gradients, len(rows)))
         per_row = sum(_bytes(one) for b in gradients for one in gradients.grad_samples(b)) / len(rows)

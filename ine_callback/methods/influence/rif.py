@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ine_callback.methods.context import TOGETHER, FitContext, RowGradients
+from ine_callback.methods.context import TOGETHER, FitContext
 from ine_callback.methods.influence.fisher import fisher_rows
 from ine_callback.methods.influence.space import ParameterSpace
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.methods.row_gradients import RowGradients
 
 MAX_LEVERAGE = 1 - 1e-6
 MAX_APPROXIMATE = 0.95  # an approximate inverse can give leverages beyond 1

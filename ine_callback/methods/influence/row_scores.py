@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.context import RowGradients
 from ine_callback.methods.influence.directions import Directions
 from ine_callback.methods.influence.label_parts import LabelParts
+from ine_callback.methods.row_gradients import RowGradients
 from ine_callback.scores import Floats, TokenScores
 
 

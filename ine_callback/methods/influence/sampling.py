@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ine_callback.capture.label_gradients import probabilities
 from ine_callback.errors import InfluenceError
-from ine_callback.methods.context import FitContext, RowGradients
+from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Take
 from ine_callback.methods.influence.fisher import FisherRows
 from ine_callback.methods.influence.samplers import (
@@ -22,6 +22,7 @@ from ine_callback.methods.influence.samplers import (
 )
 from ine_callback.methods.influence.settings import IFSettings
 from ine_callback.methods.passes import PerSamplePass
+from ine_callback.methods.row_gradients import RowGradients
 from ine_callback.utilities.isolation import isolated
 
 
