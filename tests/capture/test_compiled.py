@@ -101,7 +101,10 @@ def loss(out: Tensor) -> Tensor:
     return out.square().sum()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+LONG = [pytest.param(backend, marks=pytest.mark.long) for backend in ("aot_eager", "inductor")]
+
+
+@pytest.mark.parametrize("backend", ["eager", *LONG])
 @pytest.mark.parametrize(("kind", "draw"), [(Network, ids), (Flat, series), (Recomputed, series)])
 def test_gradients_are_those_of_single_rows(kind: type[nn.Module], draw: Callable[[], Tensor], backend: str) -> None:
     module, x = kind().double(), draw()

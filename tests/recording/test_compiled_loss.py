@@ -95,7 +95,10 @@ def recorded(form: Form, options: dict[str, Any] | None) -> tuple[Scores, list[s
     return report.scores, report.run.notes, report.scores.margins
 
 
-@pytest.mark.parametrize("form", [F.cross_entropy, weighted, ignoring, masked, squared, binary, by_token])
+LONG = [pytest.param(form, marks=pytest.mark.long) for form in (weighted, ignoring, squared, binary)]
+
+
+@pytest.mark.parametrize("form", [F.cross_entropy, masked, by_token, *LONG])
 def test_row_losses_margins_and_scores_are_those_of_eager_code(form: Form) -> None:
     eager, _, margins = recorded(form, None)
     scores, notes, told = recorded(form, {"backend": "eager", "fullgraph": True})
@@ -114,6 +117,7 @@ def test_other_forms_are_not_guessed(form: Form) -> None:
     assert any("standard form" in note for note in notes)
 
 
+@pytest.mark.long
 def test_training_is_the_same() -> None:
     def trained(record: bool) -> list[Tensor]:
         torch.manual_seed(0)

@@ -116,18 +116,21 @@ COMPILED: list[Regime] = [
         "compiled",
         lambda: compiled(Classifier(), first=2, backend="eager"),
         plain_form=uncompiled,
+        slow=True,
     ),
     Regime(
         "torch.compile of a method",
         "compiled",
         lambda: OfMethod(backend="eager"),
         plain_form=method_as_written,
+        slow=True,
     ),
     Regime(
         "torch.compile, checkpoints",
         "compiled",
         lambda: compiled(Classifier(Checkpointed(reentrant=False)), backend="eager"),
         plain_form=uncompiled,
+        slow=True,
     ),
     Regime(
         "torch.compile, tied embedding, tokens",
@@ -135,6 +138,7 @@ COMPILED: list[Regime] = [
         lambda: compiled(LanguageModel(Tied()), backend="eager"),
         next_words,
         plain_form=uncompiled,
+        slow=True,
     ),
     Regime(
         "torch.compile, a parameter outside of layers",
@@ -142,6 +146,7 @@ COMPILED: list[Regime] = [
         lambda: compiled(Classifier(WithToken()), backend="eager"),
         plain_form=uncompiled,
         left_out=("net.shift",),
+        slow=True,
     ),
     Regime(
         "torch.compile, a parameter outside of layers, fallback",
@@ -149,6 +154,7 @@ COMPILED: list[Regime] = [
         lambda: compiled(Classifier(WithToken()), backend="eager"),
         influence={"uncaptured": "fallback"},
         plain_form=uncompiled,
+        slow=True,
     ),
     Regime(
         "torch.compile, loss inside",
@@ -163,6 +169,7 @@ COMPILED: list[Regime] = [
         trainer=lambda: {"precision": "bf16-mixed"},
         plain_form=uncompiled,
         tolerance=3e-2,
+        slow=True,
     ),
     Regime(
         "torch.compile (inductor)",
