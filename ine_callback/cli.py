@@ -106,8 +106,7 @@ EFFECTS_EXAMPLES = """\
 examples:
   ine-callback effects fit table.csv --graph graph.txt --treatment A --outcome Y --estimand wcde
   ine-callback effects adjust graph.txt --treatment A --outcome Y"""
-ASK_EXAMPLES = """\
-example: ine-callback ask influence --module package.models:Net --checkpoint last.ckpt --query query.npz"""
+ASK_EXAMPLES = "example:\n  ine-callback ask influence --module package.models:Net --checkpoint C.ckpt --query Q.npz"
 COMPLETION_EXAMPLES = """\
 The script is complete in itself, so TAB answers at once. Needs: pip install shtab
 

@@ -61,20 +61,31 @@ def row_order_faults(
             else:
                 faults[by_name[name]] = _not_led_by_rows(x, rows)
     count = views_of(faults, whole, rows)
-    return faults | like_them(faults, capture, whole), count
+    return faults | like_them(faults, module, capture.names), count
 
 
 def like_them(
-    faults: Mapping[nn.Module, str], capture: Capture, whole: Mapping[str, Sequence[Tensor]]
+    faults: Mapping[nn.Module, str], module: nn.Module, names: Mapping[nn.Module, str]
 ) -> dict[nn.Module, str]:
-    """Layers that got no entry in this batch, and differ by number alone from one that rows do not lead (experts)."""
-    alike = {unnumbered(capture.names[one]) for one, why in faults.items() if VIEWS not in why}
-    unseen = {name for name in capture.names.values() if not any(x.dim() and len(x) for x in whole.get(name, []))}
+    """Layers of the same place in another module of a list, where rows do not lead: other experts.
+
+    What they got in the first batch, if anything, may have looked like rows.
+    """
+    alike = {_place(module, names[one]) for one, why in faults.items() if VIEWS not in why}
     return {
-        child: "rows do not lead the input of its like, and it got none in the first batch"
-        for child, name in capture.names.items()
-        if child not in faults and name in unseen and unnumbered(name) in alike
+        child: "it is one of a list of modules, and rows do not lead the input of its like in another"
+        for child, name in names.items()
+        if child not in faults and _place(module, name) in alike
     }
+
+
+def _place(module: nn.Module, name: str) -> str:
+    """A module's name without the numbers of modules in lists; a name of its own for one in no list."""
+    parts, above = [], module
+    for part in name.split("."):
+        parts.append("*" if isinstance(above, nn.ModuleList) else part)
+        above = above._modules[part]  # type: ignore[assignment]
+    return ".".join(parts)
 
 
 def unnumbered(name: str) -> str:

@@ -57,6 +57,6 @@ def row_entries(found: Any) -> RowEntries | None:
     """What ``row_fn`` returned as rows with entries: so given, or ids [B, T] of tokens; None where rows lead."""
     if isinstance(found, RowEntries):
         return found
-    if isinstance(found, Tensor) and found.dim() == 2 and not found.is_floating_point():
+    if isinstance(found, Tensor) and found.dim() == 2 and found.shape[1] > 1 and not found.is_floating_point():
         return RowEntries.of_tokens(found)
     return None
