@@ -16,7 +16,7 @@ from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.routed_check import Given, find_routed
 from ine_callback.capture.row_mixing import as_in_training, row_mixing_faults
-from ine_callback.capture.row_order import row_order_faults
+from ine_callback.capture.row_order import LIKE, row_order_faults
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
 
@@ -57,7 +57,8 @@ def first_batch_faults(
     if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
         # what fails here costs bare parameters only, which then are named as left out
         with contextlib.suppress(Exception):
-            find_layouts(module, capture, loss, batch, rows, unordered=set(order) - set(functions))
+            unordered = {one for one, why in order.items() if why != LIKE} - set(functions)
+            find_layouts(module, capture, loss, batch, rows, unordered)
             running = as_in_training if training else isolated
             find_terms_of_no_row(module, capture, loss, batch, rows, running)
             capture.bare.settle()

@@ -199,8 +199,9 @@ class Capture:
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
             saved = save(read.inputs)
-            self._mark(module, read, (args, kwargs))
         try:
+            if saved is not None:
+                self._mark(module, read, (args, kwargs))
             self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)

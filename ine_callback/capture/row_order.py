@@ -9,7 +9,7 @@ only the third run shows what stays.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
 
 VIEWS = "views of the rows behind one another"
+LIKE = "rows do not lead what its like in a list of modules gets, so what looks like rows here need not be rows"
 
 
 def row_order_faults(
@@ -48,6 +49,7 @@ def row_order_faults(
                     faults[by_name[name]] = _not_led_by_rows(x, rows)
         return faults, 1
     places = torch.arange(rows)
+    selected: set[nn.Module] = set()  # whose number of entries is not in proportion to the rows
     fewer, _ = inputs_of(module, capture, run, cut(batch, places[:-1], rows))
     replaced, _ = inputs_of(module, capture, run, cut(batch, places % (rows - 1), rows))
     for name, calls in whole.items():
@@ -55,28 +57,26 @@ def row_order_faults(
             in_order = _loses_its_end(x, less, rows) and _same_rows(x, other, less)
             if in_order and (random or _same_rows(x, less, less)):
                 continue
+            if x.dim() and less.dim() and len(less) not in (len(x), len(x) * (rows - 1) / rows):
+                selected.add(by_name[name])
             if _are_views(x, less, other, rows, random):
                 views = f"its input of shape {tuple(x.shape)} holds {x.shape[0] // rows} {VIEWS}"
                 faults[by_name[name]] = f"{views} (torch.cat), not each row's own one after another"
             else:
                 faults[by_name[name]] = _not_led_by_rows(x, rows)
     count = views_of(faults, whole, rows)
-    return faults | like_them(faults, module, capture.names), count
+    return faults | _like_them(selected, faults, module, capture.names), count
 
 
-def like_them(
-    faults: Mapping[nn.Module, str], module: nn.Module, names: Mapping[nn.Module, str]
+def _like_them(
+    selected: Collection[nn.Module], faults: Mapping[nn.Module, str], module: nn.Module, names: Mapping[nn.Module, str]
 ) -> dict[nn.Module, str]:
-    """Layers of the same place in another module of a list, where rows do not lead: other experts.
+    """Layers in the same place of another module of a list, where an index selects the entries: other experts.
 
-    What they got in the first batch, if anything, may have looked like rows.
+    What they get in the first batch, if anything, may look like rows; in the next it need not.
     """
-    alike = {_place(module, names[one]) for one, why in faults.items() if VIEWS not in why}
-    return {
-        child: "it is one of a list of modules, and rows do not lead the input of its like in another"
-        for child, name in names.items()
-        if child not in faults and _place(module, name) in alike
-    }
+    alike = {_place(module, names[one]) for one in selected}
+    return {child: LIKE for child, name in names.items() if child not in faults and _place(module, name) in alike}
 
 
 def _place(module: nn.Module, name: str) -> str:
