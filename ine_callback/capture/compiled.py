@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import setting
+from ine_callback.capture.attributes import own_parameters, setting
 from ine_callback.capture.layers.calls import Tensors, first_input
 from ine_callback.capture.per_sample_gradients import widened
 
@@ -100,7 +100,7 @@ class Tap:
         drop: Callable[[nn.Module, str], None],
     ) -> None:
         self._module, self._receive, self._eager, self._drop = module, receive, eager, drop
-        self._leaf = torch.zeros(1, device=next(module.parameters()).device, requires_grad=True)
+        self._leaf = torch.zeros(1, device=next(iter(own_parameters(module).values())).device, requires_grad=True)
         self._norm: tuple[int, float, bool] | None = None
         if type(module) in (nn.LayerNorm, nn.RMSNorm):  # subclasses may compute something else
             self._norm = len(setting(module, "normalized_shape")), setting(module, "eps"), type(module) is nn.LayerNorm

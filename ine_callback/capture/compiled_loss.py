@@ -74,7 +74,7 @@ class _Mode(TorchFunctionMode):
         kwargs, value = kwargs or {}, func(*args, **(kwargs or {}))
         if not torch.is_grad_enabled():
             return value
-        if func is F.cross_entropy:
+        if func is F.cross_entropy and _is_known(*args, **kwargs):
             terms, how = _cross_entropy(self.margins, *args, **kwargs)
         elif func is F.mse_loss:
             terms, how = _mse(*args, **kwargs)
@@ -83,6 +83,11 @@ class _Mode(TorchFunctionMode):
         else:
             return value
         return _Telling.apply(value, *terms, how, self.number)  # type: ignore[no-untyped-call]
+
+
+def _is_known(input: Tensor, target: Tensor, *_: Any, label_smoothing: float = 0.0, **__: Any) -> bool:
+    """Whether a cross entropy has a class for each term; smoothed ones, and probabilities, are of no known form."""
+    return not target.is_floating_point() and label_smoothing == 0.0
 
 
 Terms = tuple[list[Tensor], str]  # losses, weights, labels, margins (empty: none); and the reduction
@@ -218,8 +223,8 @@ class CompiledLoss:
     def take(self, gradient: Tensor, terms: Sequence[Tensor], reduction: str) -> None:
         """Takes what the compiled backward pass tells."""
         losses, weights, labels, margins = (x.detach().flatten() for x in terms)
-        reading = reading_of(
-            losses, weights, labels if labels.numel() else None, reduction, gradient, self.rows, self.views
-        )
+        classes, reading = labels if labels.numel() else None, None
+        with contextlib.suppress(Exception):  # never raised into the training's backward pass
+            reading = reading_of(losses, weights, classes, reduction, gradient, self.rows, self.views)
         known = margins.numel() == self.rows
         self._told(reading, margins.clamp(-LIMIT, LIMIT) if known else None)

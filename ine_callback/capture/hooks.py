@@ -325,10 +325,10 @@ class Capture:
         self.borrowed = True
         if not self.active or module not in self.names:
             return
-        (leading, *_), summed = tree_leaves(output_grads)[0].shape, not isinstance(activations, Tensor)
-        self._rows_confirmed |= leading == self.rows * self.views
-        if self.one_each and leading != self.rows:
-            return self.drop(module, UNKNOWN_ENTRIES.format(leading, self.rows))
+        leading, summed = tree_leaves(output_grads)[0].shape[:1], not isinstance(activations, Tensor)
+        self._rows_confirmed |= leading == (self.rows * self.views,)
+        if self.one_each and leading != (self.rows,):
+            return self.drop(module, UNKNOWN_ENTRIES.format(*leading, self.rows))
         if module in self.routed or (summed and self.entries is not None):
             return self.drop(module, "torch.compile runs it, where no rows but those that lead can be told apart")
         function = summed_affine if summed else None
