@@ -33,6 +33,7 @@ from benchmarks import g1
 from benchmarks.data import folder
 from benchmarks.metrics import Floats, agreement, auroc, over_seeds
 from benchmarks.network import RowLosses, cross_entropy, machine, network
+from benchmarks.recorded import recorded_step
 from ine_callback import Recorder
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.methods.fine.fine import FINE
@@ -116,13 +117,10 @@ def train(kind: str, seed: int, problem: g1.Problem, setting: Setting | None) ->
         order = torch.randperm(g1.ROWS, generator=g)
         for rows in order.split(g1.BATCH):
             batch = (problem.x[rows], problem.y[rows])
-            if recorder is None:
-                cross_entropy(model, batch).backward()
-            else:
-                with recorder.batch(rows, batch):
-                    loss = cross_entropy(model, batch)
-                    recorder.see(loss)
-                    loss.backward()
+            if recorder is not None:
+                recorded_step(recorder, model, optimizer, cross_entropy, rows, batch, scheduler)
+                continue
+            cross_entropy(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             if scheduler is not None:

@@ -28,6 +28,7 @@ from rich.progress import track
 from benchmarks import fidelity, g1
 from benchmarks.lds import problems, recorded
 from benchmarks.overhead import workloads
+from benchmarks.recorded import recorded_step
 from ine_callback import BIF, InfluenceReport, Query, Recorder, SelfQuery, bif_scores
 
 Arrays = dict[str, NDArray[Any]]
@@ -65,12 +66,7 @@ def overhead(name: str) -> Arrays:
         for _ in range(25):
             chosen = torch.randperm(rows)[: workload.batch]
             batch = (workload.x[chosen], workload.y[chosen])
-            with recorder.batch(chosen, batch):
-                loss = loss_of(model, batch)
-                recorder.see(loss)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            recorded_step(recorder, model, optimizer, loss_of, chosen, batch)
     return of_report(recorder.report())
 
 

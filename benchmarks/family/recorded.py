@@ -14,6 +14,7 @@ from benchmarks.family.protocols import Protocol
 from benchmarks.family.tasks import QUERIES, Task, mean_loss
 from benchmarks.metrics import Floats
 from benchmarks.network import RowLosses
+from benchmarks.recorded import recorded_step
 from ine_callback import Query, Recorder
 from ine_callback.methods import FINE
 from ine_callback.methods.closing import Closing
@@ -106,14 +107,7 @@ def record(protocol: Protocol, task: Task, seed: int, discount: bool = True, clo
         for _ in range(protocol.epochs):
             for rows in torch.randperm(protocol.rows, generator=g).split(protocol.batch):
                 batch = (task.x[rows], task.y[rows])
-                with recorder.batch(rows, batch):
-                    loss = mean_loss(model, batch)
-                    recorder.see(loss)
-                    loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if scheduler is not None:
-                    scheduler.step()
+                recorded_step(recorder, model, optimizer, mean_loss, rows, batch, scheduler)
     report = recorder.report()
     scores, marked = report.scores, any(note.startswith(SIZE) for note in report.run.notes)
     seconds = time.process_time() - started

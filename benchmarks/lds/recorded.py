@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from benchmarks.lds.problems import Problem, row_losses, row_margins
 from benchmarks.metrics import Floats
 from benchmarks.network import RowLosses
+from benchmarks.recorded import recorded_step
 from ine_callback import Recorder
 from ine_callback.queries import MarginQuery, Query
 
@@ -46,11 +47,6 @@ def scores(problem: Problem, seed: int, discount: bool = True) -> Floats:
         for _ in track(range(problem.epochs), description=f"{problem.name}: recorded, seed {seed}"):
             for rows in torch.randperm(len(problem.x)).split(problem.batch)[:steps]:
                 batch = (problem.x[rows], problem.y[rows])
-                with recorder.batch(rows, batch):
-                    value = loss(model, batch)
-                    recorder.see(value)
-                    value.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                recorded_step(recorder, model, optimizer, loss, rows, batch)
     found: Floats = recorder.report().scores.mu.reshape(len(problem.x), 2, -1).transpose(1, 0, 2)
     return found

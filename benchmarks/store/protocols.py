@@ -19,6 +19,7 @@ from benchmarks.lds import problems, retrain
 from benchmarks.lds.problems import row_losses
 from benchmarks.metrics import Floats, agreement, per_query_spearman
 from benchmarks.network import RowLosses, cross_entropy, network
+from benchmarks.recorded import recorded_step
 from ine_callback import GradientStore, Recorder
 from ine_callback.recording.store.recording import StoreRecording
 
@@ -82,14 +83,7 @@ def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
         for _ in range(g1.EPOCHS):
             for rows in torch.randperm(g1.ROWS, generator=g).split(g1.BATCH):
                 batch = (problem.x[rows], problem.y[rows])
-                with recorder.batch(rows, batch):
-                    loss = cross_entropy(model, batch)
-                    recorder.see(loss)
-                    loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if scheduler is not None:
-                    scheduler.step()
+                recorded_step(recorder, model, optimizer, cross_entropy, rows, batch, scheduler)
         seconds = time.process_time() - started
         recorder.stop()
         return recorder, seconds
@@ -119,12 +113,7 @@ def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
         for _ in range(problem.epochs):
             for rows in torch.randperm(len(problem.x)).split(problem.batch)[:steps]:
                 batch = (problem.x[rows], problem.y[rows])
-                with recorder.batch(rows, batch):
-                    loss = loss_of(model, batch)
-                    recorder.see(loss)
-                    loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                recorded_step(recorder, model, optimizer, loss_of, rows, batch)
         seconds = time.process_time() - started
         recorder.stop()
         return recorder, seconds

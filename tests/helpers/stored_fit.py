@@ -7,9 +7,9 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from benchmarks.resume import Classifier
 from ine_callback import GradientStore, InfluenceCallback
 
 ROWS, BATCH = 40, 8
@@ -25,22 +25,6 @@ class Killer(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_step == 13:
             raise Killed
-
-
-class Classifier(L.LightningModule):
-    """Two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    validation_step = training_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
 def fit(folder: Path, *callbacks: L.Callback, resume: bool = False) -> tuple[Classifier, InfluenceCallback]:
