@@ -82,7 +82,7 @@ def _like_them(
 def _place(module: nn.Module, name: str) -> str:
     """A module's name without the numbers of modules in lists; a name of its own for one in no list."""
     parts, above = [], module
-    for part in name.split("."):
+    for part in name.split(".") if name else []:
         parts.append("*" if isinstance(above, nn.ModuleList) else part)
         above = above._modules[part]  # type: ignore[assignment]
     return ".".join(parts)

@@ -85,6 +85,7 @@ def curved(rows: int, seed: int) -> EffectData:
     return EffectData({"C": c, "A": a, "Y": y}, "A", "Y", "C -> A -> Y; C -> Y")
 
 
+@pytest.mark.long
 def test_networks_see_curves() -> None:
     linear = estimate(curved(2000, 0), ATE(), "linear")
     found = estimate(curved(2000, 0), ATE(), Networks())

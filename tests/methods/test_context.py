@@ -74,6 +74,18 @@ def ragged() -> Tensor:
     return targets
 
 
+class Outside(nn.Module):
+    """A weight that is also used outside of its own module's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.inner(x).tanh() + x @ self.inner.weight)
+        return out
+
+
 IMAGES, IDS = numbers(ROWS, 2, 5, 5), choices(7, ROWS, TERMS)
 PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]] = {
     "linear": (
@@ -89,6 +101,7 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Loss, tuple[Tensor, Tensor]]]
     "ragged": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 7)), of_tokens, (IDS, ragged())),
     "tied": (Tied, of_tokens, (IDS, IDS.flip(1))),
     **({"bare parameters": (Vision, entropy, (numbers(ROWS, 5, 4), LABELS))} if TELLS else {}),
+    **({"used outside": (Outside, entropy, (VECTORS, LABELS))} if TELLS else {}),
     "one layer twice": (Twice, entropy, (VECTORS, LABELS)),
 }
 
@@ -195,6 +208,7 @@ def test_features_are_a_layers_inputs() -> None:
 
 
 FIRST = {
+    "used outside": "inner",
     "bare parameters": "embed",
     "squares": "",
     "scaled": "",

@@ -28,14 +28,14 @@ class Scale(nn.Module):
 
 
 class Outside(nn.Module):
-    """A weight that is also used outside of its own module's call."""
+    """A weight that is also used outside of its own module's call, in a way that is not read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.inner(x).tanh() + x @ self.inner.weight)
+        out: Tensor = self.out(self.inner(x).tanh() + x @ self.inner.weight.cumsum(0))
         return out
 
 
