@@ -11,11 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ine_callback.capture.errors import LayerError
+
 _NO_DEFAULT = object()
-
-
-class LayerError(ValueError):
-    """One layer cannot be recorded; the message says why, after the layer's name."""
 
 
 def _instance_dict(module: nn.Module) -> dict[str, Any]:

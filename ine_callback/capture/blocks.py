@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import LayerError, own_parameters, setting
+from ine_callback.capture.attributes import own_parameters, setting
+from ine_callback.capture.errors import LayerError
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.layers.convolution import convolution
 from ine_callback.capture.layers.embedding import embedding

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import LayerError
 from ine_callback.capture.bare.entry_check import find_entry_uses
 from ine_callback.capture.entries import EntryIndex
+from ine_callback.capture.errors import LayerError
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.routed_check import Given, find_routed

@@ -18,12 +18,13 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from ine_callback.capture.attributes import LayerError, own_parameters
+from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.bare.parameters import Observer
 from ine_callback.capture.batch_layout import UNKNOWN_ENTRIES, BatchLayout
 from ine_callback.capture.compiled import HookGuards, Tap, forget_compiled
 from ine_callback.capture.entries import EntryIndex
+from ine_callback.capture.errors import FATAL, in_words
 from ine_callback.capture.layers import LayerFunction, RowMismatch, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
@@ -36,9 +37,6 @@ from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
 _UNTRACED = "the rows of its input of shape {}, entries that an index selected, cannot be traced in the graph"
-
-# errors of the machine, not of a layer; AcceleratorError is new in torch 2.8
-FATAL = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
 
@@ -382,14 +380,6 @@ class Capture:
             self.bare.drop(what, in_words(error))
         else:
             self.drop(what, in_words(error))
-
-
-def in_words(error: Exception) -> str:
-    """An exception as the reason why a layer is dropped."""
-    if isinstance(error, LayerError):
-        return str(error)
-    first = next(iter(str(error).strip().splitlines()), "")[:200]
-    return f"recording it failed with {type(error).__name__}: {first}"
 
 
 def _transformed() -> bool:

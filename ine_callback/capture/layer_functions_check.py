@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ine_callback.capture.attributes import plain_parameters
-from ine_callback.capture.hooks import Capture, in_words
+from ine_callback.capture.errors import in_words
+from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layers import LayerFunction, by_row, entries_of, grad_samples_of, layer_function
 from ine_callback.capture.layers.calls import first_input
 from ine_callback.capture.layers.normalization import ALTERNATIVES

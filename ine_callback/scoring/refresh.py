@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable
-from ine_callback.capture.hooks import FATAL, in_words
+from ine_callback.capture.errors import FATAL, in_words
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback, Recorder
 from ine_callback.capture import BlockTable, Capture
-from ine_callback.capture.attributes import LayerError, buffer, own_parameters, setting
+from ine_callback.capture.attributes import buffer, own_parameters, setting
+from ine_callback.capture.errors import LayerError
 from ine_callback.errors import InfluenceError
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

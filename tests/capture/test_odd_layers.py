@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ine_callback import Recorder
 from ine_callback.capture import BlockTable, Capture, Lookup, Vector, register_layer
-from ine_callback.capture.attributes import LayerError
+from ine_callback.capture.errors import LayerError
 from tests.helpers.failing_layer import Failing, around
 from tests.helpers.oracle import Setting, check, cross_entropy, run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 import warnings
@@ -22,8 +21,8 @@ HEAD = "| Regime | scores: error (tolerance) | training | counts |\n| --- | --- 
 
 def line(regime: Regime) -> tuple[str, bool]:
     """One regime's row of the table, and whether it passed."""
-    if regime.needs and importlib.util.find_spec(regime.needs) is None:
-        return f"| {regime.name} | not run: needs {regime.needs} | | |", True
+    if lacks := regime.lacks():
+        return f"| {regime.name} | not run: {lacks} | | |", True
     try:
         verdict = examine(regime)
     except Exception as error:

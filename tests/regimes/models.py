@@ -184,6 +184,16 @@ class MisnamedRMSNorm(OtherRMSNorm):
         return x * (1.0 + self.weight)
 
 
+def runs_recurrent_bf16() -> bool:
+    """Whether torch's fused LSTM, oneDNN's, has a kernel for bfloat16 on this processor; if not it raises."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(4, 5)(torch.zeros(1, 1, 4))
+    except RuntimeError:
+        return False
+    return True
+
+
 def normed(norm: type[OtherRMSNorm]) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), norm(8), nn.Tanh(), nn.Linear(8, CLASSES))
 
@@ -275,6 +285,7 @@ MODELS = [
         series,
         trainer=lambda: {"precision": "bf16-mixed"},
         tolerance=0.05,
+        supported=runs_recurrent_bf16,
     ),
     Regime(
         "LSTM, dropout between layers",

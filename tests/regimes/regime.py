@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -166,6 +167,7 @@ class Regime:
         processes: How many train together; with more than one the Trainer's strategy is "ddp_fork".
         slow: Left out of the default tests.
         needs: Package that it needs.
+        supported: Tells whether torch can run it on this machine.
     """
 
     name: str
@@ -184,6 +186,13 @@ class Regime:
     processes: int = 1
     slow: bool = False
     needs: str | None = None
+    supported: Callable[[], bool] = lambda: True
+
+    def lacks(self) -> str:
+        """What this machine lacks to run it; empty: nothing."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return "" if self.supported() else "torch cannot run it on this processor"
 
 
 def converted(batch: Any, dtype: torch.dtype) -> Any:

@@ -20,8 +20,8 @@ def _case(regime: Regime) -> object:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("regime", [_case(regime) for regime in ALL])
 def test_regime(regime: Regime) -> None:
-    if regime.needs:
-        pytest.importorskip(regime.needs)
+    if lacks := regime.lacks():
+        pytest.skip(lacks)
     verdict = examine(regime)
     assert not shortcomings(regime, verdict), verdict.warned
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ine_callback.capture.attributes import LayerError, plain_parameters, setting
+from ine_callback.capture.attributes import plain_parameters, setting
+from ine_callback.capture.errors import LayerError
 from ine_callback.capture.layers.calls import LayerCall, register_call
 from ine_callback.capture.layers.cells import GRU, LSTM, RNN, Cell, Weights
 from ine_callback.capture.layers.linear import bias_of

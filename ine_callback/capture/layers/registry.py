@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import LayerError, plain_parameters
+from ine_callback.capture.attributes import plain_parameters
+from ine_callback.capture.errors import LayerError
 from ine_callback.capture.layers.calls import Tensors
 from ine_callback.capture.per_sample_gradients import GradSample, Vector, widened
 
