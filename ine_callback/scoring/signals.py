@@ -261,4 +261,5 @@ def _by_block(found: Sequence[tuple[Block, Tensor]], blocks: tuple[Block, ...]) 
     parts: dict[Block, list[Tensor]] = {block: [] for block in blocks}
     for block, part in found:
         parts[block].append(part)
-    return torch.stack([summed(each) if each else torch.zeros_like(found[0][1]) for each in parts.values()])
+    none = torch.zeros_like(found[0][1]) if not all(parts.values()) else found[0][1]
+    return torch.stack([summed(each) if each else none for each in parts.values()])
