@@ -12,6 +12,8 @@ diagonal covariance.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,9 @@ from ine_callback.distributed.processes import Lockstep
 
 if TYPE_CHECKING:
     from ine_callback.capture.blocks import Block
+
+
+MAX_DECOMPOSED = 1 << 24  # entries of covariances that are decomposed at once: 64 MB, as much as they themselves
 
 
 @dataclass
@@ -78,6 +83,7 @@ class KFAC:
         self.max_dim = max_dim
         self._factors: dict[str, _Factors] = {}
         self._seen: dict[str, int] = {}
+        self._decomposed: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # until an operator takes them
 
     def observe(self, block: Block, grad_sample: GradSample, terms: Tensor | float, steps: int = 1) -> None:
         """Adds one use of a block.
@@ -135,6 +141,51 @@ class KFAC:
             each.uses, each.steps, each.seen = uses, steps, seen
         processes.average(tensor for each in factors for tensor in each.tensors())
 
+    @contextlib.contextmanager
+    def decomposed(self, blocks: Iterable[Block]) -> Iterator[None]:
+        """Inside, each of these blocks' operators is made once from covariances that were decomposed together.
+
+        Those of one size at once: many small decompositions are many times as many kernels on a GPU, and waits for it.
+        """
+        try:
+            self._decompose(blocks)
+            yield
+        finally:
+            self._decomposed.clear()
+
+    def _decompose(self, blocks: Iterable[Block]) -> None:
+        alike: dict[tuple[Any, ...], list[tuple[tuple[str, str], Tensor]]] = {}
+        for block in blocks:
+            if (factors := self._factors.get(block.name)) is not None:
+                for side in ("left", "right"):
+                    covariance = self._covariance(block, factors, side)
+                    if covariance.dim() == 3:
+                        kind = covariance.shape[-1], covariance.dtype, covariance.device
+                        alike.setdefault(kind, []).append(((block.name, side), covariance))
+        for (size, *_), group in alike.items():
+            count = max(1, MAX_DECOMPOSED // size**2)
+            for part in (group[k : k + count] for k in range(0, len(group), count)):
+                try:
+                    values, vectors = _eigen(torch.cat([covariance for _, covariance in part]))
+                except RuntimeError:  # one cannot be: whose that is shows when its own operator is made
+                    continue
+                sizes = [len(covariance) for _, covariance in part]
+                found = zip(values.split(sizes), vectors.split(sizes), strict=True)
+                self._decomposed |= {key: each for (key, _), each in zip(part, found, strict=True)}
+
+    def _covariance(self, block: Block, factors: _Factors, side: str) -> Tensor:
+        """The mean covariance of one side."""
+        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none has ended yet
+        assert factors.left is not None and factors.right is not None
+        return factors.left / steps if side == "left" else factors.right / factors.uses
+
+    def _side(self, block: Block, factors: _Factors, side: str) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of one side; None where it is diagonal."""
+        if (found := self._decomposed.pop((block.name, side), None)) is not None:
+            return found
+        covariance = self._covariance(block, factors, side)
+        return _eigen(covariance) if covariance.dim() == 3 else (covariance.clamp_min(0), None)
+
     def operator(self, block: Block, spectrum: Spectrum) -> SpectralOperator:
         """A function of a block's Fisher; the identity for a block that was never observed.
 
@@ -145,11 +196,9 @@ class KFAC:
         factors = self._factors.get(block.name)
         if factors is None:
             return SpectralOperator()
-        steps = factors.steps or self._seen.get(block.name, 1)  # in the first step none has ended yet
-        assert factors.left is not None and factors.right is not None
-        left_values, left = _eigen(factors.left / steps, factors.full[0])
-        right_values, right = _eigen(factors.right / factors.uses, factors.full[1])
-        if factors.left.dim() == 1:  # a vector block has one side
+        steps = factors.steps or self._seen.get(block.name, 1)
+        (left_values, left), (right_values, right) = (self._side(block, factors, side) for side in ("left", "right"))
+        if left_values.dim() == 1:  # a vector block has one side
             return SpectralOperator(spectrum(left_values))
         if factors.diagonal is not None:  # both covariances have the Fisher's trace: the product should have it once
             right_values = right_values / right_values.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -169,8 +218,8 @@ class KFAC:
         if factors.diagonal is not None:
             weight = left.square().transpose(-1, -2) @ (factors.diagonal / steps) @ right.square()
             return SpectralOperator(spectrum(weight))
-        left_values, of_left = _eigen(_between(factors.left / steps, left), True)
-        right_values, of_right = _eigen(_between(factors.right / factors.uses, right), True)
+        left_values, of_left = _eigen(_between(factors.left / steps, left))
+        right_values, of_right = _eigen(_between(factors.right / factors.uses, right))
         weight = spectrum(left_values[..., :, None], right_values[..., None, :])
         return SpectralOperator(weight, (Side(left_values, of_left), Side(right_values, of_right)))
 
@@ -196,7 +245,7 @@ class KFAC:
         if (factors.left.shape[1], factors.right.shape[1]) != block.layout[1:]:  # a bias may have been apart
             return None, None
         sides = zip((factors.left, factors.right), factors.full, strict=True)
-        left, right = (None if not full or x is None else _eigen(x.double(), True)[1] for x, full in sides)
+        left, right = (None if not full or x is None else _eigen(x.double())[1] for x, full in sides)
         return left, right
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,10 +284,8 @@ def _diagonal(covariance: Tensor, size: int) -> Tensor:
     return covariance.diagonal(dim1=-2, dim2=-1) if covariance.dim() == 3 else covariance.expand(-1, size)
 
 
-def _eigen(covariance: Tensor, full: bool) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a covariance; None where it is diagonal."""
-    if not full:
-        return covariance.clamp_min(0), None
+def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [G, K], none negative, and eigenvectors [G, K, K] of a covariance."""
     # LAPACK in single precision has returned NaN for covariances of size 1e-7, as vanishing gradients leave them
     size = covariance.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(covariance.dtype).tiny)
     scaled = covariance / size

@@ -255,7 +255,8 @@ class Curvature:
 
         Fine-tuning moves the weights little: there 1/R would damp away the curvature, which is what ranks rows.
         """
-        return {block: self.kfac.operator(block, relative(DAMPING)).apply(v.pop(block)) for block in list(v)}
+        with self.kfac.decomposed(v):
+            return {block: self.kfac.operator(block, relative(DAMPING)).apply(v.pop(block)) for block in list(v)}
 
     def damped(
         self, v: dict[Block, Tensor], rates: Mapping[Block, Tensor], decays: Mapping[Block, Tensor]

@@ -156,9 +156,10 @@ class Directions:
         """What the blocks' directions are made of, without the blocks where that failed."""
         remaining = self.schedule.remaining(float(self.optimizer.param_groups[0]["lr"]))
         specs = {}
-        for block in blocks:
-            with self._only(block):
-                specs[block] = self._spec(block, remaining, unscale)
+        with contextlib.nullcontext() if self.curvature is None else self.curvature.decomposed(blocks):
+            for block in blocks:
+                with self._only(block):
+                    specs[block] = self._spec(block, remaining, unscale)
         return specs
 
     def _spec(self, block: Block, remaining: float, unscale: Tensor | float) -> DirectionSpec:

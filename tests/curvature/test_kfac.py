@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ine_callback.capture import GradSample, Lookup, Outer, Vector
+from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import exponential
 from tests.helpers.factors import block, dense, draw, observed, outer
@@ -270,3 +270,42 @@ def test_an_observation_may_stand_for_several_steps() -> None:
     once.end_step()
     expected, found = thrice.operator(own, exponential(0.7)), once.operator(own, exponential(0.7))
     torch.testing.assert_close(dense(found, first.layout), dense(expected, first.layout), **EXACT)
+
+
+# -- many blocks together ----------------------------------------------------------------------------------------------
+
+
+def test_covariances_of_one_size_are_decomposed_together_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    kfac, blocks = KFAC(), []
+    for k, positions in enumerate((1, 2, 3)):
+        each = outer(positions=positions)
+        one = Block(f"block{k}", (torch.nn.Parameter(torch.zeros(each.layout)),), each.layout)
+        kfac.observe(one, each, 2.0)
+        blocks.append(one)
+    vector = Block("vector", (torch.nn.Parameter(torch.zeros(3)),), (3,))
+    kfac.observe(vector, Vector(draw(5, 3)), 2.0)
+    kfac.end_step()
+    blocks.append(vector)
+    alone = [kfac.operator(one, exponential(0.3)) for one in blocks]
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: (calls.append(x.shape), eigh(x))[1])
+    with kfac.decomposed(blocks):
+        together = [kfac.operator(one, exponential(0.3)) for one in blocks]
+    assert len(calls) == 2 and all(len(shape) == 3 and shape[0] == 3 for shape in calls)  # outputs' size and inputs'
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=0, atol=0)
+        torch.testing.assert_close(one.right, other.right, rtol=0, atol=0)
+
+
+def test_a_covariance_that_cannot_be_decomposed_costs_its_own_block_alone() -> None:
+    kfac, blocks = KFAC(), []
+    for k in range(2):
+        each = outer()
+        one = Block(f"block{k}", (torch.nn.Parameter(torch.zeros(each.layout)),), each.layout)
+        kfac.observe(one, Outer(each.activations * (math.nan if k else 1.0), each.output_grads), 2.0)
+        blocks.append(one)
+    kfac.end_step()
+    with kfac.decomposed(blocks):
+        assert bool(kfac.operator(blocks[0], exponential(0.3)).weight.isfinite().all())
+        with pytest.raises(RuntimeError):
+            kfac.operator(blocks[1], exponential(0.3))
