@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ine_callback import Recorder
 from ine_callback.capture import Block, Lookup, Outer
@@ -31,6 +29,7 @@ from ine_callback.curvature.spectral import SketchedOperator, SpectralOperator, 
 from ine_callback.recording.phases import Phase
 from ine_callback.scoring.directions import CompressedDirection, DirectionSpec, direction_of
 from ine_callback.scoring.sign_contrasts import Contrasts, signed_by
+from tests.helpers.copies import Copies
 
 OUT, IN = 60, 80
 
@@ -255,19 +254,6 @@ def test_the_number_of_mixtures_follows_the_self_influence_in_them() -> None:
     assert isinstance(found, SketchedOperator)
     found.draw(torch.Generator().manual_seed(0))
     assert found.left is not None and found.left.shape == (1, 600, STEEPEST + 104)
-
-
-class Copies(TorchDispatchMode):
-    """The largest float32 tensor that an operation made, views of its inputs left out."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        if isinstance(out, Tensor) and out.dtype == torch.float32 and out.untyped_storage().data_ptr() not in given:
-            self.largest = max(self.largest, out.numel())
-        return out
 
 
 def in_half(convolution: bool) -> Outer:

@@ -101,11 +101,12 @@ class Outer(GradSample):
         queries, positions = direction.shape[0], self.output_grads.shape[2]
         if positions == 1 or (queries == 1 and self._inner_first):
             # no gradient is formed: contracts the inputs first, then the output gradients
-            inner = widened(self.projected(direction.permute(1, 3, 0, 2).flatten(2)))
-            products = (
-                inner.reshape(*inner.shape[:3], queries, direction.shape[2]) * widened(self.output_grads)[:, :, :, None]
-            )
-            units: Tensor = products[:, :, 0] if positions == 1 else products.sum(2)
+            inner = self.projected(direction.permute(1, 3, 0, 2).flatten(2)).unflatten(-1, (queries, -1))
+            if positions == 1:
+                units: Tensor = (widened(inner) * widened(self.output_grads)[:, :, :, None])[:, :, 0]
+            else:  # products keep the pass's precision, and no float32 copy is made of either; sums do not
+                products = inner * self.output_grads[:, :, :, None]
+                units = products.sum(2, dtype=torch.promote_types(products.dtype, torch.float32))
             return units.transpose(1, 2).flatten(2) @ weights.T
         chunks = row_chunks(len(self.output_grads), direction[0].numel())  # entries, which need not be rows
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])
