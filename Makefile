@@ -38,6 +38,7 @@ gpu: $(VENV)/.installed-dev ## on a machine with a GPU: its tests, and what a re
 	$(PYTEST) tests/recording/test_cuda.py
 	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --json gpu.json
 	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --compile --json gpu-compiled.json
+	$(PY) -m benchmarks.overhead.trainer --device cuda --json gpu-trainer.json
 
 lint: $(VENV)/.installed-dev ## linter and formatter, changing nothing
 	$(PY) -m ruff check

@@ -34,6 +34,17 @@ FIDELITY = """\
 The default against the exact mode, after {visits:.1f} visits a row: {lines}.
 Directions kept {kept:.1%} of the signals' variance at least.
 """
+TRAINER_HEAD = """\
+## Trainer runs with the callback ({device})
+
+```bash
+python -m benchmarks.overhead.trainer --json trainer.json
+```
+
+`Trainer.fit` over a DataLoader with two workers, {steps} steps after the warm-up, refreshes and curvature updates among
+them, one query and self-influence; the closing pass apart.
+"""
+SPEEDS = "plain_a_second", "ours_a_second"
 SCALE_HEAD = """\
 ## Growth with rows and queries
 
@@ -66,6 +77,26 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
         ]
         visits = next(iter(default["queries"].values()))["visits_a_row"]
         yield FIDELITY.format(visits=visits, lines="; ".join(lines), kept=default["kept_share"] or 1.0)
+
+
+def trainer(results: dict[str, Any]) -> Iterable[str]:
+    """The section of a file of ``benchmarks.overhead.trainer``."""
+    yield TRAINER_HEAD.format(device=results["device"], steps=results["steps"])
+    yield table(
+        ["", "batch", "precision", "plain, a second", "with the callback", "fraction", "peak memory", "fit's end, s"],
+        (
+            [
+                r["what"],
+                f"{r['batch']}",
+                r["precision"],
+                *(f"{r[key]:,.0f} {'tokens' if r['tokens_a_row'] > 1 else 'rows'}" for key in SPEEDS),
+                f"{r['fraction']:.3f}",
+                f"{r['peak_memory_ratio']:.3f}" if r["peak_memory_ratio"] else "",
+                f"{r['end_s']:.1f}",
+            ]
+            for r in results["runs"]
+        ),
+    )
 
 
 def knobs(results: dict[str, Any]) -> Iterable[str]:

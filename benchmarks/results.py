@@ -383,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bif_devinterp": bif_devinterp,
         "resume": resume,
         "overhead": cost.overhead,
+        "trainer": cost.trainer,
         "scale": cost.scale,
         "knobs": cost.knobs,
     }

@@ -35,6 +35,7 @@ def run(module: str, *arguments: str) -> str:
         pytest.param("finetuning --dropout 0.1", "## Fine-tuning a small language model", marks=pytest.mark.long),
         pytest.param("randomness", "## Stability", marks=pytest.mark.long),
         ("overhead", "## Overhead"),
+        pytest.param("overhead.trainer", "## Trainer runs", marks=pytest.mark.long),
         ("layers", "## Pruning by the sensitivity of blocks"),
         ("scale", "## Growth with rows"),
         pytest.param("values", "## Values against clean rows", marks=pytest.mark.long),
