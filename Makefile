@@ -35,7 +35,7 @@ oldest: ## `make test` on Python 3.10 and the oldest versions of what the packag
 	$(MAKE) test PYTHON=python3.10 VENV=.venv-oldest TORCH="$(OLDEST)"
 
 gpu: $(VENV)/.installed-dev ## on a machine with a GPU: its tests, and what a recording costs there, eager and compiled
-	$(PYTEST) tests/recording/test_cuda.py
+	$(PYTEST) tests/recording/test_cuda.py tests/integrations/test_cuda.py
 	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --json gpu.json
 	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --compile --json gpu-compiled.json
 	$(PY) -m benchmarks.overhead.trainer --device cuda --json gpu-trainer.json
