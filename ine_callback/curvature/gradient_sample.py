@@ -14,7 +14,7 @@ their curvature l_k, which the rows that span them would overestimate (Spearman 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class GradientSample:
         self._owed = 0.0  # rows to replace, summed as fractions over the steps
         self._saved: list[dict[str, Any]] = []
 
-    def open(self, grad_samples: Sequence[tuple[Block, GradSample]], processes: Lockstep, beside: bool = False) -> None:
+    def open(self, grad_samples: Iterable[tuple[Block, GradSample]], processes: Lockstep, beside: bool = False) -> None:
         """Begins an empty sample for the blocks of a batch. Earlier rows are dropped: they lack blocks that joined.
 
         Embeddings and reused blocks have K-FAC's discount alone. Each process stores its part of the rows.
@@ -98,13 +98,10 @@ class GradientSample:
         if not self.rows:
             return
         self._filled, self._seen, self._owed = 0, 0, 0.0
-        usable = {
-            block: grad_sample
-            for block, grad_sample in grad_samples
-            if not block.reused and not isinstance(grad_sample, Lookup)
-        }
         first = {block: rows.map(lambda x: x[:1]) for block, rows in self._stored.items()} if beside else {}
-        first |= {block: to_store(grad_sample, slice(0, 1)) for block, grad_sample in usable.items()}
+        for block, grad_sample in grad_samples:
+            if not block.reused and not isinstance(grad_sample, Lookup):
+                first[block] = to_store(grad_sample, slice(0, 1))
         per_row = sum(rows.elements for rows in first.values())
         rows = min(-(-self._requested // processes.count), MAX_BYTES // (4 * max(1, per_row)))
         if not first or rows * processes.count < self._least:
@@ -135,7 +132,7 @@ class GradientSample:
 
     def reopen(
         self,
-        grad_samples: Sequence[tuple[Block, GradSample]],
+        grad_samples: Iterable[tuple[Block, GradSample]],
         processes: Lockstep,
         others: Sequence[Block] = (),
     ) -> None:

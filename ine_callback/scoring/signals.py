@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from ine_callback.scoring.directions import SelfTerms
 from ine_callback.scoring.refresh import Directions
 from ine_callback.scoring.sign_contrasts import signed_by, summed
 
+HOST = torch.device("cpu")  # where gradients wait that are held back
+
+Held = tuple[Block, GradSample, Scale]
+
 
 @dataclass
 class Signals(Directions):
@@ -27,7 +32,7 @@ class Signals(Directions):
         self._signals: list[tuple[Block, Tensor]] = []
         self._self_terms: list[tuple[Block, SelfTerms, Scale]] = []
         self.scale = Scale(1.0, 1.0)
-        self.held: list[tuple[Block, GradSample, Scale]] = []  # while there are no directions
+        self.held: list[Held] = []  # while there are no directions
         self.curvature_steps = 1  # how many steps a curvature update stands for; 0: none now
         self._restored = False  # whether a checkpoint's curvature waits for its first directions
         self.verification: Verification | None = None
@@ -66,7 +71,9 @@ class Signals(Directions):
         if self.verification is not None:
             self.verification.take(block, grad_sample)
         if hold or (self.several and block not in self._directions):
-            self.held.append((block, grad_sample.copied() if self.borrowed else grad_sample, self.scale))
+            # on the device those of all layers together would be as much as a step's activations
+            waits = grad_sample.copied() if self.borrowed and self._batch[1] == HOST else grad_sample.moved(HOST)
+            self.held.append((block, waits, self.scale))
             return
         if self.aside or block in self.unused:  # such gradients were discarded in the batch before: no curvature
             return self._contract(block, grad_sample, self.scale)
@@ -145,25 +152,26 @@ class Signals(Directions):
             unscale: Factor that undoes the scaling of the present gradients under mixed precision.
         """
         held, self.held = self.held, []
+        back = partial(_moved, held, self._batch[1])  # one at a time
         if self._restored:
             self._restored = False
             others = list(self.table) if self.several else []
-            self.reservoir.reopen([(block, grad_sample) for block, grad_sample, _ in held], self.processes, others)
+            self.reservoir.reopen(((block, grad_sample) for block, grad_sample, _ in back()), self.processes, others)
             self.refresh(unscale)
-            for block, grad_sample, self.scale in held:
+            for block, grad_sample, self.scale in back():
                 self.take(block, grad_sample, hold=False)
             return
         if self.curvature is not None:
-            for block, grad_sample, scale in held:
+            for block, grad_sample, scale in back():
                 with self._only(block):
                     self.curvature.observe(block, grad_sample, scale.terms, self.curvature_steps)
-            held = [one for one in held if one[0] in set(self.table)]
-        self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes, self.several)
-        for block, grad_sample, scale in held:
+            held[:] = [one for one in held if one[0] in set(self.table)]
+        self.reservoir.open(((block, one) for block, one, _ in back()), self.processes, self.several)
+        for block, grad_sample, scale in back():
             self._sample(block, grad_sample, scale)
         self.reservoir.commit()
         self.refresh(unscale)
-        for block, grad_sample, scale in held:
+        for block, grad_sample, scale in back():
             with self._only(block):
                 self._contract(block, grad_sample, scale)
 
@@ -245,6 +253,11 @@ class Signals(Directions):
         """Frees the directions: no more per-sample gradients will come."""
         self._directions.clear()
         self._clear()
+
+
+def _moved(held: Sequence[Held], device: torch.device) -> Iterator[Held]:
+    """What was held back, on the device again."""
+    return ((block, grad_sample.moved(device), scale) for block, grad_sample, scale in held)
 
 
 def _each(parts: Tensor, owners: Sequence[Block], blocks: tuple[Block, ...]) -> Tensor:

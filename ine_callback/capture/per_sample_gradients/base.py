@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
 import torch
@@ -54,10 +54,17 @@ class GradSample(ABC):
 
     def copied(self) -> GradSample:
         """The same in memory of its own."""
+        return self._with(Tensor.clone)
+
+    def moved(self, device: torch.device) -> GradSample:
+        """The same on a device."""
+        return self._with(lambda t: t.to(device))
+
+    def _with(self, function: Callable[[Tensor], Tensor]) -> GradSample:
         held = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
-        tensors = {name: t.clone() for name, t in held.items() if isinstance(t, Tensor)}
-        copied: GradSample = replace(self, **tensors)  # type: ignore[type-var]
-        return copied
+        tensors = {name: function(t) for name, t in held.items() if isinstance(t, Tensor)}
+        found: GradSample = replace(self, **tensors)  # type: ignore[type-var]
+        return found
 
     @property
     @abstractmethod
