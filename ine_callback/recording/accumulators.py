@@ -79,7 +79,7 @@ class RowAccumulators:
         return scores.first(self.check.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types: 28 bytes a row and query, 100 a row with self-influence, the null (docs/howto/long-runs.md)."""
+        """Tensors and plain types: 28 bytes a row and query, 100 a row, and the null (docs/howto/long-runs.md)."""
         return {
             "settings": self._settings(),
             "rows": self.check.count,
