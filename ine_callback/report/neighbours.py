@@ -18,7 +18,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.scores import Floats
 
-CLOSER = 4.0  # standard deviations; docs/methods/store.md has what it finds
+CLOSER, LEAST = 4.0, 0.7  # standard deviations, and a cosine; docs/methods/store.md has what they find
 SAMPLE, PRODUCTS = 1_000, 5e10  # rows, and products of two numbers at most, that tell how near rows are in a run
 BLOCK = 2048  # rows that are compared at once
 ROUNDING = 4e-6  # of a squared distance
@@ -107,7 +107,7 @@ def duplicate_cosine(store: StoredVectors) -> float:
     """The cosine from which two rows are near duplicates: how alike rows are at all depends on the training.
 
     Of the distances ``sqrt(2 - 2 cosine)`` of rows to their nearest ones the logarithms have a median and, by their
-    quartiles, a standard deviation; near duplicates are four of these below.
+    quartiles, a standard deviation; near duplicates are four of these below, with cosines of at least .7.
     """
     seen = np.flatnonzero(store.seen)
     most = min(SAMPLE, len(seen), max(8, int(PRODUCTS / (len(store.seen) * store.dimensions))))
@@ -117,7 +117,7 @@ def duplicate_cosine(store: StoredVectors) -> float:
     distance = np.log(np.sqrt(np.maximum(2 - 2 * nearest(store, some, 1)[1], ROUNDING)))
     low, middle, high = np.quantile(distance, [0.25, 0.5, 0.75])
     squared = np.exp(2 * (middle - CLOSER * (high - low) / QUARTILES))
-    return float(1 - max(squared, ROUNDING) / 2)
+    return max(LEAST, float(1 - max(squared, ROUNDING) / 2))
 
 
 def near_duplicates(store: StoredVectors, cosine: float) -> list[Rows]:

@@ -107,10 +107,10 @@ def stored(report: InfluenceReport) -> InfluenceReport:
     for one, other in TWINS:
         numbers[other] = numbers[one] + 0.05 * random.standard_normal(100)
     rows = np.array(ALIKE)
-    numbers[rows] = 0.7 * numbers[rows] + random.standard_normal(100)
+    numbers[rows] = 0.8 * numbers[rows] + 0.9 * random.standard_normal(100)
     scores, mu, q = report.scores, report.scores.mu.copy(), report.scores.q.copy()
     column = report.queries.index(next(name for name in report.queries if name.endswith("margin")))
-    mu[rows, column] = 0.05 * (1.2 + 0.5 * random.standard_normal(len(rows)))
+    mu[rows, column] = 0.05 * (1.4 + 0.5 * random.standard_normal(len(rows)))
     q[rows, column] = 0.5
     store = store_of(numbers, report.observations > 0)
     return InfluenceReport(replace(scores, mu=mu, q=q), report.run, report.attributions, store)
