@@ -235,8 +235,9 @@ def _infos(bound: Sequence[BoundQuery], has_self: bool) -> tuple[QueryInfo, ...]
     return (*(query.info for query in bound), *((SELF,) if has_self else ()))
 
 
-def stored_of(parts: Parts, scores: Scores) -> StoredVectors | None:
-    """The gradient store as it will be on disk; None where there is none."""
+def make_store(parts: Parts, scores: Scores) -> StoredVectors | None:
+    """The gradient store as it will be on disk, made once; None where there is none. Includes exchanges."""
     if parts.store is None or parts.signals.curvature is None:
         return None
-    return parts.store.stored(scores, parts.signals.table.names, parts.signals.curvature)
+    parts.store.make(scores, parts.signals.table.names, parts.signals.curvature)
+    return parts.store.made
