@@ -17,7 +17,7 @@ from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
 from ine_callback.report import InfluenceReport
 from ine_callback.report.stored_vectors import StoredBlock, StoredVectors
-from ine_callback.scores import Attribution, Check, Floats
+from ine_callback.scores import Attribution, Check, Floats, LayerScores
 from ine_callback.utilities.isolation import isolated
 
 OWNER, METHOD = "ask", "asked"
@@ -33,6 +33,7 @@ def ask(
     val_dataloaders: Any = None,
     train_dataloaders: Any = None,
     max_query_rows: int = 2000,
+    per_layer: bool = False,
 ) -> Attribution:
     """Scores of all training rows on queries that nobody knew of during the run.
 
@@ -48,6 +49,8 @@ def ask(
         val_dataloaders: Validation loaders, for ``"val"``.
         train_dataloaders: The training loader, for queries that are lists of dataset indices.
         max_query_rows: Rows taken of a larger query loader, a fixed random sample.
+        per_layer: Whether each layer gets scores of its own, what its change did to the query; they add up to the
+            row's. Nothing more is stored for that; in memory they take 8 bytes for each row, layer and query.
 
     Returns:
         The scores, in the size of the run's mu where it had queries on data; score > 0: training on the row lowers the
@@ -92,7 +95,7 @@ def ask(
                 found, share = _entries(store, module, bound[part], parameters, device)
                 entries[part] += found / (1 + len(store.weights))
                 captured[part] = share
-    return _attribution(store, bound, entries, captured)
+    return _attribution(store, bound, entries, captured, per_layer)
 
 
 def _bound(queries: Any, module: nn.Module, loss: Any, val: Any, train: Any, max_query_rows: int) -> list[BoundQuery]:
@@ -181,13 +184,16 @@ def _of_block(block: StoredBlock, v: Tensor) -> Tensor:
     return (left.transpose(-1, -2) @ v @ right).flatten(1)[:, index]
 
 
-def _attribution(store: StoredVectors, bound: list[BoundQuery], entries: Floats, captured: Floats) -> Attribution:
+def _attribution(
+    store: StoredVectors, bound: list[BoundQuery], entries: Floats, captured: Floats, per_layer: bool
+) -> Attribution:
     """The scores in the size of the run's mu, with their errors."""
     scores, told = store.products(store.of_query(entries)), store.calibration
     scores[~store.seen] = np.nan
     size = np.sqrt(np.nanmean(np.square(scores), 0))
     known = told.queries > 0
-    scores = scores / np.where(size > 0, size, 1) * (told.size if known else 1.0)
+    unit = np.where(size > 0, size, 1) / (told.size if known else 1.0)
+    scores = scores / unit
     se: Floats | None = None
     checks: tuple[Check, ...] = ()
     notes = [f"the query's gradient is stored to {captured.min():.0%} at least"]
@@ -205,6 +211,7 @@ def _attribution(store: StoredVectors, bound: list[BoundQuery], entries: Floats,
         tuple(query.info for query in bound),
         scores,
         se,
+        layers=_by_layer(store, entries, unit) if per_layer else None,
         checks=checks,
         settings=dict(store.settings),
         arrays={"captured": captured},
@@ -213,3 +220,12 @@ def _attribution(store: StoredVectors, bound: list[BoundQuery], entries: Floats,
         headline=f"{len(bound)} queries asked of {store.dimensions} stored numbers a row",
         legend="score > 0: training on the row lowers the query, as mu says it",
     )
+
+
+def _by_layer(store: StoredVectors, entries: Floats, unit: Floats) -> LayerScores:
+    """Scores by layer: a row's numbers tell all layers' entries, so the query's are split."""
+    parts = store.of_query_by_layer(entries)
+    queries, layers, size = parts.shape
+    found = store.products(parts.reshape(-1, size)).reshape(-1, queries, layers) / unit[:, None]
+    found[~store.seen] = np.nan
+    return LayerScores(tuple(block.parameters[0] for block in store.blocks), found.transpose(0, 2, 1))

@@ -90,7 +90,9 @@ def neighbours_of(report: Contents, names: Sequence[str]) -> PageNeighbours | No
     most = min(MOST_NEIGHBOURED, max(1, int(PRODUCTS / (len(store.seen) * store.dimensions))))
     note = "It was never observed, so it has no neighbours."
     if len(rows) > most:
-        note = f"Neighbours of {most:,} rows are in this file, of this one not: report.neighbours(row) has those of any."
+        note = (
+            f"Neighbours of {most:,} rows are in this file, of this one not: report.neighbours(row) has those of any."
+        )
         rows = rows[:most]
     return PageNeighbours(rows, *nearest(store, rows, NEIGHBOURS), note)
 

@@ -87,7 +87,9 @@ class StoreQuestions:
         """
         report: Any = self
         columns = tested_columns(self.scores) if query is None else [report.column(query)]
-        return weak_groups(self._stored("weak_groups"), self.scores, columns, threshold(q, "InfluenceReport.weak_groups"))
+        return weak_groups(
+            self._stored("weak_groups"), self.scores, columns, threshold(q, "InfluenceReport.weak_groups")
+        )
 
     @cached_property
     def alike(self) -> Alike | None:

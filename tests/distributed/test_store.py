@@ -112,7 +112,7 @@ def test_two_processes_have_the_store_of_one(tmp_path: Path, closing: bool, limi
         report = fit(folder, devices, methods=[FINE(closing=closing)])
         assert report.store is not None, report.run.notes
         assert report.store.calibration.queries == closing and report.store.seen.all()
-        scores.append(asked(report, folder) )
+        scores.append(asked(report, folder))
     np.testing.assert_allclose(scores[1], scores[0], atol=limit * np.abs(scores[0]).max())
     folder = tmp_path / "2"
     for rank in range(2):  # no process has all rows' vectors
@@ -123,7 +123,9 @@ def test_two_processes_have_the_store_of_one(tmp_path: Path, closing: bool, limi
     np.testing.assert_array_equal(one.components, other.components)
 
 
-LATER = [pytest.param(one, marks=pytest.mark.long) for one in ((RowVectors, "vectors"), (reduce.Combined, "covariance"))]
+LATER = [
+    pytest.param(one, marks=pytest.mark.long) for one in ((RowVectors, "vectors"), (reduce.Combined, "covariance"))
+]
 
 
 @pytest.mark.parametrize("place", [(StoreRecording, "prepare"), *LATER])
@@ -182,6 +184,7 @@ def process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_parameters_split_by_fsdp2_give_the_store_of_one_process() -> None:
     alone, weights, _ = loop()
     module, (x, y), _ = plain()
@@ -191,7 +194,9 @@ def test_parameters_split_by_fsdp2_give_the_store_of_one_process() -> None:
         for p, value in zip(module.parameters(), last, strict=True):
             p.data.copy_(value)
         asked_of = InfluenceReport(report.scores, report.run, store=store)
-        scores.append(asked_of.ask({"one": (x[20:24] + 0.1, y[20:24]), "two": (x[:2], y[:2])}, module, loss_of).scores)
+        scores.append(
+            asked_of.ask({"one": (x[20:24] + 0.1, y[20:24]), "two": (x[:2], y[:2])}, module, loss=loss_of).scores
+        )
     np.testing.assert_array_equal(scores[0], scores[1])
     np.testing.assert_allclose(scores[0], scores[2], atol=1e-4 * np.abs(scores[2]).max())
 

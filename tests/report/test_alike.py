@@ -106,7 +106,9 @@ def test_findings_are_in_all_views(report: InfluenceReport, monkeypatch: pytest.
     facts: dict[str, Any] = report.summary()["alike"]
     assert facts["near_duplicates"] == [list(pair) for pair in TWINS] and facts["weak_groups"][0]["query"] == "margin"
     for text in (" ".join(str(report).replace("│", " ").split()), report.to_markdown().replace("\\", "")):
-        assert "report.near_duplicates() lists 6 rows in 3 groups" in " ".join(text.split()).replace("_duplicates", "_duplicates")
+        assert "report.near_duplicates() lists 6 rows in 3 groups" in " ".join(text.split()).replace(
+            "_duplicates", "_duplicates"
+        )
         assert "report.weak_groups() lists 1 group" in text and "rows lower 'margin'" in text
     assert "6 rows in 3 groups" in report._repr_html_()
     bare = report_of()

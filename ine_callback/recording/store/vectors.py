@@ -105,6 +105,8 @@ class RowVectors:
         """Moves all vectors into another basis of ``width`` entries."""
         self._drain(wait=True)
         before = self._width
+        if not before:  # no step was taken yet
+            return
         self._width = max(before, width)
         self._grow((len(self._sums) - 1) * self._processes)
         for start in range(0, len(self._sums), CHUNK):
