@@ -140,7 +140,8 @@ def near_duplicates(store: StoredVectors, cosine: float) -> list[Rows]:
     bounds = np.concatenate([_bound(store.unit_rows(part)) for part in _parts(rows)] or [np.zeros((0, 1), np.float32)])
     for first in _parts(rows):
         for second in _parts(rows, first.start):
-            close = np.argwhere(bounds[first] @ bounds[second].T >= cosine) + [first.start, second.start]
+            close = np.argwhere(bounds[first] @ bounds[second].T >= cosine)
+            close += np.array([first.start, second.start])
             pairs += [_above(store, each, cosine) for each in _split(close[close[:, 0] < close[:, 1]])]
     one, other = np.concatenate(pairs).T
     graph = coo_array((np.ones(len(one), np.bool_), (one, other)), shape=(rows, rows))

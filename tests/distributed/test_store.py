@@ -1,4 +1,4 @@
-"""The gradient store of several processes: each has its own rows' vectors, and together they are one process's store."""
+"""The gradient store of several processes: each has its own rows' vectors, and together they are one process's."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
-from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer
 from ine_callback.recording.snapshots import Snapshot
 from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
 from ine_callback.recording.store.reduce import RIDGE, Combined, Moments, components, numbers_of
@@ -282,7 +281,6 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
 
 def store_of(
     settings: GradientStore | None,
-    optimizer: AnyOptimizer,
     discount: bool,
     rows: int | None,
     device: torch.device,
@@ -301,6 +299,4 @@ def store_of(
             f"{owner}: store= needs the discount, whose curvature says which directions are stored; pass discount=True "
             "and a method that uses signals (FINE)."
         )
-    if isinstance(optimizer, JointOptimizer):
-        raise InfluenceError(f"{owner}: store= knows one optimizer, there are {len(optimizer.each)}; leave it out.")
     return StoreRecording(settings, rows, device, processes)
