@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ine_callback.errors import InfluenceError
 from ine_callback.report.alike import Alike, find
+from ine_callback.report.neighbour_index import NeighbourIndex
 from ine_callback.report.neighbours import WEAK, Neighbours, duplicate_cosine, near_duplicates, neighbours, weak_rows
 from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.report.weak_groups import RATE, WeakGroup, tested_columns, weak_groups
@@ -51,6 +52,17 @@ class StoreQuestions:
             InfluenceError: If the run kept no store, or the row was never observed.
         """
         return neighbours(self._stored("neighbours"), row, k)
+
+    def neighbour_index(self, probes: int = 32) -> NeighbourIndex:
+        """An index in memory that finds neighbours among millions of rows, many a second; needs the extra ``faiss``.
+
+        Args:
+            probes: Lists of rows that are searched; more find more, and take longer.
+
+        Raises:
+            InfluenceError: If the run kept no store. ImportError: If FAISS is not installed.
+        """
+        return NeighbourIndex(self._stored("neighbour_index"), probes)
 
     def near_duplicates(self, cosine: float | None = None) -> list[NDArray[np.int64]]:
         """Groups of rows that queries hardly tell apart, the largest first: chains of pairs of near duplicates.
