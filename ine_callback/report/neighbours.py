@@ -161,7 +161,8 @@ def _bound(unit: NDArray[np.float32]) -> NDArray[np.float32]:
 def _above(store: StoredVectors, pairs: Rows, cosine: float) -> Rows:
     """Those of the pairs [P, 2] whose cosines are large enough."""
     found = np.einsum("pk,pk->p", store.unit_rows(pairs[:, 0]), store.unit_rows(pairs[:, 1]))
-    return pairs[found >= cosine]
+    above: Rows = pairs[found >= cosine]
+    return above
 
 
 def _split(pairs: Rows) -> Iterator[Rows]:

@@ -80,7 +80,7 @@ def weak_groups(store: StoredVectors, scores: Scores, columns: Sequence[int], q:
     rows = np.flatnonzero(store.seen & np.isfinite(scores.mu[:, which]).all(1))
     if not which or len(rows) < 2 * SIZE:
         return []
-    groups = grouped(store, rows, scores.mu[np.ix_(rows, which)])
+    groups = grouped(store, rows, scores.mu[rows][:, which])
     found, tests = [], [_tested(scores, rows, groups, k) for k in which]
     rates = benjamini_hochberg(np.concatenate([p for _, p in tests])).reshape(len(which), -1)
     for column, (t, p), rate in zip(which, tests, rates, strict=True):
