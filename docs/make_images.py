@@ -1,7 +1,7 @@
 """Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/.
 
-Those of the tutorial and of fair subspaces are drawn from what these pages' own code leaves, that of rows that act alike
-from what examples/ask_later.py leaves.
+Those of the tutorial and of fair subspaces are drawn from what these pages' own code leaves, that of rows that act
+alike from what examples/ask_later.py leaves.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ def ask(
                 found, share = _entries(store, module, bound[part], parameters, device)
                 entries[part] += found / (1 + len(store.weights))
                 captured[part] = share
-    return _attribution(store, bound, entries, captured, per_layer)
+    found = _attribution(store, bound, entries, captured)
+    return replace(found, layers=_by_layer(store, entries, found.scores)) if per_layer else found
 
 
 def _bound(queries: Any, module: nn.Module, loss: Any, val: Any, train: Any, max_query_rows: int) -> list[BoundQuery]:
@@ -184,16 +186,13 @@ def _of_block(block: StoredBlock, v: Tensor) -> Tensor:
     return (left.transpose(-1, -2) @ v @ right).flatten(1)[:, index]
 
 
-def _attribution(
-    store: StoredVectors, bound: list[BoundQuery], entries: Floats, captured: Floats, per_layer: bool
-) -> Attribution:
+def _attribution(store: StoredVectors, bound: list[BoundQuery], entries: Floats, captured: Floats) -> Attribution:
     """The scores in the size of the run's mu, with their errors."""
     scores, told = store.products(store.of_query(entries)), store.calibration
     scores[~store.seen] = np.nan
     size = np.sqrt(np.nanmean(np.square(scores), 0))
     known = told.queries > 0
-    unit = np.where(size > 0, size, 1) / (told.size if known else 1.0)
-    scores = scores / unit
+    scores = scores / np.where(size > 0, size, 1) * (told.size if known else 1.0)
     se: Floats | None = None
     checks: tuple[Check, ...] = ()
     notes = [f"the query's gradient is stored to {captured.min():.0%} at least"]
@@ -211,7 +210,6 @@ def _attribution(
         tuple(query.info for query in bound),
         scores,
         se,
-        layers=_by_layer(store, entries, unit) if per_layer else None,
         checks=checks,
         settings=dict(store.settings),
         arrays={"captured": captured},
@@ -222,10 +220,12 @@ def _attribution(
     )
 
 
-def _by_layer(store: StoredVectors, entries: Floats, unit: Floats) -> LayerScores:
-    """Scores by layer: a row's numbers tell all layers' entries, so the query's are split."""
+def _by_layer(store: StoredVectors, entries: Floats, scores: Floats) -> LayerScores:
+    """Scores by layer, in the scores' unit: a row's numbers tell all layers' entries, so the query's are split."""
     parts = store.of_query_by_layer(entries)
     queries, layers, size = parts.shape
-    found = store.products(parts.reshape(-1, size)).reshape(-1, queries, layers) / unit[:, None]
+    found = store.products(parts.reshape(-1, size)).reshape(-1, queries, layers)
     found[~store.seen] = np.nan
-    return LayerScores(tuple(block.parameters[0] for block in store.blocks), found.transpose(0, 2, 1))
+    total = np.square(np.nan_to_num(found.sum(2))).sum(0)
+    unit = np.sqrt(np.square(np.nan_to_num(scores)).sum(0) / np.where(total > 0, total, 1))
+    return LayerScores(tuple(block.parameters[0] for block in store.blocks), (found * unit[:, None]).transpose(0, 2, 1))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ine_callback.report.stored_vectors import StoredVectors
     from ine_callback.scores import Scores
 
-MOST_ROWS = 50_000  # beyond, comparing all rows takes minutes, which no view of a report may take
+MOST_ROWS = 20_000  # beyond, comparing all rows takes a minute, which no view of a report may take
 MOST_LISTED = 8  # groups that the page shows
 MOST_SHOWN = 24  # rows of each
 
@@ -27,7 +27,7 @@ class Alike:
 
     Attributes:
         duplicates: Groups of near duplicates in gradient space, the largest first.
-        weak: Weak groups, the largest sums first.
+        weak: Weak groups, those that raise a query first.
         cosine: From which rows are near duplicates.
     """
 
@@ -84,7 +84,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
     parts = [f"{len(one['rows'])} rows {verb(one['mu'])} {plain(one['query'])!r}, q {one['q']:.2g}" for one in weak[:3]]
     told = "; ".join(parts) + ("; …" if len(weak) > 3 else "")
     together = "rows that move a query together, none of them flagged alone"
-    listed = f"report.weak_groups() lists {_count(len(weak), 'group')} of {together}: {told}."
+    raising = sum(one["mu"] < 0 for one in weak)
+    sides = f"{raising:,} raise it, {len(weak) - raising:,} lower it"
+    listed = f"report.weak_groups() lists {_count(len(weak), 'group')} of {together} ({sides}): {told}."
     none = f"no group of {together}, at a false discovery rate of {RATE:g}."
     return [f"Near duplicates: {duplicates}", f"Weak groups: {listed if weak else none}"]
 

@@ -1,8 +1,8 @@
 """Neighbours by FAISS: an index in memory, for many rows' neighbours among millions.
 
 Without it (:func:`~ine_callback.report.neighbours.nearest`) each search compares a row with all others. The index keeps
-one byte for each number, sorts the rows into ``4 sqrt(N)`` lists and searches the nearest ones; up to ``EXACT`` rows all.
-Which rows are found is approximate then; their cosines are those of the stored numbers.
+one byte for each number, sorts the rows into ``4 sqrt(N)`` lists and searches the nearest ones. Which rows are found is
+approximate then; their cosines are those of the stored numbers. Up to ``EXACT`` rows all are compared.
 """
 
 from __future__ import annotations

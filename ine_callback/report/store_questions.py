@@ -86,7 +86,7 @@ class StoreQuestions:
         return weak_rows(self._stored("weak_rows"), share)
 
     def weak_groups(self, q: float = RATE, query: str | None = None) -> list[WeakGroup]:
-        """Groups of rows that move a query together, none of them flagged alone, the largest sums first.
+        """Groups of rows that move a query together, none of them flagged alone; those that raise it first.
 
         How they are found and tested: :mod:`ine_callback.report.weak_groups`.
 

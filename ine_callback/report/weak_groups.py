@@ -7,7 +7,7 @@ r"""Weak groups: rows that move a query together, none of which is significant a
 2. **Test**, on each query, of the rows that are not flagged alone (q > .05). Two things must be told from chance, so p
    is the larger of both p-values: that the rows score otherwise than any rows do, ``t = (mean of mu - mean of all)
    sqrt(m) / sd`` against t of the same groups with the rows' scores dealt out anew (pooled over groups); and that their
-   sum is more than their batch-mates' would be (:class:`~ine_callback.applications.group.GroupScore`). q is the false
+   sum is, on the same side, more than their batch-mates' would be (:meth:`InfluenceReport.group`). q is the false
    discovery rate over all groups and queries (Benjamini-Hochberg).
 """
 
@@ -68,7 +68,7 @@ def tested_columns(scores: Scores) -> list[int]:
 
 
 def weak_groups(store: StoredVectors, scores: Scores, columns: Sequence[int], q: float) -> list[WeakGroup]:
-    """The groups found on some queries, the largest sums first.
+    """The groups found on some queries: those that raise one first, each kind by the size of its sum.
 
     Args:
         store: The run's.
@@ -88,7 +88,7 @@ def weak_groups(store: StoredVectors, scores: Scores, columns: Sequence[int], q:
             members = rows[(groups == group) & (scores.q[rows, column] > ALONE)]
             mu, name = float(scores.mu[members, column].sum()), scores.queries[column].name
             found.append(WeakGroup(members, name, mu, float(t[group]), float(p[group]), float(rate[group])))
-    return sorted(found, key=lambda one: -abs(one.mu))
+    return sorted(found, key=lambda one: (one.mu > 0, -abs(one.mu)))
 
 
 def grouped(store: StoredVectors, rows: Rows, mu: Floats) -> Rows:
@@ -117,6 +117,7 @@ def _tested(scores: Scores, rows: Rows, groups: Rows, column: int) -> tuple[Floa
     null = np.concatenate([_t(x, random.permutation(mine), count) for _ in range(DEALS)])
     total, variance = np.bincount(mine, mu, count), np.bincount(mine, np.square(sd), count)
     of_mates = 2 * ndtr(-np.abs(total) / np.sqrt(np.maximum(variance, 1e-300)))
+    of_mates[t * total < 0] = 1.0  # they help less than most and do not harm, or the reverse
     return t, np.fmax(permutation_p(t, null), np.where(np.isnan(t), np.nan, of_mates))
 
 

@@ -47,7 +47,9 @@ def test_of_more_rows_it_finds_nearly_all(monkeypatch: pytest.MonkeyPatch) -> No
     exact = np.einsum("nk,njk->nj", store.unit_rows(which), store.unit_rows(rows.ravel()).reshape(*rows.shape, -1))
     np.testing.assert_allclose(cosines, exact, atol=1e-6)
     few = NeighbourIndex(store, probes=1).nearest(which, 10)[0]
-    assert np.mean([len(set(a) & set(b)) for a, b in zip(few.tolist(), expected.tolist(), strict=True)]) < np.mean(shared)
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(few.tolist(), expected.tolist(), strict=True)]) < np.mean(
+        shared
+    )
 
 
 def test_without_faiss_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ine_callback import GradientStore, InfluenceReport, Recorder, ask
+from ine_callback import GradientStore, InfluenceReport, ask
 from ine_callback.errors import InfluenceError
 from ine_callback.report.reading import ReportError
 from ine_callback.stats.ranks import spearman
