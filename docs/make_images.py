@@ -77,10 +77,10 @@ def alike(path: Path) -> None:
     with TemporaryDirectory() as folder, sync_playwright() as play:
         subprocess.run([sys.executable, HERE.parent / "examples" / "ask_later.py", "--out", folder], check=True)
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
+        tab = browser.new_page(viewport={"width": 620, "height": 900}, device_scale_factor=2)
         tab.goto((Path(folder) / "report.html").as_uri())
         tab.wait_for_selector("#panel[aria-busy=false]")
-        tab.evaluate(f"choose({InfluenceReport.load(folder).suspect_labels(1)[0]})")
+        tab.locator("#first .card-row").first.click()
         tab.locator("#detail").screenshot(path=path)
         browser.close()
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.applications.fairness import Subspaces, holds_subspaces
-from ine_callback.report import alike
+from ine_callback.report import alike, pagedata
 from ine_callback.report import attribution_view as words_of
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
@@ -146,7 +146,9 @@ def _samples(
     for name in sorted(names, key=lambda name: name != report.recommended_query):
         wanted += [*report.top(CARDS_PER_END, name).rows.tolist(), *report.bottom(CARDS_PER_END, name).rows.tolist()]
     wanted = list(dict.fromkeys(wanted))[:MAX_CARDS]
-    more = alike.rows_of(report.alike) + ([] if neighbours is None else neighbours.of(wanted))
+    near = [] if neighbours is None else neighbours.of(wanted)
+    first = pagedata.NEIGHBOURS * CARDS_PER_END  # of the rows that a reader chooses first
+    more = [*near[:first], *alike.rows_of(report.alike), *near[first:]]
     more = list(dict.fromkeys(row for row in more if row not in set(wanted)))[:MAX_ALIKE]
     found, faults = Samples(samples, render).read([*wanted, *more])
     lines = [f"Row {row} could not be shown: {why}" for row, why in list(faults.items())[:3]]
