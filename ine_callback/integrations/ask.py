@@ -96,8 +96,8 @@ def ask(
                 found, share = _entries(store, module, bound[part], parameters, device)
                 entries[part] += found / (1 + len(store.weights))
                 captured[part] = share
-    found = _attribution(store, bound, entries, captured)
-    return replace(found, layers=_by_layer(store, entries, found.scores)) if per_layer else found
+    scored = _attribution(store, bound, entries, captured)
+    return replace(scored, layers=_by_layer(store, entries, scored.scores)) if per_layer else scored
 
 
 def _bound(queries: Any, module: nn.Module, loss: Any, val: Any, train: Any, max_query_rows: int) -> list[BoundQuery]:

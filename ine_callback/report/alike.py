@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.report.neighbours import duplicate_cosine, near_duplicates
-from ine_callback.report.weak_groups import RATE, WeakGroup, tested_columns, weak_groups
+from ine_callback.report.weak_groups import RATE, WeakGroup, on_data, weak_groups
 from ine_callback.utilities.words import plain
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def find(store: StoredVectors | None, scores: Scores) -> Alike | None:
         return None
     cosine = duplicate_cosine(store)
     return Alike(
-        near_duplicates(store, cosine), weak_groups(store, scores, tested_columns(scores), RATE), round(cosine, 4)
+        near_duplicates(store, cosine), weak_groups(store, scores, on_data(scores), RATE), round(cosine, 4)
     )
 
 

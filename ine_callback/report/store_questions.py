@@ -13,7 +13,7 @@ from ine_callback.report.alike import Alike, find
 from ine_callback.report.neighbour_index import NeighbourIndex
 from ine_callback.report.neighbours import WEAK, Neighbours, duplicate_cosine, near_duplicates, neighbours, weak_rows
 from ine_callback.report.stored_vectors import StoredVectors
-from ine_callback.report.weak_groups import RATE, WeakGroup, tested_columns, weak_groups
+from ine_callback.report.weak_groups import RATE, WeakGroup, on_data, weak_groups
 from ine_callback.scores import Attribution, Scores
 from ine_callback.utilities.validate import threshold
 
@@ -98,7 +98,7 @@ class StoreQuestions:
             InfluenceError: If the run kept no store. KeyError: When there is no such query.
         """
         report: Any = self
-        columns = tested_columns(self.scores) if query is None else [report.column(query)]
+        columns = on_data(self.scores) if query is None else [report.column(query)]
         return weak_groups(
             self._stored("weak_groups"), self.scores, columns, threshold(q, "InfluenceReport.weak_groups")
         )

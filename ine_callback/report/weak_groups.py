@@ -62,7 +62,7 @@ class WeakGroup:
         return f"{len(self.rows)} rows {verb} {self.query!r} together (mu {self.mu:+.2g}, q {self.q:.2g}): {shown}"
 
 
-def tested_columns(scores: Scores) -> list[int]:
+def on_data(scores: Scores) -> list[int]:
     """Columns of the queries on data: self-influence has no query that rows could move together."""
     return [column for column, query in enumerate(scores.queries) if query.kind != "self"]
 
