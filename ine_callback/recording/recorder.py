@@ -240,10 +240,11 @@ class Recorder(Readable):
             context: Makes the trained model with its rows; by default with the batches of the last pass over the rows.
         """
         store, curvature = self._parts.store, self._parts.signals.curvature
-        if store is not None and curvature is not None and self.recording:
+        together = self.recording and self._parts.processes.count > 1  # alone, the report makes the store
+        if store is not None and curvature is not None and together:
             self._storing(lambda: store.prepare(curvature))
         self.closing.run(self._parts, self.guard, context)
-        if self.recording:
+        if together:
             self._storing(lambda: make_store(self._parts, self.accumulators.scores()))
 
     def _storing(self, make: Callable[[], object]) -> None:
@@ -330,7 +331,7 @@ class Recorder(Readable):
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
     def report(self) -> InfluenceReport:
-        """The report of everything recorded so far.
+        """The report of everything recorded so far; with its gradient store once the recording has stopped.
 
         Raises:
             InfluenceError: If the recorder was never started.

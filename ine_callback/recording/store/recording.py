@@ -153,9 +153,8 @@ class StoreRecording:
         Args:
             run: The run's Kronecker factors.
         """
-        if self._processes.count > 1:
-            self._processes.exchange()
-            run.pool(self._processes)
+        self._processes.exchange()
+        run.pool(self._processes)
         self.close(run)
 
     def make(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], run: KFAC) -> None:
