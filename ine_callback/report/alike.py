@@ -41,9 +41,7 @@ def find(store: StoredVectors | None, scores: Scores) -> Alike | None:
     if store is None or len(store.seen) > MOST_ROWS:
         return None
     cosine = duplicate_cosine(store)
-    return Alike(
-        near_duplicates(store, cosine), weak_groups(store, scores, on_data(scores), RATE), round(cosine, 4)
-    )
+    return Alike(near_duplicates(store, cosine), weak_groups(store, scores, on_data(scores), RATE), round(cosine, 4))
 
 
 def facts_of(store: StoredVectors | None, found: Alike | None) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ r"""Weak groups: rows that move a query together, none of which is significant a
    is tested: rows alike in everything else either score alike, or they do not.
 2. **Test**, on each query, of the rows that are not flagged alone (q > .05). Two things must be told from chance, so p
    is the larger of both p-values: that the rows score otherwise than any rows do, ``t = (mean of mu - mean of all)
-   sqrt(m) / sd`` against t of the same groups with the rows' scores dealt out anew (pooled over groups); and that their
+   sqrt(m) / sd`` against t of the same groups with the rows' scores permuted (pooled over groups); and that their
    sum is, on the same side, more than their batch-mates' would be (:meth:`InfluenceReport.group`). q is the false
    discovery rate over all groups and queries (Benjamini-Hochberg).
 """
@@ -30,7 +30,7 @@ RATE = 0.05  # default false discovery rate
 ALONE = 0.05  # rows with a q-value up to this are significant alone
 SIZE, MOST_GROUPS, FEWEST = 20, 200, 5  # rows of a group on average, groups, and rows of one that is tested
 MOST_QUERIES = 24
-DEALS = 400  # permutations that make the null
+PERMUTATIONS = 400  # that make the null
 STEPS = 20  # of k-means
 
 Rows = NDArray[np.int64]
@@ -114,7 +114,7 @@ def _tested(scores: Scores, rows: Rows, groups: Rows, column: int) -> tuple[Floa
     x = mu - mu.mean()
     t = _t(x, mine, count)
     random = np.random.default_rng(0)
-    null = np.concatenate([_t(x, random.permutation(mine), count) for _ in range(DEALS)])
+    null = np.concatenate([_t(x, random.permutation(mine), count) for _ in range(PERMUTATIONS)])
     total, variance = np.bincount(mine, mu, count), np.bincount(mine, np.square(sd), count)
     of_mates = 2 * ndtr(-np.abs(total) / np.sqrt(np.maximum(variance, 1e-300)))
     of_mates[t * total < 0] = 1.0  # they help less than most and do not harm, or the reverse

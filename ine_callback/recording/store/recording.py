@@ -19,7 +19,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
 from ine_callback.recording.snapshots import Snapshot
 from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
-from ine_callback.recording.store.reduce import RIDGE, Combined, Moments, components, numbers_of
+from ine_callback.recording.store.reduce import RIDGE, Combined, Spread, components, numbers_of
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.store.vectors import RowVectors
 from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors
@@ -106,15 +106,15 @@ class StoreRecording:
         which, own = self.vectors.vectors(self._known)
         where = own.device if 3 * 4 * own.numel() <= self.settings.device_bytes else torch.device("cpu")
         curvature = CompressedCurvature(compression, blocks, kfac, sample, rates, decays, self._known, random)
-        found, moments = torch.zeros(own.shape, device=where), Moments(compression.size, self._device)
+        found, spread = torch.zeros(own.shape, device=where), Spread(compression.size, self._device)
         for rows, g in compressed_rows(context, compression.bases, compression.places, compression.size):
             mine = torch.isin(rows, which)
             places = rows[mine] // self._processes.count
             with torch.no_grad():
                 z = curvature.apply(g)
-                moments.take(z)  # of all rows: each process passes them all
+                spread.take(z)  # of all rows: each process passes them all
                 found[places.to(where)] = z[mine.to(z.device)].to(where)
-        found /= moments.spread(self._variances(run))
+        found /= spread.of(self._variances(run))
         passed.sums = found if passed.sums is None else passed.sums.add_(found)
         passed.passes, passed.random = passed.passes + 1, random
         if self.settings.snapshots:
@@ -181,7 +181,7 @@ class StoreRecording:
             parts = [*parts, passed] if self._passed.random else [passed]  # as mu: else the pass ranks better alone
         vectors = Combined(parts, observations[which] > 0)
         for k in range(len(parts)):
-            vectors.sizes[k] = self._together(vectors.moments(k, self._device)).spread(variances)
+            vectors.sizes[k] = self._together(vectors.spread(k, self._device)).of(variances)
         covariance = vectors.covariance(variances.sqrt())
         self._average(covariance)
         into = components(covariance, variances, self.settings.dimensions)
@@ -201,10 +201,10 @@ class StoreRecording:
         )
         return self._calibrated(stored, scores)
 
-    def _together(self, moments: Moments) -> Moments:
-        """Those of all processes' rows."""
-        self._average(moments.sums)
-        return moments
+    def _together(self, spread: Spread) -> Spread:
+        """That of all processes' rows."""
+        self._average(spread.sums)
+        return spread
 
     def _average(self, tensor: Tensor) -> None:
         if self._processes.count > 1:

@@ -21,8 +21,8 @@ COVARIANCE_ROWS = 20_000  # rows that the leading components are taken from
 CHUNK = 1 << 14  # rows that are reduced at once
 
 
-class Moments:
-    """Sums over rows' vectors, which add up over processes.
+class Spread:
+    """How much rows' vectors spread a typical query: by sums, which add up over processes.
 
     Args:
         size: Entries W of a vector.
@@ -38,7 +38,7 @@ class Moments:
         each = known.sum(0), known.square().sum(0), known.new_full((1,), len(known))
         self.sums += torch.cat(each).to(self.sums.device)
 
-    def spread(self, variances: Tensor) -> float:
+    def of(self, variances: Tensor) -> float:
         """What the vectors spread a typical query by: ``sqrt(tr(Cov(z) C))``; 1 where nothing varies."""
         count = float(self.sums[-1])
         if not count:
@@ -89,9 +89,9 @@ class Combined:
         for start in range(0, max(1, len(self.seen)), CHUNK):
             yield self._of(slice(start, start + CHUNK))
 
-    def moments(self, part: int, device: torch.device) -> Moments:
+    def spread(self, part: int, device: torch.device) -> Spread:
         """Of one part, over the rows that were observed."""
-        found = Moments(self._parts[part][0].shape[1], device)
+        found = Spread(self._parts[part][0].shape[1], device)
         for rows in self.seen.nonzero()[:, 0].split(CHUNK):
             found.take(self._of(rows, part))
         return found
