@@ -27,7 +27,7 @@ def recorded(make: Make, turns: bool = False) -> tuple[Recorder, Raw]:
     """A recorded loop; by turns only one of the optimizers steps."""
     model, (x, y) = network(), data()
     optimizers, method = make(model), Raw(closing=False)
-    options: dict[str, Any] = {"total_steps": len(batches()), "refresh_every": 5, "store": ALL, "on_error": "raise"}
+    options: dict[str, Any] = {"total_steps": len(batches()), "refresh_every": 12, "store": ALL, "on_error": "raise"}
     queries = {"w": Functional(directions())}
     recorder = Recorder(model, optimizers, ROWS, queries, loss_of, [method], **options | {"on_error": "warn"})
     with recorder:

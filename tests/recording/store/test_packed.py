@@ -42,7 +42,7 @@ def recorded(rows: int, row_fn: Any) -> tuple[Any, Raw]:
     """A recorded run with queries whose gradients are the same at all weights."""
     data, method = PackedTexts(), Raw(closing=False)
     loaders = DataLoader(data, PACKED), DataLoader(data, PACKED)
-    options = {"queries": {"w": Functional(directions(3))}, "methods": [method], "discount": True, "refresh_every": 2}
+    options = {"queries": {"w": Functional(directions(3))}, "methods": [method], "discount": True, "refresh_every": 100}
     _, callback, _ = fit(
         lambda: Module(Untied(), next_token), loaders, **options, row_fn=row_fn, num_rows=rows, store=WHOLE
     )
