@@ -1,6 +1,7 @@
 """Draws the pictures of README.md and docs/ into docs/images/, from the report that `make demo` left in demo/.
 
-Those of the tutorial and of fair subspaces are drawn from what these pages' own code leaves.
+Those of the tutorial and of fair subspaces are drawn from what these pages' own code leaves, that of rows that act
+alike from what examples/ask_later.py leaves.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,6 +65,23 @@ def screenshot(report: InfluenceReport, seed: int, path: Path) -> None:
         tab.wait_for_selector("#panel[aria-busy=false]")
         tab.locator("#first .card-row").nth(1).click()
         tab.screenshot(path=path)
+        browser.close()
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def alike(path: Path) -> None:
+    """A mislabelled row on the page of examples/ask_later.py, and the rows nearest to it."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    with TemporaryDirectory() as folder, sync_playwright() as play:
+        subprocess.run([sys.executable, HERE.parent / "examples" / "ask_later.py", "--out", folder], check=True)
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 620, "height": 900}, device_scale_factor=2)
+        tab.goto((Path(folder) / "report.html").as_uri())
+        tab.wait_for_selector("#panel[aria-busy=false]")
+        tab.locator("#first .card-row").first.click()
+        tab.locator("#detail").screenshot(path=path)
         browser.close()
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
@@ -163,6 +182,7 @@ def main() -> None:
     images.mkdir(exist_ok=True)
     report = InfluenceReport.load(args.report)
     screenshot(report, args.seed, images / "report.png")
+    alike(images / "alike.png")
     figures = {"digits": digits(report, args.seed), "flow": flow(), "tutorial": tutorial(), "fairness": fairness()}
     for name, figure in figures.items():
         figure.savefig(images / f"{name}.png", dpi=DPI, facecolor="white", metadata={"Software": None})

@@ -1,5 +1,7 @@
 """A question that nobody had during the run: digits with wrong labels, asked about a row that the model gets wrong.
 
+Then the rows that act alike: those nearest to a mislabelled row, near duplicates and weak groups, also in the page.
+
 python examples/ask_later.py --out ask_later
 """
 
@@ -77,7 +79,17 @@ def main() -> None:
     least = mean.argsort()[:50]
     share = f"{wrong.float().mean():.0%} of all do"
     print(f"of the 50 rows that harm the 20 worst most, {int(wrong[least].sum())} have a wrong label ({share})")
-    print(f"nearest to row {harmful[0]}: {report.neighbours(int(harmful[0]), 3)}")
+
+    labels = train.tensors[1]
+    row = next(row for row in report.suspect_labels().tolist() if wrong[row])
+    near = report.neighbours(row, 5)
+    print(f"row {row} is labelled {labels[row]}, wrongly; nearest in gradient space:")
+    for other, cosine in zip(near.rows.tolist(), near.cosines, strict=True):
+        print(f"    row {other}, labelled {labels[other]}{' wrongly' if wrong[other] else ''}, cosine {cosine:.2f}")
+    groups = report.near_duplicates()
+    print(f"{sum(map(len, groups))} near duplicates in {len(groups)} groups; {len(report.weak_groups())} weak groups")
+    images = TensorDataset(train.tensors[0].view(-1, 1, 8, 8), labels)
+    report.write_html(args.out / "report.html", samples=images)  # choose a row there to see those nearest to it
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ class Pass:
             return replace(self, changes=[])
         index = torch.tensor(which, device=self.signals.device)
         blocks = tuple(self.blocks[k] for k in which)
-        return replace(
-            self, blocks=blocks, signals=self.signals[index], self_variance=self.self_variance[index], changes=[]
-        )
+        parts = {name: getattr(self, name)[index] for name in ("signals", "self_variance")}
+        compressed = None if self.compressed is None else self.compressed.only(blocks)
+        return replace(self, blocks=blocks, **parts, compressed=compressed, changes=[])
 
     def observations(self) -> Observations:
         """With each block's signals times what was done to its gradients."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture
+from ine_callback.capture.errors import in_words
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, FitContext, Method, training_methods
 from ine_callback.optimizers.joint import as_one
@@ -29,7 +30,7 @@ from ine_callback.recording.lanes import Lane, lanes_of
 from ine_callback.recording.phases import Phase
 from ine_callback.recording.provenance import Clock, run_info, warn_if_incomplete
 from ine_callback.recording.readable import Readable
-from ine_callback.recording.setup import Training, build, records_signals, refuse, stored_of, without_rule
+from ine_callback.recording.setup import Training, build, make_store, records_signals, refuse, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
 from ine_callback.recording.store.settings import GradientStore
@@ -233,12 +234,32 @@ class Recorder(Readable):
         self.stop(closing=exc[0] is None)
 
     def close(self, context: Callable[[], FitContext] | None = None) -> None:
-        """The closing pass, at the final weights, where a method wants one; :meth:`stop` calls it.
+        """The closing pass, at the final weights, where a method wants one, and the store; :meth:`stop` calls it.
 
         Args:
             context: Makes the trained model with its rows; by default with the batches of the last pass over the rows.
         """
+        store, curvature = self._parts.store, self._parts.signals.curvature
+        together = self.recording and self._parts.processes.count > 1  # alone, the report makes the store
+        if store is not None and curvature is not None and together:
+            self._storing(lambda: store.prepare(curvature))
         self.closing.run(self._parts, self.guard, context)
+        if together:
+            self._storing(lambda: make_store(self._parts, self.accumulators.scores()))
+
+    def _storing(self, make: Callable[[], object]) -> None:
+        """A step towards the store, which all processes take together; what fails costs the store alone."""
+        store = self._parts.store
+        if store is None or store.lost:
+            return
+        try:
+            make()
+        except Exception as error:
+            self._parts.processes.leave()  # the others do not wait
+            store.lost = in_words(error)
+            if self.config.on_error == "raise":
+                raise
+            self.guard.warn(f"the gradient store is lost: {store.lost}")
 
     def _leave(self) -> None:
         """After an exception: nothing more is read, and other processes do not wait for this one."""
@@ -310,7 +331,7 @@ class Recorder(Readable):
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
     def report(self) -> InfluenceReport:
-        """The report of everything recorded so far.
+        """The report of everything recorded so far; with its gradient store once the recording has stopped.
 
         Raises:
             InfluenceError: If the recorder was never started.
@@ -321,10 +342,15 @@ class Recorder(Readable):
             )
         self.update()
         self._steps.note_left_out()
+        scores, store = self.accumulators.scores(), self._parts.store
+        if store is not None and store.made is None and self.guard.phase is Phase.STOPPED:
+            if self._parts.processes.count == 1:  # also after an interruption
+                self._storing(lambda: make_store(self._parts, scores))
+            else:
+                self.guard.note("the processes' parts of the gradient store were not joined: training was interrupted")
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
         info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
-        scores = self.accumulators.scores()
-        return InfluenceReport(scores, info, store=stored_of(self._parts, scores))
+        return InfluenceReport(scores, info, store=None if store is None else store.made)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: tensors and plain types. With several processes, all must call it.

@@ -180,7 +180,7 @@ def build(
     own = [pair for pair in training.schedulers if getattr(pair[0], "optimizer", first) not in others]
     schedule = planned_schedule(first, training.total_steps, own, keep=[module])
     discount = config.discount and scored
-    store = store_of(config.store, training.optimizer, discount, training.rows, device, processes, owner)
+    store = store_of(config.store, discount, training.rows, device, processes, owner)
     noise = InitialNoise(module, config.initial_weights if scored else "fixed")
     signals = Signals(
         module,
@@ -235,8 +235,11 @@ def _infos(bound: Sequence[BoundQuery], has_self: bool) -> tuple[QueryInfo, ...]
     return (*(query.info for query in bound), *((SELF,) if has_self else ()))
 
 
-def stored_of(parts: Parts, scores: Scores) -> StoredVectors | None:
-    """The gradient store as it will be on disk; None where there is none."""
+def make_store(parts: Parts, scores: Scores) -> StoredVectors | None:
+    """The gradient store as it will be on disk, made once; None where there is none. Includes exchanges."""
     if parts.store is None or parts.signals.curvature is None:
         return None
-    return parts.store.stored(scores, parts.signals.table.names, parts.signals.curvature)
+    if isinstance(parts.training.optimizer, JointOptimizer) and parts.training.optimizer.by_turns:
+        raise InfluenceError("the optimizers take turns, each with a loss of its own")
+    parts.store.make(scores, parts.signals.table.names, parts.signals.curvature)
+    return parts.store.made

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.report import alike
 from ine_callback.report.attribution_view import by_method, heading, verdict
 from ine_callback.report.view import advice, unlike
 from ine_callback.utilities.words import CLOSING, MEASURED, PREDICTED, SIZE, plain, tails
@@ -38,7 +39,7 @@ class Answer:
 
 
 def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
-    """The three of them; the second needs a query.
+    """Three of them, the second of which needs a query; and what acts alike, where there is a gradient store.
 
     Example:
         >>> from ine_callback.report import example_report
@@ -48,7 +49,16 @@ def answers(report: Contents, facts: dict[str, Any]) -> list[Answer]:
     """
     if not facts["queries"]:
         return [Answer("What to fix", "No f-INE score", "ok", [advice(report, facts)]), _believe(report, facts)]
-    return [_fix(report, facts), _matters(facts), _believe(report, facts)]
+    return [_fix(report, facts), _matters(facts), *_alike(facts), _believe(report, facts)]
+
+
+def _alike(facts: dict[str, Any]) -> list[Answer]:
+    """Near duplicates and weak groups; nothing without a store."""
+    found = facts["alike"]
+    if found is None:
+        return []
+    tone = "good" if found["near_duplicates"] or found["weak_groups"] else "ok"
+    return [Answer("What acts alike", alike.short(facts), tone, alike.lines(facts))]
 
 
 def _fix(report: Contents, facts: dict[str, Any]) -> Answer:

@@ -15,6 +15,7 @@ from ine_callback.applications.layer_plan import LayerPlan
 from ine_callback.applications.layer_sensitivity import Aggregate, LayerSensitivity, layer_sensitivity
 from ine_callback.report import rows as tables
 from ine_callback.report.runinfo import RunInfo
+from ine_callback.report.store_questions import StoreQuestions
 from ine_callback.report.table import ScoreTable
 from ine_callback.report.validate import checked, checked_attributions, no_query
 from ine_callback.scores import Attribution, Floats, QueryInfo, Scores
@@ -24,7 +25,7 @@ from ine_callback.utilities.words import NO_QUERY
 Rows = NDArray[np.int64]
 
 
-class Contents:
+class Contents(StoreQuestions):
     """Scores of every row on every query, with tests and provenance, ready to ask; see :class:`.InfluenceReport`.
 
     Args:

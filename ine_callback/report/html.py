@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ine_callback.applications.fairness import Subspaces, holds_subspaces
+from ine_callback.report import alike, pagedata
 from ine_callback.report import attribution_view as words_of
 from ine_callback.report.answers import answers, class_matrix
 from ine_callback.report.charts import charts, script
 from ine_callback.report.effects_view import effects_section, is_effects
 from ine_callback.report.fairness_plot import image
-from ine_callback.report.pagedata import Classes, encoded, payload
+from ine_callback.report.pagedata import Classes, PageNeighbours, encoded, neighbours_of, payload
 from ine_callback.report.samples import Render, Samples, classes, classes_of
 from ine_callback.report.shown import Shown, Text
 from ine_callback.report.view import FLAG_AT, ROWS_PER_END, advice, headline, summary, warnings
@@ -40,6 +41,7 @@ MAX_TABS = 24  # queries with a tab, unless the caller names queries
 MAX_DETAILED = 4  # queries with tables on a page without script
 TABLE_ROWS = 10
 CARDS_PER_END, MAX_CARDS = 8, 240  # rows shown as samples, at each end of a query and in total
+MAX_ALIKE = 120  # further ones: near duplicates, weak groups and neighbours
 
 
 def page(
@@ -55,8 +57,9 @@ def page(
     names = list(report.queries[:MAX_TABS] if queries is None else queries)
     facts = summary(report)
     known = _classes(report, samples, labels)
-    data = payload(report, facts, names, known)
-    shown, faults = _samples(report, names, samples, render)
+    neighbours = neighbours_of(report, names)
+    data = payload(report, facts, names, known, neighbours)
+    shown, faults = _samples(report, names, samples, render, neighbours)
     marks = {row: _marks(report, names, row, one) for row, one in shown.items()}
     shown = {row: _with_terms(report, row, one) for row, one in shown.items()}
     combined = report.run.config.get("combined")
@@ -80,6 +83,7 @@ def page(
         scatter=_scatter(report),
         classes=known,
         matrix=None if known is None else _matrix(report, *known),
+        alike=None if report.alike is None else alike.section(report.alike),
         samples=shown,
         marks=marks,
         faults=faults,
@@ -133,15 +137,20 @@ def _classes(report: Contents, samples: Any, labels: Any) -> Classes | None:
 
 
 def _samples(
-    report: Contents, names: Sequence[str], samples: Any, render: Render | None
+    report: Contents, names: Sequence[str], samples: Any, render: Render | None, neighbours: PageNeighbours | None
 ) -> tuple[dict[int, Shown], list[str]]:
-    """The rows that cards show, the suspects first; and in words which of them could not be read."""
+    """The rows that cards show, the suspects first, and rows alike; and in words which of them could not be read."""
     if samples is None or not report.queries:
         return {}, []
     wanted = report.drop_list()[: MAX_CARDS // 3].tolist()
     for name in sorted(names, key=lambda name: name != report.recommended_query):
         wanted += [*report.top(CARDS_PER_END, name).rows.tolist(), *report.bottom(CARDS_PER_END, name).rows.tolist()]
-    found, faults = Samples(samples, render).read(list(dict.fromkeys(wanted))[:MAX_CARDS])
+    wanted = list(dict.fromkeys(wanted))[:MAX_CARDS]
+    near = [] if neighbours is None else neighbours.of(wanted)
+    first = pagedata.NEIGHBOURS * CARDS_PER_END  # of the rows that a reader chooses first
+    more = [*near[:first], *alike.rows_of(report.alike), *near[first:]]
+    more = list(dict.fromkeys(row for row in more if row not in set(wanted)))[:MAX_ALIKE]
+    found, faults = Samples(samples, render).read([*wanted, *more])
     lines = [f"Row {row} could not be shown: {why}" for row, why in list(faults.items())[:3]]
     lines += [f"… and {len(faults) - 3} more rows."] if len(faults) > 3 else []
     return found, lines
@@ -197,8 +206,9 @@ def notebook(report: Contents) -> str:
     """A small HTML fragment for notebooks: headline, warnings, extreme rows. Needs no extra."""
     facts = summary(report)
     head = " · ".join(f"<b>{escape(value)}</b> {escape(label)}" for label, value in headline(facts))
+    said = "<br>".join(map(escape, (advice(report, facts), *alike.lines(facts))))
     missed = f'<b style="color:#b00020">{escape(plain(facts["incomplete"]))}</b><br>' if facts["incomplete"] else ""
-    parts = [f"<p><b>Influence report</b><br>{missed}{head}<br>{escape(advice(report, facts))}</p>"]
+    parts = [f"<p><b>Influence report</b><br>{missed}{head}<br>{said}</p>"]
     for line in warnings(report, facts):
         color = "#b00020" if line.startswith("NULL") else "#9a6700"
         parts.append(f'<p style="color:{color}">{escape(line)}</p>')

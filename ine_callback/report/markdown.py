@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ine_callback.report import alike
 from ine_callback.report.effects_view import effects_assumptions, effects_tables, is_effects
 from ine_callback.report.view import FLAG_AT, LEGEND, MAX_DETAILED, ROWS_PER_END, advice, headline, summary, warnings
 from ine_callback.utilities.words import null_check, plain, tails
@@ -28,7 +29,7 @@ def markdown(report: Contents, queries: Iterable[str] | None = None) -> str:
         "## Influence report",
         *([f"> **✗ {escaped(facts['incomplete'])}**"] if facts["incomplete"] else []),
         " · ".join(f"**{value}** {label}" for label, value in headline(facts)),
-        escaped(advice(report, facts)),
+        *(escaped(line) for line in (advice(report, facts), *alike.lines(facts))),
         *(f"> **{'✗' if line.startswith('NULL') else '!'}** {escaped(line)}" for line in warnings(report, facts)),
         *([_overview(facts), escaped(LEGEND)] if facts["queries"] else []),
         *(part for query in shown for part in _extremes(report, query)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ine_callback.applications.group import group_score
 from ine_callback.report.attribution_view import by_method
+from ine_callback.report.neighbours import nearest
 from ine_callback.report.plots import densities, heights
 from ine_callback.report.rows import smallest
 from ine_callback.report.stages import common, comparable, label
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_PAIRS, MIN_ROWS = 200_000, 2_000  # pairs of row and query in the page, and rows that it has at least
 ROWS_PER_END = 40  # of a query, always in the page
+NEIGHBOURS, MOST_NEIGHBOURED = 6, 5_000  # nearest rows of a row in the page, and rows that have them
+PRODUCTS = 5e10  # of two numbers, at most, for them: some seconds
 MAX_VALUE = 1e30  # within float32's range; only damaged files have larger values
 MAX_CURVES, CURVE_POINTS = 12, 41  # trade-off curves, and points of each
 STAGE_ROWS_PER_END = 3  # rows drawn over the stages of training
@@ -45,7 +49,61 @@ def listed_rows(report: Contents, columns: Sequence[int]) -> NDArray[np.int64]:
     return np.sort(smallest(urgent, budget))
 
 
-def payload(report: Contents, facts: dict[str, Any], names: Sequence[str], classes: Classes | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PageNeighbours:
+    """The nearest rows of some of the page's rows, in gradient space.
+
+    Attributes:
+        rows: Those that have them [n], the extreme rows first.
+        nearest: Their neighbours [n, k].
+        cosines: Theirs [n, k].
+        note: What a row without neighbours in the page is told.
+    """
+
+    rows: NDArray[np.int64]
+    nearest: NDArray[np.int64]
+    cosines: NDArray[np.float64]
+    note: str
+
+    def of(self, rows: Sequence[int]) -> list[int]:
+        """Neighbours of some rows, those of the first ones first."""
+        place = {row: k for k, row in enumerate(self.rows.tolist())}
+        return [one for row in rows if row in place for one in self.nearest[place[row]].tolist()]
+
+    def packed(self) -> dict[str, Any]:
+        """For the page's script."""
+        arrays = {"rows": _ints(self.rows), "nearest": _ints(self.nearest), "cosines": _floats(self.cosines)}
+        return arrays | {"each": self.nearest.shape[1], "note": self.note}
+
+
+def neighbours_of(report: Contents, names: Sequence[str]) -> PageNeighbours | None:
+    """Neighbours of rows that the page holds, as many as its size and some seconds allow; None without a store."""
+    store = report.store
+    if store is None or not report.queries or store.seen.sum() < 2:
+        return None
+    first = [report.drop_list()]
+    for name in names:
+        first += [report.top(ROWS_PER_END, name).rows, report.bottom(ROWS_PER_END, name).rows]
+    rows = np.concatenate([*first, listed_rows(report, [report.column(name) for name in names])])
+    rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+    rows = rows[store.seen[rows]]
+    most = min(MOST_NEIGHBOURED, max(1, int(PRODUCTS / (len(store.seen) * store.dimensions))))
+    note = "It was never observed, so it has no neighbours."
+    if len(rows) > most:
+        note = (
+            f"Neighbours of {most:,} rows are in this file, of this one not: report.neighbours(row) has those of any."
+        )
+        rows = rows[:most]
+    return PageNeighbours(rows, *nearest(store, rows, NEIGHBOURS), note)
+
+
+def payload(
+    report: Contents,
+    facts: dict[str, Any],
+    names: Sequence[str],
+    classes: Classes | None,
+    neighbours: PageNeighbours | None = None,
+) -> dict[str, Any]:
     """All that the page's script reads; texts without control characters, arrays as base64 of little-endian bytes."""
     columns = [report.column(name) for name in names]
     rows = listed_rows(report, columns)
@@ -59,6 +117,7 @@ def payload(report: Contents, facts: dict[str, Any], names: Sequence[str], class
         "classes": None if classes is None else {"names": classes[0], "of": _ints(classes[1][rows])},
         "first": first,
         "methods": [plain(method) for method in by_method(report.attributions)],
+        "neighbours": None if neighbours is None else neighbours.packed(),
         "queries": [_query(report, facts["queries"][column], column, rows, classes) for column in columns],
     }
 

@@ -37,7 +37,6 @@ from ine_callback.report.files import replace_file, replacing
 from ine_callback.report.reading import named
 from ine_callback.report.runinfo import RunInfo
 from ine_callback.report.samples import Render
-from ine_callback.report.store_questions import StoreQuestions
 from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.scores import Attribution, Scores
 from ine_callback.utilities.terminal import as_text
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from ine_callback.effects.reported import Effects
 
 
-class InfluenceReport(Contents, StoreQuestions, legacy.FormerNames):
+class InfluenceReport(Contents, legacy.FormerNames):
     """Scores of every row on every query, with tests and provenance.
 
     Sign, everywhere: ``mu > 0`` means that training on the row lowers the query (helpful). Rows that were never
@@ -311,7 +310,7 @@ class InfluenceReport(Contents, StoreQuestions, legacy.FormerNames):
         Args:
             path: File to write.
             queries: Names of the queries with a tab; by default the first 24. All are in the overview.
-            samples: The training set: ``samples[row]`` of at most 240 rows are read and put into the file.
+            samples: The training set: ``samples[row]`` of at most 360 rows are read and put into the file.
             labels: Class of each row [N], numbers or texts; by default from ``samples``.
             render: Makes a sample an ``Image``, a ``Text`` or ``Values`` (see :func:`~ine_callback.report.rendered`).
 

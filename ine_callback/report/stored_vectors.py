@@ -105,6 +105,13 @@ class StoredVectors:
         found: Floats = (entries / self.variances) @ self.components
         return found
 
+    def of_query_by_layer(self, entries: Floats) -> Floats:
+        """Parts of queries' numbers [Q, B, k], one for each of the B blocks, which add up to :meth:`of_query`."""
+        ends = np.cumsum([len(block.index) for block in self.blocks])[:-1]
+        weighted = np.split(entries / self.variances, ends, 1)
+        found: Floats = np.stack([x @ v for x, v in zip(weighted, np.split(self.components, ends), strict=True)], 1)
+        return found
+
     def products(self, queries: Floats) -> Floats:
         """Scores [N, Q] without a unit, of queries' numbers [Q, k]: in chunks of rows, so that all fit into memory."""
         factors = np.ascontiguousarray(queries.T, dtype=np.float32)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ine_callback.applications.label_errors import knows_labels
+from ine_callback.report import alike
 from ine_callback.report.attribution_view import by_method, section
 from ine_callback.utilities.words import BLUE, NULL_ALARM, null_check, plain, tails
 
@@ -42,6 +43,7 @@ def summary(report: Contents) -> dict[str, Any]:
         "recommended_query": report.recommended_query if report.queries else None,
         "null_checks_failed": [query["name"] for query in queries if _nan(query["null_ks_p"]) < NULL_ALARM],
         "label_errors": _labels(report),
+        "alike": alike.facts_of(report.store, report.alike),
         "queries": queries,
         "notes": list(run.notes),
     }
@@ -195,7 +197,7 @@ def terminal(report: Contents) -> Group:
     missed = facts["incomplete"]
     head = [Text(plain(missed), "bold white on red")] if missed else []
     head += [Text(" · ").join(Text.assemble((value, "bold"), f" {label}") for label, value in headline(facts))]
-    head.append(Text(advice(report, facts)))
+    head += [Text(line) for line in (advice(report, facts), *alike.lines(facts))]
     parts: list[Any] = [
         Panel(
             Group(*head), title="Influence report", title_align="left", border_style="red" if failed or missed else BLUE

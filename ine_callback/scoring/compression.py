@@ -49,6 +49,14 @@ class Compressed:
                 each[:, self.places[block.key]] = factor
         return Compressed(self.values * each, self.places)
 
+    def only(self, blocks: Sequence[Block]) -> Compressed:
+        """The part of some blocks; the others' entries are 0."""
+        kept = torch.zeros_like(self.values)
+        for block in blocks:
+            if block.key in self.places:
+                kept[:, self.places[block.key]] = self.values[:, self.places[block.key]]
+        return Compressed(kept, self.places)
+
 
 @dataclass(frozen=True)
 class _Discount:

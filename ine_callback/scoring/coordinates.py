@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
-from ine_callback.capture.per_sample_gradients import widened
+from ine_callback.capture.per_sample_gradients import Ragged, row_chunks, widened
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import SpectralOperator, Spectrum, identity
 from ine_callback.curvature.stored_gradients import StoredGradients
@@ -54,7 +54,8 @@ class BlockBasis:
         """Entries [n, ...] of stored gradients."""
         if self.sides is None:
             return rows.right[:, self.index]
-        return rows.between(*self.sides).flatten(1)[:, self.index]
+        left, right = (side.to(rows.right.dtype) for side in self.sides)  # stored rows are of single precision
+        return rows.between(left, right).flatten(1)[:, self.index]
 
     def of_vectors(self, v: Tensor) -> Tensor:
         """Entries [Q, n] of vectors [Q, *layout]."""
@@ -66,11 +67,11 @@ class BlockBasis:
     def applied(self, operator: SpectralOperator, x: Tensor) -> Tensor:
         """An operator on the rectangle, applied to entries x [b, n]; what it moves out of them is lost."""
         if self.sides is None:
-            return operator.apply(x)
+            return operator.apply(x).to(x.dtype)
         rectangle = (self.sides[0].shape[0], self.sides[0].shape[2], self.sides[1].shape[2])
-        full = x.new_zeros(len(x), int(np.prod(rectangle)))
-        full[:, self.index] = x
-        return operator.apply(full.view(-1, *rectangle)).flatten(1)[:, self.index]
+        full = self.sides[0].new_zeros(len(x), int(np.prod(rectangle)))  # double where the module is
+        full[:, self.index] = x.to(full)
+        return operator.apply(full.view(-1, *rectangle)).flatten(1)[:, self.index].to(x)
 
     def restricted(self, kfac: KFAC, block: Block, spectrum: Spectrum) -> SpectralOperator:
         """A function of the block's Fisher on these entries."""
@@ -93,17 +94,23 @@ class BlockBasis:
             full[:, before.index] = x
             return full[:, self.index]
         shapes = [(s[0].shape[0], s[0].shape[2], s[1].shape[2]) for s in (before.sides, self.sides)]
-        full = x.new_zeros(len(x), int(np.prod(shapes[0])))
-        full[:, before.index] = x
+        full = self.sides[0].new_zeros(len(x), int(np.prod(shapes[0])))
+        full[:, before.index] = x.to(full)
         left, right = (new.transpose(-1, -2) @ old for new, old in zip(self.sides, before.sides, strict=True))
-        return (left @ full.view(-1, *shapes[0]) @ right.transpose(-1, -2)).flatten(1)[:, self.index]
+        return (left @ full.view(-1, *shapes[0]) @ right.transpose(-1, -2)).flatten(1)[:, self.index].to(x)
 
 
 def _between(grad_sample: Outer, left: Tensor, right: Tensor) -> Tensor:
     """Gradients between columns, [b, G, k, l]; the factors are widened when they are small."""
     inputs = widened(grad_sample.projected(right))
     output_grads = widened(grad_sample.output_grads @ left.to(grad_sample.output_grads.dtype))
-    return output_grads.transpose(-1, -2) @ inputs.to(output_grads.dtype)
+    inputs = inputs.to(output_grads.dtype)
+    if not isinstance(grad_sample, Ragged):
+        return output_grads.transpose(-1, -2) @ inputs
+    total = inputs.new_zeros(grad_sample.count + 1, inputs.shape[1], left.shape[-1], right.shape[-1])
+    for some in row_chunks(len(inputs), total[0].numel()):  # of entries, which are added up by row
+        total.index_add_(0, grad_sample.index[some], output_grads[some].transpose(-1, -2) @ inputs[some])
+    return total[: grad_sample.count]
 
 
 def choose(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ine_callback import Recorder
+from ine_callback import GradientStore, Recorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -120,3 +120,32 @@ def test_a_compiled_network_is_recorded_and_trains_the_same(mode: str | None) ->
     assert recorder is not None and not recorder.report().run.uncaptured
     assert (recorder.report().observations == 2).all()
     torch.testing.assert_close(left, plain, rtol=1e-4, atol=1e-6)  # to the bit where the compiler fuses alike
+
+
+def test_rows_vectors_beyond_the_bound_are_the_same_in_the_host_s_memory() -> None:
+    found = []
+    for size in (2**30, 0):
+        module = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).cuda()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(torch.linspace(-0.5, 0.5, p.numel()).view_as(p))
+        g = torch.Generator().manual_seed(1)
+        x, y = torch.randn(64, 12, generator=g), torch.randint(0, 3, (64,), generator=g)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        store = GradientStore(bytes_per_row=4 + 4 * 200, dtype="float32", device_bytes=size)
+        options = {"total_steps": 16, "refresh_every": 4, "store": store, "on_error": "raise"}
+        with Recorder(module, optimizer, 64, {"val": (x[:16], y[:16])}, loss_of, **options) as recorder:
+            for rows in torch.arange(64).repeat(2).split(8):
+                with recorder.batch(rows, (x[rows], y[rows])):
+                    loss = loss_of(module, (x[rows], y[rows]))
+                    recorder.see(loss)
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert recorder.store is not None
+            assert recorder.store.vectors.vectors(64)[1].is_cuda == (size > 0)
+        one = recorder.report().store
+        assert one is not None
+        numbers = one.rows * one.scale[:, None]
+        found.append(numbers @ numbers.T)
+    assert abs(found[0] - found[1]).max() < 1e-4 * abs(found[0]).max()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ine_callback.report import Text
+from ine_callback.report import Text, pagedata
 from tests.helpers.report import pages
 from tests.helpers.report.hostile import PAYLOADS
 
@@ -45,13 +45,16 @@ def write(path: Path) -> None:
     elif path.name == "all.html":
         images = np.random.default_rng(0).random((ROWS, 1, 8, 8))
         pages.report_of(ROWS).write_html(path, samples=images, labels=pages.labels_of(ROWS))
+    elif path.name.startswith("store"):
+        images = np.random.default_rng(0).random((ROWS, 1, 8, 8))
+        pages.stored(pages.report_of(ROWS)).write_html(path, samples=images, labels=pages.labels_of(ROWS))
     elif path.name == "methods.html":
         pages.report_of(ROWS).with_attributions(pages.other(ROWS)).write_html(path)
     elif path.name == "many.html":
         pages.report_of(20_000, chains=False).write_html(path, labels=pages.labels_of(20_000))
     else:
         texts = [(HOSTILE, {HOSTILE: HOSTILE})[row % 2] for row in range(ROWS)]
-        report = pages.report_of(ROWS, HOSTILE).with_attributions(pages.other(ROWS, HOSTILE))
+        report = pages.stored(pages.report_of(ROWS, HOSTILE)).with_attributions(pages.other(ROWS, HOSTILE))
         report.write_html(path, samples=texts, labels=pages.labels_of(ROWS, HOSTILE))
 
 
@@ -280,6 +283,40 @@ def test_each_method_has_a_tab_and_its_plots(opened: Open) -> None:
     assert page.locator("#agreement").inner_text() == "not asked this query" and drawn() == []
     page.locator("#rows").get_by_role("tab", name="class/dog").click()
     assert page.locator("#plot-methods").is_hidden()  # nobody was asked it
+
+
+def test_the_chosen_row_s_nearest_rows_are_shown_and_lead_on(opened: Open) -> None:
+    page, report = opened("store.html"), pages.stored(pages.report_of(ROWS))
+    (row, twin), *_ = pages.TWINS
+    page.get_by_role("tab", name="margin", exact=True).click()
+    page.locator(f"#alike [data-choose='{row}']").click()
+    assert page.locator("#detail-title").inner_text() == f"Row {row}"
+    found, cards = report.neighbours(row, 6), page.locator("#detail .near .card-row")
+    assert [int(text.split()[1]) for text in cards.locator(".who").all_inner_texts()] == found.rows.tolist()
+    said = cards.first.inner_text().replace("−", "-").split("\n")
+    assert said[:3] == [f"row {twin}", f"class {pages.labels_of(ROWS)[twin]}", f"cos {found.cosines[0]:.2f}"]
+    assert float(said[3].removeprefix("μ ")) == pytest.approx(report.scores.mu[twin, 1], abs=0.006)
+    assert cards.locator("img").count() > 0
+    cards.first.click()
+    assert page.locator("#detail-title").inner_text() == f"Row {twin}"
+    assert page.locator("#detail .near .who").first.inner_text() == f"row {row}"
+    page.evaluate("choose(239)")  # was never observed
+    assert "no neighbours" in page.locator("#detail").inner_text() and cards.count() == 0
+    groups = page.locator("#alike .groups")
+    assert groups.first.locator("li").count() == len(pages.TWINS)
+    assert "rows lower margin" in groups.last.inner_text() and "near duplicate" in page.locator(".answers").inner_text()
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_a_large_page_says_which_neighbours_it_leaves_out(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagedata, "PRODUCTS", 240 * 100 * 50)  # enough for 50 rows
+    page = opened("store few.html")
+    rows = page.evaluate("[...near.of.keys()]")
+    worst = page.evaluate("Number(document.querySelector('#first .card-row').dataset.row)")
+    assert len(rows) == 50 and worst in rows
+    page.evaluate(f"choose({next(row for row in range(ROWS - 1) if row not in rows)})")
+    assert "Neighbours of 50 rows are in this file" in page.locator("#detail").inner_text()
 
 
 def test_tooltips_follow_the_scheme(page: Any) -> None:

@@ -37,7 +37,7 @@ def test_the_nearest_rows_are_those_of_the_largest_cosine(store: StoredVectors) 
 
 
 def test_duplicates_are_found_across_blocks_and_weak_rows_by_their_size(store: StoredVectors) -> None:
-    assert [group.tolist() for group in near_duplicates(store)] == [[7, 2500, 2999]]
+    assert [group.tolist() for group in near_duplicates(store, 0.98)] == [[7, 2500, 2999]]
     assert weak_rows(store, 0.01).tolist() == [11]
 
 

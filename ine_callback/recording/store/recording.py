@@ -17,10 +17,9 @@ from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
-from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer
 from ine_callback.recording.snapshots import Snapshot
 from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
-from ine_callback.recording.store.reduce import CHUNK, RIDGE, components, numbers_of, spread
+from ine_callback.recording.store.reduce import RIDGE, Combined, Spread, components, numbers_of
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.store.vectors import RowVectors
 from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors
@@ -62,7 +61,8 @@ class StoreRecording:
     Attributes:
         compression: Compresses contributions.
         vectors: The rows' vectors.
-        made: What :meth:`stored` made, once.
+        made: The store as it will be on disk, once training is over.
+        lost: Why it cannot be made; empty: it can.
     """
 
     def __init__(self, settings: GradientStore, rows: int | None, device: torch.device, processes: Lockstep) -> None:
@@ -71,6 +71,7 @@ class StoreRecording:
         self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
         self._passed, self._closed, self._known = Passed(), False, rows or 0
         self.made: StoredVectors | None = None
+        self.lost = ""
 
     def close(self, kfac: KFAC) -> None:
         """Before the closing pass: entries are those of the run's curvature."""
@@ -103,17 +104,18 @@ class StoreRecording:
         compression, passed = self.compression, self._passed
         blocks = {block.key: block for block in context.table}
         which, own = self.vectors.vectors(self._known)
+        where = own.device if 3 * 4 * own.numel() <= self.settings.device_bytes else torch.device("cpu")
         curvature = CompressedCurvature(compression, blocks, kfac, sample, rates, decays, self._known, random)
-        found = torch.zeros_like(own)
-        there = torch.zeros(len(found), dtype=torch.bool)
+        found, spread = torch.zeros(own.shape, device=where), Spread(compression.size, self._device)
         for rows, g in compressed_rows(context, compression.bases, compression.places, compression.size):
             mine = torch.isin(rows, which)
             places = rows[mine] // self._processes.count
             with torch.no_grad():
-                found[places.to(found.device)] = curvature.apply(g[mine.to(g.device)]).to(found.device)
-            there[places] = True
-        size = spread(found, there, self._variances(run))
-        passed.sums = found / size if passed.sums is None else passed.sums + found / size
+                z = curvature.apply(g)
+                spread.take(z)  # of all rows: each process passes them all
+                found[places.to(where)] = z[mine.to(z.device)].to(where)
+        found /= spread.of(self._variances(run))
+        passed.sums = found if passed.sums is None else passed.sums.add_(found)
         passed.passes, passed.random = passed.passes + 1, random
         if self.settings.snapshots:
             self._add_queries(context)
@@ -145,8 +147,18 @@ class StoreRecording:
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def stored(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], run: KFAC) -> StoredVectors | None:
-        """The store as it will be on disk; None where nothing was recorded.
+    def prepare(self, run: KFAC) -> None:
+        """When training is over: all processes take the same entries. Includes exchanges.
+
+        Args:
+            run: The run's Kronecker factors.
+        """
+        self._processes.exchange()
+        run.pool(self._processes)
+        self.close(run)
+
+    def make(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], run: KFAC) -> None:
+        """Makes the store as it will be on disk, where anything was recorded. Includes exchanges.
 
         Args:
             scores: The run's, of the same rows.
@@ -154,25 +166,28 @@ class StoreRecording:
             run: The run's Kronecker factors.
         """
         if self.made is None and self.compression.bases:
-            self.made = self._reduced(scores, names, run)
-        return self.made
+            self.close(run)
+            with torch.no_grad():
+                self.made = self._reduced(scores, names, self._variances(run))
 
-    def _reduced(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], run: KFAC) -> StoredVectors:
+    def _reduced(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], variances: Tensor) -> StoredVectors:
         rows = len(scores.observations)
-        self.close(run)
         which, sums = self.vectors.vectors(rows)
-        observations = torch.as_tensor(scores.observations)[which]
-        variances, seen = self._variances(run), observations > 0
-        vectors = sums / _or_one(spread(sums, seen, variances))
+        observations = torch.as_tensor(scores.observations)
+        share = observations / observations[observations > 0].double().mean().clamp_min(1e-12)
+        parts = [(sums, torch.ones(len(sums)))]
         if self._passed.sums is not None:
-            share = (observations / observations[seen].double().mean().clamp_min(1e-12)).to(sums)
-            passed = self._passed.sums[: len(vectors)] * share[:, None]
-            passed = passed / _or_one(spread(passed, seen, variances))
-            vectors = vectors + passed if self._passed.random else passed  # as mu: then the pass ranks better alone
-        into = components(vectors[seen.to(vectors.device)], variances, self.settings.dimensions)
-        parts = [numbers_of(part.to(into) @ into, self.settings.dtype) for part in vectors.split(CHUNK)]
-        numbers, scale = (np.concatenate(each) for each in zip(*parts, strict=True))
-        numbers[~seen.numpy()] = 0
+            passed = self._passed.sums[: len(sums)], share[which].float()
+            parts = [*parts, passed] if self._passed.random else [passed]  # as mu: else the pass ranks better alone
+        vectors = Combined(parts, observations[which] > 0)
+        for k in range(len(parts)):
+            vectors.sizes[k] = self._together(vectors.spread(k, self._device)).of(variances)
+        covariance = vectors.covariance(variances.sqrt())
+        self._average(covariance)
+        into = components(covariance, variances, self.settings.dimensions)
+        each = [numbers_of(part.to(into) @ into, self.settings.dtype) for part in vectors.chunks()]
+        numbers, scale = (np.concatenate(found) for found in zip(*each, strict=True))
+        numbers[~vectors.seen.numpy()] = 0
         numbers, scale = self._gathered(numbers, which, rows), self._gathered(scale, which, rows)
         stored = StoredVectors(
             numbers,
@@ -186,11 +201,22 @@ class StoreRecording:
         )
         return self._calibrated(stored, scores)
 
+    def _together(self, spread: Spread) -> Spread:
+        """That of all processes' rows."""
+        self._average(spread.sums)
+        return spread
+
+    def _average(self, tensor: Tensor) -> None:
+        if self._processes.count > 1:
+            self._processes.exchange()  # whoever failed has left by now
+            self._processes.average([tensor])
+
     def _gathered(self, numbers: NDArray[Any], which: Tensor, rows: int) -> NDArray[Any]:
         """All rows' numbers, in each process."""
         if self._processes.count == 1:
             return numbers
         out = np.zeros((rows, *numbers.shape[1:]), numbers.dtype)
+        self._processes.exchange()
         for places, found in self._processes.gather((which.numpy(), numbers)):
             out[places] = found
         return out
@@ -247,10 +273,6 @@ def calibrated(found: Floats, mu: Floats, se: Floats) -> Calibration:
     return Calibration(agreement, size, missing, error, len(rows))
 
 
-def _or_one(value: float) -> float:
-    return value if np.isfinite(value) else 1.0
-
-
 def _numpy(tensor: Tensor) -> NDArray[Any]:
     """NumPy has no bfloat16."""
     return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
@@ -258,7 +280,6 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
 
 def store_of(
     settings: GradientStore | None,
-    optimizer: AnyOptimizer,
     discount: bool,
     rows: int | None,
     device: torch.device,
@@ -277,6 +298,4 @@ def store_of(
             f"{owner}: store= needs the discount, whose curvature says which directions are stored; pass discount=True "
             "and a method that uses signals (FINE)."
         )
-    if isinstance(optimizer, JointOptimizer):
-        raise InfluenceError(f"{owner}: store= knows one optimizer, there are {len(optimizer.each)}; leave it out.")
     return StoreRecording(settings, rows, device, processes)

@@ -6,6 +6,7 @@ covariance of ``C^(1/2) z`` over the rows, a row is ``V^T C^(1/2) z`` and a quer
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,32 +21,89 @@ COVARIANCE_ROWS = 20_000  # rows that the leading components are taken from
 CHUNK = 1 << 14  # rows that are reduced at once
 
 
-def spread(vectors: Tensor, seen: Tensor, variances: Tensor) -> float:
-    """What rows' vectors [n, W] spread a typical query by: ``sqrt(tr(Cov(z) C))``; NaN where nothing varies."""
-    total, count = torch.zeros(2, variances.shape[0], dtype=torch.float64), 0
-    for part, there in zip(vectors.split(CHUNK), seen.split(CHUNK), strict=True):
-        known = part[there.to(part.device)].double().cpu()
-        total += torch.stack([known.sum(0), known.square().sum(0)])
-        count += len(known)
-    if not count:
-        return float("nan")
-    mean, square = total / count
-    found = float(((square - mean**2).clamp_min(0) * variances.double().cpu()).sum().sqrt())
-    return found if found > 0 else float("nan")
+class Spread:
+    """How much rows' vectors spread a typical query: by sums, which add up over processes.
+
+    Args:
+        size: Entries W of a vector.
+        device: Where the sums live.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.sums = torch.zeros(2 * size + 1, dtype=torch.float64, device=device)
+
+    def take(self, vectors: Tensor) -> None:
+        """Takes some rows' vectors [n, W]."""
+        known = vectors.double()
+        each = known.sum(0), known.square().sum(0), known.new_full((1,), len(known))
+        self.sums += torch.cat(each).to(self.sums.device)
+
+    def of(self, variances: Tensor) -> float:
+        """What the vectors spread a typical query by: ``sqrt(tr(Cov(z) C))``; 1 where nothing varies."""
+        count = float(self.sums[-1])
+        if not count:
+            return 1.0
+        mean, square = self.sums[:-1].view(2, -1) / count
+        found = float(((square - mean**2).clamp_min(0) * variances.double()).sum().sqrt())
+        return found if np.isfinite(found) and found > 0 else 1.0
 
 
-def components(vectors: Tensor, variances: Tensor, dimensions: int) -> Tensor:
-    """``C^(1/2) V`` [W, k]; the queries' factor is its inverse on these components, :func:`query_factor`."""
-    roots = variances.sqrt()
-    some = vectors
-    if len(vectors) > COVARIANCE_ROWS:
-        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:COVARIANCE_ROWS]
-        some = vectors[chosen.to(vectors.device)]
-    weighted = some.to(roots.device) * roots
-    covariance = (weighted.T @ weighted).double()
+def components(covariance: Tensor, variances: Tensor, dimensions: int) -> Tensor:
+    """``C^(1/2) V`` [W, k], by the covariance [W, W] of ``C^(1/2) z``."""
     found = torch.linalg.eigh(covariance / covariance.diagonal().mean().clamp_min(1e-300)).eigenvectors
-    into: Tensor = roots[:, None] * found.flip(1)[:, :dimensions].to(roots)
+    into: Tensor = variances.sqrt()[:, None] * found.flip(1)[:, :dimensions].to(variances)
     return into
+
+
+def some_of(rows: int) -> Tensor:
+    """The rows that the covariance is taken of: all, or a random sample."""
+    if rows <= COVARIANCE_ROWS:
+        return torch.arange(rows)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:COVARIANCE_ROWS].sort().values
+
+
+class Combined:
+    """Rows' vectors as weighted sums of the run's and the passes', made chunk by chunk: no copy of all.
+
+    Args:
+        parts: Vectors [n, W], and what each row's count [n].
+        seen: Rows that were observed [n].
+
+    Attributes:
+        sizes: What each part is divided by.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], seen: Tensor) -> None:
+        self._parts, self.seen, self.sizes = parts, seen, [1.0] * len(parts)
+
+    def _of(self, which: Tensor | slice, only: int | None = None) -> Tensor:
+        found = [
+            vectors[which] * weight[which, None].to(vectors) / size
+            for k, ((vectors, weight), size) in enumerate(zip(self._parts, self.sizes, strict=True))
+            if only in (None, k)
+        ]
+        return sum(part.to(found[0].device) for part in found[1:]) + found[0]
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All rows' vectors, some after the other; at least one chunk, maybe without rows."""
+        for start in range(0, max(1, len(self.seen)), CHUNK):
+            yield self._of(slice(start, start + CHUNK))
+
+    def spread(self, part: int, device: torch.device) -> Spread:
+        """Of one part, over the rows that were observed."""
+        found = Spread(self._parts[part][0].shape[1], device)
+        for rows in self.seen.nonzero()[:, 0].split(CHUNK):
+            found.take(self._of(rows, part))
+        return found
+
+    def covariance(self, roots: Tensor) -> Tensor:
+        """Of ``C^(1/2) z`` over observed rows [W, W], without its factor."""
+        rows = self.seen.nonzero()[:, 0]
+        out = torch.zeros(len(roots), len(roots), dtype=torch.float64, device=roots.device)
+        for some in rows[some_of(len(rows))].split(CHUNK):
+            weighted = self._of(some).to(roots.device) * roots
+            out += (weighted.T @ weighted).double()
+        return out
 
 
 def numbers_of(values: Tensor, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:

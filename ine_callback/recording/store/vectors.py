@@ -40,7 +40,7 @@ class RowVectors:
         self.settings, self._compression, self._device = settings, compression, device
         self._rank, self._processes = rank, processes
         compression.moved = self._move
-        self._width = 0
+        self._width, self._grows = 0, rows is None
         self._sums = torch.zeros(0, 0, device=device)
         self._waiting: deque[tuple[Tensor, Tensor, Any]] = deque()  # on their way to the host
         self._grow(rows or 0)
@@ -55,7 +55,8 @@ class RowVectors:
         if size <= len(self._sums) and width <= self._sums.shape[1]:
             return
         self._drain(wait=True)
-        size = max(size, len(self._sums))
+        # where the number of rows is unknown a copy is made every so often, not at each step
+        size = max(size, len(self._sums), 3 * len(self._sums) // 2 if self._grows else 0)
         # in the host's memory once it is there, and where it would take too much of the device's
         there = self._device if 4 * size * width <= self.settings.device_bytes else torch.device("cpu")
         there = self._sums.device if self._sums.numel() and not self._sums.is_cuda else there
@@ -105,6 +106,8 @@ class RowVectors:
         """Moves all vectors into another basis of ``width`` entries."""
         self._drain(wait=True)
         before = self._width
+        if not before:  # no step was taken yet
+            return
         self._width = max(before, width)
         self._grow((len(self._sums) - 1) * self._processes)
         for start in range(0, len(self._sums), CHUNK):

@@ -16,6 +16,8 @@ const ints = (text) => new Int32Array(bytes(text));
 const rows = ints(page.rows), seen = ints(page.seen), loss = floats(page.loss);
 const classOf = page.classes && ints(page.classes.of);
 const place = new Map(Array.from(rows, (row, k) => [row, k])); // of a row id in the arrays
+const near = page.neighbours && { nearest: ints(page.neighbours.nearest), cosines: floats(page.neighbours.cosines),
+  of: new Map(Array.from(ints(page.neighbours.rows), (row, k) => [row, k])) };
 const everyRow = Array.from(rows.keys());
 
 const sign = (text) => text.replace("-", "−");
@@ -139,10 +141,35 @@ function detail() {
     element("h3", { id: "detail-title" }, `Row ${state.row}`),
     sampleOf(state.row) ?? element("p", { class: "soft" }, missing), facts,
     element("div", { class: "scroll" }, element("table", {}, element("thead", {}, heads(["query", "μ", "q"])), body)),
+    ...(near ? neighbours() : []),
   );
-  for (const button of document.querySelectorAll(".card-row")) {
+  for (const button of document.querySelectorAll(".card-row[data-row]")) {
     button.classList.toggle("chosen", Number(button.dataset.row) === state.row);
   }
+}
+
+function neighbours() { // of the chosen row, in gradient space
+  const found = near.of.get(state.row), each = page.neighbours.each, list = element("div", { class: "near" });
+  const lead = element("h3", {}, "Acts alike");
+  if (found === undefined) return [lead, element("p", { class: "soft" }, page.neighbours.note)];
+  for (let at = found * each; at < (found + 1) * each; at += 1) list.append(neighbour(near.nearest[at], near.cosines[at]));
+  return [lead, element("p", { class: "soft" }, "The nearest rows in gradient space, with their cosine and μ on this query."), list];
+}
+
+function neighbour(row, cosine) {
+  const k = place.get(row), now = query(), made = element("button", { class: "card-row", type: "button" });
+  const sample = sampleOf(row);
+  if (sample) made.append(sample);
+  made.append(element("span", { class: "who" }, `row ${row}`));
+  if (k === undefined) made.disabled = true; // its scores are not in the file
+  if (k !== undefined && classOf) {
+    const other = className(k) !== className(place.get(state.row));
+    made.append(element("span", { class: other ? "class suspect" : "class" }, `class ${className(k)}`));
+  }
+  made.append(element("span", { class: "soft" }, `cos ${number(cosine, 2)}`));
+  if (k !== undefined) made.append(element("span", { class: `mu ${tone(now, k)}` }, `μ ${signed(now.mu[k], now.places)}`));
+  made.addEventListener("click", () => choose(row));
+  return made;
 }
 
 // ---- the table of all rows ----
@@ -338,6 +365,12 @@ function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   for (const link of document.querySelectorAll("[data-open]")) {
     link.addEventListener("click", () => open(Number(link.dataset.open)));
+  }
+  for (const chip of document.querySelectorAll("[data-choose]")) { // rows of the groups that act alike
+    const row = Number(chip.dataset.choose), image = sampleOf(row)?.querySelector("img");
+    if (image) chip.prepend(image);
+    chip.disabled = !place.has(row);
+    chip.addEventListener("click", () => { choose(row); at("detail").scrollIntoView({ block: "start" }); });
   }
   for (const plot of ["volcano", "methods"]) at(`plot-${plot}`)?.addEventListener("keydown", steer);
   if (page.queries.length) open(page.first);

@@ -10,6 +10,7 @@ from scipy.stats import false_discovery_control
 
 from ine_callback.methods.bif.scores import BIFScores, attribution
 from ine_callback.report import InfluenceReport, example_report
+from ine_callback.report.stored_vectors import StoredBlock, StoredVectors
 from ine_callback.scores import Attribution, Check, LayerScores, QueryInfo, QueryKind, Scores, TokenScores
 
 CLASSES, TERMS = ("cat", "dog", "owl"), 12
@@ -84,3 +85,32 @@ def _chains(scores: Scores, queries: tuple[QueryInfo, ...], at: int | str, weigh
         settings={"step_size": 1e-4, "n_beta": 30.0, "localization": 100.0}, at=at,  # type: ignore[arg-type]
         tokens=TokenScores(np.arange(len(rows) + 1) * TERMS, terms, np.abs(terms), np.abs(terms)),
     )  # fmt: skip
+
+
+TWINS, ALIKE = [(20, 120), (21, 121), (22, 122)], range(150, 180)  # near duplicates, and a weak group
+
+
+def store_of(numbers: np.ndarray, seen: np.ndarray | None = None) -> StoredVectors:
+    """A store of the rows' numbers [N, k] as they are."""
+    rows, k = numbers.shape
+    block, one = StoredBlock(("w",), (k,), np.arange(k)), np.ones(k, np.float32)
+    there = np.ones(rows, np.bool_) if seen is None else seen
+    return StoredVectors(
+        numbers.astype(np.float32), np.ones(rows, np.float32), (block,), np.eye(k, dtype=np.float32), one, there
+    )
+
+
+def stored(report: InfluenceReport) -> InfluenceReport:
+    """The report with a gradient store, in which some rows are twins and some lower the margin together."""
+    random = np.random.default_rng(7)
+    numbers = random.standard_normal((report.rows, 100))
+    for one, other in TWINS:
+        numbers[other] = numbers[one] + 0.05 * random.standard_normal(100)
+    rows = np.array(ALIKE)
+    numbers[rows] = 0.8 * numbers[rows] + 0.9 * random.standard_normal(100)
+    scores, mu, q = report.scores, report.scores.mu.copy(), report.scores.q.copy()
+    column = report.queries.index(next(name for name in report.queries if name.endswith("margin")))
+    mu[rows, column] = 0.05 * (1.4 + 0.5 * random.standard_normal(len(rows)))
+    q[rows, column] = 0.5
+    store = store_of(numbers, report.observations > 0)
+    return InfluenceReport(replace(scores, mu=mu, q=q), report.run, report.attributions, store)

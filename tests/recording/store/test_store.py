@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ine_callback import GradientStore, InfluenceReport, Recorder, ask
+from ine_callback import GradientStore, InfluenceReport, ask
 from ine_callback.errors import InfluenceError
 from ine_callback.report.reading import ReportError
 from ine_callback.stats.ranks import spearman
@@ -133,10 +133,6 @@ def test_what_cannot_be_stored_or_asked_is_refused_with_the_remedy() -> None:
     with pytest.raises(InfluenceError, match=r"store= needs the discount.*discount=True"):
         trained(GradientStore(), discount=False)
     model, (x, y) = network(), data()
-    two = [torch.optim.SGD(model[k].parameters(), lr=0.1) for k in (0, 3)]
-    recorder = Recorder(model, two, ROWS, {"q": (x, y)}, loss_of, store=GradientStore())
-    with pytest.raises(InfluenceError, match="store= knows one optimizer, there are 2"):
-        recorder.start()
     report = trained(GradientStore()).recorder.report()
     with pytest.raises(InfluenceError, match=r"Sequential has no parameter '0\.weight'"):
         report.ask({"q": (x, y)}, nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), loss=loss_of)
