@@ -30,38 +30,7 @@ from ine_callback.recording.phases import Phase
 from ine_callback.scoring.directions import CompressedDirection, DirectionSpec, direction_of
 from ine_callback.scoring.sign_contrasts import Contrasts, signed_by
 from tests.helpers.copies import Copies
-
-OUT, IN = 60, 80
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def side(size: int, power: float, seed: int) -> Side:
-    """A covariance with eigenvalues 1, 2^-power, 3^-power, …"""
-    vectors = torch.linalg.qr(draw(size, size, seed=seed)).Q[None]
-    values = torch.arange(1, size + 1).double() ** -power
-    return Side(values.flip(0)[None], vectors)
-
-
-def rows_of(left: Side, right: Side, count: int, positions: int = 1, seed: int = 5) -> Outer:
-    """Rows whose inputs and output gradients have the two covariances, independent of each other."""
-
-    def sample(side: Side, seed: int) -> Tensor:
-        assert side.vectors is not None
-        size = side.values.shape[-1]
-        return draw(count, 1, positions, size, seed=seed) * side.values.sqrt() @ side.vectors.transpose(-1, -2)
-
-    return Outer(sample(right, seed), sample(left, seed + 1))
-
-
-def discount(left: Side, right: Side, exponent: float) -> SpectralOperator:
-    values = left.values[..., :, None] * right.values[..., None, :]
-    return SpectralOperator(torch.exp(-exponent * values), (left, right))
-
-
-LEFT, RIGHT = side(OUT, 1.5, 1), side(IN, 1.5, 2)
+from tests.helpers.sides import IN, LEFT, OUT, RIGHT, discount, draw, rows_of, side, sketch
 
 
 def test_a_direction_of_low_rank_is_retained_exactly() -> None:
@@ -99,13 +68,6 @@ def test_the_fewer_observations_the_closer_eigenvalues_are_to_their_mean() -> No
     torch.testing.assert_close(shrunk.values, torch.tensor([[0.875, 0.875, 0.125, 0.125]]))
     torch.testing.assert_close(Side.shrunk(values, None, seen=1.0).values, torch.full((1, 4), 0.5))
     torch.testing.assert_close(Side.shrunk(values * 1e30, None, seen=8.0).values, shrunk.values * 1e30)
-
-
-def sketch(exponent: float, seed: int = 0) -> SketchedOperator:
-    found = discount(LEFT, RIGHT, exponent).sketched()
-    assert isinstance(found, SketchedOperator)
-    found.draw(torch.Generator().manual_seed(seed))
-    return found
 
 
 @pytest.mark.parametrize("positions", [1, 7])

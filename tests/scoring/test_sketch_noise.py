@@ -16,7 +16,7 @@ from ine_callback.methods.fine.fine import FINE
 from ine_callback.methods.fine.sketch_noise import REFUSED, TOLD
 from ine_callback.scores import QueryInfo, Scores
 from ine_callback.scoring import directions
-from tests.curvature.test_low_rank import LEFT, RIGHT, rows_of, sketch
+from tests.helpers.sides import LEFT, RIGHT, rows_of, sketch
 
 ROWS, BATCH, EPOCHS = 96, 8, 2
 
