@@ -26,7 +26,7 @@ from ine_callback.capture.hooks import Capture
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.data.again import Again
 from ine_callback.data.batches import cut
-from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.isolation import isolated, random_state
 
 _PAIRS = 10
 _PAIRS_WITH_REPLACEMENT = 3  # pairs with a further run in which half of the rows are replaced by others
@@ -206,7 +206,7 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
     try:
         with as_in_training(module, seed):
             loss = step(module, batch)
-            trace.state = _random_state(next(module.parameters()).device)
+            trace.state = random_state(module)
             known = isinstance(loss, Tensor) and loss.requires_grad
             reading = read_loss(loss, rows, capture.views) if known else None  # type: ignore[arg-type]
             if reading is not None:
@@ -249,11 +249,3 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a leaf layer of PyTorch, or a BatchNorm of any library: these only mix batch statistics."""
     norm = any(kind.__module__ == "torch.nn.modules.batchnorm" for kind in type(module).__mro__)
     return norm or (type(module).__module__.startswith("torch.nn.") and not any(module.children()))
-
-
-def _random_state(device: torch.device) -> list[object]:
-    """State of the generators of torch, NumPy and Python, in a form that can be compared."""
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0, dtype=torch.uint8)
-    legacy: Any = np.random.get_state(legacy=True)
-    torchs = [bytes(state.numpy()) for state in (torch.get_rng_state(), on_device.cpu())]
-    return [*torchs, bytes(np.asarray(legacy[1])), legacy[2:], random.getstate()]

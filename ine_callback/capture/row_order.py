@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture.hooks import Capture
 from ine_callback.data.batches import cut, led_by
-from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.isolation import isolated, random_state
 
 VIEWS = "views of the rows behind one another"
 LIKE = "rows do not lead what its like in a list of modules gets, so what looks like rows here need not be rows"
@@ -121,17 +121,12 @@ def inputs_of(
     capture.on_call = lambda name, x: inputs.setdefault(name, []).append(x.detach().clone())
     try:
         with isolated(module):  # with gradients, which adversarial examples need
-            before = _random_states(module)
+            before = random_state(module)
             run(module, batch)
-            drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(module), strict=True))
+            drew = before != random_state(module)
     finally:
         capture.on_call = None
     return inputs, drew
-
-
-def _random_states(module: nn.Module) -> list[Tensor]:
-    device = next(module.parameters()).device
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _loses_its_end(whole: Tensor, less: Tensor, rows: int) -> bool:
