@@ -8,13 +8,13 @@ only the third run shows what stays.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.hooks import Capture
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated, random_state
@@ -75,8 +75,14 @@ def _like_them(
 
     What they get in the first batch, if anything, may look like rows; in the next it need not.
     """
-    alike = {_place(module, names[one]) for one in selected}
-    return {child: LIKE for child, name in names.items() if child not in faults and _place(module, name) in alike}
+    alike = {like(module, names, one) for one in selected}
+    return {child: LIKE for child in names if child not in faults and like(module, names, child) in alike}
+
+
+def like(module: nn.Module, names: Mapping[nn.Module, str], child: nn.Module) -> tuple[Any, ...]:
+    """What a layer has in common with its like in other modules of a list: place, class, and sizes of its weights."""
+    shapes = [tuple(p.shape) for p in own_parameters(child).values()]
+    return _place(module, names[child]), type(child), *shapes
 
 
 def _place(module: nn.Module, name: str) -> str:
@@ -86,11 +92,6 @@ def _place(module: nn.Module, name: str) -> str:
         parts.append("*" if isinstance(above, nn.ModuleList) else part)
         above = above._modules[part]  # type: ignore[assignment]
     return ".".join(parts)
-
-
-def unnumbered(name: str) -> str:
-    """A module's name without numbers, the same for all blocks, or experts, of a kind."""
-    return re.sub(r"\d+", "", name)
 
 
 def views_of(faults: dict[nn.Module, str], whole: Mapping[str, Sequence[Tensor]], rows: int) -> int:

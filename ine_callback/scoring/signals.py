@@ -154,8 +154,8 @@ class Signals(Directions):
             return
         if self.curvature is not None:
             for block, grad_sample, scale in held:
-                with self._only(block):
-                    self.curvature.observe(block, grad_sample, scale.terms, self.curvature_steps)
+                with self._only(block):  # what joins between two curvature updates has no other one yet
+                    self.curvature.observe(block, grad_sample, scale.terms, max(1, self.curvature_steps))
             held = [one for one in held if one[0] in set(self.table)]
         self.reservoir.open([(block, grad_sample) for block, grad_sample, _ in held], self.processes, self.several)
         for block, grad_sample, scale in held:
