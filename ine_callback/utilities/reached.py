@@ -8,6 +8,7 @@ import sysconfig
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -20,7 +21,8 @@ from ine_callback.utilities.held import UNSET
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 # Users' classes of these kinds hold state of their own, and go on only when a step or a loader calls them.
 _STATEFUL = (pl.LightningDataModule, pl.Callback, Dataset, Sampler, BatchSampler)
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_OWN = str(Path(__file__).parents[1])  # our hooks collect what passes find
+_INSTALLED = tuple({_OWN} | {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _INSTALLED_PARTS = ("site-packages", "dist-packages", "<frozen")
 
 
