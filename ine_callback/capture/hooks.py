@@ -72,6 +72,7 @@ class Capture:
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: Views of its rows that layers get, one after another (SimCLR's ``torch.cat``); added up by row.
+        loss_views: Views of its rows that only the loss gets together (``views`` of the layers are of the loss, too).
         borrowed: Whether what is received may be in memory that compiled code uses again as soon as it goes on.
         one_each: Whether a layer must get one entry of each row: several may be those of true and made rows, joined.
     """
@@ -88,6 +89,7 @@ class Capture:
         split_again(module)  # its parameters here must be those that the optimizer has
         self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
         self.active, self.rows, self.views, self.one_each = False, 0, 1, False
+        self.loss_views = 1
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]

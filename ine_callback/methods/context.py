@@ -193,7 +193,7 @@ class FitContext:
             with isolated(self.module), self.precision():
                 capture.start_batch(size, entries)
                 loss = self.loss(self.module, batch)
-                reading = read_loss(loss, size, capture.views, entries)
+                reading = read_loss(loss, size, max(capture.views, capture.loss_views), entries)
                 if what.labels == "sampled":
                     sample(loss, generator)
                 elif what.labels == "expected":

@@ -127,7 +127,8 @@ class BackwardPasses:
         if self._compiled_loss.inside:  # it tells in the backward pass
             return
         with torch.no_grad():
-            self._take(read_loss(loss, len(self._batch[0]), self._capture.views, self._capture.entries))
+            views = max(self._capture.views, self._capture.loss_views)
+            self._take(read_loss(loss, len(self._batch[0]), views, self._capture.entries))
             if self._row_losses is not None and self._capture.entries is None:
                 self._row_margins = read_margins(loss, len(self._batch[0]))
 
@@ -238,6 +239,8 @@ class BackwardPasses:
         """Measures the gradients, before anybody else sees them."""
         if self._phase is BatchPhase.RUNNING:
             self._phase = BatchPhase.OVER
+        if self._signals.verification is not None and not self._parts.training.distributed:
+            self._signals.verification.end_pass()
         with torch.no_grad():
             self._steps.mark()
 

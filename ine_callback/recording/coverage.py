@@ -33,6 +33,10 @@ _OF_NO_ROW = (
     "the loss holds terms that belong to no row (a penalty on weights): they have no part in any row's score, "
     "nor in the discount"
 )
+_HOOKED = (
+    "hooks on parameters (register_hook) may change gradients, which is seen in verified steps alone; change them in "
+    "on_before_optimizer_step or configure_gradient_clipping, where it is measured"
+)
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
@@ -159,6 +163,10 @@ class Coverage:
     def begin(self, fail: Callable[[Exception], None]) -> Verification:
         """Has each parameter's coming gradients compared with the sums of its per-sample gradients."""
         verification = Verification(fail, self._capture.unscale, keep=self._policy == "fallback")
+        hooked = [name for name, p in self._module.named_parameters() if p._backward_hooks]
+        note = f"{_HOOKED}: {', '.join(hooked[:4])}{', ...' if len(hooked) > 4 else ''}"
+        if hooked and not any(each.startswith(_HOOKED) for each in self.notes):
+            self.notes.append(note)
         if not is_sharded(self._module):
             for parameter in self._module.parameters():
                 verification.watch(parameter, parameter)
