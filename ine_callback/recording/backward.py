@@ -268,7 +268,9 @@ class BackwardPasses:
                 self._release()
         with torch.no_grad():
             compression = self._signals.compression
-            compressed = None if compression is None else compression.settle(len(rows))
+            compressed = None
+            if compression is not None:
+                compressed = compression.run(compression.settle, len(rows)) or compression.nothing(len(rows))
             blocks, signals, self_variance = self._signals.settle(self._steps.apart)
             losses, margins = (or_unknown(read, self_variance[0]) for read in (self._row_losses, self._row_margins))
             number = max(0, self._passes.count - 1)

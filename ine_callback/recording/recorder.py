@@ -322,9 +322,12 @@ class Recorder(Readable):
         self.update()
         self._steps.note_left_out()
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
-        info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
         scores = self.accumulators.scores()
-        return InfluenceReport(scores, info, store=stored_of(self._parts, scores))
+        store = stored_of(self._parts, scores)
+        if self._parts.store is not None and (why := self._parts.store.compression.failure):
+            self.guard.note(f"no gradient store, though one was asked for: {why}")
+        info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
+        return InfluenceReport(scores, info, store=store)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: tensors and plain types. With several processes, all must call it.

@@ -239,4 +239,4 @@ def stored_of(parts: Parts, scores: Scores) -> StoredVectors | None:
     """The gradient store as it will be on disk; None where there is none."""
     if parts.store is None or parts.signals.curvature is None:
         return None
-    return parts.store.stored(scores, parts.signals.table.names, parts.signals.curvature)
+    return parts.store.run(parts.store.stored, scores, parts.signals.table.names, parts.signals.curvature)

@@ -84,7 +84,7 @@ class Signals(Directions):
 
     def _contract(self, block: Block, grad_sample: GradSample, scale: Scale) -> None:
         if self.compression is not None:
-            self.compression.take(block, grad_sample)
+            self.compression.run(self.compression.take, block, grad_sample)
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredV
 from ine_callback.scores import Floats, Scores
 from ine_callback.scoring.compression import Compression
 from ine_callback.stats.ranks import spearman
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -68,9 +70,14 @@ class StoreRecording:
     def __init__(self, settings: GradientStore, rows: int | None, device: torch.device, processes: Lockstep) -> None:
         self.settings, self._device, self._processes = settings, device, processes
         self.compression = Compression(settings.working_dimensions, device)
+        self.compression.alone = processes.count == 1
         self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
         self._passed, self._closed, self._known = Passed(), False, rows or 0
         self.made: StoredVectors | None = None
+
+    def run(self, function: Callable[..., _T], *args: Any) -> _T | None:
+        """Calls a part of the store; what fails costs the store alone (:meth:`.Compression.run`)."""
+        return self.compression.run(function, *args)
 
     def close(self, kfac: KFAC) -> None:
         """Before the closing pass: entries are those of the run's curvature."""
