@@ -36,6 +36,7 @@ from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
+_LATE = "its layer was not in the model when the recording began; put it there before the fit"
 _UNTRACED = "the rows of its input of shape {}, entries that an index selected, cannot be traced in the graph"
 
 Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
@@ -276,6 +277,11 @@ class Capture:
         calls = self.calls.get(module, 0) * self._parts.get(module, 1)
         used = max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=0)
         return max(1, calls + used)
+
+    def unhooked(self, module: nn.Module) -> dict[str, str]:
+        """Names of layers that came into the model later -> why they are not recorded."""
+        found = {n: m for n, m in module.named_modules() if _capturable(m) and m not in self.names}
+        return {n: _LATE for n in found if n not in self.dropped and n not in self.deselected}
 
     def waiting(self) -> set[nn.Parameter]:
         """Parameters of experts that got no entry in this batch; their gradients are zero."""
