@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from ine_callback.capture.row_mixing import as_in_training, row_mixing_faults
 from ine_callback.capture.row_order import LIKE, row_order_faults
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def first_batch_faults(
@@ -41,6 +43,19 @@ def first_batch_faults(
         training: Whether the passes to be captured are in training mode, where mixup and shuffles happen.
         views: Whether ``capture.views`` may be set, where the model joins several views of its rows.
     """
+    with _without_batch_statistics(module):
+        return _first_batch_faults(module, capture, loss, batch, rows, training, views)
+
+
+def _first_batch_faults(
+    module: nn.Module,
+    capture: Capture,
+    loss: Callable[[nn.Module, Any], object],
+    batch: Any,
+    rows: int,
+    training: bool,
+    views: bool,
+) -> tuple[dict[nn.Module, str], list[str]]:
     unchecked = "the order of rows inside the layers was not checked"
     by_rows = led_by(batch, rows)
     try:
@@ -68,6 +83,18 @@ def first_batch_faults(
         capture.bare.layouts.clear()  # which are of single rows
         order, (mixing, functions) = {}, _faults(module, capture, loss, batch, rows, training and by_rows)
     return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]
+
+
+@contextlib.contextmanager
+def _without_batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Lets a BatchNorm without running statistics pass its input on: it mixes rows in evaluation mode, too."""
+    norms = [m for m in module.modules() if type(m) in _NORMS and m._buffers.get("running_mean") is None]
+    handles = [norm.register_forward_hook(lambda m, args, output: args[0].clone()) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _faults(

@@ -36,6 +36,7 @@ from ine_callback.capture.saved_inputs import save
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
+_LATE = "its layer was not in the model when the recording began; put it there before the fit"
 _UNTRACED = "the rows of its input of shape {}, entries that an index selected, cannot be traced in the graph"
 
 Receiver = Callable[[nn.Module, dict[str, GradSample]], None]
@@ -72,6 +73,7 @@ class Capture:
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: Views of its rows that layers get, one after another (SimCLR's ``torch.cat``); added up by row.
+        loss_views: Views of its rows that only the loss gets together (``views`` of the layers are of the loss, too).
         borrowed: Whether what is received may be in memory that compiled code uses again as soon as it goes on.
         one_each: Whether a layer must get one entry of each row: several may be those of true and made rows, joined.
     """
@@ -88,6 +90,7 @@ class Capture:
         split_again(module)  # its parameters here must be those that the optimizer has
         self.receive, self._fail, self._on_drop, self.every_pass = receive, fail, on_drop, every_pass
         self.active, self.rows, self.views, self.one_each = False, 0, 1, False
+        self.loss_views = 1
         inside = {child for part in compiled_parts(module) for child in part.modules()}
         found = {child: name for name, child in module.named_modules() if _capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
@@ -274,6 +277,11 @@ class Capture:
         calls = self.calls.get(module, 0) * self._parts.get(module, 1)
         used = max((self.calls.get(p, 0) for n, p in own_parameters(module).items() if n in names), default=0)
         return max(1, calls + used)
+
+    def unhooked(self, module: nn.Module) -> dict[str, str]:
+        """Names of layers that came into the model later -> why they are not recorded."""
+        found = {n: m for n, m in module.named_modules() if _capturable(m) and m not in self.names}
+        return {n: _LATE for n in found if n not in self.dropped and n not in self.deselected}
 
     def waiting(self) -> set[nn.Parameter]:
         """Parameters of experts that got no entry in this batch; their gradients are zero."""

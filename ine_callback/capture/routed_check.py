@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.hooks import Capture
-from ine_callback.capture.row_order import same_values, unnumbered
+from ine_callback.capture.row_order import like, same_values
 from ine_callback.utilities.isolation import isolated
 
 
@@ -56,8 +56,8 @@ def find_routed(
         return set()
     before, after = (_selected(module, capture, loss, given, candidates) for given in (first, then))
     found = {one for one in candidates if _follow(before.get(one), after.get(one), first.rows, then.rows)}
-    alike = {unnumbered(capture.names[one]) for one in found}  # experts that got nothing in this batch, too
-    capture.routed = {child for child, name in capture.names.items() if unnumbered(name) in alike}
+    alike = {like(module, capture.names, one) for one in found}  # experts that got nothing in this batch, too
+    capture.routed = {child for child in capture.names if like(module, capture.names, child) in alike}
     return capture.routed
 
 

@@ -26,13 +26,14 @@ from ine_callback.capture.hooks import Capture
 from ine_callback.capture.row_losses import read_loss
 from ine_callback.data.again import Again
 from ine_callback.data.batches import cut
-from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.isolation import isolated, random_state
 
 _PAIRS = 10
 _PAIRS_WITH_REPLACEMENT = 3  # pairs with a further run in which half of the rows are replaced by others
 _TOLERANCE = 1e-2  # relative to the input's largest number, for rounding and half precision
 _LIBRARIES = ("builtins", "abc", "typing", "torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers")
 _LOSS = "the rows' losses"
+_LOSS_BY_VIEWS = "the rows' losses, of one view after another"
 MIXED = "rows are permuted or mixed inside training_step (mixup or the like): train without for scores of single rows"
 _BATCH_STATISTIC = (
     "its input holds a statistic of the batch in training: the sum over rows is exact, single rows are approximate"
@@ -49,18 +50,21 @@ class _Trace:
     Attributes:
         calls: Layer name -> its inputs, call by call; and the losses of the rows, if they can be read.
         last: Name of the trained layer that was called last.
+        views: How many terms of the loss there are for each row.
         state: State of the random number generators at the end.
     """
 
     calls: dict[str, list[Tensor]] = field(default_factory=dict)
     last: str = ""
+    views: int = 1
     state: list[object] = field(default_factory=list)
 
 
 def row_mixing_faults(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int) -> dict[nn.Module, str]:
     """Modules whose inputs hold other rows' data in training -> why; all modules, if the rows' losses do.
 
-    Modules whose inputs hold a statistic of the batch are named in ``capture.approximate``.
+    Modules whose inputs hold a statistic of the batch are named in ``capture.approximate``. If only the loss
+    has several views of the rows, one after another, ``capture.loss_views`` says how many.
 
     Args:
         module: The model; it is run isolated.
@@ -76,18 +80,24 @@ def row_mixing_faults(module: nn.Module, capture: Capture, step: Step, batch: An
         whole = run(batch)
         last = _LOSS if _LOSS in whole.calls else whole.last
         changed = _changes(whole, run(cut(batch, half, rows)), rows)
+        if 2 < rows != len(half.unique()):  # a contrastive loss changes where a row is there twice
+            changed = {name: one for name, one in changed.items() if name not in (_LOSS, _LOSS_BY_VIEWS)}
         changes[seed] = {name: rows_of & (half == torch.arange(rows)) for name, rows_of in changed.items()}
         if seed < _PAIRS_WITH_REPLACEMENT:
             other, first = run(cut(batch, replaced(rows), rows)), rows // 2
             draws_vary |= other.state != whole.state
             depends = {name for name, rows_of in _changes(whole, other, rows).items() if bool(rows_of[:first].any())}
-            ordered |= {name for name in depends if _is_sorted(whole, changed, name, half, rows)}
+            ordered |= {name for name in depends & changed.keys() if _is_sorted(whole, changed, name, half, rows)}
             coupled |= depends
     mixed = {name for found in changes.values() for name, rows_of in found.items() if bool(rows_of.any())}
     if draws_vary or _together():
         confirmed = _confirmed(partial(_run, module, capture, step, rows=rows), batch, changes, rows)
         mixed, coupled = (confirmed, set()) if draws_vary else (mixed, coupled)
     mixed |= ordered
+    if _LOSS in mixed and _LOSS_BY_VIEWS in whole.calls and _LOSS_BY_VIEWS not in mixed:
+        capture.loss_views = whole.views  # the network saw one view after another, the loss all of them
+        mixed.discard(_LOSS)
+    mixed.discard(_LOSS_BY_VIEWS)
     capture.approximate.update({name: _BATCH_STATISTIC for name in coupled - mixed if name in capture.names.values()})
     by_name = {name: child for child, name in capture.names.items()}
     # if the last layer's rows are mixed, all layers before it are trained on mixtures
@@ -206,11 +216,14 @@ def _run(module: nn.Module, capture: Capture, step: Step, batch: Any, rows: int,
     try:
         with as_in_training(module, seed):
             loss = step(module, batch)
-            trace.state = _random_state(next(module.parameters()).device)
+            trace.state = random_state(module)
             known = isinstance(loss, Tensor) and loss.requires_grad
             reading = read_loss(loss, rows, capture.views) if known else None  # type: ignore[arg-type]
             if reading is not None:
                 trace.calls[_LOSS] = [reading.rows.detach()]
+                trace.views = reading.each.numel() // rows
+                if trace.views > capture.views == 1:
+                    trace.calls[_LOSS_BY_VIEWS] = [reading.each.detach().reshape(trace.views, rows).mean(0)]
     finally:
         capture.on_call = None
     if capture.views > 1:  # those of one row side by side
@@ -249,11 +262,3 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a leaf layer of PyTorch, or a BatchNorm of any library: these only mix batch statistics."""
     norm = any(kind.__module__ == "torch.nn.modules.batchnorm" for kind in type(module).__mro__)
     return norm or (type(module).__module__.startswith("torch.nn.") and not any(module.children()))
-
-
-def _random_state(device: torch.device) -> list[object]:
-    """State of the generators of torch, NumPy and Python, in a form that can be compared."""
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0, dtype=torch.uint8)
-    legacy: Any = np.random.get_state(legacy=True)
-    torchs = [bytes(state.numpy()) for state in (torch.get_rng_state(), on_device.cpu())]
-    return [*torchs, bytes(np.asarray(legacy[1])), legacy[2:], random.getstate()]

@@ -8,16 +8,16 @@ only the third run shows what stays.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.hooks import Capture
 from ine_callback.data.batches import cut, led_by
-from ine_callback.utilities.isolation import isolated
+from ine_callback.utilities.isolation import isolated, random_state
 
 VIEWS = "views of the rows behind one another"
 LIKE = "rows do not lead what its like in a list of modules gets, so what looks like rows here need not be rows"
@@ -75,8 +75,14 @@ def _like_them(
 
     What they get in the first batch, if anything, may look like rows; in the next it need not.
     """
-    alike = {_place(module, names[one]) for one in selected}
-    return {child: LIKE for child, name in names.items() if child not in faults and _place(module, name) in alike}
+    alike = {like(module, names, one) for one in selected}
+    return {child: LIKE for child in names if child not in faults and like(module, names, child) in alike}
+
+
+def like(module: nn.Module, names: Mapping[nn.Module, str], child: nn.Module) -> tuple[Any, ...]:
+    """What a layer has in common with its like in other modules of a list: place, class, and sizes of its weights."""
+    shapes = [tuple(p.shape) for p in own_parameters(child).values()]
+    return _place(module, names[child]), type(child), *shapes
 
 
 def _place(module: nn.Module, name: str) -> str:
@@ -86,11 +92,6 @@ def _place(module: nn.Module, name: str) -> str:
         parts.append("*" if isinstance(above, nn.ModuleList) else part)
         above = above._modules[part]  # type: ignore[assignment]
     return ".".join(parts)
-
-
-def unnumbered(name: str) -> str:
-    """A module's name without numbers, the same for all blocks, or experts, of a kind."""
-    return re.sub(r"\d+", "", name)
 
 
 def views_of(faults: dict[nn.Module, str], whole: Mapping[str, Sequence[Tensor]], rows: int) -> int:
@@ -121,17 +122,12 @@ def inputs_of(
     capture.on_call = lambda name, x: inputs.setdefault(name, []).append(x.detach().clone())
     try:
         with isolated(module):  # with gradients, which adversarial examples need
-            before = _random_states(module)
+            before = random_state(module)
             run(module, batch)
-            drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(module), strict=True))
+            drew = before != random_state(module)
     finally:
         capture.on_call = None
     return inputs, drew
-
-
-def _random_states(module: nn.Module) -> list[Tensor]:
-    device = next(module.parameters()).device
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _loses_its_end(whole: Tensor, less: Tensor, rows: int) -> bool:

@@ -26,6 +26,10 @@ from ine_callback.utilities.isolation import compiled_parts
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 _COMPILED = "torch.compile runs it, where only layers with one input and one output are recorded"
+_ELSEWHERE = (
+    "change it in on_before_optimizer_step or configure_gradient_clipping (in a loop of your own: before the step), "
+    "where it is measured"
+)
 _SEEN = "pass the loss to recorder.see(loss) before its backward pass"
 _MIN_PENALTY_COSINE = 0.98  # between what is missing and a penalty's gradient, to name the penalty
 
@@ -59,6 +63,8 @@ class Verification:
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self._apart = ApartGradients()
         self._kinds: dict[nn.Parameter, set[Kind]] = {}  # of operations apart from all uses that gave gradients
+        self._expected: dict[nn.Parameter, Tensor] = {}  # gradients that hooks get after they were accumulated
+        self._changed: set[nn.Parameter] = set()  # which such hooks have changed
         self._rests: dict[nn.Parameter, dict[Kind, Tensor]] = {}  # the gradients through them, if kept
 
     def watch_apart(self, parameter: nn.Parameter, apart: Apart) -> None:
@@ -83,8 +89,19 @@ class Verification:
         try:
             if adds_to_grad(parameter):  # else a gradient of torch.autograd.grad
                 self.compare(known_as, parameter, grad)
+                if parameter._post_accumulate_grad_hooks:
+                    before = parameter.grad
+                    self._expected[parameter] = grad.detach() + (0 if before is None else before.detach())
         except Exception as error:  # never raised into the training's backward pass
             self._fail(error)
+
+    def end_pass(self) -> None:
+        """Told when a pass is over: sees what hooks did to gradients after these were accumulated."""
+        for parameter, expected in self._expected.items():
+            found = parameter.grad
+            if found is None or found.is_sparse or not torch.allclose(found, expected, equal_nan=True):
+                self._changed.add(parameter)
+        self._expected.clear()
 
     def compare(self, known_as: nn.Parameter, parameter: nn.Parameter, grad: Tensor) -> None:
         """Compares a parameter's whole gradient of one pass with the sum of its per-sample gradients."""
@@ -160,6 +177,9 @@ class Verification:
         compared = dict.fromkeys(owners[p] for p in [*(p for p in self._compared if p in owners), *self._sums])
         for block in compared:
             parts = [numbers[p] for p in block.parameters if p in numbers]
+            if not self._changed.isdisjoint(block.parameters):
+                wrong[block] = f"a hook on it (register_post_accumulate_grad_hook) changes its gradient; {_ELSEWHERE}"
+                continue
             if any(p in self._sums for p in block.parameters) or not parts:
                 wrong[block] = "autograd gave it no gradient, though its layer was part of the backward pass"
                 continue
@@ -186,6 +206,8 @@ class Verification:
 def _reason(block: Block, parts: Sequence[Tensor], error: float, double_backward: bool) -> str:
     """Why per-sample gradients miss part of the gradient, from the numbers of :meth:`Verification.compare`."""
     what = f"its per-sample gradients add up to something else (relative error {error:.1g}): "
+    if any(p._backward_hooks for p in block.parameters):
+        return what + (f"a hook on the parameter (register_hook) changes its gradient; {_ELSEWHERE}")
     if _parallel(block, parts, squares=lambda size, value: value, place=3):
         return what + (
             f"what is missing is a multiple of the weight itself, so the loss holds an L2 penalty on it; {_SEEN}, or "

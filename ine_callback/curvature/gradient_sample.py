@@ -105,10 +105,10 @@ class GradientSample:
         per_row = sum(rows.elements for rows in first.values())
         rows = min(-(-self._requested // processes.count), MAX_BYTES // (4 * max(1, per_row)))
         if not first or rows * processes.count < self._least:
-            self.note = (
-                f"the discount is K-FAC's alone: a row's gradients ({4e-6 * per_row:.1f} MB) are too large to store "
-                f"{self._least} rows in {MAX_BYTES / 2**20:.0f} MB"
-            )
+            large = f"a row's gradients ({4e-6 * per_row:.1f} MB) are too large to store {self._least} rows"
+            reused = "all layers are embeddings, or called several times a batch"
+            why = f"{large} in {MAX_BYTES / 2**20:.0f} MB" if first else reused
+            self.note = f"the discount is K-FAC's alone: {why}"
             self.rows = 0
             return
         self.rows = rows

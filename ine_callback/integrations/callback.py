@@ -26,6 +26,7 @@ from ine_callback.integrations.row_tracking import TrackedRows
 from ine_callback.integrations.trainer import (
     evaluating,
     is_known,
+    replaced,
     schedulers_of,
     splits_tensors,
     steps_ahead,
@@ -343,6 +344,8 @@ class InfluenceCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is None or not self._recorder.running:
             return
+        if told := replaced(trainer, (lane.optimizer for lane in self._recorder.lanes)):
+            self._recorder.guard.warn(told)
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             read = partial(self._context, trainer, pl_module)
             self._recorder.close(None if self._recorder.closing.recent.wanted else read)

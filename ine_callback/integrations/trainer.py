@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 # by name: those of the package pytorch_lightning are other classes
@@ -117,3 +118,11 @@ def schedulers_of(trainer: Trainer) -> Sequence[tuple[Any, int]]:
         (config.scheduler, config.frequency * (per_epoch if config.interval == "epoch" else 1))
         for config in trainer.lr_scheduler_configs
     ]
+
+
+def replaced(trainer: Trainer, recorded: Iterable[Optimizer]) -> str:
+    """What to say of optimizers that the trainer got during the fit; nothing where there are none."""
+    known = {id(one) for one in recorded}
+    new = {type(one).__name__ for one in trainer.optimizers if id(one) not in known}
+    told = f"the trainer got another optimizer ({', '.join(sorted(new))}) during the fit: its steps are not recorded"
+    return f"{told}; return it from configure_optimizers" if new else ""

@@ -25,7 +25,7 @@ from ine_callback.errors import CaptureError, InfluenceError
 from ine_callback.methods.passes import PerSamplePass
 from ine_callback.methods.row_gradients import RowGradients
 from ine_callback.queries import Batch, BoundQuery, gradients, values
-from ine_callback.queries.sources import DataSource
+from ine_callback.queries.sources import DataSource, in_order
 from ine_callback.scores import QueryInfo, Scores, Stage
 from ine_callback.utilities.isolation import isolated
 from ine_callback.utilities.tracking import Track, untracked
@@ -100,14 +100,32 @@ class FitContext:
         return tuple(query.info for query in self.queries)
 
     def batches(self, rows: Sequence[int] | None = None, what: str = "rows") -> Iterator[tuple[Tensor, Batch]]:
-        """Training rows in order, by their indices [b] and as batches on the device."""
+        """Training rows, by their indices [b] and as batches on the device.
+
+        In the data set's order, but for what a collate function sorts, and without what it drops.
+        """
         if self.recent is not None and rows is None:
             for which, batch in self.progress(self.recent, what):
                 yield which, self._on_device(batch)
             return
         chosen = torch.arange(self.rows) if rows is None else torch.as_tensor(list(rows), dtype=torch.int64)
         for part in self.progress(chosen.split(TOGETHER), what):
-            yield part, self._on_device(self.source.training(part.tolist()))
+            which, batch = self.source.followed(part.tolist(), self.rows_of is not None)
+            yield torch.tensor(which), self._on_device(batch)
+
+    def in_order(self, what: str) -> Iterator[Batch]:
+        """All training rows as batches in the data set's order; of a stream in that of its last pass.
+
+        Raises:
+            QueryError: If a collate function drops rows.
+        """
+        if self.recent is not None:
+            yield from (batch for _, batch in self.batches(what=what))
+            return
+        for wanted, (found, batch) in zip(
+            torch.arange(self.rows).split(TOGETHER), self.batches(what=what), strict=True
+        ):
+            yield in_order(wanted.tolist(), found.tolist(), batch, self.owner)
 
     @contextlib.contextmanager
     def without_progress(self) -> Iterator[None]:
@@ -175,7 +193,7 @@ class FitContext:
             with isolated(self.module), self.precision():
                 capture.start_batch(size, entries)
                 loss = self.loss(self.module, batch)
-                reading = read_loss(loss, size, capture.views, entries)
+                reading = read_loss(loss, size, max(capture.views, capture.loss_views), entries)
                 if what.labels == "sampled":
                     sample(loss, generator)
                 elif what.labels == "expected":

@@ -172,7 +172,7 @@ class CausalEffects(FitEndMethod):
         if isinstance(self.columns, Mapping):
             return {str(name): np.asarray(column) for name, column in self.columns.items()}
         parts: dict[str, list[Any]] = {}
-        for _, batch in context.batches(what="columns"):
+        for batch in context.in_order("columns"):
             for name, values in self.columns(batch).items():
                 values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
                 parts.setdefault(str(name), []).append(values)
@@ -181,8 +181,7 @@ class CausalEffects(FitEndMethod):
     def _outcome(self, context: FitContext) -> Any:
         if callable(self.outcome):
             with context.precision():
-                batches = (batch for _, batch in context.batches(what="predictions"))
-                return Outcome.prediction(context.module, batches, self.outcome).values
+                return Outcome.prediction(context.module, context.in_order("predictions"), self.outcome).values
         if context.scores is None:
             raise InfluenceError(f"{WHO}: this run has no {self._node} of single rows; add FINE() to methods.")
         if self.outcome == LOSS:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from ine_callback.data.again import Again
-from ine_callback.data.batches import count_of, micro_batches
+from ine_callback.data.batches import count_of, cut, micro_batches
+from ine_callback.data.collate import Followed
 from ine_callback.data.row_entries import row_entries
 from ine_callback.errors import QueryError
 from ine_callback.queries.bound import Batch, QuerySource
@@ -43,6 +44,7 @@ class DataSource(QuerySource):
         self.notes: list[str] = []
         self._counts: dict[int, int] = {}  # id of a batch whose rows cannot be counted -> items it was made of
         self._read_before: list[tuple[list[Any], list[Batch]]] = []
+        self._collate = Followed(getattr(train, "collate_fn", default_collate))
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         if self._loss is None:
@@ -156,6 +158,26 @@ class DataSource(QuerySource):
         with _without_trace([self._train]):
             return next(iter(_load(dataset, rows, self._train, len(rows))))
 
+    def followed(self, rows: Sequence[int], named: bool = False) -> tuple[list[int], Batch]:
+        """Rows of the training set as one batch, and the index of each row in it: a collate function sorts, or drops.
+
+        Args:
+            rows: Dataset indices.
+            named: Whether the batch's own names of its rows are known to be these, in this order.
+
+        Raises:
+            QueryError: If the training set cannot be indexed, has no such rows, or the collate function leaves none, or
+                rows of which nobody can tell what they are.
+        """
+        dataset = self._indexed(list(rows))
+        with _without_trace([self._train]):
+            (batch, fate), *_ = _load(dataset, rows, self._train, len(rows), self._collate)
+        if named and fate.places is None:
+            return list(rows), batch
+        if fate.places is None or not fate.places:
+            raise QueryError(f"{self._owner}: {fate.reason or 'the collate function leaves no row of a batch'}.")
+        return [rows[place] for place in fate.places], batch
+
     def unreadable(self, row_fn: Callable[[Batch], Any] | None) -> str:
         """Why the training set's rows cannot be read by the ids that are recorded; nothing where they can.
 
@@ -195,9 +217,30 @@ def _without_trace(loaders: list[Any]) -> Iterator[None]:
             restore()
 
 
-def _load(dataset: Any, rows: Iterable[int], loader: DataLoader[Any], size: int = LARGEST_BATCH) -> list[Batch]:
+def in_order(rows: Sequence[int], found: Sequence[int], batch: Batch, owner: str) -> Batch:
+    """A batch that holds the rows ``found``, in the order of all the rows wanted.
+
+    Raises:
+        QueryError: If rows are missing.
+    """
+    if list(found) == list(rows):
+        return batch
+    if sorted(found) != sorted(rows):
+        lost = sorted(set(rows).difference(found))
+        raise QueryError(f"{owner}: the collate function drops rows ({lost[:5]}); leave them out of the data set.")
+    place = {row: k for k, row in enumerate(found)}
+    return cut(batch, torch.tensor([place[row] for row in rows]), len(rows))
+
+
+def _load(
+    dataset: Any,
+    rows: Iterable[int],
+    loader: DataLoader[Any],
+    size: int = LARGEST_BATCH,
+    collate: Callable[[Any], Any] | None = None,
+) -> list[Any]:
     """Reads rows in this process with the loader's own collate function (its workers may be busy)."""
-    return list(DataLoader(Subset(dataset, list(rows)), batch_size=size, collate_fn=loader.collate_fn))
+    return list(DataLoader(Subset(dataset, list(rows)), batch_size=size, collate_fn=collate or loader.collate_fn))
 
 
 def _is_stream(data: Any) -> bool:

@@ -127,7 +127,8 @@ class BackwardPasses:
         if self._compiled_loss.inside:  # it tells in the backward pass
             return
         with torch.no_grad():
-            self._take(read_loss(loss, len(self._batch[0]), self._capture.views, self._capture.entries))
+            views = max(self._capture.views, self._capture.loss_views)
+            self._take(read_loss(loss, len(self._batch[0]), views, self._capture.entries))
             if self._row_losses is not None and self._capture.entries is None:
                 self._row_margins = read_margins(loss, len(self._batch[0]))
 
@@ -238,6 +239,8 @@ class BackwardPasses:
         """Measures the gradients, before anybody else sees them."""
         if self._phase is BatchPhase.RUNNING:
             self._phase = BatchPhase.OVER
+        if self._signals.verification is not None and not self._parts.training.distributed:
+            self._signals.verification.end_pass()
         with torch.no_grad():
             self._steps.mark()
 
@@ -265,7 +268,9 @@ class BackwardPasses:
                 self._release()
         with torch.no_grad():
             compression = self._signals.compression
-            compressed = None if compression is None else compression.settle(len(rows))
+            compressed = None
+            if compression is not None:
+                compressed = compression.run(compression.settle, len(rows)) or compression.nothing(len(rows))
             blocks, signals, self_variance = self._signals.settle(self._steps.apart)
             losses, margins = (or_unknown(read, self_variance[0]) for read in (self._row_losses, self._row_margins))
             number = max(0, self._passes.count - 1)

@@ -108,7 +108,7 @@ class ClosingPass:
                 chosen = [None]
             found = [self._pass(context, parts, guard) for _ in self.snapshots.load(module, chosen)]
         if parts.store is not None:
-            parts.store.take_queries(context, [one for one in chosen if one is not None])
+            parts.store.run(parts.store.take_queries, context, [one for one in chosen if one is not None])
         self.snapshots.clear()
         if self.snapshots.missing:
             guard.note(f"closing pass at the last weights alone: {self.snapshots.missing}")
@@ -124,7 +124,7 @@ class ClosingPass:
             parts.store.known(parts.accumulators.check.count)
             rates, decays = summed_of(context, parts)
             factors = curvature.kfac, curvature.sample, parts.signals.curvature
-            parts.store.take_pass(context, *factors, rates, decays, across)
+            parts.store.run(parts.store.take_pass, context, *factors, rates, decays, across)
         return found
 
 

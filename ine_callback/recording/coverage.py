@@ -33,6 +33,11 @@ _OF_NO_ROW = (
     "the loss holds terms that belong to no row (a penalty on weights): they have no part in any row's score, "
     "nor in the discount"
 )
+_HOOKED = (
+    "hooks on parameters (register_hook) may change gradients, which is seen in verified steps alone; change them in "
+    "on_before_optimizer_step or configure_gradient_clipping, where it is measured"
+)
+_PER_ROW = "per-row autograd (one backward pass a row) for: "
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
@@ -159,6 +164,10 @@ class Coverage:
     def begin(self, fail: Callable[[Exception], None]) -> Verification:
         """Has each parameter's coming gradients compared with the sums of its per-sample gradients."""
         verification = Verification(fail, self._capture.unscale, keep=self._policy == "fallback")
+        hooked = [name for name, p in self._module.named_parameters() if p._backward_hooks]
+        note = f"{_HOOKED}: {', '.join(hooked[:4])}{', ...' if len(hooked) > 4 else ''}"
+        if hooked and not any(each.startswith(_HOOKED) for each in self.notes):
+            self.notes.append(note)
         if not is_sharded(self._module):
             for parameter in self._module.parameters():
                 verification.watch(parameter, parameter)
@@ -188,7 +197,7 @@ class Coverage:
         captured = signals.table.captured()
         self._begin_naming(step)
         explained = captured | slow | verification.without_rows(of_no_row) | self._capture.waiting()
-        missing = uncaptured(self._module, explained, self._capture.dropped)
+        missing = uncaptured(self._module, explained, self._capture.dropped | self._capture.unhooked(self._module))
         missing |= {signals.table.names[p]: reason for block, reason in failed.items() for p in block.parameters}
         self._miss(missing, captured)
         self._used |= self._uses(passes)
@@ -268,7 +277,7 @@ class Coverage:
                 self._slow[name] = parameters[name]
                 self._missing.pop(name)
             self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
-            self.notes.append(f"per-row autograd (one backward pass a row) for: {', '.join(missing)}")
+            self.notes.append(f"{_PER_ROW}{', '.join(missing)}")
             return
         self._leave_out(missing, _SLOWLY if self._advisable else "")
 
@@ -354,6 +363,9 @@ class Coverage:
         """Leaves out parameters whose rows' contributions, taken one by one, do not add up."""
         if not wrong:
             return
+        self.notes = [note for note in self.notes if not note.startswith(_PER_ROW)]
+        if left := [name for name in self._slow if name not in wrong]:
+            self.notes.append(f"{_PER_ROW}{', '.join(left)}")
         for name in wrong:
             parameter = self._slow.pop(name)
             for block in [block for block in signals.table if parameter in set(block.parameters)]:

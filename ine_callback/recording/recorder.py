@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture
-from ine_callback.capture.errors import in_words
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, FitContext, Method, training_methods
 from ine_callback.optimizers.joint import as_one
@@ -33,6 +32,7 @@ from ine_callback.recording.readable import Readable
 from ine_callback.recording.setup import Training, build, make_store, records_signals, refuse, without_rule
 from ine_callback.recording.state import restore_state, saved_state
 from ine_callback.recording.steps import OptimizerSteps, watch_steps
+from ine_callback.recording.store.recording import NO_STORE
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.updates import Updates
 from ine_callback.report import InfluenceReport
@@ -250,16 +250,16 @@ class Recorder(Readable):
     def _storing(self, make: Callable[[], object]) -> None:
         """A step towards the store, which all processes take together; what fails costs the store alone."""
         store = self._parts.store
-        if store is None or store.lost:
+        if store is None or store.failure:
             return
         try:
             make()
         except Exception as error:
             self._parts.processes.leave()  # the others do not wait
-            store.lost = in_words(error)
+            store.fail(error)
             if self.config.on_error == "raise":
                 raise
-            self.guard.warn(f"the gradient store is lost: {store.lost}")
+            self.guard.warn(NO_STORE.format(store.failure))
 
     def _leave(self) -> None:
         """After an exception: nothing more is read, and other processes do not wait for this one."""
@@ -348,6 +348,8 @@ class Recorder(Readable):
                 self._storing(lambda: make_store(self._parts, scores))
             else:
                 self.guard.note("the processes' parts of the gradient store were not joined: training was interrupted")
+        if store is not None and store.failure:
+            self.guard.note(NO_STORE.format(store.failure))
         names = {"queries": list(self.queries), "methods": [type(method).__name__ for method in self.methods]}
         info = run_info(self.guard, self._clock, self._parts, names | self.config.facts())
         return InfluenceReport(scores, info, store=None if store is None else store.made)

@@ -70,7 +70,7 @@ def restore_state(
 
 def _of_store(parts: Parts, together: bool) -> list[dict[str, Any]] | None:
     """Each process's part of the store, or this one's alone."""
-    if parts.store is None or not parts.store.compression.bases:
+    if parts.store is None or parts.store.failure or not parts.store.compression.bases:
         return None
     own = parts.store.vectors.state_dict()
     return parts.processes.gather(own) if together else [own]

@@ -202,7 +202,7 @@ class OptimizerSteps:
             units = signals.units(observations.self_variance)
             parts.accumulators.update(observations, rate, units, max(known))
             if parts.store is not None:
-                parts.store.vectors.update(observations, rate, max(known))
+                parts.store.run(parts.store.vectors.update, observations, rate, max(known))
         return sum(sizes)
 
     def _average_changes(self, lane: Lane) -> None:

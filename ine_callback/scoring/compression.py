@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from ine_callback.scoring.coordinates import BlockBasis, choose
 from ine_callback.scoring.directions import DirectionSpec
 
 Bases = dict[str, BlockBasis]  # by the blocks' keys
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Compression:
         bases: The entries taken, by the blocks' keys.
         places: Where each block's are.
         weights: What the optimizer multiplies each block's contributions with.
+        alone: Whether there is one process. Of several, what fails in one must end all, for they wait for each other.
+        failure: What ended the store, if anything did.
         moved: Called with a function that moves vectors [n, W'] of the former basis into the new one, and with W.
     """
 
@@ -97,6 +101,7 @@ class Compression:
         self.dimensions, self._device = dimensions, device
         self.bases: Bases = {}
         self.places: dict[str, slice] = {}
+        self.alone, self.failure = True, ""
         self.moved: Callable[[Callable[[Tensor], Tensor], int], None] = lambda move, size: None
         self._made_at = 0
         self.weights: dict[Block, Tensor | float] = {}  # P of each block at the last refresh
@@ -107,6 +112,23 @@ class Compression:
     def size(self) -> int:
         """Entries W of a row now."""
         return max((place.stop for place in self.places.values()), default=0)
+
+    def run(self, function: Callable[..., _T], *args: Any) -> _T | None:
+        """Calls a part of the store, unless one has failed before: that costs the store, not the recording."""
+        if self.failure:
+            return None
+        try:
+            return function(*args)
+        except Exception as error:
+            if not self.alone:
+                raise
+            self.fail(error)
+            return None
+
+    def fail(self, error: Exception) -> None:
+        """Gives the store up."""
+        self.failure = f"{type(error).__name__}: {error}"
+        self.clear()
 
     def refresh(
         self,
@@ -184,6 +206,10 @@ class Compression:
                 values[:, self.places[key]] = torch.stack(found).sum(0).to(values)
         self._found.clear()
         return Compressed(values, self.places)
+
+    def nothing(self, rows: int) -> Compressed:
+        """What a pass left in a store that failed."""
+        return Compressed(torch.zeros(rows, self.size, device=self._device), self.places)
 
     def clear(self) -> None:
         """Forgets what this pass left so far."""

@@ -131,7 +131,8 @@ class Directions:
             v = {block: v[block] for block in specs}
             if self.compression is not None and self.curvature is not None:
                 steps = self.schedule.steps
-                self.compression.refresh(specs, self.curvature, self.reservoir, self.processes, steps)
+                made_of = specs, self.curvature, self.reservoir, self.processes
+                self.compression.run(self.compression.refresh, *made_of, steps)
             exponents = {block: spec.exponents for block, spec in specs.items()}
             needed = self._mixtures(specs)
             across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}

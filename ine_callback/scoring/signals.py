@@ -92,7 +92,7 @@ class Signals(Directions):
 
     def _contract(self, block: Block, grad_sample: GradSample, scale: Scale) -> None:
         if self.compression is not None:
-            self.compression.take(block, grad_sample)
+            self.compression.run(self.compression.take, block, grad_sample)
         direction = self._directions.get(block)
         if direction is None:  # a block first used after the last refresh: its signals start with the next one
             return
@@ -163,8 +163,8 @@ class Signals(Directions):
             return
         if self.curvature is not None:
             for block, grad_sample, scale in back():
-                with self._only(block):
-                    self.curvature.observe(block, grad_sample, scale.terms, self.curvature_steps)
+                with self._only(block):  # what joins between two curvature updates has no other one yet
+                    self.curvature.observe(block, grad_sample, scale.terms, max(1, self.curvature_steps))
             held[:] = [one for one in held if one[0] in set(self.table)]
         self.reservoir.open(((block, one) for block, one, _ in back()), self.processes, self.several)
         for block, grad_sample, scale in back():

@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from ine_callback.utilities.remember import MAX_LENGTH, Memory, attributes
+from ine_callback.utilities.held import attributes
+from ine_callback.utilities.remember import MAX_LENGTH, Memory
 from ine_callback.utilities.restores import Restore
 
 _MAX_PARTS = 100  # parts of a container that are searched for generators
@@ -30,7 +33,9 @@ def isolated(module: nn.Module) -> Iterator[None]:
 
     Modes, parameters, buffers, torchmetrics objects, the attributes of every submodule and of plain objects among them
     (lists, dicts, counters, tensors, arrays, generators) and the random number generators of Python, NumPy and torch
-    are restored; ``self.log`` and ``self.log_dict`` do nothing meanwhile. The mode is evaluation, and gradients of
+    are restored, and so is what the user's code reaches beside the module: closures, globals, callbacks, the data
+    module, schedulers (:mod:`ine_callback.utilities.reached`). ``self.log``, ``self.log_dict`` and the trainer's
+    loggers do nothing meanwhile. The mode is evaluation, and gradients of
     single parameters can be taken, also through reentrant activation checkpoints.
 
     Tensors that are part of a live graph (a hidden state, a metric's sum of losses) are lent as detached copies: the
@@ -138,6 +143,22 @@ def _generators(holder: Any) -> Iterator[Any]:
         waiting.extend(new)
 
 
+def random_state(holder: Any) -> list[object]:
+    """States of the process's random number generators, and of those that an object holds, to be compared."""
+    held = [_state_of(one) for one in _generators(holder) if not isinstance(one, random.SystemRandom)]
+    cuda = [bytes(torch.cuda.get_rng_state().cpu().numpy())] if torch.cuda.is_initialized() else []
+    legacy: Any = np.random.get_state()
+    return [bytes(torch.get_rng_state().numpy()), *cuda, bytes(legacy[1]), legacy[2:], random.getstate(), *held]
+
+
+def _state_of(generator: Any) -> object:
+    if isinstance(generator, torch.Generator):
+        return bytes(generator.get_state().cpu().numpy())
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    return repr(generator.get_state(legacy=False) if hasattr(generator, "get_state") else generator.getstate())
+
+
 def _is_code(part: object) -> bool:
     return issubclass(type(part), type | ModuleType)
 
@@ -202,5 +223,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _mute(module: nn.Module) -> None:
+    trainer = module.__dict__.get("_trainer")
+    if issubclass(type(trainer), Trainer):  # of FSDP's and Fabric's stand-ins nothing is known
+        trainer.__dict__["_loggers"] = [DummyLogger() for _ in trainer.__dict__["_loggers"]]
     if "log_dict" in module.__dict__ or any("log_dict" in parent.__dict__ for parent in type(module).__mro__):
         module.__dict__["log"] = module.__dict__["log_dict"] = _nothing

@@ -7,20 +7,48 @@ changed, so that an untouched value may be shared with a live graph, with read-o
 
 from __future__ import annotations
 
+import builtins
 import functools
 import io
-import operator
 import threading
 import types
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
+from ine_callback.utilities.held import (
+    UNSET,
+    Sealed,
+    attributes,
+    is_machinery,
+    is_moved_by_fsdp,
+    is_of,
+    is_spent_by_reading,
+    same,
+    slot_value,
+    slots_of,
+)
+from ine_callback.utilities.reached import (
+    FUNCTIONS,
+    CellVariable,
+    GlobalVariable,
+    Variable,
+    functions_of,
+    global_names,
+    is_stateful,
+    is_users,
+    parts_of_optimizer,
+    parts_of_trainer,
+)
 from ine_callback.utilities.restores import (
     Restore,
     array_restore,
@@ -35,22 +63,16 @@ MAX_LENGTH = (
 )
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
-_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+_CODE = (type, types.ModuleType, types.BuiltinFunctionType)
+_MAX_BESIDE = 5_000  # objects followed beside the module: what its code reaches, from the nearest on
 # What is written to a file is output, like what is printed; the position of a reader is not always known.
 _OUTPUT = (io.IOBase, np.memmap)
-# The machinery of a training goes on while a step runs on the side (and holds the recording itself).
-_MACHINERY = (
-    *("lightning.", "pytorch_lightning.", "lightning_fabric.", "ine_callback.", "torch.utils.", "torch.optim."),
-    *("torch.distributed.", "torch.profiler.", "torch.amp.", "torch.fx.", "torch._dynamo.", "torch._inductor."),
-    *("torch._functorch.", "torch._ops.", "logging.", "threading.", "queue.", "multiprocessing.", "concurrent."),
-)
 _LIVE = (threading.Thread, threading.Condition, threading.Event)
 _LIBRARIES = ("builtins.", "abc.", "typing.", "torch.", "numpy.", "torchmetrics.", "lightning.", "pytorch_lightning.")
 _CONTAINERS = (list, dict, set, deque, Tensor, np.ndarray)
 _MAX_FROZEN_RATIO = (
     2  # of frozen to trained bytes up to which frozen parameters are copied: copies of the model, no backbone
 )
-_UNSET = object()
 _BARE = frozenset({tuple, frozenset, dict, OrderedDict, list, set, deque})  # have no attributes of a user's
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # most are empty dicts of hooks
 
@@ -70,6 +92,8 @@ class Memory:
         self._parameters: list[nn.Parameter] = []
         self._graded: list[nn.Parameter] = []
         self._empty: list[Any] = []
+        self._beside: deque[object] = deque()  # what is reached by code, or through a trainer
+        self._is_beside = False
         register(self._clear)
 
     def take(self, *objects: object) -> None:
@@ -78,13 +102,22 @@ class Memory:
         Raises:
             RuntimeError: If something can be changed, and cannot be remembered; nothing was changed then.
         """
-        waiting: list[object] = list(objects)
-        while waiting:
-            value = waiting.pop()
+        self._walk(deque(objects), deque.pop)
+        self._is_beside = True
+        self._walk(self._beside, deque.popleft, _MAX_BESIDE)
+        self._keep_parameters()
+
+    def _walk(self, waiting: deque[object], take: Callable[[deque[object]], object], most: float = inf) -> None:
+        while waiting and most > 0:
+            value = take(waiting)
             kind = type(value)
             if kind in _ATOMS or id(value) in self._seen or issubclass(kind, _CODE + _OUTPUT):
                 continue
+            if issubclass(kind, FUNCTIONS) and not self._is_beside:
+                self._beside.append(value)
+                continue
             self._seen[id(value)] = value
+            most -= 1
             try:
                 waiting.extend(self._parts(value, kind))
             except Exception as error:
@@ -92,7 +125,6 @@ class Memory:
                     f"{kind.__name__} cannot be remembered ({type(error).__name__}: {error}), so nothing that may "
                     "change it can be run on the side; keep it off the module"
                 ) from error
-        self._keep_parameters()
 
     def lend(self) -> None:
         """Puts stand-ins in the place of what must not be touched. From here on things change."""
@@ -104,6 +136,8 @@ class Memory:
 
     def _parts(self, value: Any, kind: type) -> Iterable[object]:
         """Remembers one object; returns what it holds."""
+        if issubclass(kind, FUNCTIONS):
+            return self._function(value, kind)
         if issubclass(kind, Tensor):
             self._tensor(value)
             if value._is_view() and value._base is not None:
@@ -113,8 +147,8 @@ class Memory:
         elif (state := generator_restore(value)) is not None:
             self._register(state)
             return ()
-        elif _is_spent_by_reading(value, kind):
-            self._stand_ins[id(value)] = value, _Sealed(kind.__name__)
+        elif is_spent_by_reading(value, kind):
+            self._stand_ins[id(value)] = value, Sealed(kind.__name__)
             return ()
         return [*self._contents(value, kind), *self._attributes(value, kind)]
 
@@ -131,6 +165,8 @@ class Memory:
             parts = self._sequence(value, list if issubclass(kind, list) else deque)
         elif issubclass(kind, set):
             return self._set(value)
+        elif issubclass(kind, bytearray | array):
+            return self._buffer(value)
         else:
             return ()
         return parts if len(parts) <= MAX_LENGTH else ()
@@ -140,7 +176,7 @@ class Memory:
         names, parts = [name for name, _ in before], [part for _, part in before]
 
         def restore() -> None:
-            if not (_same(list(base.keys(value)), names) and _same(list(base.values(value)), parts)):
+            if not (same(list(base.keys(value)), names) and same(list(base.values(value)), parts)):
                 base.clear(value)
                 base.update(value, before)
 
@@ -158,7 +194,7 @@ class Memory:
         before = list(base.__iter__(value))
 
         def restore() -> None:
-            if not _same(list(base.__iter__(value)), before):
+            if not same(list(base.__iter__(value)), before):
                 base.clear(value)
                 base.extend(value, before)
 
@@ -184,6 +220,46 @@ class Memory:
         self._register(restore)
         return before if len(before) <= MAX_LENGTH else ()
 
+    def _buffer(self, value: Any) -> Iterable[object]:
+        before = value[:]
+
+        def restore() -> None:
+            if value != before:
+                value[:] = before
+
+        self._register(restore)
+        return ()
+
+    # -- what code reaches --------------------------------------------------------------------------------------------
+
+    def _function(self, value: Any, kind: type) -> Iterable[object]:
+        if issubclass(kind, types.MethodType):
+            return [value.__self__, value.__func__]
+        if issubclass(kind, functools.partial):
+            return [value.func, *value.args, *value.keywords.values()]
+        if not is_users(value.__code__):
+            return [value.__dict__.get("__wrapped__")]
+        names = [name for name in global_names(value.__code__) if not hasattr(builtins, name)]
+        held = [self._variable(CellVariable(cell)) for cell in value.__closure__ or ()]
+        held += [self._variable(GlobalVariable(value.__globals__, name)) for name in names]
+        return [*held, value.__defaults__, value.__kwdefaults__, value.__dict__]
+
+    def _variable(self, variable: Variable) -> object:
+        """Remembers what a variable holds; returns that."""
+        before = variable.read()
+
+        def restore() -> None:
+            if variable.read() is not before:
+                variable.write(before)
+
+        def lend() -> None:
+            if (other := self._lent(before)) is not before:
+                variable.write(other)
+
+        self._register(restore)
+        self._holders.append(lend)
+        return None if before is UNSET else before
+
     def _clear(self) -> None:
         for books in self._empty:
             books.clear()
@@ -193,9 +269,21 @@ class Memory:
             return ()
         own = attributes(value)
         is_module = issubclass(kind, nn.Module)
-        slots = list(_slots(value, kind))
+        slots = list(slots_of(value, kind))
         parts = [*(() if own is None else own.values()), *(part for _, part in slots)]
-        if not is_module and (_is_machinery(kind) or any(issubclass(type(part), _LIVE) for part in parts)):
+        stateful, machinery = is_stateful(kind), is_machinery(kind)
+        if issubclass(kind, Trainer) and own is not None:
+            self._mapping(own, dict)
+            self._beside.extend(parts_of_trainer(own))
+            return ()
+        if issubclass(kind, Optimizer):
+            return parts_of_optimizer(value)
+        if stateful and not self._is_beside:
+            self._seen.pop(id(value))
+            self._beside.append(value)
+            return ()
+        live = (machinery and not stateful) or any(issubclass(type(part), _LIVE) for part in parts)
+        if live and not is_module:
             return ()  # what holds a thread lives beside the step: restoring it would be a change
         if slots:
             self._keep_slots(value, slots)
@@ -204,7 +292,7 @@ class Memory:
             parts.extend(part for parent in kind.__mro__ for part in self._of_class(parent))
         if own is None:
             return parts
-        if is_module and any(map(_is_moved_by_fsdp, own.get("_parameters", {}).values())):
+        if is_module and any(map(is_moved_by_fsdp, own.get("_parameters", {}).values())):
             self._seen[id(own["_parameters"])] = own["_parameters"]
         self._seen[id(own)] = own
         self._mapping(own, dict)
@@ -212,19 +300,20 @@ class Memory:
             empty = [d for k, d in own.items() if k in _MODULE_ATTRIBUTES and type(d) in (dict, OrderedDict) and not d]
             self._empty += empty
             self._seen.update((id(books), books) for books in empty)
-        if issubclass(kind, torch.jit.ScriptModule):  # keeps its buffers elsewhere
-            parts.extend(value.buffers(recurse=False))
+        if issubclass(kind, torch.jit.ScriptModule):  # keeps its tensors elsewhere
+            parts.extend([*value.buffers(recurse=False), *value.parameters(recurse=False)])
         return parts if len(parts) <= MAX_LENGTH else ()
 
     def _of_class(self, kind: type) -> list[object]:
         """Remembers the data that a user's class holds for all its instances."""
-        if _is_of(kind, _LIBRARIES):
+        if is_of(kind, _LIBRARIES):
             return []
+        self._beside.extend(one for one in functions_of(kind) if is_users(one.__code__))
         data = {k: v for k, v in kind.__dict__.items() if type(v) in _ATOMS or issubclass(type(v), _CONTAINERS)}
 
         def restore() -> None:
             for name, part in data.items():
-                if kind.__dict__.get(name, _UNSET) is not part:
+                if kind.__dict__.get(name, UNSET) is not part:
                     type.__setattr__(kind, name, part)
 
         self._register(restore)
@@ -232,8 +321,8 @@ class Memory:
 
     def _keep_slots(self, value: object, slots: list[tuple[Any, object]]) -> None:
         def write(slot: Any, part: object) -> None:
-            if part is not _slot(slot, value):
-                slot.__delete__(value) if part is _UNSET else slot.__set__(value, part)
+            if part is not slot_value(slot, value):
+                slot.__delete__(value) if part is UNSET else slot.__set__(value, part)
 
         def restore() -> None:
             for slot, part in slots:
@@ -249,13 +338,13 @@ class Memory:
     # -- tensors and arrays -------------------------------------------------------------------------------------------
 
     def _tensor(self, value: Tensor) -> None:
-        if is_lazy(value) or _is_moved_by_fsdp(value) or value.is_meta:
+        if is_lazy(value) or is_moved_by_fsdp(value) or value.is_meta:
             return  # it holds nothing, or FSDP moves it
         if issubclass(type(value), nn.Parameter) and value.is_leaf:
             self._parameters.append(value)  # type: ignore[arg-type]
         elif value.is_inference() or value.grad_fn is not None or not is_plain(value):
             self._stand_in(value)  # part of a graph: writing to it, even the same, would break that
-        elif id(value) not in self._stand_ins:
+        elif id(value) not in self._stand_ins and self._is_small(value.numel()):
             self._register(tensor_restore(value))
 
     def _view(self, value: Tensor, base: Tensor) -> None:
@@ -279,14 +368,18 @@ class Memory:
         other = self._stand_ins[id(value)][1] if id(value) in self._stand_ins else value
         if other is value and issubclass(type(value), tuple) and self._stand_ins and len(value) <= MAX_LENGTH:
             parts = [self._lent(part) for part in tuple.__iter__(value)]
-            if not _same(parts, list(tuple.__iter__(value))):
+            if not same(parts, list(tuple.__iter__(value))):
                 new = type(value).__new__ if hasattr(type(value), "n_sequence_fields") else tuple.__new__
                 return new(type(value), parts)
         return other
 
     def _array(self, value: Any) -> None:
-        if value.flags.writeable:
+        if value.flags.writeable and self._is_small(value.size):
             self._register(array_restore(value))
+
+    def _is_small(self, elements: int) -> bool:
+        """Whether numbers are few enough to be copied. Code may reach a whole data set, which no step writes to."""
+        return not self._is_beside or elements <= MAX_LENGTH
 
     def _keep_parameters(self) -> None:
         """Steps may write to them: momentum copies of the model, weights that are normalized before they are used."""
@@ -299,74 +392,3 @@ class Memory:
             self._register(tensor_restore(p) if small and is_plain(p) else untouched(p))
             self._register(functools.partial(setattr, p, "grad", p.grad))
         self._graded = [p for p in found if p.grad is not None]
-
-
-class _Sealed:
-    """Stands for an iterator that cannot be reset: taking from it fails, so the iterator loses nothing."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-
-    def __iter__(self) -> _Sealed:
-        return self
-
-    def __next__(self) -> NoReturn:
-        raise RuntimeError(
-            f"a step takes from a {self._kind} that the module holds; it cannot be reset, so the step cannot be "
-            "run on the side: pass a callable query (module, batch) -> scalar that leaves it alone"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return next(self)
-
-
-def attributes(value: object) -> dict[str, Any] | None:
-    """The attributes that an instance holds itself, read past whatever its class defines."""
-    try:
-        found = object.__getattribute__(value, "__dict__")
-    except Exception:
-        return None
-    return found if type(found) is dict else None
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _slots(value: object, kind: type) -> Iterator[tuple[Any, object]]:
-    """The slots of a class and what an instance holds in them."""
-    for slot in _slots_of(kind):
-        yield slot, _slot(slot, value)
-
-
-@functools.lru_cache(maxsize=4096)
-def _slots_of(kind: type) -> tuple[Any, ...]:
-    parents = [parent for parent in kind.__mro__ if "__slots__" in parent.__dict__]
-    return tuple(s for p in parents for s in p.__dict__.values() if type(s) is types.MemberDescriptorType)
-
-
-def _slot(slot: Any, value: object) -> object:
-    try:
-        return slot.__get__(value, type(value))
-    except AttributeError:
-        return _UNSET
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_machinery(kind: type) -> bool:
-    return any(_is_of(parent, _MACHINERY) for parent in kind.__mro__)
-
-
-def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
-    return f"{kind.__dict__.get('__module__', 'builtins')}.".startswith(packages)
-
-
-def _is_spent_by_reading(value: object, kind: type) -> bool:
-    """Whether it is an iterator whose position is unreadable: a generator, a loader's iterator, one of itertools."""
-    return issubclass(kind, Iterator) and (attributes(value) is None or _is_machinery(kind))
-
-
-def _is_moved_by_fsdp(value: object) -> bool:
-    return hasattr(type(value), "full_tensor")

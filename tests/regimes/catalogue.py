@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .compared import COMPARED
 from .compiled import COMPILED
 from .data import DATA
 from .entries import ENTRIES
@@ -23,6 +24,7 @@ ALL: list[Regime] = [
     *COMPILED,
     *PENALTIES,
     *ENTRIES,
+    *COMPARED,
     *EXAMPLES,
     *ISSUES,
     *HUGGING_FACE,

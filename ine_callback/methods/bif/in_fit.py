@@ -19,6 +19,7 @@ from ine_callback.methods.bif.user_loss import RowLoss
 from ine_callback.methods.context import FitContext
 from ine_callback.methods.fit_end import Interrupted
 from ine_callback.queries import BoundQuery
+from ine_callback.queries.sources import in_order
 from ine_callback.scores import Attribution, Floats
 from ine_callback.utilities.isolation import isolated
 
@@ -42,7 +43,10 @@ def run_chains(bif: BIFSettings, context: FitContext, loss_fn: RowLoss | None = 
         bif, count, _max_scored(bif, context, loss_fn), None if context.scores is None else context.scores.mu
     )
     data = _posterior_rows(scored, count)
-    train = context.to_device(source.training(data.tolist()))
+    wanted = data.tolist()
+    train = context.to_device(
+        in_order(wanted, *source.followed(wanted, context.rows_of is not None), owner=context.owner)
+    )
     if len(data) < count:
         notes.append(f"BIF: the posterior's mean loss is over {len(data):,} of {count:,} rows")
     place = np.searchsorted(data, scored)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredV
 from ine_callback.scores import Floats, Scores
 from ine_callback.scoring.compression import Compression
 from ine_callback.stats.ranks import spearman
+
+NO_STORE = "no gradient store, though one was asked for: {}"  # in the report's notes
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -62,16 +66,28 @@ class StoreRecording:
         compression: Compresses contributions.
         vectors: The rows' vectors.
         made: The store as it will be on disk, once training is over.
-        lost: Why it cannot be made; empty: it can.
     """
 
     def __init__(self, settings: GradientStore, rows: int | None, device: torch.device, processes: Lockstep) -> None:
         self.settings, self._device, self._processes = settings, device, processes
         self.compression = Compression(settings.working_dimensions, device)
+        self.compression.alone = processes.count == 1
         self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
         self._passed, self._closed, self._known = Passed(), False, rows or 0
         self.made: StoredVectors | None = None
-        self.lost = ""
+
+    def run(self, function: Callable[..., _T], *args: Any) -> _T | None:
+        """Calls a part of the store; what fails costs the store alone (:meth:`.Compression.run`)."""
+        return self.compression.run(function, *args)
+
+    @property
+    def failure(self) -> str:
+        """Why there is no store; empty: there is one."""
+        return self.compression.failure
+
+    def fail(self, error: Exception) -> None:
+        """Gives the store up."""
+        self.compression.fail(error)
 
     def close(self, kfac: KFAC) -> None:
         """Before the closing pass: entries are those of the run's curvature."""

@@ -77,6 +77,6 @@ def test_two_optimizers_of_one_kind_have_one_s_store() -> None:
 
 
 def test_optimizers_that_take_turns_have_none() -> None:
-    with pytest.warns(UserWarning, match="the gradient store is lost: .*take turns"):
+    with pytest.warns(UserWarning, match="no gradient store, though one was asked for: .*take turns"):
         report = recorded(halves(0.1, 0.1), turns=True)[0].report()
     assert report.store is None and np.isfinite(report.scores.mu).any()

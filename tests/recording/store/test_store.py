@@ -11,7 +11,10 @@ from torch import nn
 
 from ine_callback import GradientStore, InfluenceReport, ask
 from ine_callback.errors import InfluenceError
+from ine_callback.recording.store.recording import StoreRecording
+from ine_callback.recording.store.vectors import RowVectors
 from ine_callback.report.reading import ReportError
+from ine_callback.scoring.compression import Compression
 from ine_callback.stats.ranks import spearman
 from tests.helpers.stored import ALL, ROWS, Functional, Raw, Training, data, loss_of, network
 
@@ -76,6 +79,28 @@ def test_the_training_and_the_run_s_scores_are_the_same_with_a_store() -> None:
         assert torch.equal(one, other)
     np.testing.assert_array_equal(plain.recorder.report().scores.mu, stored.recorder.report().scores.mu)
     assert plain.recorder.report().store is None
+
+
+PARTS = [(Compression, "refresh"), (Compression, "take"), (Compression, "settle"), (RowVectors, "update")]
+PARTS += [(StoreRecording, "take_pass"), (StoreRecording, "take_queries"), (StoreRecording, "make")]
+
+
+@pytest.mark.parametrize(("owner", "name"), PARTS, ids=[f"{owner.__name__}.{name}" for owner, name in PARTS])
+def test_a_failure_in_the_store_costs_the_store_alone(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls, real = trained(None), [0], getattr(owner, name)
+
+    def fails_later(self: object, *args: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] > 1 or name in ("take_pass", "take_queries", "make"):
+            raise MemoryError("the store is full")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(owner, name, fails_later)
+    broken = trained(GradientStore())
+    report, expected = broken.recorder.report(), plain.recorder.report()
+    assert report.store is None and not broken.recorder.failed and calls[0]
+    assert "no gradient store, though one was asked for: MemoryError: the store is full" in report.run.notes
+    np.testing.assert_array_equal(report.scores.mu, expected.scores.mu)
 
 
 def test_rows_that_come_without_a_known_number_grow_the_store() -> None:

@@ -1,0 +1,61 @@
+"""Layers and optimizers that are replaced during the fit: not recorded, and named for what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ine_callback import InfluenceCallback
+from ine_callback.report import InfluenceReport
+
+
+class Net(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class NewHead(Net):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[2] = nn.Linear(6, 3)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.net[2].parameters())})
+
+
+class NewOptimizer(Net):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers = [torch.optim.Adam(self.parameters())]
+
+
+def report_of(module: Net) -> InfluenceReport:
+    L.seed_everything(0, verbose=False)
+    influence = InfluenceCallback("self", on_error="raise")
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, callbacks=[influence], **quiet)
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(20, 5), torch.arange(20) % 3), 5))
+    assert influence.report is not None
+    return influence.report
+
+
+def test_a_layer_that_comes_later_is_named_as_that() -> None:
+    told = report_of(NewHead()).run.uncaptured
+    assert set(told) == {"net.2.weight", "net.2.bias"}
+    assert all("not in the model when the recording began" in why and "from step 4 on" in why for why in told.values())
+
+
+def test_another_optimizer_is_told() -> None:
+    report = report_of(NewOptimizer())
+    assert report.run.steps == 4
+    assert any("another optimizer (Adam) during the fit: its steps are not recorded" in n for n in report.run.notes)
