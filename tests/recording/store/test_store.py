@@ -82,7 +82,7 @@ def test_the_training_and_the_run_s_scores_are_the_same_with_a_store() -> None:
 
 
 PARTS = [(Compression, "refresh"), (Compression, "take"), (Compression, "settle"), (RowVectors, "update")]
-PARTS += [(StoreRecording, "take_pass"), (StoreRecording, "take_queries"), (StoreRecording, "make")]
+PARTS += [(StoreRecording, "take_pass"), (StoreRecording, "take_queries")]
 
 
 @pytest.mark.parametrize(("owner", "name"), PARTS, ids=[f"{owner.__name__}.{name}" for owner, name in PARTS])
@@ -91,7 +91,7 @@ def test_a_failure_in_the_store_costs_the_store_alone(owner: type, name: str, mo
 
     def fails_later(self: object, *args: object, **options: object) -> object:
         calls[0] += 1
-        if calls[0] > 1 or name in ("take_pass", "take_queries", "make"):
+        if calls[0] > 1 or name in ("take_pass", "take_queries"):
             raise MemoryError("the store is full")
         return real(self, *args, **options)
 
