@@ -28,7 +28,7 @@ from ine_callback.capture.errors import FATAL, in_words
 from ine_callback.capture.layers import LayerFunction, RowMismatch, layer_function
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
-from ine_callback.capture.marks import mark_call
+from ine_callback.capture.marks import MarkedCall, mark_call
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.routed import base_of, rows_of_selected
@@ -69,6 +69,7 @@ class Capture:
         rows_of: What gives a batch's rows and entries, if known.
         routed: Layers that get entries selected by an index, whose rows are traced in the graph (experts).
         selected: The rows of the entries of the present call of one of them.
+        marked: The present call as the graph tells it, if it is part of one.
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: Views of its rows that layers get, one after another (SimCLR's ``torch.cat``); added up by row.
@@ -116,6 +117,7 @@ class Capture:
         self.entries: EntryIndex | None = None
         self.routed: set[nn.Module] = set()
         self.selected: Tensor | None = None
+        self.marked: MarkedCall | None = None
         self.rows_of: Callable[[Any], Any] | None = None
         self._seen = False  # whether this batch's loss is known: passes before are the training step's own
         self.last_called: nn.Module | None = None
@@ -189,6 +191,7 @@ class Capture:
         self._on_drop(what)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.selected = self.marked = None
         try:
             read, saved = layer_call(module, args, kwargs, output), None
         except Exception as error:
@@ -208,11 +211,11 @@ class Capture:
         """Marks a call in the graph; of a layer of selected entries, if their rows can be traced."""
         if module not in self.names or read.fault:
             return
-        self.selected, x = None, read.activations
+        x = read.activations
         if module in self.routed and isinstance(x, Tensor):
             self.selected = rows_of_selected(x, base_of(self.rows, self.entries, x.device))
         if module not in self.routed or self.selected is not None:
-            mark_call(module, inputs, read.outputs, self.selected)
+            self.marked = mark_call(module, inputs, read.outputs, self.selected)
 
     def _on_forward(self, module: nn.Module, read: LayerCall, saved: Callable[[], Tensors | None] | None) -> None:
         """Waits for the gradients of the outputs, or drops a module that is called in an unknown way."""

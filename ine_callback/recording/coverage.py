@@ -188,7 +188,7 @@ class Coverage:
         captured = signals.table.captured()
         self._begin_naming(step)
         explained = captured | slow | verification.without_rows(of_no_row) | self._capture.waiting()
-        missing = uncaptured(self._module, explained, self._capture.dropped)
+        missing = uncaptured(self._module, explained, self._capture.dropped, unknown=self._capture.bare.unknown)
         missing |= {signals.table.names[p]: reason for block, reason in failed.items() for p in block.parameters}
         self._miss(missing, captured)
         self._used |= self._uses(passes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adapters import ADAPTERS
 from .compiled import COMPILED
 from .data import DATA
 from .entries import ENTRIES
@@ -26,6 +27,7 @@ ALL: list[Regime] = [
     *EXAMPLES,
     *ISSUES,
     *HUGGING_FACE,
+    *ADAPTERS,
     *TOGETHER,
 ]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"

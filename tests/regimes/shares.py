@@ -60,7 +60,7 @@ def _only(module: nn.Module, row: int) -> Iterator[None]:
                 handles.append(child.register_forward_hook(lambda m, args, output: (output[0].detach(), output[1])))
         elif list(child.parameters(recurse=False)):
             hook: Callable[..., Tensor] = _mask(row)
-            handles.append(child.register_forward_hook(hook))
+            handles.append(child.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -71,13 +71,13 @@ def _only(module: nn.Module, row: int) -> Iterator[None]:
 def _mask(row: int) -> Callable[..., Tensor]:
     inside = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if inside:
             return output
         inside.append(1)
         frozen = {name: p.detach() for name, p in module.named_parameters()}
         buffers = {name: b.clone() for name, b in module.named_buffers()}  # running statistics move once a batch
-        other = functional_call(module, {**frozen, **buffers}, args)
+        other = functional_call(module, {**frozen, **buffers}, args, kwargs)
         inside.pop()
         mine = torch.zeros(len(output), dtype=torch.bool)
         mine[row] = True

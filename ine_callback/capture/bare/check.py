@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ine_callback.capture.bare.graph import Graph
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.parameters import BareParameters
-from ine_callback.capture.bare.uses import Unrecognised, Use
+from ine_callback.capture.bare.pullback import Unrecognised
+from ine_callback.capture.bare.uses import Use
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layers.recurrent import drops_between_layers
 from ine_callback.data.batches import cut
@@ -27,6 +28,10 @@ from ine_callback.utilities.isolation import isolated
 
 _PRODUCTS = 8  # random directions with which rows' gradients are compared
 _TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not
+_ROUNDS = 3  # of looking for uses further up
+_ZERO = (
+    0.02  # standard deviation of numbers in the place of weights that are all zero, whose neighbours get no gradient
+)
 _EVIDENT = 5  # times the tolerance: differences of rows that show whether they changed places
 
 Kind = tuple[nn.Parameter, tuple[Any, ...]]
@@ -60,15 +65,21 @@ def find_layouts(
     order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
     places = torch.arange(rows)
     run_on = partial(_products, module, capture, run, rows=rows, unordered=unordered)
-    whole, half, recorded = run_on(batch)
-    moved, *_ = run_on(cut(batch, order, rows)) if whole else ({},)
-    compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
-    found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
-    if any(len(layouts) > 1 for layouts in found.values()):
-        replaced, *_ = run_on(cut(batch, places % (rows - 1), rows))
-        for use, layouts in found.items():
-            if len(layouts) > 1:
-                found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
+    found, capture.bare.rejected = dict[Kind, list[RowLayout]](), set()
+    for _ in range(_ROUNDS):
+        whole, half, recorded = run_on(batch)
+        moved, *_ = run_on(cut(batch, order, rows)) if whole else ({},)
+        compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
+        found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
+        if any(len(layouts) > 1 for layouts in found.values()):
+            replaced, *_ = run_on(cut(batch, places % (rows - 1), rows))
+            for use, layouts in found.items():
+                if len(layouts) > 1:
+                    found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
+        wrong = {use for use, layouts in found.items() if len(layouts) != 1}
+        if not wrong:
+            break
+        capture.bare.rejected |= wrong  # a weight that is as large as the batch is no row's: further up there may be
     for parameter in {parameter for parameter, _ in found}:
         known = {kind: layouts for (p, kind), layouts in found.items() if p is parameter}
         if all(len(layouts) == 1 for layouts in known.values()):
@@ -150,6 +161,7 @@ def _products(
     try:
         with isolated(module):
             torch.manual_seed(0)
+            _fill_zeros(capture.bare.trainable())
             loss = run(module, batch)
             layers = {child for child, name in capture.names.items() if name in called} - unordered
             layers = {child for child in layers if not drops_between_layers(child)}
@@ -174,12 +186,21 @@ def _uses(graph: Graph, bare: BareParameters, wanted: list[nn.Parameter], rows: 
     out: list[Use] = []
     for parameter in wanted:
         try:
-            above = graph.above(parameter, lambda use: bool(use.layouts(rows)))
+            above = graph.above(parameter, lambda use: bare.may_end(use, rows))
             out += above.uses
             bare.apart[parameter] = {one.kind for one in above.apart}
-        except Unrecognised:
-            continue
+            bare.unknown[parameter] = above.apart[0].name if above.apart else ""
+        except Unrecognised as error:
+            bare.unknown[parameter] = str(error)
     return out
+
+
+def _fill_zeros(parameters: list[nn.Parameter]) -> None:
+    """Some numbers for weights that begin as zero (LoRA's): they show where the rows are; isolation undoes it."""
+    with torch.no_grad():
+        for p in parameters:
+            if type(p) is nn.Parameter and not p.any():
+                p.normal_(0, _ZERO)
 
 
 def _measure(use: Use, rows: int, out: Uses) -> Any:
@@ -195,7 +216,7 @@ def _measure(use: Use, rows: int, out: Uses) -> Any:
             for layout in use.layouts(rows):
                 try:
                     sample = use.grad_sample(output_grads.detach(), layout, rows).wide()
-                except (RuntimeError, Unrecognised):
+                except Exception:  # of a formula that cannot be batched, or of an operation that is not what it seems
                     continue
                 dice = torch.Generator().manual_seed(0)
                 directions = torch.randn(_PRODUCTS, *sample.layout, generator=dice, dtype=sample.dtype)
