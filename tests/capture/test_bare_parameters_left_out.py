@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tests.helpers.oracle import Recurrent, Setting, check, opaque, run
+from tests.helpers.oracle import Setting, check, run
 from tests.helpers.vision import needs_saved, parameter
 
 SERIES = (5, 4)
