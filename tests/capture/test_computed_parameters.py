@@ -60,7 +60,7 @@ class DoRA(nn.Module):
 class Prompted(nn.Module):
     """p-tuning: an encoder makes four prompts from a table, for all rows; put before their words."""
 
-    def __init__(self, recurrent: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.table, self.head = nn.Embedding(4, 6), nn.Linear(4, 3)
         self.encoder = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.LayerNorm(5), nn.Linear(5, 4))
@@ -121,51 +121,43 @@ def rotated(m: Any, x: Tensor) -> Tensor:
     return torch.einsum("...rk,rkc->...rc", blocks, rotations).flatten(-2)
 
 
+USES = {
+    "Kronecker product": adapted(lambda m, x: x @ torch.kron(m.a, m.b), a=(2, 2), b=(2, 2)),
+    "singular values": adapted(lambda m, x: x @ (m.a * m.e).T @ m.b.T, a=(3, 4), b=(4, 3), e=(3, 1)),
+    "rotations": adapted(rotated, q=(2, 2, 2)),
+    "Householder": adapted(lambda m, x: x - 2 * (x @ F.normalize(m.u, dim=0)) @ m.u.T, u=(4, 1)),
+    "spectrum": adapted(lambda m, x: x @ torch.fft.ifft2(m.f.diag()).real, f=(4,)),
+    "matrix on the left": adapted(lambda m, x: (m.w @ x.mT).mT + (m.w.tanh() @ x[:, 0].T).T[:, None], w=(4, 4)),
+    "matrices of groups": adapted(lambda m, x: torch.bmm(x.permute(2, 0, 1), m.w).permute(1, 2, 0), w=(4, 5, 5)),
+    "entries by row": adapted(lambda m, x: x * m.scale[(x[:, 0, 0] > 0).long()][:, None], scale=(2, 4)),
+    "flipped": adapted(lambda m, x: x + m.shift.flip(0).cumsum(0), shift=(4,)),
+}
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(4, 6)),
+    "weight_norm of a whole, no bias": lambda: parametrizations.weight_norm(nn.Linear(4, 6, bias=False), dim=None),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 6), "weight", "cayley"),
+}
+
+
+def factored(m: Any, x: Tensor) -> Tensor:
+    """LoHa."""
+    return F.linear(x, m.fixed + (m.a @ m.b) * (m.c @ m.d))
+
+
 SETTINGS = [
     Setting("DoRA", DoRA, SERIES),
     Setting("p-tuning", Prompted, SERIES),
-    Setting(
-        "products of factors",
-        adapted(
-            lambda m, x: F.linear(x, m.fixed + (m.a @ m.b) * (m.c @ m.d)),
-            **{name: shape for name, shape in zip("abcd", [(4, 2), (2, 4)] * 2, strict=True)},
-        ),
-        SERIES,
-    ),
-    Setting("Kronecker product", adapted(lambda m, x: x @ torch.kron(m.a, m.b), a=(2, 2), b=(2, 2)), SERIES),
-    Setting("singular values", adapted(lambda m, x: x @ (m.a * m.e).T @ m.b.T, a=(3, 4), b=(4, 3), e=(3, 1)), SERIES),
-    Setting("rotations", adapted(rotated, q=(2, 2, 2)), SERIES),
-    Setting("Householder", adapted(lambda m, x: x - 2 * (x @ F.normalize(m.u, dim=0)) @ m.u.T, u=(4, 1)), SERIES),
-    Setting("spectrum", adapted(lambda m, x: x @ torch.fft.ifft2(m.f.diag()).real, f=(4,)), SERIES),
-    Setting(
-        "matrix on the left",
-        adapted(lambda m, x: (m.w @ x.mT).mT + (m.w.tanh() @ x[:, 0].T).T[:, None], w=(4, 4)),
-        SERIES,
-    ),
-    Setting(
-        "matrices of groups",
-        adapted(lambda m, x: torch.bmm(x.mT.transpose(0, 1), m.w).transpose(0, 1).mT, w=(4, 5, 5)),
-        SERIES,
-    ),
-    Setting(
-        "entries by row", adapted(lambda m, x: x * m.scale[(x[:, 0, 0] > 0).long()][:, None], scale=(2, 4)), SERIES
-    ),
-    Setting("flipped", adapted(lambda m, x: x + m.shift.flip(0).cumsum(0), shift=(4,)), SERIES),
+    Setting("products of factors", adapted(factored, a=(4, 2), b=(2, 4), c=(4, 2), d=(2, 4)), SERIES),
+    *(Setting(name, use, SERIES) for name, use in USES.items()),
     Setting("low-rank table", lambda: Words(True), (5,), words=True, each_token=True),
     Setting("table with other entries", lambda: Words(False), (5,), words=True, each_token=True),
     Setting("kernels", Kernels, (4, 5)),
-    Setting("weight_norm", lambda: Normed(parametrizations.weight_norm(nn.Linear(4, 6))), SERIES),
-    Setting(
-        "weight_norm of a whole, no bias",
-        lambda: Normed(parametrizations.weight_norm(nn.Linear(4, 6, bias=False), dim=None)),
-        SERIES,
-    ),
+    *(Setting(name, lambda layer=layer: Normed(layer()), SERIES) for name, layer in LAYERS.items()),  # type: ignore[misc]
     Setting(
         "weight_norm, convolution",
-        lambda: Normed(parametrizations.weight_norm(nn.Conv1d(5, 4, 3, padding=1, groups=1))),
+        lambda: Normed(parametrizations.weight_norm(nn.Conv1d(5, 4, 3, padding=1))),
         (5, 6),
     ),
-    Setting("orthogonal", lambda: Normed(parametrizations.orthogonal(nn.Linear(4, 6), "weight", "cayley")), SERIES),
 ]
 
 

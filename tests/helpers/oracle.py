@@ -303,7 +303,7 @@ def flat(parameters: Sequence[nn.Parameter], value: Tensor, factors: dict[nn.Par
     factors = factors or {}
     return torch.cat(
         [
-            (torch.zeros_like(p) if g is None else g).flatten() * factors.get(p, 1.0)
+            (torch.zeros_like(p) if g is None else g.to_dense()).flatten() * factors.get(p, 1.0)
             for p, g in zip(parameters, grads, strict=True)
         ]
     )

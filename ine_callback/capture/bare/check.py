@@ -29,9 +29,7 @@ from ine_callback.utilities.isolation import isolated
 _PRODUCTS = 8  # random directions with which rows' gradients are compared
 _TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not
 _ROUNDS = 3  # of looking for uses further up
-_ZERO = (
-    0.02  # standard deviation of numbers in the place of weights that are all zero, whose neighbours get no gradient
-)
+_ZERO = 0.02  # standard deviation of what replaces weights that are all zero, whose neighbours get no gradient
 _EVIDENT = 5  # times the tolerance: differences of rows that show whether they changed places
 
 Kind = tuple[nn.Parameter, tuple[Any, ...]]

@@ -1,4 +1,4 @@
-"""Operations of which a parameter, or a tensor computed from it, is the weight: matrix products, convolutions, tables."""
+"""Operations whose weight is a parameter, or computed from one: matrix products, convolutions, tables."""
 
 from __future__ import annotations
 

@@ -104,11 +104,11 @@ def pulled(step: Step, output: int, gradients: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
     """vmap warns of operations that it runs row by row, as torch itself begins."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
 def looked_up(node: Any, ids: Tensor, gradients: Tensor) -> Lookup:
