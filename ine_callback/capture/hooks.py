@@ -29,6 +29,7 @@ from ine_callback.capture.layers import LayerFunction, RowMismatch, layer_functi
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
 from ine_callback.capture.marks import MarkedCall, mark_call
+from ine_callback.data.nested import values_of
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.routed import base_of, rows_of_selected
@@ -241,12 +242,14 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
+        if read.rows is not None and len(x) != self.rows:
+            return self.drop(module, f"its nested input has {len(x)} rows, the batch {self.rows}")
         if module in self.routed and self.selected is None:
             return self.drop(module, _UNTRACED.format(tuple(x.shape)))
         if module in self.routed and not len(x):
             return  # an expert without a token
         call, self.last_called = self.called(module), module
-        call.rows = self.selected if module in self.routed else None
+        call.rows = self.selected if module in self.routed else read.rows
         self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
@@ -359,7 +362,7 @@ class Capture:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
-                output_grads = tree_map(self.unscaled, output_grads)
+                output_grads = tree_map(lambda each: self.unscaled(values_of(each)), output_grads)
                 layout = BatchLayout(self.rows, self.views, self.one_each, self.entries)
                 function = function or self.functions.get(module)
                 parts = layout.by_row(module, call.rows, activations, output_grads, function)

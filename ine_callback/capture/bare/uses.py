@@ -75,7 +75,12 @@ class Use:
     @property
     def is_readable(self) -> bool:
         """Whether all that its gradients are computed from can be read; of a bias that is nothing saved."""
-        return self.is_bias or is_readable(self.last.node)
+        return self._is_plain and (self.is_bias or is_readable(self.last.node))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether its output has numbers as sizes: no nested tensor."""
+        return all(type(size) is int for size in self.output)
 
     @property
     def unusual(self) -> str:
@@ -117,7 +122,7 @@ class Use:
 
     def is_step(self) -> bool:
         """Whether the last operation can be one of the steps."""
-        return self.last.is_computed and not self._is_sum
+        return self._is_plain and self.last.is_computed and not self._is_sum
 
     @property
     def _is_sum(self) -> bool:
