@@ -29,11 +29,11 @@ from ine_callback.capture.layers import LayerFunction, RowMismatch, layer_functi
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
 from ine_callback.capture.marks import MarkedCall, mark_call
-from ine_callback.data.nested import values_of
 from ine_callback.capture.passes import Call, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.routed import base_of, rows_of_selected
 from ine_callback.capture.saved_inputs import save
+from ine_callback.data.nested import values_of
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
@@ -207,6 +207,7 @@ class Capture:
             self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)
+        self.marked = None  # it holds a part of the graph
 
     def _mark(self, module: nn.Module, read: LayerCall, inputs: Any) -> None:
         """Marks a call in the graph; of a layer of selected entries, if their rows can be traced."""

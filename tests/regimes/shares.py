@@ -72,7 +72,7 @@ def _mask(row: int) -> Callable[..., Tensor]:
     inside = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if inside:
+        if inside or not isinstance(output, Tensor):
             return output
         inside.append(1)
         frozen = {name: p.detach() for name, p in module.named_parameters()}

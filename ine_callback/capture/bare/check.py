@@ -28,6 +28,8 @@ from ine_callback.utilities.isolation import isolated
 
 _PRODUCTS = 8  # random directions with which rows' gradients are compared
 _TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not
+_LARGEST = 1 << 26  # elements of one parameter's gradients that are formed for the rows of a batch
+_TOO_LARGE = "computing another weight, and gradients of {} rows would take {:.1f} GB"
 _ROUNDS = 3  # of looking for uses further up
 _ZERO = 0.02  # standard deviation of what replaces weights that are all zero, whose neighbours get no gradient
 _EVIDENT = 5  # times the tolerance: differences of rows that show whether they changed places
@@ -43,7 +45,7 @@ def find_layouts(
     run: Callable[[nn.Module, Any], object],
     batch: Any,
     rows: int,
-    unordered: set[nn.Module],
+    unread: set[nn.Module],
 ) -> None:
     """Finds the parameters whose rows' gradients can be read at their uses. Runs the model isolated, if there are any.
 
@@ -55,19 +57,19 @@ def find_layouts(
         run: Computes the loss of a batch.
         batch: A training batch, led by its rows.
         rows: Their number (at least 2).
-        unordered: Layers to whose inputs the hooks find no rows; their parameters are looked for here.
+        unread: Layers that the hooks cannot record; their parameters are looked for here.
     """
     if is_sharded(module):
         return
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
     order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
     places = torch.arange(rows)
-    run_on = partial(_products, module, capture, run, rows=rows, unordered=unordered)
+    run_on = partial(_products, module, capture, run, rows=rows, unread=unread)
     found, capture.bare.rejected = dict[Kind, list[RowLayout]](), set()
     for _ in range(_ROUNDS):
         whole, half, recorded = run_on(batch)
         moved, *_ = run_on(cut(batch, order, rows)) if whole else ({},)
-        compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
+        compare = _Comparison(_TOLERANCE[half], order, alone=not unread)
         found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
         if any(len(layouts) > 1 for layouts in found.values()):
             replaced, *_ = run_on(cut(batch, places % (rows - 1), rows))
@@ -145,7 +147,7 @@ def _products(
     run: Callable[[nn.Module, Any], object],
     batch: Any,
     rows: int,
-    unordered: set[nn.Module],
+    unread: set[nn.Module],
 ) -> tuple[Found, bool, set[nn.Module]]:
     """Products of every row's gradient with random directions, for each use and each place where the rows may be.
 
@@ -161,7 +163,7 @@ def _products(
             torch.manual_seed(0)
             _fill_zeros(capture.bare.trainable())
             loss = run(module, batch)
-            layers = {child for child, name in capture.names.items() if name in called} - unordered
+            layers = {child for child, name in capture.names.items() if name in called} - unread
             layers = {child for child in layers if not drops_between_layers(child)}
             wanted = capture.bare.trainable()
             if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
@@ -185,6 +187,10 @@ def _uses(graph: Graph, bare: BareParameters, wanted: list[nn.Parameter], rows: 
     for parameter in wanted:
         try:
             above = graph.above(parameter, lambda use: bare.may_end(use, rows))
+            largest = max((use.takes(rows) for use in above.uses), default=0)
+            if largest > _LARGEST:
+                bare.unknown[parameter] = _TOO_LARGE.format(rows, largest / 2**28)
+                continue
             out += above.uses
             bare.apart[parameter] = {one.kind for one in above.apart}
             bare.unknown[parameter] = above.apart[0].name if above.apart else ""

@@ -34,6 +34,7 @@ from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer,
 
 # broadcast operations whose backward formulas leave it to autograd to add up over the broadcast dimensions
 _BROADCAST = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "Where", "Addcmul", "Lerp")}
+_COMMUTATIVE = {"AddBackward0", "MulBackward0"}
 _COPIES = {"ExpandBackward0", "RepeatBackward0"}
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0"}
 _PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
@@ -54,7 +55,8 @@ class Use:
     def kind(self) -> tuple[Any, ...]:
         """What two uses have in common whose outputs have the rows in the same place."""
         names = [step.name for step in (*self.steps, self.last) if step.name != CAST]
-        return (*names, self.last.index, len(self.output))
+        place = 0 if self.last.name in _COMMUTATIVE else self.last.index
+        return (*names, place, len(self.output))
 
     @property
     def output(self) -> torch.Size:
@@ -169,6 +171,12 @@ class Use:
         if products.is_product(self.last) and dims == 2:
             return len(self.last.shape) == 2 and all(step.name in _OF_WEIGHTS for step in steps)
         return not steps and (dims == 2 or not products.is_table(self.last))
+
+    def takes(self, rows: int) -> int:
+        """Elements of the rows' gradients where a weight computed from the parameter has them formed; else 0."""
+        computes = any(step.name not in _PLAIN for step in self.steps)
+        formed = not self._keeps_factors if self._is_weight else computes and not self._looks_up
+        return rows * self.parameter.numel() if formed else 0
 
     def _of_weight(self, output_grads: Tensor, layout: RowLayout, rows: int) -> Outer | Lookup:
         """The rows' gradients of the last operation's weight; of the parameter itself where they keep their factors."""

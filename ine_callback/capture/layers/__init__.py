@@ -20,6 +20,7 @@ from ine_callback.capture.layers.registry import (
     by_row,
     entries_of,
     grad_samples_of,
+    is_users,
     layer_function,
     register_layer,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "by_row",
     "entries_of",
     "grad_samples_of",
+    "is_users",
     "layer_function",
     "register_layer",
 ]

@@ -38,7 +38,7 @@ def read_bags(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if type(module).forward is not nn.EmbeddingBag.forward or "forward" in vars(module):
         return LayerCall(fault=f"{type(module).__name__} has a forward of its own")
     if setting(module, "mode") == "max":
-        return LayerCall(fault="a bag's largest entries (mode='max') are known to its kernel alone; use 'sum' or 'mean'")
+        return LayerCall(fault="a bag's largest entries (mode='max') are its kernel's alone; use 'sum' or 'mean'")
     if setting(module, "scale_grad_by_freq"):
         return LayerCall(fault="its gradients are scaled by the entries' frequency in the batch (scale_grad_by_freq)")
     return LayerCall(output.detach(), given, {"y": output})

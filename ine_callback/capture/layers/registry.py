@@ -94,6 +94,11 @@ def takes_bfloat16(function: LayerFunction) -> LayerFunction:
     return function
 
 
+def is_users(function: LayerFunction) -> bool:
+    """Whether a function was registered by a user."""
+    return not function.__module__.startswith(f"{_OWN_PACKAGE}.")
+
+
 def layer_function(module: nn.Module) -> LayerFunction | None:
     """The function for a module, or None if its type is not known."""
     registered = next((_BY_TYPE[kind] for kind in type(module).__mro__ if kind in _BY_TYPE), None)
@@ -157,7 +162,7 @@ def _for_function(function: LayerFunction, activations: Tensor, output_grads: Te
     activations = activations if activations.layout == torch.strided else activations.to_dense()
     if function not in _BFLOAT16 or output_grads.dtype != torch.bfloat16 or activations.dtype == torch.float16:
         activations, output_grads = _in_one_precision(activations, output_grads)
-    if not function.__module__.startswith(f"{_OWN_PACKAGE}."):
+    if is_users(function):
         # a user's function may write into its arguments, which are the training's tensors
         activations, output_grads = activations.clone(), output_grads.clone()
     return activations, output_grads
