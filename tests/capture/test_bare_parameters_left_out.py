@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,18 +75,13 @@ class Scaled(nn.Module):
         return self.head(torch.tanh(self.first(x))) * self.scale.exp()
 
 
-def test_what_is_not_recognised_is_left_out_by_name_and_the_others_stay_exact() -> None:
+@pytest.mark.parametrize("model", [Twofold, Sorted])
+def test_what_is_not_recognised_is_left_out_by_name_and_the_others_stay_exact(model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match=": shift .*no layer function"):
-        result = run(Setting("odd", Twofold), uncaptured="warn", speed=lambda m: {m.shift: 0.0})
+        result = run(Setting("odd", model), uncaptured="warn", speed=lambda m: {m.shift: 0.0})
     assert set(result.recorder.coverage.uncaptured) == {"shift"}
     check(result)
-
-
-@needs_saved
-def test_rows_in_another_order_are_found_where_they_are_back_in_their_own() -> None:
-    torch.manual_seed(0)
-    check(run(Setting("sorted", Sorted)))
 
 
 @needs_saved

@@ -39,6 +39,8 @@ _COPIES = {"ExpandBackward0", "RepeatBackward0"}
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0"}
 _PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 _PLAIN = _TRANSPOSES | _PARTS | RESHAPES | _BROADCAST | _COPIES
+_OTHERS = ("Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
+_SIMPLE = _PLAIN | {f"{name}Backward0" for name in _OTHERS}
 _NUMBERS = 5  # operations on a norm before it meets the tensor that is divided by it
 _OF_WEIGHTS = _TRANSPOSES | _PARTS | {CAST}  # steps after which a matrix's gradients keep their factors
 
@@ -57,6 +59,16 @@ class Use:
         names = [step.name for step in (*self.steps, self.last) if step.name != CAST]
         place = 0 if self.last.name in _COMMUTATIVE else self.last.index
         return (*names, place, len(self.output))
+
+    @property
+    def computes(self) -> bool:
+        """Whether steps compute another tensor from the parameter, in which rows could have a part."""
+        return any(step.name not in _SIMPLE for step in self.steps)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all that is computed from the parameter alone."""
+        return tuple(tuple(step.shape) for step in (*self.steps, self.last))
 
     @property
     def output(self) -> torch.Size:
@@ -174,8 +186,7 @@ class Use:
 
     def takes(self, rows: int) -> int:
         """Elements of the rows' gradients where a weight computed from the parameter has them formed; else 0."""
-        computes = any(step.name not in _PLAIN for step in self.steps)
-        formed = not self._keeps_factors if self._is_weight else computes and not self._looks_up
+        formed = not self._keeps_factors if self._is_weight else self.computes and not self._looks_up
         return rows * self.parameter.numel() if formed else 0
 
     def _of_weight(self, output_grads: Tensor, layout: RowLayout, rows: int) -> Outer | Lookup:
