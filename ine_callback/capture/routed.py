@@ -41,6 +41,11 @@ def rows_of_selected(x: Tensor, base: Base) -> Tensor | None:
     return rows if rows is not None and len(rows) == len(x) else None
 
 
+def rows_below(node: Any, k: int, rows: int, device: torch.device) -> Tensor | None:
+    """The row of each entry [n] that leads an operation's k-th input; None where it cannot be told."""
+    return _below(node, k, 0, base_of(rows, None, device), _DEEPEST)
+
+
 def base_of(rows: int, entries: EntryIndex | None, device: torch.device) -> Base:
     """The rows of the outputs of layers whose inputs rows lead, or entries.
 

@@ -31,7 +31,8 @@ def rows_of(x: Tensor) -> Tensor:
         tensor([0, 0, 1])
     """
     places = torch.arange(len(x.values()), device=x.device)
-    return torch.searchsorted(x.offsets().to(places.dtype), places, right=True) - 1
+    offsets: Tensor = x.offsets()  # type: ignore[attr-defined]
+    return torch.searchsorted(offsets.to(places.dtype), places, right=True) - 1
 
 
 def picked(x: Tensor, rows: Tensor) -> Tensor:

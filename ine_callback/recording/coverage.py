@@ -36,8 +36,8 @@ _OF_NO_ROW = (
 )
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _NOT_ALONE = (
-    "; uncaptured='fallback' needs batches that can be cut into rows, and RowEntries with tokens of several rows in one "
-    "sequence cannot: batch one row a sequence, or register a layer function"
+    "; uncaptured='fallback' needs batches that can be cut into rows, and one with several rows in a sequence cannot "
+    "be: give each row a sequence of its own, or register a layer function"
 )
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .adapters import ADAPTERS
+from .architectures import ARCHITECTURES
 from .compiled import COMPILED
 from .data import DATA
 from .entries import ENTRIES
@@ -13,6 +14,7 @@ from .optimizers import OPTIMIZERS
 from .options import OPTIONS
 from .penalties import PENALTIES
 from .public_issues import ISSUES
+from .ragged import RAGGED
 from .regime import Regime
 from .together import TOGETHER
 
@@ -24,10 +26,12 @@ ALL: list[Regime] = [
     *COMPILED,
     *PENALTIES,
     *ENTRIES,
+    *RAGGED,
     *EXAMPLES,
     *ISSUES,
     *HUGGING_FACE,
     *ADAPTERS,
+    *ARCHITECTURES,
     *TOGETHER,
 ]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"

@@ -218,7 +218,9 @@ def _growing(
     """
     found: dict[Kind, list[Sizes]] = {}
     with _graph(module, capture, run, fewer, unread) as (graph, *_):
-        for parameter in {parameter for parameter, _ in uses} if graph is not None else ():
+        for parameter in {parameter for parameter, _ in uses}:
+            if graph is None:
+                break
             with contextlib.suppress(Unrecognised):
                 for use in graph.above(parameter, lambda use: (use.parameter, use.kind) in uses).uses:
                     found.setdefault((parameter, use.kind), []).append(use.sizes)

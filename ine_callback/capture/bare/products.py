@@ -11,7 +11,8 @@ from torch import Tensor
 from ine_callback.capture.bare.layouts import RowLayout, row_layouts
 from ine_callback.capture.bare.pullback import Step, Unrecognised, looked_up
 from ine_callback.capture.layers.convolution import transposed_windows, windows
-from ine_callback.capture.per_sample_gradients import Kernel, Lookup, Outer, widened
+from ine_callback.capture.per_sample_gradients import Kernel, Lookup, Outer, of_entries, widened
+from ine_callback.capture.routed import rows_below
 
 # by the operation's name: the place of the left one of the two matrices among its inputs, and what both are saved as
 _MATRICES = {
@@ -21,6 +22,7 @@ _MATRICES = {
     "BaddbmmBackward0": (1, "batch1", "batch2"),
 }
 _TABLES = ("EmbeddingBackward0", "IndexBackward0")
+_GROUPED = "GroupedMmBackward0"
 _CONVOLUTION = "ConvolutionBackward0"
 
 
@@ -39,8 +41,36 @@ def is_table(step: Step) -> bool:
     return step.name in _TABLES and step.index == 0 and _ids(step.node) is not None
 
 
+def is_grouped(step: Step) -> bool:
+    """Whether it holds the matrices of groups of entries, which lie behind one another (experts)."""
+    return step.name == _GROUPED and step.index == 1 and len(step.node._input_metadata[0].shape) == 2
+
+
+def rows_of_groups(step: Step, rows: int) -> Tensor | None:
+    """The row of each entry of the groups; None where it cannot be traced."""
+    return rows_below(step.node, 0, rows, step.node._saved_self.device)
+
+
+def grouped(step: Step, output_grads: Tensor, rows: int) -> Outer:
+    """The rows' gradients of matrices [G, I, O], each of a group of entries."""
+    index, entries = rows_of_groups(step, rows), step.node._saved_self.detach()
+    if index is None or len(index) != len(entries):
+        raise Unrecognised("a product of groups whose entries cannot be traced to rows")
+    places = torch.arange(len(entries), device=entries.device)
+    group = torch.searchsorted(step.node._saved_offs.long(), places, right=True)
+    mine = (group[:, None] == torch.arange(step.shape[0], device=group.device)).to(torch.float32)[:, :, None, None]
+    output_grads, entries = widened(output_grads), widened(entries)
+    inputs = entries[:, None, None] * mine.to(entries)
+    output_grads = output_grads[:, None, None].expand(-1, step.shape[0], -1, -1)
+    found = of_entries(Outer(output_grads, inputs), index, rows)
+    assert isinstance(found, Outer)
+    return found
+
+
 def layouts(step: Step, output: torch.Size, rows: int) -> list[RowLayout]:
     """Where the rows may be in the operation's output."""
+    if is_grouped(step):
+        return [RowLayout(0, "traced")] if rows_of_groups(step, rows) is not None else []
     if is_convolution(step):
         return [RowLayout(0, "alone")] if output[0] == rows else []
     if is_table(step):

@@ -120,7 +120,8 @@ class Use:
     @property
     def _is_weight(self) -> bool:
         """Whether it is the matrix of a product, a convolution's kernel or a table."""
-        return products.is_product(self.last) or products.is_convolution(self.last) or products.is_table(self.last)
+        known = (products.is_product, products.is_convolution, products.is_table, products.is_grouped)
+        return any(is_one(self.last) for is_one in known)
 
     @property
     def _is_broadcast(self) -> bool:
@@ -182,15 +183,22 @@ class Use:
         steps, dims = [step for step in self.steps if step.name != CAST], len(self.parameter.shape)
         if products.is_product(self.last) and dims == 2:
             return len(self.last.shape) == 2 and all(step.name in _OF_WEIGHTS for step in steps)
+        if products.is_grouped(self.last):
+            return all(step.name == "TransposeBackward0" for step in steps)
         return not steps and (dims == 2 or not products.is_table(self.last))
 
     def takes(self, rows: int) -> int:
         """Elements of the rows' gradients where a weight computed from the parameter has them formed; else 0."""
+        if products.is_grouped(self.last):
+            return self.output[0] * math.prod(self.last.shape[:2])
         formed = not self._keeps_factors if self._is_weight else self.computes and not self._looks_up
         return rows * self.parameter.numel() if formed else 0
 
     def _of_weight(self, output_grads: Tensor, layout: RowLayout, rows: int) -> Outer | Lookup:
         """The rows' gradients of the last operation's weight; of the parameter itself where they keep their factors."""
+        if products.is_grouped(self.last):
+            found = products.grouped(self.last, output_grads, rows)  # of a weight [G, I, O]
+            return found.transposed() if any(step.name in _TRANSPOSES for step in self.steps) else found
         if products.is_convolution(self.last):
             return products.convolved(self.last, output_grads)
         if products.is_table(self.last):
