@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ine_callback.capture.bare.pullback import is_readable
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.marks import call_of
+from ine_callback.capture.readable_nodes import is_readable
 from ine_callback.capture.row_losses import signed
 
 Shape = Sequence[int]

@@ -17,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.attributes import own_parameters, plain_parameters
 from ine_callback.capture.bare.graph import Apart
 from ine_callback.capture.bare.no_row import ApartGradients, Kind, KindsByParameter
-from ine_callback.capture.bare.pullback import SAVED_IS_READ
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.passes import adds_to_grad
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.capture.readable_nodes import SAVED_IS_READ
 from ine_callback.utilities.isolation import compiled_parts
 
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel

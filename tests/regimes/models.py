@@ -293,7 +293,7 @@ MODELS = [
         lambda: Classifier(Recurrent(nn.LSTM, num_layers=2, dropout=0.4)),
         series,
         shares="among",
-        left_out=RNN,
+        left_out=() if TELLS else RNN,
     ),
     Regime(
         "LSTM with a forward of its own, fallback",

@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch import Tensor
 
 from ine_callback.capture.bare.layouts import summed_to
 from ine_callback.capture.per_sample_gradients import Lookup
+from ine_callback.capture.readable_nodes import is_readable
 from ine_callback.capture.row_losses import signed
 
 CAST = "ToCopyBackward0"  # autocast's; not a difference between two uses
 RESHAPES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Alias", "Clone")}
 RESHAPES |= {f"SqueezeBackward{k}" for k in range(4)} | {CAST}
-# torch 2.6 to 2.12 do not tell what activation checkpointing saved, so that nothing saved is read
-SAVED_IS_READ = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 _TORCHS_OWN = re.compile(r"[A-Z]\w*Backward\d+")  # whose formulas compute and do nothing else
 _WITH_PART = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 
@@ -58,25 +56,6 @@ class Step:
         gradients, tensor parallelism communicates.
         """
         return bool(_TORCHS_OWN.fullmatch(self.name)) and is_readable(self.node)
-
-
-def is_readable(node: Any) -> bool:
-    """Whether all that an operation saved can be read a second time.
-
-    What activation checkpointing saved can be read once only, by autograd.
-    """
-    kind: Any = type(node)
-    for name in _saved_by(kind):
-        saved = getattr(node, name)
-        for each in saved if isinstance(saved, tuple | list) else [saved]:
-            if getattr(each, "unpack_hook", "unknown") is not None:
-                return False
-    return True
-
-
-@cache
-def _saved_by(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def called(node: Any, gradient: Tensor, output: int, index: int) -> Tensor:

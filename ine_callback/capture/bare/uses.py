@@ -25,12 +25,12 @@ from ine_callback.capture.bare.pullback import (
     Step,
     Unrecognised,
     called,
-    is_readable,
     looked_up,
     outside,
     pulled,
 )
 from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector, row_chunks, widened
+from ine_callback.capture.readable_nodes import is_readable
 
 # broadcast operations whose backward formulas leave it to autograd to add up over the broadcast dimensions
 _BROADCAST = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "Where", "Addcmul", "Lerp")}
