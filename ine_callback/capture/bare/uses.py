@@ -111,7 +111,14 @@ class Use:
         if self.is_derivative:
             found = row_layouts(self.output, self.output[1:], rows) if all(s.name == CAST for s in self.steps) else []
             return [one for one in found if one.place == "alone" or self.last.name not in ENTRIES_ALONE]
+        if self._is_channel_bias:
+            return [RowLayout(0, "alone")] if self.output[0] == rows else []
         return row_layouts(self.output, self.last.shape, rows) if self._is_broadcast else []
+
+    @property
+    def _is_channel_bias(self) -> bool:
+        """Whether it is the bias of a convolution."""
+        return self.last.name == "ConvolutionBackward0" and self.last.index == 2
 
     def pairs(self, entries: int) -> list[RowLayout]:
         """The layout in which the output's first two dimensions are entries; none if they are not."""
@@ -155,6 +162,8 @@ class Use:
             if self._keeps_factors:
                 return found
             of_rows: Callable[[slice], Tensor] = found.gradient
+        elif self._is_channel_bias:
+            of_rows = widened(output_grads).flatten(2).sum(2).__getitem__
         else:
             of_rows = layout.summed(self._broadcast(widened(output_grads)), rows, self.last.shape).__getitem__
         largest = max(math.prod(step.shape) for step in (*self.steps, self.last))
