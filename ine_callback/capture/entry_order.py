@@ -18,7 +18,7 @@ from ine_callback.capture.errors import LayerError
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
 from ine_callback.capture.routed_check import Given, find_routed
-from ine_callback.capture.row_order import inputs_of, same_values
+from ine_callback.capture.row_order import inputs_of, leave_constants_out, same_values
 from ine_callback.data.batches import cut, holds_graphs, led_by
 from ine_callback.data.row_entries import RowEntries, row_entries
 
@@ -41,16 +41,17 @@ def entry_faults(
     """
     assert capture.entries is not None
     try:
-        whole, _ = inputs_of(module, capture, loss, batch)
+        whole, _, apart = inputs_of(module, capture, loss, batch)
         by_name = {name: child for child, name in capture.names.items()}
-        faults = {by_name[n]: why for n, calls in whole.items() if (why := _shape_fault(capture.entries, calls))}
         moved = _exchanged(batch, rows_of)
+        calls_then, random, _ = ({}, False, []) if moved is None else inputs_of(module, capture, loss, moved[1][0])
+        leave_constants_out(apart, whole, calls_then)
+        faults = {by_name[n]: why for n, calls in whole.items() if (why := _shape_fault(capture.entries, calls))}
         capture.bare.trusts_entries = moved is None
         if moved is None:
             faults |= layer_function_faults(module, capture, loss, batch, rows)
             return faults, [f"{_UNCHECKED} (the batch cannot be cut by row_fn's entries)"]
-        (_, at_first), (other, then) = moved
-        calls_then, random = inputs_of(module, capture, loss, other)
+        (_, at_first), (_, then) = moved
         if random:
             return faults, [f"{_UNCHECKED} (the model draws random numbers)"]
         device = next(module.parameters()).device

@@ -14,6 +14,7 @@ from ine_callback.capture.bare.check import find_layouts
 from ine_callback.capture.bare.no_row import find_terms_of_no_row
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layer_functions_check import layer_function_faults
+from ine_callback.capture.layers import is_users, layer_function
 from ine_callback.capture.routed_check import Given, find_routed
 from ine_callback.capture.row_mixing import as_in_training, row_mixing_faults
 from ine_callback.capture.row_order import LIKE, row_order_faults
@@ -72,8 +73,9 @@ def _first_batch_faults(
     if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
         # what fails here costs bare parameters only, which then are named as left out
         with contextlib.suppress(Exception):
-            unordered = {one for one, why in order.items() if why != LIKE} - set(functions)
-            find_layouts(module, capture, loss, batch, rows, unordered)
+            unread = {one for one, why in order.items() if why != LIKE}
+            unread |= {one for one in functions if not _is_users(one)}  # else whoever wrote it wants to know
+            find_layouts(module, capture, loss, batch, rows, unread)
             running = as_in_training if training else isolated
             find_terms_of_no_row(module, capture, loss, batch, rows, running)
             capture.bare.settle()
@@ -95,6 +97,11 @@ def _without_batch_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_users(module: nn.Module) -> bool:
+    function = layer_function(module)
+    return function is not None and is_users(function)
 
 
 def _faults(

@@ -25,14 +25,15 @@ from ine_callback.capture.batch_layout import UNKNOWN_ENTRIES, BatchLayout
 from ine_callback.capture.compiled import HookGuards, Tap, forget_compiled
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.errors import FATAL, in_words
-from ine_callback.capture.layers import LayerFunction, RowMismatch, layer_function
+from ine_callback.capture.layers import LayerFunction, RowMismatch, is_capturable
 from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
 from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
-from ine_callback.capture.marks import mark_call
-from ine_callback.capture.passes import Call, parameters_passed_by
+from ine_callback.capture.marks import MarkedCall, mark_call
+from ine_callback.capture.passes import Call, in_transform, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.routed import base_of, rows_of_selected
 from ine_callback.capture.saved_inputs import save
+from ine_callback.data.nested import values_of
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
 
@@ -70,6 +71,7 @@ class Capture:
         rows_of: What gives a batch's rows and entries, if known.
         routed: Layers that get entries selected by an index, whose rows are traced in the graph (experts).
         selected: The rows of the entries of the present call of one of them.
+        marked: The present call as the graph tells it, if it is part of one.
         last_called: The recorded layer that was called last in this batch.
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: Views of its rows that layers get, one after another (SimCLR's ``torch.cat``); added up by row.
@@ -92,7 +94,7 @@ class Capture:
         self.active, self.rows, self.views, self.one_each = False, 0, 1, False
         self.loss_views = 1
         inside = {child for part in compiled_parts(module) for child in part.modules()}
-        found = {child: name for name, child in module.named_modules() if _capturable(child)}
+        found = {child: name for name, child in module.named_modules() if is_capturable(child)}
         fits = [name for name in found.values() if layers is None or any(fnmatchcase(name, one) for one in layers)]
         self.deselected = set(found.values()) - set(fits)
         self.names = {child: name for child, name in found.items() if name not in self.deselected}
@@ -119,6 +121,7 @@ class Capture:
         self.entries: EntryIndex | None = None
         self.routed: set[nn.Module] = set()
         self.selected: Tensor | None = None
+        self.marked: MarkedCall | None = None
         self.rows_of: Callable[[Any], Any] | None = None
         self._seen = False  # whether this batch's loss is known: passes before are the training step's own
         self.last_called: nn.Module | None = None
@@ -192,11 +195,12 @@ class Capture:
         self._on_drop(what)
 
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.selected = self.marked = None
         try:
             read, saved = layer_call(module, args, kwargs, output), None
         except Exception as error:
             read, saved = LayerCall(fault=in_words(error)), None
-        if read.requires_grad and not _transformed():
+        if read.requires_grad and not in_transform():
             # before anything else, even if the recording has stopped: the recomputation of a checkpoint must save what
             # the first pass saved, and ends here with an exception of its own when it has all
             saved = save(read.inputs)
@@ -206,16 +210,17 @@ class Capture:
             self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)
+        self.marked = None  # it holds a part of the graph
 
     def _mark(self, module: nn.Module, read: LayerCall, inputs: Any) -> None:
         """Marks a call in the graph; of a layer of selected entries, if their rows can be traced."""
         if module not in self.names or read.fault:
             return
-        self.selected, x = None, read.activations
+        x = read.activations
         if module in self.routed and isinstance(x, Tensor):
             self.selected = rows_of_selected(x, base_of(self.rows, self.entries, x.device))
         if module not in self.routed or self.selected is not None:
-            mark_call(module, inputs, read.outputs, self.selected)
+            self.marked = mark_call(module, inputs, read.outputs, self.selected)
 
     def _on_forward(self, module: nn.Module, read: LayerCall, saved: Callable[[], Tensors | None] | None) -> None:
         """Waits for the gradients of the outputs, or drops a module that is called in an unknown way."""
@@ -231,7 +236,7 @@ class Capture:
         if read.fault:
             self.drop(module, read.fault)
             return
-        if _transformed():
+        if in_transform():
             self.drop(module, "it was called inside of a torch.func transform")
             return
         self._rows_confirmed |= x.shape[:1] == (self.rows * self.views,)
@@ -241,12 +246,14 @@ class Capture:
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
+        if read.rows is not None and len(x) != self.rows:
+            return self.drop(module, f"its nested input has {len(x)} rows, the batch {self.rows}")
         if module in self.routed and self.selected is None:
             return self.drop(module, _UNTRACED.format(tuple(x.shape)))
         if module in self.routed and not len(x):
             return  # an expert without a token
         call, self.last_called = self.called(module), module
-        call.rows = self.selected if module in self.routed else None
+        call.rows = self.selected if module in self.routed else read.rows
         self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
@@ -280,7 +287,7 @@ class Capture:
 
     def unhooked(self, module: nn.Module) -> dict[str, str]:
         """Names of layers that came into the model later -> why they are not recorded."""
-        found = {n: m for n, m in module.named_modules() if _capturable(m) and m not in self.names}
+        found = {n: m for n, m in module.named_modules() if is_capturable(m) and m not in self.names}
         return {n: _LATE for n in found if n not in self.dropped and n not in self.deselected}
 
     def waiting(self) -> set[nn.Parameter]:
@@ -364,7 +371,7 @@ class Capture:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
             with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
-                output_grads = tree_map(self.unscaled, output_grads)
+                output_grads = tree_map(lambda each: self.unscaled(values_of(each)), output_grads)
                 layout = BatchLayout(self.rows, self.views, self.one_each, self.entries)
                 function = function or self.functions.get(module)
                 parts = layout.by_row(module, call.rows, activations, output_grads, function)
@@ -388,12 +395,3 @@ class Capture:
             self.bare.drop(what, in_words(error))
         else:
             self.drop(what, in_words(error))
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad) runs the layer, with tensors that do not outlive it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _capturable(module: nn.Module) -> bool:
-    return layer_function(module) is not None and bool(own_parameters(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,15 @@ class MarkedCall:
     rows: Tensor | None
 
 
-def mark_call(module: nn.Module, inputs: Any, outputs: Any, rows: Tensor | None = None) -> None:
+def mark_call(module: nn.Module, inputs: Any, outputs: Any, rows: Tensor | None = None) -> MarkedCall:
     """Marks the nodes of a layer's outputs."""
     begins = [x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.grad_fn is not None]
+    call = MarkedCall(module, begins, rows)
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor) and output.grad_fn is not None:
             metadata: Any = output.grad_fn.metadata
-            metadata[_CALL] = MarkedCall(module, begins, rows)
+            metadata[_CALL] = call
+    return call
 
 
 def call_of(node: Any) -> MarkedCall | None:
@@ -41,14 +44,18 @@ def call_of(node: Any) -> MarkedCall | None:
     return found
 
 
-def holds_call(node: Any) -> bool:
-    """Whether a recorded layer was called somewhere in the graph below a node, and including it."""
+def calls_below(node: Any) -> Iterator[MarkedCall]:
+    """The calls of recorded layers in the graph below a node, and including it."""
     seen, waiting = {node}, [node]
     while waiting:
         node = waiting.pop()
         if _CALL in node.metadata:
-            return True
+            yield node.metadata[_CALL]
         below = [one for one, _ in node.next_functions if one is not None and one not in seen]
         seen.update(below)
         waiting += below
-    return False
+
+
+def holds_call(node: Any) -> bool:
+    """Whether a recorded layer was called somewhere in the graph below a node, and including it."""
+    return any(True for _ in calls_below(node))

@@ -86,6 +86,11 @@ class Passes:
         return not any(bool(grad.any()) for grad in changed)
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func (vmap, grad) runs the layer, with tensors that do not outlive it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _unchanged(grad: Tensor | None, before: ref[Tensor], version: int) -> bool:
     """Whether a gradient is the same tensor as before, and nobody has written to it."""
     return grad is not None and before() is grad and grad._version == version

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ine_callback.capture.bare.uses import is_readable
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.marks import call_of
+from ine_callback.capture.readable_nodes import is_readable
 from ine_callback.capture.row_losses import signed
 
 Shape = Sequence[int]
@@ -39,6 +39,11 @@ def rows_of_selected(x: Tensor, base: Base) -> Tensor | None:
         return None
     rows = _traced(x.grad_fn, x.output_nr, 0, base, _DEEPEST)
     return rows if rows is not None and len(rows) == len(x) else None
+
+
+def rows_below(node: Any, k: int, rows: int, device: torch.device) -> Tensor | None:
+    """The row of each entry [n] that leads an operation's k-th input; None where it cannot be told."""
+    return _below(node, k, 0, base_of(rows, None, device), _DEEPEST)
 
 
 def base_of(rows: int, entries: EntryIndex | None, device: torch.device) -> Base:

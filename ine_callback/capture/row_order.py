@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.hooks import Capture
+from ine_callback.capture.marks import MarkedCall, calls_below
 from ine_callback.data.batches import cut, led_by
 from ine_callback.utilities.isolation import isolated, random_state
 
@@ -39,7 +40,7 @@ def row_order_faults(
             side), only the layers' shapes are checked.
         rows: Its number of rows (at least 2).
     """
-    whole, random = inputs_of(module, capture, run, batch)
+    whole, random, apart = inputs_of(module, capture, run, batch)
     by_name = {name: child for child, name in capture.names.items()}
     faults: dict[nn.Module, str] = {}
     if not led_by(batch, rows):
@@ -50,8 +51,9 @@ def row_order_faults(
         return faults, 1
     places = torch.arange(rows)
     selected: set[nn.Module] = set()  # whose number of entries is not in proportion to the rows
-    fewer, _ = inputs_of(module, capture, run, cut(batch, places[:-1], rows))
-    replaced, _ = inputs_of(module, capture, run, cut(batch, places % (rows - 1), rows))
+    fewer, *_ = inputs_of(module, capture, run, cut(batch, places[:-1], rows))
+    replaced, *_ = inputs_of(module, capture, run, cut(batch, places % (rows - 1), rows))
+    leave_constants_out(apart, whole, fewer, replaced)
     for name, calls in whole.items():
         for x, less, other in zip(calls, fewer.get(name, []), replaced.get(name, []), strict=False):
             in_order = _loses_its_end(x, less, rows) and _same_rows(x, other, less)
@@ -114,20 +116,47 @@ def _not_led_by_rows(x: Tensor, rows: int) -> str:
     )
 
 
+Inputs = dict[str, list[Tensor]]  # of every layer, call by call
+
+
 def inputs_of(
     module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any
-) -> tuple[dict[str, list[Tensor]], bool]:
-    """The inputs of every layer, call by call, and whether the model drew random numbers."""
-    inputs: dict[str, list[Tensor]] = {}
-    capture.on_call = lambda name, x: inputs.setdefault(name, []).append(x.detach().clone())
+) -> tuple[Inputs, bool, list[tuple[str, int]]]:
+    """The inputs of every layer, whether the model drew random numbers, and which calls have no part in the loss."""
+    inputs: Inputs = {}
+    marked: dict[tuple[str, int], MarkedCall] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        calls = inputs.setdefault(name, [])
+        if capture.marked is not None:
+            marked[name, len(calls)] = capture.marked
+        calls.append(x.detach().clone())
+
+    capture.on_call = observe
     try:
         with isolated(module):  # with gradients, which adversarial examples need
             before = random_state(module)
-            run(module, batch)
+            loss = run(module, batch)
             drew = before != random_state(module)
     finally:
         capture.on_call = None
-    return inputs, drew
+    if not isinstance(loss, Tensor) or loss.grad_fn is None:
+        return inputs, drew, []
+    parts = {id(call) for call in calls_below(loss.grad_fn)}
+    return inputs, drew, [place for place, call in marked.items() if id(call) not in parts]
+
+
+def leave_constants_out(apart: Sequence[tuple[str, int]], first: Inputs, *others: Inputs) -> None:
+    """Removes inputs of calls without a part in the loss that do not depend on the batch.
+
+    DoRA reads the norm of its weights by calling its layers with the identity.
+    """
+    for name, k in sorted(apart, key=lambda place: -place[1]):
+        x, *rest = (run[name][k] if k < len(run.get(name, [])) else None for run in (first, *others))
+        same = (y is not None and x is not None and x.shape == y.shape and torch.equal(x, y) for y in rest)
+        if len(first[name]) > 1 and all(same):
+            for run in (first, *others):
+                del run[name][k]
 
 
 def _loses_its_end(whole: Tensor, less: Tensor, rows: int) -> bool:

@@ -8,6 +8,7 @@ loss gives it that belongs to no row (a penalty on weights) is measured where th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.attributes import own_parameters, plain_parameters
 from ine_callback.capture.bare.graph import Apart
 from ine_callback.capture.bare.no_row import ApartGradients, Kind, KindsByParameter
-from ine_callback.capture.bare.uses import SAVED_IS_READ
 from ine_callback.capture.blocks import Block
 from ine_callback.capture.layers import layer_function
 from ine_callback.capture.passes import adds_to_grad
 from ine_callback.capture.per_sample_gradients import GradSample, widened
+from ine_callback.capture.readable_nodes import SAVED_IS_READ
 from ine_callback.utilities.isolation import compiled_parts
 
 _CANCELLATION = 1e-2  # of the norm of all rows' gradients: what rounding leaves of rows that cancel
@@ -243,6 +244,7 @@ def uncaptured(
     captured: set[nn.Parameter],
     reasons: Mapping[str, str],
     used: set[nn.Parameter] | None = None,
+    unknown: Mapping[nn.Parameter, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Trainable parameters with a gradient but without per-sample gradients -> why.
 
@@ -251,6 +253,7 @@ def uncaptured(
         captured: Parameters of the verified blocks.
         reasons: Name of a module or bare parameter -> why it was dropped.
         used: Parameters with a gradient, where it is not in ``.grad``.
+        unknown: Of parameters, an operation on them from which no rows' gradients can be read.
     """
     if used is None:
         used = {p for p in module.parameters() if p.grad is not None}
@@ -266,7 +269,8 @@ def uncaptured(
         users = owners.get(parameter, [])
         known = [reasons[each] for each in (name, *(owner for owner, _ in users)) if each in reasons]
         why = _COMPILED if any(child in compiled for _, child in users) else _why(name, [child for _, child in users])
-        out[name] = known[0] if known else why
+        operation = f"; it is used by {unknown[parameter]}" if unknown.get(parameter) else ""
+        out[name] = known[0] if known else why + operation
     return out
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from ine_callback.data.nested import is_jagged, picked
 from ine_callback.errors import RowsError
 
 
@@ -141,6 +142,8 @@ def _cut(batch: Any, rows: Tensor, size: int) -> Any:
         return graphs.from_data_list([each[int(k)] for k in rows])
 
     def pick(tensor: Tensor) -> Tensor:
+        if is_jagged(tensor):
+            return picked(tensor, rows) if len(tensor) == size else tensor
         return tensor[rows.to(tensor.device)] if tensor.dim() and tensor.shape[0] == size else tensor
 
     return apply_to_collection(batch, Tensor, pick)

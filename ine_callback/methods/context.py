@@ -279,7 +279,8 @@ class FitContext:
         self._held = [(block, grad_sample) for block, grad_sample in self._held if block not in wrong]
         used = {p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         used -= verification.without_rows(of_no_row)
-        missing = uncaptured(self.module, self.table.captured(), self._capture.dropped, used) | missing
+        dropped, unknown = self._capture.dropped, self._capture.bare.unknown
+        missing = uncaptured(self.module, self.table.captured(), dropped, used, unknown) | missing
         unasked = {name for name in missing if name.rpartition(".")[0] in self._capture.deselected}
         if unasked:
             self._note(f"layers= leaves out {fraction_of(self.module, unasked):.1%} of the trainable parameters")

@@ -17,6 +17,7 @@ from ine_callback.capture.first_batch import first_batch_faults
 from ine_callback.capture.row_mixing import MIXED, as_in_training
 from ine_callback.capture.row_order import VIEWS
 from ine_callback.capture.verification import Verification, fraction_of, uncaptured
+from ine_callback.data.batches import holds_graphs, is_all_led_by
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
 from ine_callback.errors import CaptureError, RowsError
@@ -39,6 +40,10 @@ _HOOKED = (
 )
 _PER_ROW = "per-row autograd (one backward pass a row) for: "
 _ELSEWHERE = "another process that trains the model had to leave it out"
+_NOT_ALONE = (
+    "; uncaptured='fallback' needs batches that can be cut into rows, and one with several rows in a sequence cannot "
+    "be: give each row a sequence of its own, or register a layer function"
+)
 _SLOWLY = "; uncaptured='fallback' records them slowly"
 
 
@@ -75,6 +80,7 @@ class Coverage:
         self._since, self._advisable = "", True  # words of when; whether to advise uncaptured="fallback"
         self._last: int | None = None  # the step that was verified last
         self._dropped: set[str] = set()
+        self._alone = True  # whether a batch can be cut into single rows
         self._refreshes = False  # whether the coming step refreshes the directions
 
     def check_first_batch(
@@ -91,6 +97,7 @@ class Coverage:
             self.notes.append("the order of rows inside the layers was not checked (no batch to rerun)")
             return False
         if self._capture.entries is not None:
+            self._alone = holds_graphs(batch) or is_all_led_by(batch, rows)
             faults, unchecked = entry_faults(self._module, self._capture, loss, batch, rows, rows_of)
             self.notes += unchecked
             for module, reason in faults.items():
@@ -197,7 +204,8 @@ class Coverage:
         captured = signals.table.captured()
         self._begin_naming(step)
         explained = captured | slow | verification.without_rows(of_no_row) | self._capture.waiting()
-        missing = uncaptured(self._module, explained, self._capture.dropped | self._capture.unhooked(self._module))
+        dropped = self._capture.dropped | self._capture.unhooked(self._module)
+        missing = uncaptured(self._module, explained, dropped, unknown=self._capture.bare.unknown)
         missing |= {signals.table.names[p]: reason for block, reason in failed.items() for p in block.parameters}
         self._miss(missing, captured)
         self._used |= self._uses(passes)
@@ -271,6 +279,8 @@ class Coverage:
             raise CaptureError(
                 f"{self._told(missing)} Register a layer function, or pass uncaptured='warn' or 'fallback'."
             )
+        if self._policy == "fallback" and not self._alone:
+            return self._leave_out(missing, _NOT_ALONE)
         if self._policy == "fallback":
             parameters = dict(self._module.named_parameters())
             for name in missing:
@@ -279,7 +289,7 @@ class Coverage:
             self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
             self.notes.append(f"{_PER_ROW}{', '.join(missing)}")
             return
-        self._leave_out(missing, _SLOWLY if self._advisable else "")
+        self._leave_out(missing, _SLOWLY if self._advisable and self._alone else "")
 
     def _told(self, missing: dict[str, str]) -> str:
         fraction = fraction_of(self._module, missing)

@@ -157,6 +157,7 @@ EXACT = {
     "LayerNorm2d of its own, as wide as the image": image(lambda: OwnLayerNorm2d(4), 4),
     "no dimension, and an empty parameter": Setting("scalar", around(Temperature)),
     "sparse input": Setting("sparse", around(Sparse)),
+    "a layer with a scale beside": Setting("scaled", around(lambda: Scaled(4, 4))),
     "a function that writes into what it gets": Setting("writes", around(WritesIntoGradients)),
 }
 
@@ -172,7 +173,6 @@ def test_unusual_layers_are_recorded_exactly(setting: Setting) -> None:
 ODD = {
     "fails": (around(Failing), ["2.factor"], "recording it failed with ZeroDivisionError: mine"),
     "mixes rows": (around(CallsRolled), ["2.layer.weight", "2.layer.bias"], "other gradients than autograd"),
-    "scale beside": (around(lambda: Scaled(4, 4)), ["2.weight", "2.bias", "2.scale"], "Scaled|scale"),
     "property": (around(lambda: WeightProperty(4, 4)), ["2.weight"], "a property of WeightProperty"),
     "functional_call": (around(Functional), ["2.inner.weight", "2.inner.bias"], "functional_call"),
     "weight_norm": (around(lambda: nn.utils.weight_norm(nn.Linear(4, 4))), ["2.weight_g", "2.weight_v"], "weight_norm"),
@@ -180,11 +180,6 @@ ODD = {
         around(lambda: torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.3)),
         ["2.weight_orig"],
         "prune",
-    ),
-    "parametrization": (
-        around(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
-        ["2.parametrizations.weight.original0", "2.parametrizations.weight.original1"],
-        "parametrization",
     ),
 }
 

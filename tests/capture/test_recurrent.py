@@ -218,7 +218,6 @@ class Own(nn.LSTM):
 @pytest.mark.parametrize(
     ("layer", "shape", "reason"),
     [
-        (lambda: nn.LSTM(3, 4, num_layers=2, dropout=0.1), (5, 4, 3), "dropout between its layers"),
         (lambda: nn.GRU(3, 4, num_layers=2, dropout=0.1), (5, 4, 3), "dropout between its layers"),
         (lambda: nn.LSTM(3, 4, proj_size=2), (5, 4, 3), "proj_size"),
         (lambda: Own(3, 4), (5, 4, 3), "Own has a forward of its own"),
@@ -319,8 +318,38 @@ def test_dropout_between_layers_is_read_where_the_products_are_seen() -> None:
     assert not recorded(dropping(nn.GRU)).coverage.uncaptured
 
 
-def test_dropout_between_layers_of_a_fused_kernel_is_the_reason_in_the_report() -> None:
-    module = dropping(nn.LSTM)
-    with pytest.warns(UserWarning, match="dropout between its layers"):
-        recorder = recorded(module)
-    assert set(recorder.coverage.uncaptured) == {name for name, _ in module.named_parameters() if "rnn" in name}
+@needs_saved
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True, "num_layers": 3}])
+def test_masks_of_dropout_between_layers_of_a_fused_kernel_are_read(options: dict[str, Any]) -> None:
+    """A CPU has one operation for each layer in float32, and torch's dropout between: rows among their mates."""
+    torch.manual_seed(0)
+    module = nn.LSTM(3, 4, **{"num_layers": 2, "dropout": 0.5, **options}).float()
+    x, turned = torch.randn(5, 4, 3, dtype=torch.float32), bool(options.get("batch_first"))
+
+    def rows_last(y: Tensor) -> Tensor:
+        return y.transpose(0, 1) if turned else y
+
+    weights = torch.randn(5, 4, 4 * (1 + module.bidirectional), dtype=torch.float32)
+    given, state = rows_last(x), torch.get_rng_state()
+    found, capture = captured(
+        module, lambda: (module(given)[0] * (weights.transpose(0, 1) if turned else weights)).sum()
+    )
+    assert not capture.dropped
+    for row in range(4):
+        torch.set_rng_state(state)
+        own = rows_last(module(given)[0])[:, row] * weights[:, row]
+        expected = torch.autograd.grad(own.sum(), list(module.parameters()))
+        for (name, _), grad in zip(module.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[name][row].view_as(grad), grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_saved
+def test_dropout_between_layers_of_a_fused_kernel_leaves_nothing_out() -> None:
+    assert not recorded(dropping(nn.LSTM)).coverage.uncaptured
+
+
+def test_dropout_between_layers_of_packed_sequences_is_the_reason_in_the_report() -> None:
+    module = nn.LSTM(3, 4, num_layers=2, dropout=0.5)
+    packed = pack_padded_sequence(torch.randn(5, 4, 3), torch.tensor([5, 4, 2, 1]))
+    found, capture = captured(module, lambda: module(packed)[0].data.sum())
+    assert "dropout between its layers" in capture.dropped[""] and not found

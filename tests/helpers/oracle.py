@@ -162,9 +162,21 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
 
 
+class _Opaque(torch.autograd.Function):
+    """The identity, by a backward pass of its own, which nobody but autograd calls."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        return p.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
 def opaque(p: Tensor) -> Tensor:
     """The parameter itself, by an operation that is not recognised: only the fallback records it."""
-    return p.clamp(-1e9, 1e9)
+    return _Opaque.apply(p)  # type: ignore[no-any-return]
 
 
 class Bare(nn.Module):
@@ -291,7 +303,7 @@ def flat(parameters: Sequence[nn.Parameter], value: Tensor, factors: dict[nn.Par
     factors = factors or {}
     return torch.cat(
         [
-            (torch.zeros_like(p) if g is None else g).flatten() * factors.get(p, 1.0)
+            (torch.zeros_like(p) if g is None else g.to_dense()).flatten() * factors.get(p, 1.0)
             for p, g in zip(parameters, grads, strict=True)
         ]
     )

@@ -42,18 +42,26 @@ def line(regime: Regime) -> tuple[str, bool]:
     return f"| {regime.name} | {scores} | {training} | {counts} |", not faults
 
 
-def table(quick: bool) -> tuple[str, bool]:
-    """The whole matrix as Markdown, and whether everything passed."""
+def table(quick: bool, only: str = "") -> tuple[str, bool]:
+    """The matrix as Markdown, and whether everything passed.
+
+    Args:
+        quick: Whether to leave out the slow regimes.
+        only: A word that the names of regimes, or of their groups, must hold.
+    """
     out, passed = [], True
-    for group in dict.fromkeys(regime.group for regime in ALL):
+    chosen = [one for one in ALL if only in f"{one.group} {one.name}" and not (quick and one.slow)]
+    for group in dict.fromkeys(regime.group for regime in chosen):
         out += [f"### {group[0].upper()}{group[1:]}", "", HEAD]
-        for regime in ALL:
-            if regime.group == group and not (quick and regime.slow):
+        for regime in chosen:
+            if regime.group == group:
                 text, good = line(regime)
                 print(text, file=sys.stderr, flush=True)
                 out.append(text)
                 passed &= good
         out.append("")
+    if only:
+        return "\n".join(out), passed
     out += ["### Refused before training", "", "| Regime | why |", "| --- | --- |"]
     out += [f"| {name} | {reason} |" for name, reason in [*((r.name, r.reason) for r in REFUSED), SPLIT]]
     return "\n".join(out), passed
@@ -64,14 +72,17 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the matrix as Markdown")
     parser.add_argument("--quick", action="store_true", help="leave out the slow regimes")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the matrix between FILE's markers")
+    parser.add_argument("--only", default="", metavar="WORD", help="only regimes, or groups, whose names hold it")
     options = parser.parse_args()
     if not options.table and options.write is None:
         parser.error("nothing to do: pass --table or --write FILE")
+    if options.only and options.write is not None:
+        parser.error("--write needs all regimes; pass --table --only WORD")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    text, passed = table(options.quick)
+    text, passed = table(options.quick, options.only)
     if options.table:
         print(text)
     if options.write is not None:

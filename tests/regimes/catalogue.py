@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .adapters import ADAPTERS
+from .architectures import ARCHITECTURES
 from .compared import COMPARED
 from .compiled import COMPILED
 from .data import DATA
@@ -13,6 +15,7 @@ from .optimizers import OPTIMIZERS
 from .options import OPTIONS
 from .penalties import PENALTIES
 from .public_issues import ISSUES
+from .ragged import RAGGED
 from .regime import Regime
 from .together import TOGETHER
 
@@ -25,9 +28,12 @@ ALL: list[Regime] = [
     *PENALTIES,
     *ENTRIES,
     *COMPARED,
+    *RAGGED,
     *EXAMPLES,
     *ISSUES,
     *HUGGING_FACE,
+    *ADAPTERS,
+    *ARCHITECTURES,
     *TOGETHER,
 ]
 assert len({regime.name for regime in ALL}) == len(ALL), "two regimes share a name"

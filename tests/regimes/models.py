@@ -246,7 +246,7 @@ MODELS = [
         "a layer that is not what its name says",
         "models",
         lambda: Classifier(normed(MisnamedRMSNorm)),
-        left_out=("net.1.weight",),
+        left_out=() if TELLS else ("net.1.weight",),
     ),
     Regime("frozen parameters", "models", lambda: Classifier(frozen())),
     Regime("parameters that thaw (BaseFinetuning)", "models", trainer=lambda: {"callbacks": [Thaws()]}),
@@ -293,7 +293,7 @@ MODELS = [
         lambda: Classifier(Recurrent(nn.LSTM, num_layers=2, dropout=0.4)),
         series,
         shares="among",
-        left_out=RNN,
+        left_out=() if TELLS else RNN,
     ),
     Regime(
         "LSTM with a forward of its own, fallback",

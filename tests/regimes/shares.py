@@ -55,12 +55,11 @@ def _only(module: nn.Module, row: int) -> Iterator[None]:
     """Every layer's output of the other rows comes from weights without a gradient."""
     handles = []
     for child in module.modules():
-        if isinstance(child, nn.RNNBase):  # left out, as it has dropout inside
-            if row:  # its whole gradient counts once
-                handles.append(child.register_forward_hook(lambda m, args, output: (output[0].detach(), output[1])))
+        if isinstance(child, nn.RNNBase):
+            handles += _mask_recurrent(child, row)
         elif list(child.parameters(recurse=False)):
             hook: Callable[..., Tensor] = _mask(row)
-            handles.append(child.register_forward_hook(hook))
+            handles.append(child.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -68,16 +67,36 @@ def _only(module: nn.Module, row: int) -> Iterator[None]:
             handle.remove()
 
 
+def _mask_recurrent(module: nn.RNNBase, row: int) -> list[Any]:
+    """Its states of the other rows come from weights without a gradient, with the same dropout inside."""
+    before: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        if len(before) > 1:
+            return output
+        after = torch.get_rng_state()
+        torch.set_rng_state(before[0])
+        before.append(after)
+        other, _ = functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
+        before.clear()
+        torch.set_rng_state(after)
+        mine = (torch.arange(len(other)) == row).view(-1, 1, 1)
+        return torch.where(mine, output[0], other), output[1]
+
+    save = module.register_forward_pre_hook(lambda *_: None if before else before.append(torch.get_rng_state()))
+    return [save, module.register_forward_hook(hook)]
+
+
 def _mask(row: int) -> Callable[..., Tensor]:
     inside = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if inside:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if inside or not isinstance(output, Tensor):
             return output
         inside.append(1)
         frozen = {name: p.detach() for name, p in module.named_parameters()}
         buffers = {name: b.clone() for name, b in module.named_buffers()}  # running statistics move once a batch
-        other = functional_call(module, {**frozen, **buffers}, args)
+        other = functional_call(module, {**frozen, **buffers}, args, kwargs)
         inside.pop()
         mine = torch.zeros(len(output), dtype=torch.bool)
         mine[row] = True

@@ -7,7 +7,9 @@ them. Where two places are left, another row takes the place of the last, and th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from ine_callback.capture.bare.graph import Graph
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.parameters import BareParameters
-from ine_callback.capture.bare.uses import Unrecognised, Use
+from ine_callback.capture.bare.pullback import Unrecognised
+from ine_callback.capture.bare.uses import Use
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.layers.recurrent import drops_between_layers
 from ine_callback.data.batches import cut
@@ -27,11 +30,16 @@ from ine_callback.utilities.isolation import isolated
 
 _PRODUCTS = 8  # random directions with which rows' gradients are compared
 _TOLERANCE = {True: 2e-2, False: 1e-3}  # relative to the largest product, where half precision takes part and where not
+_LARGEST = 1 << 26  # elements of one parameter's gradients that are formed for the rows of a batch
+_TOO_LARGE = "computing another weight, and gradients of {} rows would take {:.1f} GB"
+_ROUNDS = 3  # of looking for uses further up
+_ZERO = 0.02  # standard deviation of what replaces weights that are all zero, whose neighbours get no gradient
 _EVIDENT = 5  # times the tolerance: differences of rows that show whether they changed places
 
 Kind = tuple[nn.Parameter, tuple[Any, ...]]
 Uses = list[dict[RowLayout, Tensor]]  # of each use, by layout: products [b, 8]
 Found = dict[Kind, Uses]
+Sizes = tuple[tuple[int, ...], ...]
 
 
 def find_layouts(
@@ -40,7 +48,7 @@ def find_layouts(
     run: Callable[[nn.Module, Any], object],
     batch: Any,
     rows: int,
-    unordered: set[nn.Module],
+    unread: set[nn.Module],
 ) -> None:
     """Finds the parameters whose rows' gradients can be read at their uses. Runs the model isolated, if there are any.
 
@@ -52,24 +60,33 @@ def find_layouts(
         run: Computes the loss of a batch.
         batch: A training batch, led by its rows.
         rows: Their number (at least 2).
-        unordered: Layers to whose inputs the hooks find no rows; their parameters are looked for here.
+        unread: Layers that the hooks cannot record; their parameters are looked for here.
     """
     if is_sharded(module):
         return
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
     order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
     places = torch.arange(rows)
-    run_on = partial(_products, module, capture, run, rows=rows, unordered=unordered)
-    whole, half, recorded = run_on(batch)
-    moved, *_ = run_on(cut(batch, order, rows)) if whole else ({},)
-    compare = _Comparison(_TOLERANCE[half], order, alone=not unordered)
-    found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
-    if any(len(layouts) > 1 for layouts in found.values()):
-        replaced, *_ = run_on(cut(batch, places % (rows - 1), rows))
-        for use, layouts in found.items():
-            if len(layouts) > 1:
-                found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
-    for parameter in {parameter for parameter, _ in found}:
+    run_on = partial(_products, module, capture, run, rows=rows, unread=unread)
+    found, capture.bare.rejected, first = dict[Kind, list[RowLayout]](), set(), set[Kind]()
+    for _ in range(_ROUNDS):
+        whole, half, recorded, sizes, computed = run_on(batch)
+        moved, *_ = run_on(cut(batch, order, rows)) if whole else ({},)
+        compare = _Comparison(_TOLERANCE[half], order, alone=not unread)
+        found = {use: compare.that_moved(uses, moved.get(use, [])) for use, uses in whole.items()}
+        if any(len(layouts) > 1 for layouts in found.values()):
+            replaced, *_ = run_on(cut(batch, places % (rows - 1), rows))
+            for use, layouts in found.items():
+                if len(layouts) > 1:
+                    found[use] = compare.that_stayed(layouts, whole[use], replaced.get(use, []))
+        first = first or set(whole)
+        wrong = {use for use, layouts in found.items() if len(layouts) != 1}
+        if not wrong:
+            break
+        capture.bare.rejected |= wrong  # a weight that is as large as the batch is no row's: further up there may be
+    suspects = {use: sizes[use] for use in found if use not in first or use in computed}
+    growing = _growing(module, capture, run, cut(batch, places[:-1], rows), unread, suspects) if suspects else set()
+    for parameter in {parameter for parameter, _ in found} - growing:
         known = {kind: layouts for (p, kind), layouts in found.items() if p is parameter}
         if all(len(layouts) == 1 for layouts in known.values()):
             capture.bare.layouts[parameter] = {kind: layouts[0] for kind, layouts in known.items()}
@@ -136,37 +153,80 @@ def _products(
     run: Callable[[nn.Module, Any], object],
     batch: Any,
     rows: int,
-    unordered: set[nn.Module],
-) -> tuple[Found, bool, set[nn.Module]]:
+    unread: set[nn.Module],
+) -> tuple[Found, bool, set[nn.Module], dict[Kind, list[Sizes]], set[Kind]]:
     """Products of every row's gradient with random directions, for each use and each place where the rows may be.
 
     Returns:
-        The products, whether half precision took part, and the layers whose calls are recorded.
+        The products, whether half precision took part, the layers whose calls are recorded; the sizes of what each use
+        has computed from the parameter before, and which uses compute something.
     """
+    found: Found = {}
+    sizes: dict[Kind, list[Sizes]] = {}
+    computes = set[Kind]()
+    with _graph(module, capture, run, batch, unread) as (graph, loss, layers):
+        wanted = capture.bare.trainable()
+        if not wanted or graph is None:
+            return {}, False, layers, {}, set()
+        uses = _uses(graph, capture.bare, wanted, rows)
+        handles = [_measure(use, rows, found.setdefault((use.parameter, use.kind), [])) for use in uses]
+        for use in uses:
+            sizes.setdefault((use.parameter, use.kind), []).append(use.sizes)
+            computes |= {(use.parameter, use.kind)} if use.computes else set()
+        if uses:
+            parameters = list(dict.fromkeys(use.parameter for use in uses))
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+        for handle in handles:
+            handle.remove()
+    return found, graph.half, layers, sizes, computes
+
+
+@contextmanager
+def _graph(
+    module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any, unread: set[nn.Module]
+) -> Iterator[tuple[Graph | None, Any, set[nn.Module]]]:
+    """The graph of a batch's loss, None if there is none; the loss; the layers whose calls are recorded."""
     called = set[str]()
     capture.on_call = lambda name, x: called.add(name)
-    found: Found = {}
-    layers = set[nn.Module]()
     try:
         with isolated(module):
             torch.manual_seed(0)
+            _fill_zeros(capture.bare.trainable())
             loss = run(module, batch)
-            layers = {child for child, name in capture.names.items() if name in called} - unordered
+            layers = {child for child, name in capture.names.items() if name in called} - unread
             layers = {child for child in layers if not drops_between_layers(child)}
-            wanted = capture.bare.trainable()
-            if not wanted or not isinstance(loss, Tensor) or loss.grad_fn is None:
-                return {}, False, layers
-            graph = Graph(loss.grad_fn, unread=set(capture.names) - layers)
-            uses = _uses(graph, capture.bare, wanted, rows)
-            handles = [_measure(use, rows, found.setdefault((use.parameter, use.kind), [])) for use in uses]
-            if uses:
-                parameters = list(dict.fromkeys(use.parameter for use in uses))
-                torch.autograd.grad(loss, parameters, allow_unused=True)
-            for handle in handles:
-                handle.remove()
+            if isinstance(loss, Tensor) and loss.grad_fn is not None:
+                yield Graph(loss.grad_fn, unread=set(capture.names) - layers), loss, layers
+            else:
+                yield None, loss, layers
     finally:
         capture.on_call = None
-    return found, graph.half, layers
+
+
+def _growing(
+    module: nn.Module,
+    capture: Capture,
+    run: Callable[[nn.Module, Any], object],
+    fewer: Any,
+    unread: set[nn.Module],
+    uses: dict[Kind, list[Sizes]],
+) -> set[nn.Parameter]:
+    """Parameters whose uses come after rows had a part in what was computed from them: it is larger for more rows.
+
+    A row's contribution is that of its own use of a parameter. Behind an operation that compares rows it would be
+    another one, with the same sum.
+    """
+    found: dict[Kind, list[Sizes]] = {}
+    with _graph(module, capture, run, fewer, unread) as (graph, *_):
+        for parameter in {parameter for parameter, _ in uses}:
+            if graph is None:
+                break
+            with contextlib.suppress(Unrecognised):
+                for use in graph.above(parameter, lambda use: (use.parameter, use.kind) in uses).uses:
+                    found.setdefault((parameter, use.kind), []).append(use.sizes)
+    growing = {use[0] for use, sizes in uses.items() if found.get(use) != sizes}
+    capture.bare.unknown.update(dict.fromkeys(growing, "an operation on rows, behind which no row has its own part"))
+    return growing
 
 
 def _uses(graph: Graph, bare: BareParameters, wanted: list[nn.Parameter], rows: int) -> list[Use]:
@@ -174,12 +234,25 @@ def _uses(graph: Graph, bare: BareParameters, wanted: list[nn.Parameter], rows: 
     out: list[Use] = []
     for parameter in wanted:
         try:
-            above = graph.above(parameter, lambda use: bool(use.layouts(rows)))
+            above = graph.above(parameter, lambda use: bare.may_end(use, rows))
+            largest = max((use.takes(rows) for use in above.uses), default=0)
+            if largest > _LARGEST:
+                bare.unknown[parameter] = _TOO_LARGE.format(rows, largest / 2**28)
+                continue
             out += above.uses
             bare.apart[parameter] = {one.kind for one in above.apart}
-        except Unrecognised:
-            continue
+            bare.unknown[parameter] = above.apart[0].name if above.apart else ""
+        except Unrecognised as error:
+            bare.unknown[parameter] = str(error)
     return out
+
+
+def _fill_zeros(parameters: list[nn.Parameter]) -> None:
+    """Some numbers for weights that begin as zero (LoRA's): they show where the rows are; isolation undoes it."""
+    with torch.no_grad():
+        for p in parameters:
+            if type(p) is nn.Parameter and not p.any():
+                p.normal_(0, _ZERO)
 
 
 def _measure(use: Use, rows: int, out: Uses) -> Any:
@@ -195,7 +268,7 @@ def _measure(use: Use, rows: int, out: Uses) -> Any:
             for layout in use.layouts(rows):
                 try:
                     sample = use.grad_sample(output_grads.detach(), layout, rows).wide()
-                except (RuntimeError, Unrecognised):
+                except Exception:  # of a formula that cannot be batched, or of an operation that is not what it seems
                     continue
                 dice = torch.Generator().manual_seed(0)
                 directions = torch.randn(_PRODUCTS, *sample.layout, generator=dice, dtype=sample.dtype)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ine_callback.capture.bare.graph import Graph
 from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.parameters import leading_entries, of_use
-from ine_callback.capture.bare.uses import Unrecognised, Use
+from ine_callback.capture.bare.pullback import Unrecognised
+from ine_callback.capture.bare.uses import Use
 from ine_callback.capture.hooks import Capture
 from ine_callback.capture.routed_check import Given
 from ine_callback.utilities.isolation import isolated

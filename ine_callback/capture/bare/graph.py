@@ -16,8 +16,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from ine_callback.capture.bare.uses import Step, Unrecognised, Use
-from ine_callback.capture.marks import call_of
+from ine_callback.capture.attributes import own_parameters
+from ine_callback.capture.bare.pullback import Step, Unrecognised
+from ine_callback.capture.bare.uses import Use
+from ine_callback.capture.marks import MarkedCall, call_of
+
+_MOST = 1000  # operations that are followed from one on a parameter
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,26 @@ class Graph:
         return any(one.dtype in halves for node in self._consumers for one in node._input_metadata)
 
     @cached_property
-    def _outputs(self) -> dict[Any, list[Any]]:
-        """The nodes of recorded layers' outputs, with those of their inputs."""
+    def _calls(self) -> list[tuple[Any, MarkedCall]]:
+        """The nodes of recorded layers' outputs, with their calls."""
         calls = ((node, call_of(node)) for node in (self._root, *self._consumers))
-        return {node: call.begins for node, call in calls if call is not None and call.module not in self._unread}
+        return [(node, call) for node, call in calls if call is not None and call.module not in self._unread]
 
     @cached_property
-    def _own(self) -> set[Any]:
+    def _outputs(self) -> set[Any]:
+        return {node for node, _ in self._calls}
+
+    @cached_property
+    def _own(self) -> dict[Any, MarkedCall]:
         """The nodes of recorded layers' own operations."""
-        own = set[Any]()
-        for output, stops in self._outputs.items():
-            waiting = [] if output in stops else [output]
-            own.update(waiting)
+        own = dict[Any, MarkedCall]()
+        for output, call in self._calls:
+            waiting = [] if output in call.begins else [output]
+            own.update(dict.fromkeys(waiting, call))
             while waiting:
                 for below, _ in waiting.pop().next_functions:
-                    if below is not None and below not in own and below not in stops:
-                        own.add(below)
+                    if below is not None and below not in own and below not in call.begins:
+                        own[below] = call
                         waiting.append(below)
         return own
 
@@ -128,26 +136,35 @@ class Graph:
         return found.uses
 
     def _climb(self, use: Use, ends: Callable[[Use], bool], found: _Paths) -> None:
-        node = use.last.node
-        if node in self._own:
+        node, call = use.last.node, self._own.get(use.last.node)
+        found.climbed += 1
+        if call is not None and _has(call.module, use.parameter):
             # a step inside of a call (the weight transposed) has others' uses above it, too: the layer's derivative
             found.own = True
             if node not in self._outputs and use.is_step():
                 self._further(use, ends, found)
         elif ends(use):
             found.uses.append(use)
-        elif use.is_step():
+        elif found.climbed < _MOST and use.is_step() and not self._enters(use, call):
             self._further(use, ends, found)
         else:
-            found.unknown = use.last.name.removeprefix("torch::autograd::")
+            found.unknown = found.unknown or use.unusual
+
+    def _enters(self, use: Use, call: MarkedCall | None) -> bool:
+        """Whether an operation takes what a layer is called with, rather than a weight computed for it."""
+        return call is not None and use.steps[-1:] != () and use.steps[-1].node in call.begins
 
     def _further(self, use: Use, ends: Callable[[Use], bool], found: _Paths) -> None:
         node = use.last.node
         if node not in self._consumers:
-            found.unknown = "the loss itself"
+            found.unknown = found.unknown or "the loss itself"
         for consumer, index, output in self._consumers.get(node, []):
             step = Step(consumer, index, output, node._input_metadata[output].shape)
             self._climb(Use(use.parameter, step, (*use.steps, use.last)), ends, found)
+
+
+def _has(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(p is parameter for p in own_parameters(module).values())
 
 
 @dataclass
@@ -157,3 +174,4 @@ class _Paths:
     uses: list[Use] = field(default_factory=list)
     own: bool = False
     unknown: str = ""
+    climbed: int = 0

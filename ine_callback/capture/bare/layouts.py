@@ -15,7 +15,8 @@ class RowLayout:
     Attributes:
         dim: The dimension.
         place: ``"alone"``; or with other positions flattened into the dimension: ``"first"`` [b * k], as rows with
-            their tokens, or ``"last"`` [k * b], time first; or ``"pairs"``: it and the next are entries, all of them.
+            their tokens, or ``"last"`` [k * b], time first; or ``"pairs"``: it and the next are entries, all of them;
+            or ``"traced"``: entries of rows that the graph tells.
 
     Example:
         >>> import torch
@@ -37,6 +38,8 @@ class RowLayout:
         """Whether a tensor of this shape can hold so many rows there."""
         if self.dim >= len(shape):
             return False
+        if self.place == "traced":
+            return True
         if self.place == "pairs":
             return self.dim + 1 < len(shape) and shape[self.dim] * shape[self.dim + 1] == rows
         return shape[self.dim] == rows if self.place == "alone" else shape[self.dim] % rows == 0

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback.capture.bare.graph import Apart, Graph
-from ine_callback.capture.bare.uses import Unrecognised
+from ine_callback.capture.bare.parameters import BareParameters
+from ine_callback.capture.bare.pullback import Unrecognised
 from ine_callback.capture.hooks import Capture
 from ine_callback.data.batches import cut, led_by
 from ine_callback.distributed.sharding import is_sharded
@@ -92,16 +93,16 @@ def _gradients(
             return {}
         graph, parameters = Graph(loss.grad_fn), capture.bare.trainable()
         for parameter in parameters:
-            for apart in _apart(graph, parameter, rows):
+            for apart in _apart(graph, parameter, capture.bare, rows):
                 found.watch(parameter, apart)
         if found.found:
             torch.autograd.grad(loss, parameters, allow_unused=True)
     return found.found
 
 
-def _apart(graph: Graph, parameter: nn.Parameter, rows: int) -> list[Apart]:
+def _apart(graph: Graph, parameter: nn.Parameter, bare: BareParameters, rows: int) -> list[Apart]:
     try:
-        return graph.above(parameter, lambda use: bool(use.layouts(rows))).apart
+        return graph.above(parameter, lambda use: bare.may_end(use, rows)).apart
     except Unrecognised:  # it shares an operation with a use
         return []
 

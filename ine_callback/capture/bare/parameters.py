@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.graph import Apart, Graph
 from ine_callback.capture.bare.layouts import RowLayout
-from ine_callback.capture.bare.uses import Unrecognised, Use
+from ine_callback.capture.bare.pullback import Unrecognised
+from ine_callback.capture.bare.uses import Use
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.layers import RowMismatch, layer_function
 from ine_callback.capture.passes import Call, adds_to_grad
@@ -68,6 +69,8 @@ class BareParameters:
             none until :func:`.find_terms_of_no_row` has found them.
         apart: Of each parameter, the kinds of operations that :func:`.find_layouts` did not recognise.
         trusts_entries: Whether uses that entries lead are read without a check, as nothing could be checked.
+        unknown: Of each parameter, the name of one of these.
+        rejected: Kinds of uses in which no rows were found, so that they are looked for further up.
         beside: Parameters that are read here beside the calls of their layers.
     """
 
@@ -88,6 +91,8 @@ class BareParameters:
         self.trusts_entries = False
         self.beside: set[nn.Parameter] = set()
         self.apart: dict[nn.Parameter, set[tuple[object, ...]]] = {}
+        self.unknown: dict[nn.Parameter, str] = {}
+        self.rejected: set[tuple[nn.Parameter, tuple[object, ...]]] = set()
         self._left_out: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
         self._batches = 0
@@ -99,6 +104,10 @@ class BareParameters:
     def open_to(self, called: set[nn.Module]) -> list[nn.Parameter]:
         """Trainable parameters that no layer records whose call is known."""
         return [p for p in self.trainable() if not called.intersection(self._all[p])]
+
+    def may_end(self, use: Use, rows: int) -> bool:
+        """Whether a use's output may hold the rows."""
+        return (use.parameter, use.kind) not in self.rejected and bool(use.layouts(rows))
 
     def settle(self) -> None:
         """Reads no parameter of its own of which some operation is neither a use nor of no row."""

@@ -1,65 +1,48 @@
 """The operations that use a parameter, read off the autograd graph, and the rows' gradients that each of them gives.
 
-From the parameter upwards there are first *steps*, operations on the parameter alone (a slice, a transpose, ``exp``),
-then the *use*: the operation whose output is led by rows. Its gradient, for each row, is pulled back through the steps.
+From the parameter upwards there are first *steps*, operations on the parameter alone (a slice, a transpose, ``exp``, a
+weight computed from it), then the *use*: the operation whose output is led by rows. Its gradient, for each row, is
+pulled back through the steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ine_callback.capture.bare import products
 from ine_callback.capture.bare.derivatives import DERIVATIVES, ENTRIES_ALONE
-from ine_callback.capture.bare.layouts import RowLayout, pair_layouts, row_layouts, summed_to
-from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector, widened
-from ine_callback.capture.row_losses import signed
+from ine_callback.capture.bare.layouts import RowLayout, pair_layouts, row_layouts
+from ine_callback.capture.bare.pullback import (
+    CAST,
+    RESHAPES,
+    Step,
+    Unrecognised,
+    called,
+    looked_up,
+    outside,
+    pulled,
+)
+from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Outer, Vector, row_chunks, widened
+from ine_callback.capture.readable_nodes import is_readable
 
-_CAST = "ToCopyBackward0"  # autocast's; not a difference between two uses
 # broadcast operations whose backward formulas leave it to autograd to add up over the broadcast dimensions
 _BROADCAST = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "Where", "Addcmul", "Lerp")}
+_COMMUTATIVE = {"AddBackward0", "MulBackward0"}
 _COPIES = {"ExpandBackward0", "RepeatBackward0"}
-_PRODUCTS = {"MmBackward0": (1, "self"), "AddmmBackward0": (2, "mat1")}  # the weight's place, and the activations
-_RESHAPES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Alias", "Clone")}
-_RESHAPES |= {f"SqueezeBackward{k}" for k in range(4)} | {_CAST}
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0"}
 _PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
+_PLAIN = _TRANSPOSES | _PARTS | RESHAPES | _BROADCAST | _COPIES
 _OTHERS = ("Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
-_STEPS = _BROADCAST | _COPIES | _RESHAPES | _TRANSPOSES | _PARTS | {f"{name}Backward0" for name in _OTHERS}
-_OF_WEIGHTS = _TRANSPOSES | _PARTS | {_CAST}  # steps before a matrix product
-# torch 2.6 to 2.12 do not tell what activation checkpointing saved, so that nothing saved is read
-SAVED_IS_READ = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
-
-
-class Unrecognised(Exception):
-    """A use of a parameter from which rows' gradients cannot be read; the message names the operation."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """An operation on a graph, seen from one of its inputs.
-
-    Attributes:
-        node: Its node.
-        index: Which input.
-        output: Which output of the node below that input is.
-        shape: Its shape.
-    """
-
-    node: Any
-    index: int
-    output: int
-    shape: torch.Size
-
-    @property
-    def name(self) -> str:
-        name: str = self.node.name()
-        return name
+_SIMPLE = _PLAIN | {f"{name}Backward0" for name in _OTHERS}
+_NUMBERS = 5  # operations on a norm before it meets the tensor that is divided by it
+_OF_WEIGHTS = _TRANSPOSES | _PARTS | {CAST}  # steps after which a matrix's gradients keep their factors
 
 
 @dataclass(frozen=True)
@@ -73,19 +56,25 @@ class Use:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What two uses have in common whose outputs have the rows in the same place."""
-        names = [step.name for step in (*self.steps, self.last) if step.name != _CAST]
-        return (*names, self.last.index, len(self.output))
+        names = [step.name for step in (*self.steps, self.last) if step.name != CAST]
+        place = 0 if self.last.name in _COMMUTATIVE else self.last.index
+        return (*names, place, len(self.output))
+
+    @property
+    def computes(self) -> bool:
+        """Whether steps compute another tensor from the parameter, in which rows could have a part."""
+        return any(step.name not in _SIMPLE for step in self.steps)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all that is computed from the parameter alone."""
+        return tuple(tuple(step.shape) for step in (*self.steps, self.last))
 
     @property
     def output(self) -> torch.Size:
         """Shape of the last operation's output."""
         shape: torch.Size = self.last.node._input_metadata[0].shape
         return shape
-
-    @property
-    def is_product(self) -> bool:
-        """Whether it is a matrix product with the parameter as weight."""
-        return self.last.name in _PRODUCTS and self.last.index == _PRODUCTS[self.last.name][0]
 
     @property
     def is_derivative(self) -> bool:
@@ -100,23 +89,46 @@ class Use:
     @property
     def is_readable(self) -> bool:
         """Whether all that its gradients are computed from can be read; of a bias that is nothing saved."""
-        return self.is_bias or is_readable(self.last.node)
+        return self._is_plain and (self.is_bias or is_readable(self.last.node))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether its output has numbers as sizes: no nested tensor."""
+        return all(type(size) is int for size in self.output)
+
+    @property
+    def unusual(self) -> str:
+        """Name of the operation that makes the use a special one: the first that computes something."""
+        names = [step.name for step in (*self.steps, self.last)]
+        return next((name for name in names if name not in _PLAIN), names[-1]).removeprefix("torch::autograd::")
 
     def layouts(self, rows: int) -> list[RowLayout]:
         """Where the rows may be in the output; nowhere if the operation can be no use."""
         if not self.is_readable:
             return []
-        if self.is_product:
-            known = len(self.parameter.shape) == 2 and all(step.name in _OF_WEIGHTS for step in self.steps)
-            return row_layouts(self.output, self.output[1:], rows) if known else []
+        if self._is_weight:
+            return products.layouts(self.last, self.output, rows)
         if self.is_derivative:
-            found = row_layouts(self.output, self.output[1:], rows) if all(s.name == _CAST for s in self.steps) else []
+            found = row_layouts(self.output, self.output[1:], rows) if all(s.name == CAST for s in self.steps) else []
             return [one for one in found if one.place == "alone" or self.last.name not in ENTRIES_ALONE]
+        if self._is_channel_bias:
+            return [RowLayout(0, "alone")] if self.output[0] == rows else []
         return row_layouts(self.output, self.last.shape, rows) if self._is_broadcast else []
+
+    @property
+    def _is_channel_bias(self) -> bool:
+        """Whether it is the bias of a convolution."""
+        return self.last.name == "ConvolutionBackward0" and self.last.index == 2
 
     def pairs(self, entries: int) -> list[RowLayout]:
         """The layout in which the output's first two dimensions are entries; none if they are not."""
         return pair_layouts(self.output, self.last.shape, entries) if self._is_broadcast and self.is_readable else []
+
+    @property
+    def _is_weight(self) -> bool:
+        """Whether it is the matrix of a product, a convolution's kernel or a table."""
+        known = (products.is_product, products.is_convolution, products.is_table, products.is_grouped)
+        return any(is_one(self.last) for is_one in known)
 
     @property
     def _is_broadcast(self) -> bool:
@@ -132,21 +144,82 @@ class Use:
 
     def is_step(self) -> bool:
         """Whether the last operation can be one of the steps."""
-        return self.last.name in _STEPS and is_readable(self.last.node)
+        return self._is_plain and self.last.is_computed and not self._is_sum
+
+    @property
+    def _is_sum(self) -> bool:
+        """Whether numbers alone are left of a larger parameter, and several operations on them: a penalty's sum."""
+        numbers = [math.prod(step.shape) == 1 for step in (*self.steps, self.last)][-_NUMBERS:]
+        return self.parameter.numel() > 1 and len(numbers) == _NUMBERS and all(numbers)
 
     def grad_sample(self, output_grads: Tensor, layout: RowLayout, rows: int) -> GradSample:
         """The rows' gradients of the parameter, from the gradient of the last operation's output."""
-        if self.is_product:
-            return self._of_product(output_grads, layout, rows)
         if self.is_derivative:
             _, derivative = DERIVATIVES[self.last.name]
             return derivative(self.last.node, output_grads, layout, rows, self.parameter.shape)
-        gradients = layout.summed(self._broadcast(widened(output_grads)), rows, self.last.shape)
-        for step, above in self._downwards():
-            if step is self.steps[0] and step.name == "EmbeddingBackward0":
-                return _lookup(step.node, gradients, rows)
-            gradients = _pulled(step, above.output, gradients, rows)
+        if self._is_weight:
+            found = self._of_weight(output_grads, layout, rows)
+            if self._keeps_factors:
+                return found
+            of_rows: Callable[[slice], Tensor] = found.gradient
+        elif self._is_channel_bias:
+            of_rows = widened(output_grads).flatten(2).sum(2).__getitem__
+        else:
+            of_rows = layout.summed(self._broadcast(widened(output_grads)), rows, self.last.shape).__getitem__
+        largest = max(math.prod(step.shape) for step in (*self.steps, self.last))
+        gradients = torch.cat([self._pulled(of_rows(some)) for some in row_chunks(rows, largest)])
+        if self._looks_up:
+            ids = self.steps[0].node._saved_indices.reshape(1, -1).expand(rows, -1)
+            return looked_up(self.steps[0].node, ids, gradients.reshape(rows, ids.shape[1], -1))
         return Vector(gradients.reshape(rows, -1))
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether entries are looked up once for all rows, before anything else is done with them."""
+        return bool(self.steps) and self.steps[0].name == "EmbeddingBackward0"
+
+    def _pulled(self, gradients: Tensor) -> Tensor:
+        """Rows' gradients of what the last operation gets as those of the parameter, or of what was looked up."""
+        gradients = gradients.reshape(len(gradients), *self.last.shape)
+        for step, above in self._downwards():
+            if not (self._looks_up and step is self.steps[0]):
+                gradients = pulled(step, above.output, gradients)
+        return gradients
+
+    @property
+    def _keeps_factors(self) -> bool:
+        """Whether a weight is the parameter itself, or a part of it: its gradients then keep their factors."""
+        steps, dims = [step for step in self.steps if step.name != CAST], len(self.parameter.shape)
+        if products.is_product(self.last) and dims == 2:
+            return len(self.last.shape) == 2 and all(step.name in _OF_WEIGHTS for step in steps)
+        if products.is_grouped(self.last):
+            return all(step.name == "TransposeBackward0" for step in steps)
+        return not steps and (dims == 2 or not products.is_table(self.last))
+
+    def takes(self, rows: int) -> int:
+        """Elements of the rows' gradients where a weight computed from the parameter has them formed; else 0."""
+        if products.is_grouped(self.last):
+            return self.output[0] * math.prod(self.last.shape[:2])
+        formed = not self._keeps_factors if self._is_weight else self.computes and not self._looks_up
+        return rows * self.parameter.numel() if formed else 0
+
+    def _of_weight(self, output_grads: Tensor, layout: RowLayout, rows: int) -> Outer | Lookup:
+        """The rows' gradients of the last operation's weight; of the parameter itself where they keep their factors."""
+        if products.is_grouped(self.last):
+            found = products.grouped(self.last, output_grads, rows)  # of a weight [G, I, O]
+            return found.transposed() if any(step.name in _TRANSPOSES for step in self.steps) else found
+        if products.is_convolution(self.last):
+            return products.convolved(self.last, output_grads)
+        if products.is_table(self.last):
+            return products.entries(self.last, output_grads, layout, rows)
+        left, right = products.factors(self.last, output_grads, layout, rows)  # of a weight [I, O]
+        for step, above in self._downwards() if self._keeps_factors else ():
+            if step.name in _TRANSPOSES:  # of two dimensions
+                left, right = right, left
+            elif step.name in _PARTS:
+                dim, around = outside(step, above)
+                left, right = (left, F.pad(right, around)) if dim else (F.pad(left, around), right)
+        return Outer(right, left)
 
     def _downwards(self) -> Iterator[tuple[Step, Step]]:
         """The steps from the last to the first, each with the one above it."""
@@ -160,83 +233,7 @@ class Use:
         node, index = self.last.node, self.last.index
         if self.is_bias:
             return output_grads * float(node._saved_beta)
-        found = _called(node, output_grads, 0, index)
+        found = called(node, output_grads, 0, index)
         if found.shape != output_grads.shape:
             raise Unrecognised(f"{node.name()} adds its gradient up over the rows")
         return found
-
-    def _of_product(self, output_grads: Tensor, layout: RowLayout, rows: int) -> GradSample:
-        """As of a linear layer: activations and output gradients, for each row with its positions."""
-        node = self.last.node
-        activations = getattr(node, f"_saved_{_PRODUCTS[node.name()][1]}").detach()
-        if not activations.dtype == output_grads.dtype == torch.bfloat16:
-            activations, output_grads = widened(activations), widened(output_grads)
-        if node.name() == "AddmmBackward0" and node._saved_alpha != 1:
-            output_grads = output_grads * node._saved_alpha
-        left, right = (layout.split(x, rows).unsqueeze(1) for x in (activations, output_grads))  # weight [I, O]
-        for step, above in self._downwards():
-            if step.name in _TRANSPOSES:  # of two dimensions
-                left, right = right, left
-            elif step.name in _PARTS:
-                dim, outside = _outside(step, above)
-                left, right = (left, F.pad(right, outside)) if dim else (F.pad(left, outside), right)
-        return Outer(right, left)
-
-
-def is_readable(node: Any) -> bool:
-    """Whether all that an operation saved can be read a second time.
-
-    What activation checkpointing saved can be read once only, by autograd.
-    """
-    kind: Any = type(node)
-    for name in _saved_by(kind):
-        saved = getattr(node, name)
-        for each in saved if isinstance(saved, tuple | list) else [saved]:
-            if getattr(each, "unpack_hook", "unknown") is not None:
-                return False
-    return True
-
-
-@cache
-def _saved_by(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
-
-
-def _called(node: Any, gradient: Tensor, output: int, index: int) -> Tensor:
-    """The gradient of one input of an operation, by autograd's own formula."""
-    found = node(*(gradient if k == output else None for k in range(len(node._input_metadata))))
-    found = found[index] if isinstance(found, tuple) else found
-    if found is None:
-        raise Unrecognised(f"{node.name()} has no gradient for it")
-    return found  # type: ignore[no-any-return]
-
-
-def _pulled(step: Step, output: int, gradients: Tensor, rows: int) -> Tensor:
-    """Rows' gradients [b, ...] of an output of a step as those of its input [b, *step.shape]."""
-    if step.name in _RESHAPES:
-        return gradients.reshape(rows, *step.shape)
-    gradients = torch.vmap(lambda each: _called(step.node, each, output, step.index))(gradients)
-    return summed_to(gradients, step.shape)
-
-
-def _lookup(node: Any, gradients: Tensor, rows: int) -> Lookup:
-    """Gradients [b, *ids, E] of entries that were looked up once for all rows."""
-    if node._saved_scale_grad_by_freq:
-        raise Unrecognised("an embedding whose gradient is scaled by frequency")
-    ids = node._saved_indices.reshape(1, -1)
-    output_grads = gradients.reshape(rows, ids.numel(), -1) * (ids != signed(node._saved_padding_idx))[..., None]
-    return Lookup(ids.expand(rows, -1), output_grads, node._saved_weight_sym_argsize_0)
-
-
-def _outside(step: Step, above: Step) -> tuple[int, tuple[int, int]]:
-    """The dimension of which a step takes a part, and what it leaves out before and behind that."""
-    dim, node, output = signed(step.node._saved_dim) % len(step.shape), step.node, above.output
-    whole, taken = step.shape[dim], node._input_metadata[output].shape[dim]
-    if step.name == "SliceBackward0":
-        start = signed(node._saved_start)
-        before = start + whole if start < 0 else start
-    elif step.name == "SplitBackward0":
-        before = output * node._saved_split_size
-    else:
-        before = sum(node._saved_split_sizes[:output])
-    return dim, (before, whole - taken - before)

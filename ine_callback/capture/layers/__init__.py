@@ -20,6 +20,8 @@ from ine_callback.capture.layers.registry import (
     by_row,
     entries_of,
     grad_samples_of,
+    is_capturable,
+    is_users,
     layer_function,
     register_layer,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "by_row",
     "entries_of",
     "grad_samples_of",
+    "is_capturable",
+    "is_users",
     "layer_function",
     "register_layer",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ine_callback.data.nested import is_jagged, is_led, rows_of, values_of
+
 Tensors = Tensor | dict[str, Tensor]
 
 
@@ -20,12 +22,14 @@ class LayerCall:
         inputs: What the layer function gets beside the gradients: the first input, or several tensors by name.
         outputs: The output, or several by name; the layer function gets the gradients of those that have one.
         fault: Why the call cannot be recorded, else an empty string.
+        rows: The row of each entry of the inputs, of nested tensors; None: rows lead.
     """
 
     activations: Any = None
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
     fault: str = ""
+    rows: Tensor | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -58,6 +62,10 @@ def layer_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         if kind in _READERS:
             return _READERS[kind](module, args, kwargs, output)
     x = first_input(args, kwargs)
+    if is_jagged(x) and is_jagged(output):
+        if not (is_led(x) and is_led(output)):
+            return LayerCall(fault="the rows of its nested input are not right before their entries")
+        return LayerCall(x.detach().to_padded_tensor(0), values_of(x.detach()), output, rows=rows_of(x))
     if isinstance(x, Tensor) and isinstance(output, Tensor):
         return LayerCall(x, x, output)
     return LayerCall(x, fault="its input or output is not a single tensor")

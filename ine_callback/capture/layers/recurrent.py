@@ -19,6 +19,7 @@ from ine_callback.capture.layers.calls import LayerCall, register_call
 from ine_callback.capture.layers.cells import GRU, LSTM, RNN, Cell, Weights
 from ine_callback.capture.layers.linear import bias_of
 from ine_callback.capture.layers.registry import RowMismatch, register_layer
+from ine_callback.capture.layers.rnn_dropout import masks_between
 from ine_callback.capture.per_sample_gradients import GradSample, Outer
 
 _FORWARDS = {kind.forward for kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
@@ -40,7 +41,10 @@ def read_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if getattr(module, "proj_size", 0):
         return LayerCall(fault="its states are projected (proj_size)")
     if drops_between_layers(module) and module.training:
-        return LayerCall(fault=_DROPOUT)
+        masks = None if isinstance(x, PackedSequence) else masks_between(module, output[0])  # type: ignore[arg-type]
+        if masks is None:
+            return LayerCall(fault=_DROPOUT)
+        inputs |= {f"mask {k}": mask for k, mask in enumerate(masks)}
     if given.get("hx") is not None:
         inputs |= _by_name(given["hx"], "h")
     outputs = _by_name(output, "h") if is_cell else {"y": output[0], **_by_name(output[1], "h")}
@@ -90,7 +94,7 @@ def recurrent(
     out: dict[str, GradSample] = {}
     width = sum(direction.cell.states.shape[2] for direction in layers[-1])
     grad = _time_first(module, inputs, output_grads["y"]) if "y" in output_grads else x.new_zeros(*x.shape[:2], width)
-    for layer in reversed(layers):
+    for k, layer in reversed(list(enumerate(layers))):
         below = torch.zeros_like(layer[0].x)
         for direction, own in zip(layer, grad.chunk(len(layer), 2), strict=True):
             of_input, of_state = direction.pre_activation_grads(own, output_grads)
@@ -104,7 +108,7 @@ def recurrent(
             }
             if layer is not layers[0]:
                 below += of_input @ direction.cell.weights.w_ih
-        grad = below
+        grad = below * inputs.get(f"mask {k - 1}", 1.0)
     return out
 
 
@@ -116,6 +120,7 @@ def _run_again(module: nn.Module, inputs: dict[str, Tensor], x: Tensor) -> list[
         places = (len(suffixes) * len(layers) + d for d in range(len(suffixes)))
         layers.append([_Direction(module, inputs, x, time, *each) for each in zip(suffixes, places, strict=True)])
         x = torch.cat([direction.states_after() for direction in layers[-1]], 2)
+        x = x * inputs.get(f"mask {len(layers) - 1}", 1.0)
     return layers
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ine_callback.capture.attributes import plain_parameters
+from ine_callback.capture.attributes import own_parameters, plain_parameters
 from ine_callback.capture.errors import LayerError
 from ine_callback.capture.layers.calls import Tensors
 from ine_callback.capture.per_sample_gradients import GradSample, Vector, widened
@@ -94,6 +94,11 @@ def takes_bfloat16(function: LayerFunction) -> LayerFunction:
     return function
 
 
+def is_users(function: LayerFunction) -> bool:
+    """Whether a function was registered by a user."""
+    return not function.__module__.startswith(f"{_OWN_PACKAGE}.")
+
+
 def layer_function(module: nn.Module) -> LayerFunction | None:
     """The function for a module, or None if its type is not known."""
     registered = next((_BY_TYPE[kind] for kind in type(module).__mro__ if kind in _BY_TYPE), None)
@@ -157,7 +162,7 @@ def _for_function(function: LayerFunction, activations: Tensor, output_grads: Te
     activations = activations if activations.layout == torch.strided else activations.to_dense()
     if function not in _BFLOAT16 or output_grads.dtype != torch.bfloat16 or activations.dtype == torch.float16:
         activations, output_grads = _in_one_precision(activations, output_grads)
-    if not function.__module__.startswith(f"{_OWN_PACKAGE}."):
+    if is_users(function):
         # a user's function may write into its arguments, which are the training's tensors
         activations, output_grads = activations.clone(), output_grads.clone()
     return activations, output_grads
@@ -195,3 +200,8 @@ def _all_in_one_precision(
     output_grads = {name: widened(grad) for name, grad in output_grads.items()}
     like = next(iter(output_grads.values()))
     return {name: _in_one_precision(x, like)[0] for name, x in activations.items()}, output_grads
+
+
+def is_capturable(module: nn.Module) -> bool:
+    """Whether a module has a layer function, and parameters of its own."""
+    return layer_function(module) is not None and bool(own_parameters(module))
