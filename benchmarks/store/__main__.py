@@ -24,7 +24,7 @@ from benchmarks.store import accuracy, speed
 from benchmarks.store.protocols import NAMES, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "speed")
+PARTS = ("accuracy", "wide", "speed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(results, indent=1))
         print(part, json.dumps(found, indent=1), flush=True)
 
-    if "accuracy" in args.parts:
-        for name in args.protocols:
-            keep("accuracy", {name: accuracy.curve(record(name, GradientStore(2044), data, truth, quick))})
+    for name in args.protocols:
+        if "accuracy" in args.parts:
+            keep("accuracy", {name: accuracy.curve(record(name, GradientStore(), data, truth, quick))})
+        if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
+            wide = GradientStore(4096, working=accuracy.WIDE_WORKING)
+            keep("wide", {name: accuracy.curve(record(name, wide, data, truth, quick))})
     if "speed" in args.parts:
         keep("speed", speed.asked(10**4 if quick else 10**6, 100))
 

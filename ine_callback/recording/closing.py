@@ -169,9 +169,8 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> One
         curvature: The Fisher at these weights.
     """
     signals = parts.signals
-    last = {block.key for block in signals.table if block.outputs}
     for block in context.table:
-        block.outputs = block.key in last  # whose units are draws of the initial weights
+        block.outputs = block.key in signals.outputs  # whose units are draws of the initial weights
     rates, decays = summed_of(context, parts)
     directions, initial, between = {}, *torch.zeros(2, len(context.queries), device=parts.device)
     v = context.query_gradients()

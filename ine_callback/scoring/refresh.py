@@ -88,6 +88,7 @@ class Directions:
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self._draws = 0
         self.several = isinstance(self.optimizer, JointOptimizer)
+        self._outputs: set[str] = set()  # of the run before, where this one took no step
         self._trained: set[Block] = set()  # since the last refresh, though another optimizer's turn may freeze them now
         self._variance = torch.ones(len(self.queries))
 
@@ -148,6 +149,11 @@ class Directions:
                     self._directions[block] = self._direction(block, u, spec, needed[block])
             self._variance = variance.to(self._dtype)
         self.draw()
+
+    @property
+    def outputs(self) -> set[str]:
+        """Keys of the blocks whose units are the network's outputs."""
+        return {block.key for block in self.table if block.outputs} or self._outputs
 
     def _specs(self, blocks: Sequence[Block], unscale: Tensor | float) -> dict[Block, DirectionSpec]:
         """What the blocks' directions are made of, without the blocks where that failed."""
@@ -233,6 +239,7 @@ class Directions:
             curvature = self.curvature.state_dict()
         reservoir = self.reservoir.state_dict(self.processes if together else None)
         parts = {"draws": self._draws, "noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
+        parts |= {"outputs": sorted(self.outputs)}
         if isinstance(self.optimizer, JointOptimizer):
             parts |= {"optimizers": self.optimizer.state_dict(), "blocks": self.table.state_dict()}
         return {"curvature": curvature, "reservoir": reservoir, **parts}
@@ -248,7 +255,7 @@ class Directions:
             self.optimizer.load_state_dict(state["optimizers"])
             self.table.load_state_dict(state["blocks"])  # not all come in the first pass, which makes directions
             self._trained.update(self.table)
-        self._draws = state["draws"]
+        self._draws, self._outputs = state["draws"], set(state.get("outputs", ()))  # earlier checkpoints have none
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""

@@ -20,10 +20,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Influen
     return *fit(folder), folder
 
 
+@pytest.mark.parametrize("killed_at", [13, None])
 def test_a_killed_and_resumed_training_ends_with_the_same_store(
-    whole: tuple[Classifier, InfluenceCallback, Path], tmp_path: Path
+    whole: tuple[Classifier, InfluenceCallback, Path], tmp_path: Path, killed_at: int | None
 ) -> None:
-    fit(tmp_path, Killer())
+    fit(tmp_path, *([] if killed_at is None else [Killer()]))  # None: after the last step, at the end of training
     _, resumed = fit(tmp_path, resume=True)
     one, other = whole[1].report, resumed.report
     assert one is not None and one.store is not None and other is not None and other.store is not None
