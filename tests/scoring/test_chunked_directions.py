@@ -1,0 +1,58 @@
+"""Directions of many queries are made by chunks of them: the same signals, and never the gradients of all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ine_callback.curvature.low_rank import Side, low_rank
+from ine_callback.queries import SelfQuery, evaluation
+from ine_callback.report import InfluenceReport
+from ine_callback.scoring import refresh
+from tests.helpers.stored import Training, data
+
+QUERIES = 7
+
+
+def recorded(**options: Any) -> tuple[InfluenceReport, Training]:
+    x, y = data()
+    queries: dict[str, Any] = {f"row {k}": (x[k : k + 1], y[k : k + 1]) for k in range(QUERIES)}
+    one = Training(None, queries=queries | {"self": SelfQuery()}, **options)
+    with one.recorder:
+        one.steps()
+    return one.recorder.report(), one
+
+
+@pytest.mark.parametrize("rank", [None, 32])
+def test_chunks_of_queries_give_the_scores_of_all_at_once(monkeypatch: pytest.MonkeyPatch, rank: int | None) -> None:
+    whole, one = recorded(rank=rank)
+    sizes, gradients = [], evaluation.gradients
+    elements = sum(p.numel() for p in one.model.parameters())
+
+    def watched(queries: Any, *rest: Any) -> Any:
+        sizes.append(len(queries))
+        return gradients(queries, *rest)
+
+    monkeypatch.setattr(refresh, "gradients", watched)
+    monkeypatch.setattr(refresh, "CHUNK_BYTES", 3 * 4 * elements)
+    chunked, other = recorded(rank=rank)
+    assert set(sizes) == {3, 1} and other.recorder.signals.chunked and not one.recorder.signals.chunked
+    np.testing.assert_allclose(chunked.scores.mu, whole.scores.mu, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(chunked.scores.se, whole.scores.se, rtol=1e-3, atol=1e-5)
+
+
+def test_a_forced_basis_is_taken_where_it_retains_too_little() -> None:
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(3, 1, 64, 64, generator=g)
+    side = Side(torch.ones(1, 64), None)
+    assert low_rank(u, side, side, 4) is None
+    found = low_rank(u, side, side, 4, forced=True)
+    assert found is not None
+    basis, inside, retained = found
+    assert basis.shape == (1, 64, 12) and inside.shape == (3, 1, 64, 12)
+    projected = (inside @ basis.transpose(-1, -2)).square().sum() / u.square().sum()
+    torch.testing.assert_close(projected, retained, rtol=1e-4, atol=0)
+    assert 12 / 64 < float(retained) < 0.9
