@@ -2,10 +2,16 @@
 
     python -m benchmarks.store --json store.json --data DIR --truth FOLDER
 
-Accuracy: G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuning, on which nothing was. Each is
-trained once with a store; its queries, asked again of the store at several sizes, are compared with their scores in the
-run and with retraining. Speed: a store of 10^6 rows, filled at random, and 100 queries. Trainings that are killed and
-resumed are benchmarks.resume's.
+accuracy  G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuning (FT), on which nothing was. Each is
+          trained once with a store; its queries, asked again of the store at several sizes, are compared with their
+          scores in the run and with retraining
+wide      G2 and fine-tuning again, with a store of up to 4 KB
+peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
+speed     a store of 10^6 rows, filled at random, and 100 queries, with two threads
+cost      what the store adds to a training step
+many      481 queries in the run: memory and time of their directions
+
+Trainings that are killed and resumed are benchmarks.resume's.
 """
 
 from __future__ import annotations
@@ -20,11 +26,12 @@ import torch
 
 from benchmarks.data import folder
 from benchmarks.network import machine
-from benchmarks.store import accuracy, speed
-from benchmarks.store.protocols import NAMES, record
+from benchmarks.store import accuracy, cost, many, peers, speed
+from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "wide", "speed")
+PARTS = ("accuracy", "wide", "peers", "speed", "cost", "many")
+ROUNDS = 60
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--truth", type=Path, help="folder that keeps truths; by default that of --json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--protocols", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--peers", default="", help="part of the names of the other stores wanted")
     parser.add_argument("--quick", action="store_true", help="small problems: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -56,6 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep("wide", {name: accuracy.curve(record(name, wide, data, truth, quick))})
     if "speed" in args.parts:
         keep("speed", speed.asked(10**4 if quick else 10**6, 100))
+    if "peers" in args.parts:
+        problem, outcome = g2(data, truth, quick)
+        for row in peers.beside(problem, outcome, None if quick else truth / "g2-networks.pt", args.peers):
+            keep("peers", {row["name"]: row})
+    if "cost" in args.parts:
+        for name in cost.WORKLOADS[:1] if quick else cost.WORKLOADS:
+            keep("cost", {name: cost.of_step(name, data, 12 if quick else ROUNDS)})
+    if "many" in args.parts:
+        keep("many", many.all_of(quick))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 They store what trained networks say of a row: gradients of the last weights, projected at random. As many float32
 numbers as fit into 1 KB are kept of each network; a TRAK of ten networks keeps ten times as many bytes. bergson's hooks
-run here as its own collector calls them; its stored numbers are compared as they are, and by the inverse of their second
-moments, which its ``Attributor`` does where it is given a Hessian.
+run here as its own collector calls them; its stored numbers are compared as they are, and by the inverse of their
+second moments, which its ``Attributor`` does where it is given a Hessian. Our own scores are those of
+:mod:`benchmarks.store.accuracy`; here our store is only timed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from benchmarks.lds import peers as lds
 from benchmarks.lds import retrain
 from benchmarks.lds.problems import Problem, row_losses
 from benchmarks.lds.retrain import Stacked
-from benchmarks.metrics import Floats
+from benchmarks.metrics import Floats, per_query_spearman
+from benchmarks.network import RowLosses
+from benchmarks.recorded import recorded_step
+from ine_callback import FINE, GradientStore, Recorder
 
 NUMBERS = 256  # float32 in 1 KB
 MODELS = 10
@@ -76,6 +80,29 @@ def stores(problem: Problem, stacked: Stacked) -> Iterator[tuple[str, int, Calla
         yield "bergson, inverse second moments", 1, lambda: bergson(problem, stacked, True)
 
 
+def ours(problem: Problem) -> tuple[float, float]:
+    """CPU seconds of asking our store the problem's queries, and its bytes a row; one epoch is recorded for it."""
+
+    def loss_of(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return row_losses(module(batch[0]), batch[1]).mean()
+
+    model = problem.network()
+    optimizer, settings = problem.optimizer(model.parameters()), GradientStore()
+    queries = {"row": RowLosses(problem.xq[:1], problem.yq[:1], loss_of)}
+    options: dict[str, Any] = {"total_steps": problem.steps_per_epoch, "methods": [FINE(closing=False)]}
+    recorder = Recorder(model, optimizer, len(problem.x), queries, loss_of, store=settings, **options)
+    with recorder:
+        for rows in torch.randperm(len(problem.x)).split(problem.batch)[: problem.steps_per_epoch]:
+            recorded_step(recorder, model, optimizer, loss_of, rows, (problem.x[rows], problem.y[rows]))
+    report = recorder.report()
+    assert report.store is not None
+    weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    report.store = replace(report.store, weights=(weights,) * 3)  # as many as a run with a closing pass keeps
+    watch = Stopwatch()
+    report.ask({"row": RowLosses(problem.xq, problem.yq, loss_of)}, model, loss=loss_of)
+    return watch.look(), settings.bytes_per_row
+
+
 class Stopwatch:
     """CPU seconds since the last look."""
 
@@ -85,6 +112,32 @@ class Stopwatch:
     def look(self) -> float:
         before, self._last = self._last, time.process_time()
         return self._last - before
+
+
+def beside(problem: Problem, outcome: Floats, file: Path | None, wanted: str = "") -> Iterator[dict[str, Any]]:
+    """Rows of the table: LDS of each store's scores, with its bytes and CPU seconds.
+
+    Args:
+        problem: Protocol G2.
+        outcome: Queries' losses [halves, Q] after training on each half.
+        file: Where the trained networks are kept.
+        wanted: Part of the names wanted.
+    """
+    asking, size = ours(problem)
+    yield {"name": "ine_callback", "networks": 1, "bytes_per_row": size, "asking": asking}
+    stacked, training = networks(problem, MODELS, file)
+    for name, models, function in stores(problem, stacked):
+        if wanted not in name:
+            continue
+        try:
+            found = function()
+        except Exception as failure:  # a library's failure is a result
+            yield {"name": name, "networks": models, "failed": f"{type(failure).__name__}: {failure}"}
+            continue
+        sums = -np.stack([found.scores[subset.numpy()].sum(0) for subset in problem.subsets])
+        seconds = {"training": models * training, "storing": found.storing, "asking": found.asking}
+        lds_found = per_query_spearman(sums, outcome)
+        yield {"name": name, "networks": models, "bytes_per_row": found.bytes_per_row, "lds": lds_found, **seconds}
 
 
 def traker(problem: Problem, stacked: Stacked, models: int) -> Asked:

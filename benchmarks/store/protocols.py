@@ -91,9 +91,14 @@ def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
     return run, lambda mu: agreement(mu, known.mu, groups)["spearman_per_query"]
 
 
-def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
+def g2(data: Path | None, truth: Path, quick: bool) -> tuple[problems.Problem, Floats]:
+    """Protocol G2, and the queries' losses [halves, Q] after one training on each half of the rows."""
     problem = problems.load(data, "g2", quick)
-    outcome = retrain.halves(problem, 1, truth / f"{name}{'-quick' if quick else ''}.pt")[0, :, 0].numpy()
+    return problem, retrain.halves(problem, 1, truth / f"g2{'-quick' if quick else ''}.pt")[0, :, 0].numpy()
+
+
+def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
+    problem, outcome = g2(data, truth, quick)
 
     def loss_of(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return row_losses(module(batch[0]), batch[1]).mean()

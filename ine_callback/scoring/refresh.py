@@ -33,7 +33,8 @@ from ine_callback.scoring.initial_noise import InitialNoise
 from ine_callback.scoring.sign_contrasts import Contrasts
 from ine_callback.utilities.isolation import isolated
 
-CHUNK_BYTES = 2**32  # most of the gradients of queries that are held at once; meanwhile their directions are, too
+WHOLE_BYTES = 2**32  # gradients of all queries that take more are not held at once
+CHUNK_BYTES = 2**30  # but so many of them (one query's at least); meanwhile their directions are held, too
 
 
 @dataclass
@@ -152,9 +153,14 @@ class Directions:
         self.draw()
 
     def _chunks(self) -> list[Sequence[BoundQuery]]:
-        """The queries whose gradients are made at once: all of them, where these take at most :data:`CHUNK_BYTES`."""
+        """The queries whose gradients are made at once: all of them, where these take at most :data:`WHOLE_BYTES`.
+
+        Else each chunk's directions are of low rank (:data:`.RANK` dimensions a query), whatever these retain: whole
+        ones would take as much as that many models.
+        """
         one = 4 * sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-        size = max(1, CHUNK_BYTES // max(1, one))
+        whole = one * len(self.queries) <= WHOLE_BYTES
+        size = max(1, len(self.queries)) if whole else max(1, CHUNK_BYTES // one)
         return [self.queries[start : start + size] for start in range(0, max(1, len(self.queries)), size)]
 
     def _shared(self, blocks: Sequence[Block], unscale: Tensor | float) -> _Shared:

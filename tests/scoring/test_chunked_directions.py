@@ -37,6 +37,7 @@ def test_chunks_of_queries_give_the_scores_of_all_at_once(monkeypatch: pytest.Mo
         return gradients(queries, *rest)
 
     monkeypatch.setattr(refresh, "gradients", watched)
+    monkeypatch.setattr(refresh, "WHOLE_BYTES", (QUERIES - 1) * 4 * elements)
     monkeypatch.setattr(refresh, "CHUNK_BYTES", 3 * 4 * elements)
     chunked, other = recorded(rank=rank)
     assert set(sizes) == {3, 1} and other.recorder.signals.chunked and not one.recorder.signals.chunked
