@@ -45,8 +45,7 @@ def curve(found: Recorded) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in found.recorder.module.parameters()),
         "working": found.store.compression.size,
         "in_run": found.judge(mu),
-        "seconds_with": found.seconds[0],
-        "seconds_without": found.seconds[1],
+        "seconds": found.seconds,
         "seconds_to_reduce": seconds,
         "bytes": rows,
     }

@@ -1,4 +1,4 @@
-"""Scores of many stored rows on many queries: blocks of rows that fit into a processor's cache, or a device's memory."""
+"""Scores of many stored rows on many queries, by blocks of rows that fit into a cache or a device's memory."""
 
 from __future__ import annotations
 

@@ -63,28 +63,18 @@ class BlockBasis:
         left, right = self.sides
         return (left.transpose(-1, -2) @ v.to(left.dtype) @ right).flatten(1)[:, self.index]
 
-    def applied(self, operator: SpectralOperator, x: Tensor) -> Tensor:
-        """An operator on the rectangle, applied to entries x [b, n]; what it moves out of them is lost."""
-        if self.sides is None:
-            return operator.apply(x)
-        rectangle = (self.sides[0].shape[0], self.sides[0].shape[2], self.sides[1].shape[2])
-        full = x.new_zeros(len(x), int(np.prod(rectangle)))
-        full[:, self.index] = x
-        return operator.apply(full.view(-1, *rectangle)).flatten(1)[:, self.index]
+    def diagonal(self, kfac: KFAC, block: Block, spectrum: Spectrum = identity) -> Tensor:
+        """A function of the block's Fisher at each entry [n]; of the Fisher itself: the entries' variances.
 
-    def restricted(self, kfac: KFAC, block: Block, spectrum: Spectrum) -> SpectralOperator:
-        """A function of the block's Fisher on these entries."""
+        Entries are taken for those of the present eigenbasis. To rotate them into it and back would cost many training
+        steps for each one (28 of a small MLP), and tells hardly more: Spearman with the run on G1 .9522 instead of
+        .9510, with AdamW .9459 instead of .9457.
+        """
         if self.sides is None:
-            return SpectralOperator(kfac.operator(block, spectrum).weight[self.index])  # type: ignore[index]
-        return kfac.restricted(block, *self.sides, spectrum)
-
-    def variances(self, kfac: KFAC, block: Block) -> Tensor:
-        """Variance [n] of each entry, by the block's Fisher."""
-        if self.sides is None:
-            weight = kfac.operator(block, identity).weight
+            weight = kfac.operator(block, spectrum).weight
             assert weight is not None
             return weight[self.index]
-        return kfac.variances(block, *self.sides).flatten()[self.index]
+        return kfac.diagonal(block, *self.sides, spectrum).flatten()[self.index]
 
     def moved(self, x: Tensor, before: BlockBasis) -> Tensor:
         """Entries x [b, n'] in another basis, in this one; what this one does not span is lost."""

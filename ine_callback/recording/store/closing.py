@@ -55,7 +55,7 @@ class CompressedCurvature:
         scale = 1.0 if not random or whole else sample.curvature_scale(kfac, rates)
         size, device = compression.size, next(iter(rates.values())).device
         self._roots, self._decay = torch.zeros(size, device=device), torch.ones(size, device=device)
-        self._operators = {}
+        self._alone = torch.zeros(size, device=device)
         gradients = []
         for key, place in self._places.items():
             block = blocks.get(key)
@@ -67,7 +67,7 @@ class CompressedCurvature:
                 gradients.append((place, self._bases[key].of_stored(whole[block])))
                 continue
             spectrum: Spectrum = damped(rate * scale, decay) if random else relatively_damped(DAMPING)
-            self._operators[key] = self._bases[key].restricted(kfac, block, spectrum), rate if random else 1.0
+            self._alone[place] = self._bases[key].diagonal(kfac, block, spectrum) * (rate if random else 1.0)
         self._gram: Tensor | None = None
         if gradients:
             self._rows = torch.zeros(len(gradients[0][1]), size, device=device)
@@ -80,10 +80,7 @@ class CompressedCurvature:
 
     def apply(self, g: Tensor) -> Tensor:
         """Of gradients g [b, W]."""
-        out = torch.zeros_like(g)
-        for key, (operator, rate) in self._operators.items():
-            place = self._places[key]
-            out[:, place] = self._bases[key].applied(operator, g[:, place]) * rate
+        out = g * self._alone
         if self._gram is None:
             return out
         x = g * self._roots
