@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,10 +46,21 @@ class BlockBasis:
             return widened(grad_sample.g)[:, self.index]
         left, right = self.sides
         if isinstance(grad_sample, Lookup):  # its left side are the table's entries
-            transposed = _between(grad_sample.transposed(), right, left)
+            transposed = _between(*_projected(grad_sample.transposed(), right, left))
             return transposed.transpose(-1, -2).flatten(1)[:, self.index]
         assert isinstance(grad_sample, Outer)
-        return _between(grad_sample, left, right).flatten(1)[:, self.index]
+        output_grads, inputs = _projected(grad_sample, left, right)
+        if grad_sample.positions == 1:  # one product for each entry: the rectangle may be many times larger
+            of_left, of_right = self._pairs
+            return output_grads.flatten(1)[:, of_left] * inputs.flatten(1)[:, of_right]
+        return _between(output_grads, inputs).flatten(1)[:, self.index]
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Places of each entry's column, among all of the left side's [G k] and of the right side's [G l]."""
+        assert self.sides is not None
+        rows, columns = (side.shape[2] for side in self.sides)
+        return self.index // columns, self.index // (rows * columns) * columns + self.index % columns
 
     def of_stored(self, rows: StoredGradients) -> Tensor:
         """Entries [n, ...] of stored gradients."""
@@ -89,11 +101,16 @@ class BlockBasis:
         return (left @ full.view(-1, *shapes[0]) @ right.transpose(-1, -2)).flatten(1)[:, self.index]
 
 
-def _between(grad_sample: Outer, left: Tensor, right: Tensor) -> Tensor:
-    """Gradients between columns, [b, G, k, l]; the factors are widened when they are small."""
+def _projected(grad_sample: Outer, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Output gradients [b, G, P, k] and inputs [b, G, P, l] on columns; they are widened when they are small."""
     inputs = widened(grad_sample.projected(right))
     output_grads = widened(grad_sample.output_grads @ left.to(grad_sample.output_grads.dtype))
-    return output_grads.transpose(-1, -2) @ inputs.to(output_grads.dtype)
+    return output_grads, inputs.to(output_grads.dtype)
+
+
+def _between(output_grads: Tensor, inputs: Tensor) -> Tensor:
+    """Gradients [b, G, k, l] between the columns that both are on."""
+    return output_grads.transpose(-1, -2) @ inputs
 
 
 def choose(
