@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep("peers", {row["name"]: row})
     if "cost" in args.parts:
         for name in cost.WORKLOADS[:1] if quick else cost.WORKLOADS:
-            keep("cost", {name: cost.of_step(name, data, 12 if quick else ROUNDS)})
+            keep("cost", {name: cost.of_step(name, data, 25 if quick else ROUNDS)})
     if "many" in args.parts:
         keep("many", many.all_of(quick))
 
