@@ -61,7 +61,7 @@ class StepwiseFINE(FINE):
     """Every step's shifts in units of that step's own noise, summed and divided by sqrt(T): no step weighs more."""
 
     def update(
-        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
+        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, *more: Tensor | None
     ) -> None:
         super().update(rows, signals / signals.std(0), 1.0)
 
@@ -69,7 +69,7 @@ class StepwiseFINE(FINE):
 class SummedFINE(FINE):
     """Self-influence as the plain sum over the steps, in units: no ratio to the batch."""
 
-    def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
+    def _level(self, rows: Tensor, mean: Tensor) -> Tensor:
         level = torch.ones_like(self._state["noise"])
         self._state["profile"].index_add_(0, rows, level[self._self_columns].expand(rows.shape[0], -1))
         return level

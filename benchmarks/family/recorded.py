@@ -76,9 +76,9 @@ class Measured(FINE):
 
     @torch.no_grad()
     def update(
-        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
+        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, *more: Tensor | None
     ) -> None:
-        super().update(rows, signals, rate, unit, contrasts)
+        super().update(rows, signals, rate, unit, *more)
         predicted = signals.float() * rate
         self.total += predicted.sum(0)
         others = (predicted.sum(0) - predicted) / (len(rows) - 1)

@@ -2,6 +2,9 @@
 
 A sketch of a side has its steepest eigenvectors as columns, one each. All other eigenvectors, which are many and whose
 weights are much alike, enter random mixtures.
+
+How much of a score is their noise is measured on the way. A side's mixtures are independent draws, so the part T of the
+estimate that is in them is a sum of two halves with one distribution, and ``E[(T_1 - T_2)^2] = Var(T_1 + T_2)``.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from ine_callback.curvature.low_rank import Side
 
 STEEPEST = 8  # eigenvectors that are columns of their own
 MIN_MIXTURES, MAX_MIXTURES = 16, 256
+HALVES = 2  # differences between halves of the mixtures: of the left and of the right side
 MAX_ERROR = 0.1  # relative error of a row's self-influence in one step that one block's mixtures may leave
 
 
@@ -48,6 +52,14 @@ class Sketch:
         mixtures = signs * (self.factors / self.count).sqrt()[..., None]
         first = torch.zeros_like(mixtures[..., :1]).expand(-1, -1, STEEPEST).scatter(1, self.steepest[:, None], 1.0)
         return self.side.out_of(torch.cat([first, mixtures], -1))
+
+    @property
+    def halves(self) -> Tensor:
+        """Signs of the columns [STEEPEST + count]: 1 and -1 for the two halves of the mixtures, 0 for the others."""
+        signs = self.factors.new_ones(STEEPEST + self.count)
+        signs[:STEEPEST] = 0.0
+        signs[STEEPEST + self.count // 2 :] = -1.0
+        return signs
 
     @property
     def scales(self) -> Tensor:

@@ -217,6 +217,14 @@ class SketchedOperator:
         return SketchedOperator(self.columns, self.rows, self.right, self.left, self.weights.transpose(-1, -2))
 
     @property
+    def weights_and_halves(self) -> Tensor:
+        """The weights, then both with the halves of the left and of the right mixtures subtracted [6, G, n, m]."""
+        none = torch.zeros_like(self.weights)
+        left = none if self.rows is None else self.weights * self.rows.halves[:, None]
+        right = none if self.columns is None else self.weights * self.columns.halves
+        return torch.cat([self.weights, left, right])
+
+    @property
     def has_columns(self) -> bool:
         """Whether the input side has columns; a diagonal covariance of few dimensions has none."""
         return self.columns is not None or self.right is not None

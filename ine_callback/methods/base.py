@@ -67,6 +67,7 @@ class Method(ABC):
         rate: float,
         unit: Tensor | None = None,
         contrasts: Tensor | None = None,
+        halves: Tensor | None = None,
     ) -> None:
         """Updates the state with one optimizer step.
 
@@ -81,6 +82,8 @@ class Method(ABC):
                 comparable.
             contrasts: The signals with Rademacher signs on each layer's units [b, Q, J], see
                 :mod:`ine_callback.scoring.sign_contrasts`.
+            halves: Differences between halves of the sketches that signals of self-influence are estimated with
+                [b, Q, 2], see :mod:`ine_callback.curvature.sketch`; 0 for other queries.
         """
 
     def close(self, closing: Closing) -> None:  # noqa: B027  # most methods want no closing pass

@@ -43,6 +43,7 @@ class ObservationCounts(Method):
         rate: float,
         unit: Tensor | None = None,
         contrasts: Tensor | None = None,
+        halves: Tensor | None = None,
     ) -> None:
         self._counts.index_add_(0, rows, torch.ones_like(rows))
 

@@ -66,28 +66,35 @@ class Change:
     def factors(self, blocks: tuple[Block, ...]) -> Tensor:
         """One factor for each block [K]; that of all gradients together where a block had no gradient before."""
         sums = self.moments.new_zeros(5, len(blocks) + 1)
-        return _factor(sums.index_add_(1, self.layout.of_blocks(blocks), self.moments)[:, :-1], self.total())
+        sums.index_add_(1, self.layout.of_blocks(blocks), self.moments)
+        sums[:, -1] = self.moments.sum(1)  # of all, in the place of parameters that are in no block
+        factors = _factor(sums, _cosine(sums))
+        return torch.where(sums[0, :-1] > 0, factors[:-1], _or_one(sums, factors)[-1])
 
     def total(self) -> Tensor:
         """The factor of all gradients together."""
         sums = self.moments.sum(1)
-        return _factor(sums, sums.new_ones(()))
+        return _or_one(sums, _factor(sums, _cosine(sums)))
 
     def zeroed(self) -> bool:
         """Whether all gradients are zero now; synchronises with the device."""
         return not bool(self.moments[1].any())
 
 
-def _factor(sums: Tensor, otherwise: Tensor) -> Tensor:
+def _factor(sums: Tensor, cosine: Tensor) -> Tensor:
     """The factor by which gradients were changed: the ratio of norms times the cosine of the sampled entries.
 
     Example:
-        >>> _factor(torch.tensor([[4.0], [1.0], [4.0], [1.0], [-2.0]]), torch.tensor(1.0))  # halved and reversed
+        >>> halved_and_reversed = torch.tensor([[4.0], [1.0], [4.0], [1.0], [-2.0]])
+        >>> _factor(halved_and_reversed, _cosine(halved_and_reversed))
         tensor([-0.5000])
     """
-    before, after, *_ = sums
-    ratio = (after / before).sqrt() * _cosine(sums)
-    return torch.where(before > 0, ratio, otherwise)
+    return (sums[1] / sums[0]).sqrt() * cosine
+
+
+def _or_one(sums: Tensor, factors: Tensor) -> Tensor:
+    """The factors, and 1 where there was no gradient before."""
+    return torch.where(sums[0] > 0, factors, 1.0)
 
 
 def _cosine(sums: Tensor) -> Tensor:
@@ -197,10 +204,12 @@ class Clipping:
 
     def _count(self, change: Change) -> None:
         """Counts changes that were not one factor for all, and those that were not one factor for each parameter."""
-        sums, total = change.moments, change.total()
-        each, present = _factor(sums, total), sums[0] > 0
-        uneven = (present & ((each - total).abs() > FACTOR_TOLERANCE * total.abs())).any()
-        rotated = (present & (sums[1] > 0) & (_cosine(sums).abs() < 1 - COSINE_TOLERANCE)).any()
+        sums = torch.cat([change.moments, change.moments.sum(1, keepdim=True)], 1)
+        cosine = _cosine(sums)
+        factors = _factor(sums, cosine)
+        total, present = _or_one(sums, factors)[-1], sums[0] > 0
+        uneven = (present & ((factors - total).abs() > FACTOR_TOLERANCE * total.abs()))[:-1].any()
+        rotated = (present & (sums[1] > 0) & (cosine.abs() < 1 - COSINE_TOLERANCE))[:-1].any()
         counts = torch.stack([uneven, rotated]).long()
         self._counts = counts if self._counts is None else self._counts + counts
         self._changes += 1

@@ -46,7 +46,7 @@ class RowAccumulators:
         contrasts: int,
     ) -> None:
         self._owner, self._rows, self.queries, self._methods = owner, rows, queries, methods
-        self.check, self._size = RowCheck(owner, rows), rows or 0
+        self.check, self._size, self._contrasts = RowCheck(owner, rows), rows or 0, contrasts
         self._losses, self._margins = RowLosses(self._size, device), RowMargins(self._size, device)
         for method in methods:
             method.start(self._size, queries, device, random_weights, contrasts)
@@ -58,8 +58,9 @@ class RowAccumulators:
             self._grow(max(known, 2 * self._size))
         self._losses.add(observations.rows, observations.losses)
         self._margins.add(observations.rows, observations.margins)
+        signals, contrasts, halves = observations.signals.tensor_split([1, 1 + self._contrasts], -1)
         for method in self._methods:
-            method.update(observations.rows, observations.signals[..., 0], rate, units, observations.signals[..., 1:])
+            method.update(observations.rows, signals[..., 0], rate, units, contrasts, halves)
 
     def _grow(self, rows: int) -> None:
         self._size = rows

@@ -21,7 +21,7 @@ class Observations:
 
     Attributes:
         rows: Dataset indices [b].
-        signals: Signals and contrasts [b, Q, 1 + J].
+        signals: Signals, each with its contrasts and halves [b, Q, 1 + J + H] (:attr:`.Directions.width`).
         self_variance: Squared units of self-influence [b].
         losses: The rows' losses [b], NaN where unknown.
         margins: The rows' margins [b] (:mod:`ine_callback.capture.row_margins`), NaN where unknown.
@@ -73,7 +73,7 @@ class Pass:
     Attributes:
         rows: Dataset indices [b].
         blocks: The K blocks whose signals are told apart; none: one sum.
-        signals: Signals and contrasts [K, b, Q, 1 + J].
+        signals: As of :class:`Observations`, of each block or their sum [K, b, Q, 1 + J + H].
         self_variance: As of :class:`Observations`, of each block [K, b] or their sum [1, b].
         losses: As of :class:`Observations`; parts of one pass share them.
         margins: As of :class:`Observations`.
@@ -159,11 +159,11 @@ class Taken:
         """A step at this effective learning rate took these passes."""
         self._steps.append((rate, passes))
 
-    def take(self, columns: int, contrasts: int, width: int, device: torch.device) -> list[tuple[Observations, float]]:
+    def take(self, columns: int, parts: int, width: int, device: torch.device) -> list[tuple[Observations, float]]:
         """What the steps took, as observations at one rate, and nothing is left; one at least, maybe without rows.
 
         Steps that took passes of the same batches make one observation of their rows: two would depend on each other.
-        Without rows, signals are [0, columns, 1 + contrasts], and compressed contributions [0, width].
+        Without rows, signals are [0, columns, parts], and compressed contributions [0, width].
         """
         groups: dict[tuple[int, ...], list[tuple[float, list[Pass]]]] = {}
         for rate, passes in self._steps:
@@ -173,7 +173,7 @@ class Taken:
         if groups:
             return [_together(group) for group in groups.values()]
         none = torch.zeros(0, device=device)
-        signals = none.new_zeros(0, columns, 1 + contrasts)
+        signals = none.new_zeros(0, columns, parts)
         return [(Observations(none.long(), signals, none, none, none, none.new_zeros(0, width)), steps[0][0])]
 
 

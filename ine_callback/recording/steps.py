@@ -179,7 +179,7 @@ class OptimizerSteps:
         signals, rows = parts.signals, 0
         with torch.no_grad():
             width = 0 if signals.compression is None else signals.compression.size
-            for observations, rate in self._taken.take(signals.columns, signals.contrasts.count, width, parts.device):
+            for observations, rate in self._taken.take(signals.columns, signals.width, width, parts.device):
                 rows += self._observe(observations, rate)
         if not rows:
             return

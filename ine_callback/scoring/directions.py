@@ -18,6 +18,7 @@ from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
 from ine_callback.capture.per_sample_gradients import CompressedGradients, widened
 from ine_callback.capture.per_sample_gradients.compressed import MAX_WEIGHTED_QUERIES, weighted_columns
 from ine_callback.curvature.low_rank import MIN_INPUTS, low_rank
+from ine_callback.curvature.sketch import HALVES
 from ine_callback.curvature.spectral import SketchedOperator, SpectralOperator
 from ine_callback.scoring.sign_contrasts import Contrasts, summed
 
@@ -33,10 +34,13 @@ class SelfTerms:
     Attributes:
         norms: ``<D g_i, g_i>`` and ``|D g_i|^2`` [b, 2].
         unit_energies: Squared norms by units [b, 1 + J], see :func:`.signed_by`.
+        halves: Of a sketch, both norms by one half of a side's mixtures minus those by the other [b, 2, 2], for the
+            left and the right side.
     """
 
     norms: Tensor
     unit_energies: Tensor
+    halves: Tensor | None = None
 
 
 @dataclass
@@ -166,7 +170,8 @@ class CompressedDirection(Direction):
         if self.queries is not None and self._compressed and few:
             self._signed = weighted_columns(self.queries, self._signs)
         if self.sketch is not None:
-            self._weights = self.sketch.weights.transpose(-1, -2).flatten(1).T
+            self._weights = self.sketch.weights_and_halves
+            self._columns_of_weights = self._weights.transpose(-1, -2).flatten(1).T
 
     def draw(self, count: int) -> None:
         if self.sketch is not None:
@@ -209,11 +214,12 @@ class CompressedDirection(Direction):
     def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
         assert self.sketch is not None
         if len(uses) == 1 and isinstance(use := uses[0], Outer):
-            return SelfTerms(
-                use.rotated(self.sketch.left, None).norms(self.sketch.weights), use.unit_energies(self._signs)
-            )
-        total = CompressedGradients(summed([_formed(use) for use in uses]))
-        return SelfTerms(total.norms_in(self.sketch.left, self._weights), total.unit_energies(self._signs))
+            found, energies = use.rotated(self.sketch.left, None).norms(self._weights), use.unit_energies(self._signs)
+        else:
+            total = CompressedGradients(summed([_formed(use) for use in uses]))
+            found = total.norms_in(self.sketch.left, self._columns_of_weights)
+            energies = total.unit_energies(self._signs)
+        return SelfTerms(found[:, :2], energies, found[:, 2:].unflatten(1, (HALVES, 2)))
 
 
 @dataclass

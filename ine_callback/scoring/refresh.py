@@ -19,7 +19,7 @@ from ine_callback.capture.errors import FATAL, in_words
 from ine_callback.curvature.gradient_sample import Exponents, GradientSample, Removed
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK
-from ine_callback.curvature.sketch import MIN_MIXTURES, mixtures
+from ine_callback.curvature.sketch import HALVES, MIN_MIXTURES, mixtures
 from ine_callback.curvature.spectral import SpectralOperator, exponential
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.errors import QueryError
@@ -72,6 +72,8 @@ class Directions:
 
     Attributes:
         table: The blocks.
+        width: Numbers that belong to a signal: itself, its contrasts, and with self-influence the differences between
+            halves of sketches (:mod:`.sketch`).
         retained_variance: Smallest fraction of a block's signal variance that a low-rank direction retained; None
             without one.
         chunked: Whether the queries' gradients were too large together, so that some came after the other, each in a
@@ -97,6 +99,7 @@ class Directions:
     def __post_init__(self) -> None:
         self.table = BlockTable(self.module, lambda a, b: same_rate(self.optimizer, a, b))
         self.columns = len(self.queries) + int(self.self_query)
+        self.width = 1 + self.contrasts.count + HALVES * self.self_query
         self.retained_variance: Tensor | None = None
         self.chunked = False
         self._directions: dict[Block, Direction] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ine_callback.capture import Block, GradSample
 from ine_callback.capture.row_losses import Scale
 from ine_callback.capture.verification import Verification
+from ine_callback.curvature.sketch import HALVES
 from ine_callback.scoring.directions import SelfTerms
 from ine_callback.scoring.refresh import Directions
 from ine_callback.scoring.sign_contrasts import signed_by, summed
@@ -167,10 +168,10 @@ class Signals(Directions):
                 self._contract(block, grad_sample, scale)
 
     def settle(self, apart: bool) -> tuple[tuple[Block, ...], Tensor, Tensor]:
-        """What a backward pass left: K blocks, signals with contrasts [K, b, Q, 1 + J], self-influence's variance.
+        """What a backward pass left: K blocks, signals [K, b, Q, width], self-influence's variance.
 
-        That variance [1, b] is the squared unit of the loss on the row itself; with several optimizers each block's
-        part of it [K, b], for not all may step.
+        Each signal is followed by its contrasts, see :attr:`.Directions.width`. The variance [1, b] is the squared unit
+        of the loss on the row itself; with several optimizers each block's part of it [K, b], for not all may step.
 
         Args:
             apart: Whether to return signals for each block; else their sum, with K = 1 and no blocks.
@@ -188,35 +189,42 @@ class Signals(Directions):
         else:
             (rows, device), shape = self._batch, (len(self.queries), 1 + self.contrasts.count)
             signals = torch.zeros(max(1, len(blocks)), rows, *shape, device=device, dtype=self._dtype)
-        self_signals, variance = self._self_sums(signals, blocks)
+        own, halves, variance = self._self_sums(signals, blocks)
         self._clear()
-        return blocks, (torch.cat([signals, self_signals[:, :, None]], 2) if self.self_query else signals), variance
+        if not self.self_query:
+            return blocks, signals, variance
+        own = torch.cat([own, halves], -1)
+        signals = torch.nn.functional.pad(signals, (0, halves.shape[-1]))  # queries have no sketch
+        return blocks, torch.cat([signals, own[:, :, None]], 2), variance
 
-    def _self_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
-        """<P D g_i, s_i> with its contrasts [K, b, 1 + J] and |sigma D g_i|^2 [1 or K, b], of contributions s_i.
+    def _self_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """<P D g_i, s_i> with its contrasts [K, b, 1 + J], halves [K, b, 2] and |sigma D g_i|^2 [1 or K, b].
 
-        A row's gradient g_i is its contribution times the number of rows. All blocks are summed at once, by as many
+        A row's gradient g_i is its contribution s_i times the number of rows. All blocks are summed at once, by as many
         operations as one of them needs.
         """
         total = like.new_zeros(like.shape[0], like.shape[1], like.shape[3])
         variance = like.new_zeros(len(blocks) if self.several and blocks else 1, like.shape[1])
+        halves, unit_halves = (like.new_zeros(*total.shape[:2], HALVES) for _ in range(2))
         # a second backward pass may have another scale
         for scale in {id(its): its for *_, its in self._self_terms}.values():
             found = [(block, one) for block, one, its in self._self_terms if its is scale]
-            norms = torch.stack([one.norms for _, one in found])  # [K, b, 2]
+            owners = [block for block, _ in found]
+            norms = torch.stack([one.norms for _, one in found])  # [n, b, 2]
             signed = signed_by(torch.stack([one.unit_energies for _, one in found]))
-            factors = torch.stack([self._factors[block] for block, _ in found])
-            weighted = norms * factors[:, None]
-            parts = signed * weighted[..., :1]
-            each = [(block, part) for (block, _), part in zip(found, parts.unbind(), strict=True)]
-            total = total + (_by_block(each, blocks) if blocks else parts.sum(0, keepdim=True)) * scale.rows
-            own = weighted[..., 1]
-            if len(variance) > 1:
-                own = _by_block([(block, part) for (block, _), part in zip(found, own.unbind(), strict=True)], blocks)
-            else:
-                own = own.sum(0, keepdim=True)
-            variance = variance + own * scale.rows**2
-        return total, variance
+            weighted = norms * torch.stack([self._factors[block] for block in owners])[:, None]
+            total = total + _each(signed * weighted[..., :1], owners, blocks) * scale.rows
+            variance = variance + _each(weighted[..., 1], owners, blocks if len(variance) > 1 else ()) * scale.rows**2
+            sketches = [(block, one.halves) for block, one in found if one.halves is not None]
+            if sketches:
+                owners, of_sketch = [block for block, _ in sketches], torch.stack([each for _, each in sketches])
+                of_sketch = of_sketch * torch.stack([self._factors[block] for block in owners])[:, None, None]
+                of_signal, of_variance = _each(of_sketch, owners, blocks).unbind(-1)
+                halves = halves + of_signal * scale.rows
+                unit_halves = unit_halves + of_variance * scale.rows**2
+        # as the signals are in units: to first order the error of c / sqrt(v) is that of c - (c / 2 v) v, over sqrt(v)
+        c, v = total[..., 0].sum(0), variance.sum(0)
+        return total, halves - torch.where(v > 0, c / (2 * v), 0.0)[:, None] * unit_halves, variance
 
     def units(self, self_variance: Tensor) -> Tensor:
         """Standard deviations [b, Q] that random initial weights leave in each query.
@@ -237,6 +245,13 @@ class Signals(Directions):
         """Frees the directions: no more per-sample gradients will come."""
         self._directions.clear()
         self._clear()
+
+
+def _each(parts: Tensor, owners: Sequence[Block], blocks: tuple[Block, ...]) -> Tensor:
+    """Sums of each block's parts of [n, ...], as of :func:`_by_block`; all at once where there is one sum."""
+    if not blocks:
+        return parts.sum(0, keepdim=True)
+    return _by_block(list(zip(owners, parts.unbind(), strict=True)), blocks)
 
 
 def _by_block(found: Sequence[tuple[Block, Tensor]], blocks: tuple[Block, ...]) -> Tensor:

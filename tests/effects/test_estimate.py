@@ -39,7 +39,11 @@ def data(rows: int = 600, seed: int = 0, **changed: Any) -> EffectData:
     return EffectData(table(rows, seed) | changed, "A", "Y", GRAPH)
 
 
-@pytest.mark.parametrize("estimand", [ATE(), WCDE(), NDE(), NIE()], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "estimand",
+    [ATE(), NIE(), *(pytest.param(each, marks=pytest.mark.long) for each in (WCDE(), NDE()))],
+    ids=lambda each: each.name,
+)
 def test_intervals_cover_the_truth(estimand: Estimand) -> None:
     covered, standardised = 0, []
     for seed in range(120):

@@ -60,6 +60,7 @@ def test_torch_loop_shows_and_saves_a_report(program: Callable[..., str], tmp_pa
     assert "Influence report" in printed and f"{len(report.drop_list())} rows are flagged" in printed
 
 
+@pytest.mark.long
 def test_char_lm_asks_one_question_for_each_document(program: Callable[..., str], tmp_path: Path) -> None:
     printed = program("char_lm.py", "--out", "report", "--epochs", "3")
     report = InfluenceReport.load(tmp_path / "report")
@@ -121,6 +122,7 @@ def test_retrain_compares_what_is_dropped(program: Callable[..., str]) -> None:
     assert lines["nothing"][0] == "0" and lines["drop_list(q=.05)"][0] == lines["random rows"][0]
 
 
+@pytest.mark.long
 def test_poison_finds_who_taught_the_odd_answer(example: Load) -> None:
     found = example("poison.py").one_seed(seed=0, epochs=6)
     worked, accuracy = found.pop("")
@@ -130,6 +132,7 @@ def test_poison_finds_who_taught_the_odd_answer(example: Load) -> None:
     assert found["f-INE, mean margin of ten"][2] < 0.1 and found["at random"][2] > 0.9
 
 
+@pytest.mark.long
 def test_suppress_tokens_trains_a_model_that_curses_less(program: Callable[..., str], tmp_path: Path) -> None:
     printed = program("suppress_tokens.py", "--out", "mask", "--epochs", "12", "--characters", "9000")
     mask = TokenMask.load(tmp_path / "mask" / "mask.parquet")

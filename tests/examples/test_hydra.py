@@ -14,6 +14,7 @@ pytest.importorskip("hydra", reason="hydra-core is not installed")
 Run = Callable[..., str]
 
 
+@pytest.mark.long
 def test_one_word_switches_the_callback_and_the_runs_of_a_sweep_can_be_combined(program: Run, tmp_path: Path) -> None:
     """Four jobs in one program, to import torch once: both seeds, each with the callback and without."""
     sweep = ("--multirun", "hydra.sweep.dir=runs", "seed=1,2", "influence.enabled=true,false")

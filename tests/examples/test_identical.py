@@ -19,6 +19,7 @@ from tests.helpers.identical import History, compare, fitted, left_behind
 Load = Callable[[str], ModuleType]
 
 
+@pytest.mark.long
 def test_digits(example: Load) -> None:
     digits = example("digits.py")
     train, val, _ = digits.noisy_digits(seed=3)
@@ -47,6 +48,7 @@ def test_digits_state_sees_a_single_changed_bit(example: Load) -> None:
     assert not torch.equal(before, digits.state(trainer))
 
 
+@pytest.mark.long
 def test_char_lm(example: Load) -> None:
     lm = example("char_lm.py")
     text = (lm.Path(lm.__file__).parent / "excerpt.txt").read_text(encoding="utf-8")[:4000]

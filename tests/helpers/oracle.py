@@ -41,7 +41,7 @@ class Keep(Method):
         self.queries = queries
 
     def update(
-        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, contrasts: Tensor | None = None
+        self, rows: Tensor, signals: Tensor, rate: float, unit: Tensor | None = None, *rest: Tensor | None
     ) -> None:
         self.steps.append((rows.clone(), signals.clone(), rate))
         assert unit is not None

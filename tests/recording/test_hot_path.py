@@ -127,8 +127,16 @@ def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("rank", [None, 32], ids=["exact", "default"])
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(
+    ("optimizer", "rank"),
+    [
+        (torch.optim.AdamW, 32),
+        (torch.optim.SGD, None),
+        pytest.param(torch.optim.AdamW, None, marks=pytest.mark.long),
+        pytest.param(torch.optim.SGD, 32, marks=pytest.mark.long),
+    ],
+    ids=["AdamW-default", "SGD-exact", "AdamW-exact", "SGD-default"],
+)
 @pytest.mark.parametrize("problem", [convolutional, of_words, of_many_words, of_patches, of_sequences])
 def test_only_refreshes_wait(problem: Callable[[], Any], optimizer: Any, rank: int | None) -> None:
     torch.manual_seed(0)

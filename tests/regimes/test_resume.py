@@ -266,6 +266,7 @@ def test_a_checkpoint_of_an_accident_holds_the_recording(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_processes_go_on_together(tmp_path: Path) -> None:
     folder = trained()
     for rank in range(2):

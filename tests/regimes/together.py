@@ -165,7 +165,7 @@ def _fsdp(**options: Any) -> Any:
 
 LAUNCHED = [
     Regime("FSDP2", "processes", Sharded, trainer=_fsdp(), processes=2, tolerance=1e-5),
-    Regime("FSDP2, one unit", "processes", OneUnit, trainer=_fsdp(), processes=2, tolerance=1e-5),
+    Regime("FSDP2, one unit", "processes", OneUnit, trainer=_fsdp(), processes=2, tolerance=1e-5, slow=True),
     Regime(
         "FSDP2, AdamW, accumulated and clipped",
         "processes",

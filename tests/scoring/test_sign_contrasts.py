@@ -179,6 +179,7 @@ def one_run(seed: int, weights: InitialWeights) -> Scores:
     return recorder.report().scores
 
 
+@pytest.mark.long
 def test_an_interval_holds_the_mean_of_other_trainings() -> None:
     """Few observations, all alike within a training: their scatter alone holds under 80 %, of self-influence half."""
     runs = [one_run(seed, "random") for seed in range(8)]

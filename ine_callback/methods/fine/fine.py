@@ -51,12 +51,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ine_callback.curvature.sketch import HALVES
 from ine_callback.methods.base import Method, host
 from ine_callback.methods.closing import Closing
-from ine_callback.methods.fine import estimators
+from ine_callback.methods.fine import estimators, sketch_noise
 from ine_callback.methods.fine.between_runs import between_runs
 from ine_callback.methods.fine.closing import mu_of, unreliable
-from ine_callback.methods.fine.null import enlarged, null_size, spread, standardised
+from ine_callback.methods.fine.null import add_permuted, enlarged, null_size, spread, standardised
 from ine_callback.scores import Floats, QueryInfo, Scores
 from ine_callback.stats import hypothesis_tests as tests
 
@@ -65,7 +66,7 @@ Estimator = Literal["gaussian", "auc", "max_threshold"]
 MAX_REPORTED_DRAWS = 10_000  # null draws per query in the report
 MAX_SIGNAL = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
 
-PER_ROW = ("shift", "contrast", "scatter", "variance", "profile", "observations", "informative", "histogram")
+PER_ROW = ("shift", "contrast", "halves", "scatter", "variance", "profile", "observations", "informative", "histogram")
 
 
 class FINE(Method):
@@ -146,6 +147,7 @@ class FINE(Method):
         self_columns = [k for k, query in enumerate(queries) if query.kind == "self"]
         self._self_columns = torch.tensor(self_columns, dtype=torch.int64, device=device)
         self._state["profile"] = torch.zeros(rows, len(self_columns), device=device)
+        self._state["halves"] = torch.zeros(rows, len(self_columns), HALVES, device=device)
         self._state["nonfinite"] = torch.zeros(q, dtype=torch.int64, device=device)
         # Draw 0 is held out for the check of the null. The last row collects the shifts of rows without a null.
         self._state["null"] = torch.zeros(-(-rows // self._stride) + 1, self._draws + 1, q, device=device)
@@ -160,6 +162,7 @@ class FINE(Method):
         rate: float,
         unit: Tensor | None = None,
         contrasts: Tensor | None = None,
+        halves: Tensor | None = None,
     ) -> None:
         """Takes one optimizer step; see :class:`~ine_callback.methods.base.Method`."""
         state = self._started("update")
@@ -176,37 +179,41 @@ class FINE(Method):
         factor = torch.full_like(signals, rate, dtype=torch.float32) if unit is None else rate / unit.float()
         predicted = signals.to(torch.float32) * factor
         usable = predicted.abs() < MAX_SIGNAL  # False for NaN and infinities too
-        state["nonfinite"] += (~usable).sum(0)
+        finite = usable.sum(0)
+        state["nonfinite"] += rows.shape[0] - finite
         if rows.shape[0] < 2 or rate == 0.0:
             return
         state["informative"].index_add_(0, rows, once)
         predicted = torch.where(usable, predicted, 0.0)
-        finite = usable.sum(0)
-        d = torch.where(usable, predicted - predicted.sum(0) / finite.clamp(min=1), 0.0)
-        noise = d.square().sum(0) / (finite - 1).clamp(min=1) * rows.shape[0]
-        level = self._level(rows, predicted, finite)
+        count, others = finite.clamp(min=1), (finite - 1).clamp(min=1)
+        d = torch.where(usable, predicted - predicted.sum(0) / count, 0.0)
+        noise = d.square().sum(0) / others * rows.shape[0]
+        level = self._level(rows, predicted.sum(0) / count)
         d = d / level
-        d = d * (finite / (finite - 1).clamp(min=1))  # the mean of the others instead of the batch's
+        d = d * (finite / others)  # the mean of the others instead of the batch's
         sigma2 = d.square().sum(0) / rows.shape[0]
         self._update_shifts(rows, d, sigma2)
-        self._permute(rows, d)
+        add_permuted(state["null"], rows, d, self._stride, self._generator)
+
+        def centred(x: Tensor) -> Tensor:
+            x = torch.where(usable[..., None], x.to(torch.float32) * (factor / level)[..., None], 0.0)
+            x = (x - x.sum(0) / count[:, None]) * (count / others)[:, None]
+            return torch.where(usable[..., None], x, 0.0)
+
         if contrasts is not None:
-            signed = torch.where(usable[..., None], contrasts.to(torch.float32) * (factor / level)[..., None], 0.0)
-            count = finite.clamp(min=1)[:, None]
-            centred = (signed - signed.sum(0) / count) * (count / (count - 1).clamp(min=1))
-            state["contrast"].index_add_(0, rows, torch.where(usable[..., None], centred, 0.0))
+            state["contrast"].index_add_(0, rows, centred(contrasts))
+        if halves is not None and len(self._self_columns):
+            state["halves"].index_add_(0, rows, centred(halves).index_select(1, self._self_columns))
         state["noise"] += noise
         self._steps += 1
         if self.estimator != "gaussian":
             estimators.update(state, rows, predicted.sum(0), noise, self._steps - 1)
 
-    def _level(self, rows: Tensor, predicted: Tensor, finite: Tensor) -> Tensor:
+    def _level(self, rows: Tensor, mean: Tensor) -> Tensor:
         """Absolute mean self-influence signal of the rows [Q], also added to their profiles; 1 for other queries."""
         level = torch.ones_like(self._state["noise"])
         if len(self._self_columns):
-            mean = (predicted.sum(0) / finite.clamp(min=1))[
-                self._self_columns
-            ].abs()  # negative where the step increases the losses
+            mean = mean[self._self_columns].abs()  # negative where the step increases the losses
             self._state["profile"].index_add_(0, rows, mean.expand(rows.shape[0], -1))
             level[self._self_columns] = torch.where(mean > 0, mean, 1.0)
         return level
@@ -216,15 +223,6 @@ class FINE(Method):
         self._state["shift"].index_add_(0, rows, d)
         self._state["scatter"].index_add_(0, rows, z.square())
         self._state["variance"].index_add_(0, rows, sigma2.expand_as(d))
-
-    def _permute(self, rows: Tensor, d: Tensor) -> None:
-        """Randomly permutes the batch's shifts among its rows, once per draw."""
-        null = self._state["null"]
-        size, draws = rows.shape[0], null.shape[1]
-        keys = torch.rand(draws, size, generator=self._generator, device=d.device, dtype=torch.float32)
-        permuted = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
-        place = torch.where(rows % self._stride == 0, rows // self._stride, null.shape[0] - 1)
-        null.index_add_(0, place, permuted)
 
     def compute(self) -> Scores:
         """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""
@@ -250,10 +248,13 @@ class FINE(Method):
             v = np.where(variance[:, k] > 0, variance[:, k], np.nan)
             fit = tests.moderated_t(shift[:, k], residual[:, k], df, v)
             t[:, k], p_t[:, k] = fit.t, fit.p
-            se[:, k] = np.sqrt(between_runs(fit.variance * v, host(state["contrast"][:, k]))) * scale[:, k]
+            error = self._sketch_error(k)
+            se[:, k] = np.sqrt(between_runs(fit.variance * v, host(state["contrast"][:, k])) + error) * scale[:, k]
             nulls.append(draws.ravel()[spread(draws.size, MAX_REPORTED_DRAWS)])
         null_sd = np.sqrt(variance) * scale
         mu = shift * scale
+        ruled = self._sketch_noise(scale) >= sketch_noise.REFUSED
+        mu[:, ruled], se[:, ruled] = np.nan, np.nan
         unit, query_loss = (np.full(len(self._queries), np.nan) for _ in range(2))
         if self._closing is not None:
             columns = self._on_data()
@@ -280,6 +281,17 @@ class FINE(Method):
             unit=unit,
             query_loss=query_loss,
         )
+
+    def _sketch_error(self, column: int) -> Floats:
+        """Variance [N] of the error that sketches leave in the shifts of a query; 0 but for self-influence."""
+        found = [self._state["halves"][:, place] for place, k in enumerate(self._self_columns.tolist()) if k == column]
+        return sketch_noise.error_variance(host(found[0]), host(self._state["informative"])) if found else np.zeros(1)
+
+    def _sketch_noise(self, scale: Floats) -> Floats:
+        """The fraction of each query's scores [Q] that is noise of sketches."""
+        shift = host(self._state["shift"])
+        columns = range(len(self._queries))
+        return np.array([sketch_noise.fraction(self._sketch_error(k), shift[:, k], scale[:, k]) for k in columns])
 
     @property
     def wants_closing(self) -> bool:  # type: ignore[override]  # of the class for other methods
@@ -317,15 +329,19 @@ class FINE(Method):
         return [*size, *self._self_notes()]
 
     def _self_notes(self) -> list[str]:
-        if not len(self._self_columns) or self.estimator != "gaussian" or not self._random_weights:
+        if not len(self._self_columns) or self.estimator != "gaussian":
             return []
-        profile = host(self._started("notes")["profile"])
-        seen = profile[profile > 0]
-        if not seen.size:
-            return []
+        state = self._started("notes")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = self._scale(host(state["noise"]), state["observations"].cpu().numpy())
+        told, profile = sketch_noise.notes(self._sketch_noise(scale)), host(state["profile"])
+        if not self._random_weights or not profile.any():
+            return told
+        average = profile[profile > 0].mean()
         return [
-            f"self-influence: an average row lowers its own loss by {seen.mean():.2g} standard deviations of training "
-            "randomness; scores are differences to that"
+            *told,
+            f"self-influence: an average row lowers its own loss by {average:.2g} standard deviations of training "
+            "randomness; scores are differences to that",
         ]
 
     def grow(self, rows: int) -> None:
@@ -367,7 +383,7 @@ class FINE(Method):
                 f"{state['queries']}, this run has {self.estimator!r} and {names}; resume with the same settings"
             )
         rows, device = self._rows, fresh["noise"].device
-        self._state = {name: state[name].to(device, copy=True) for name in fresh}
+        self._state = {name: state.get(name, value).to(device, copy=True) for name, value in fresh.items()}
         self._rows = self._state["shift"].shape[0]
         self._steps, self._draws, self._stride = int(state["steps"]), int(state["draws"]), int(state["stride"])
         saved = state["generator"].cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +20,23 @@ def null_size(rows: int, draws: int, stride: int) -> tuple[int, int]:
     """
     draws = min(draws, max(2, MAX_NULL_DRAWS // max(rows, 1)))
     return draws, stride * max(1, -(-rows * draws // (MAX_NULL_DRAWS * stride)))
+
+
+def add_permuted(null: Tensor, rows: Tensor, d: Tensor, stride: int, generator: torch.Generator) -> None:
+    """Randomly permutes a batch's shifts among its rows, once per draw, and adds them to the null in place.
+
+    Args:
+        null: [N / stride + 1, draws, Q].
+        rows: The batch's rows [b].
+        d: Their shifts [b, Q].
+        stride: Every how many rows there is a null; the last place collects the shifts of all others.
+        generator: Draws the permutations.
+    """
+    size, draws = rows.shape[0], null.shape[1]
+    keys = torch.rand(draws, size, generator=generator, device=d.device, dtype=torch.float32)
+    permuted = d.index_select(0, keys.argsort(-1).T.reshape(-1)).view(size, draws, -1)
+    place = torch.where(rows % stride == 0, rows // stride, null.shape[0] - 1)
+    null.index_add_(0, place, permuted)
 
 
 def enlarged(tensor: Tensor, rows: int) -> Tensor:

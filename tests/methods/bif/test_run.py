@@ -110,6 +110,7 @@ def test_on_a_network_both_estimators_mean_the_same() -> None:
     assert np.median(run.se**2 / run.plain_se**2) < 0.6
 
 
+@pytest.mark.long
 def test_standard_errors_are_what_runs_scatter_by() -> None:
     model, rows, query = network()
     settings = {"draws": 40, "batch_size": 40}

@@ -49,6 +49,7 @@ def test_stages_are_the_chains_of_their_moment_and_change_nothing() -> None:
     assert np.abs(first.scores - last.scores).max() > 1e-3  # another moment, another answer
 
 
+@pytest.mark.long
 def test_stages_are_saved_shown_and_drawn(tmp_path: Path) -> None:
     _, report, _ = fit([FINE(), BIF(**STAGES)], dirpath=tmp_path / "it", **QUIET)
     again = InfluenceReport.load(tmp_path / "it")

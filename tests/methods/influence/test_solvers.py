@@ -72,6 +72,7 @@ def test_astra_needs_fewer_steps_than_lissa() -> None:
     assert errors[0] < errors[1] / 5
 
 
+@pytest.mark.long
 def test_lissa_reaches_the_damped_solution() -> None:
     _, system, v, wanted = prepared("lissa", AllRows())
     assert relative(lissa(system, v, 6000, None, 0.0, 1e-3).x, wanted) < 1e-6
