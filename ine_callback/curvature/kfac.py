@@ -172,6 +172,12 @@ class KFAC:
         of_left, of_right = (side.diagonal(dim1=-2, dim2=-1) for side in sides)
         return spectrum(of_left[..., :, None], of_right[..., None, :])
 
+    def mean(self, block: Block) -> Tensor:
+        """Mean eigenvalue of a block's whole Fisher, a scalar."""
+        weight = self.operator(block, identity).weight
+        assert weight is not None
+        return weight.mean()
+
     def eigenvectors(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
         """Eigenvectors of a block's left and right covariance [G, K, K], decomposed in float64.
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from ine_callback.capture import Block
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import Spectrum, damped
-from ine_callback.curvature.spectral import relative as relatively_damped
+from ine_callback.curvature.spectral import damped
 from ine_callback.methods.context import FitContext
 from ine_callback.scoring.compression import Bases, Compression
 
@@ -66,8 +65,10 @@ class CompressedCurvature:
                 self._roots[place], self._decay[place] = rate.sqrt(), 1 / (1 + decay)
                 gradients.append((place, self._bases[key].of_stored(whole[block])))
                 continue
-            spectrum: Spectrum = damped(rate * scale, decay) if random else relatively_damped(DAMPING)
-            self._alone[place] = self._bases[key].diagonal(kfac, block, spectrum) * (rate if random else 1.0)
+            # relative to the mean of the whole layer: that of the store's entries, the leading ones, is far larger
+            least = DAMPING * kfac.mean(block).clamp_min(torch.finfo(torch.float32).tiny)
+            spectrum, size_of = (damped(rate * scale, decay), rate) if random else (damped(1 / least), 1 / least)
+            self._alone[place] = self._bases[key].diagonal(kfac, block, spectrum) * size_of
         self._gram: Tensor | None = None
         if gradients:
             self._rows = torch.zeros(len(gradients[0][1]), size, device=device)

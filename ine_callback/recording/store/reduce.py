@@ -42,10 +42,20 @@ def components(vectors: Tensor, variances: Tensor, dimensions: int) -> Tensor:
         chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:COVARIANCE_ROWS]
         some = vectors[chosen.to(vectors.device)]
     weighted = some.to(roots.device) * roots
-    covariance = (weighted.T @ weighted).double()
-    found = torch.linalg.eigh(covariance / covariance.diagonal().mean().clamp_min(1e-300)).eigenvectors
-    into: Tensor = roots[:, None] * found.flip(1)[:, :dimensions].to(roots)
+    into: Tensor = roots[:, None] * _leading(weighted, dimensions)
     return into
+
+
+def _leading(x: Tensor, count: int) -> Tensor:
+    """Leading right singular vectors [W, k] of x [n, W], by the smaller one of its two Gram matrices; k <= n."""
+    rows, width = x.shape
+    gram = (x @ x.T if rows < width else x.T @ x).double()
+    values, vectors = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
+    vectors = vectors.flip(1)[:, :count].to(x)
+    if rows >= width:
+        return vectors
+    kept = values.flip(0)[:count] > values[-1] * 1e-10  # what is left of the others is rounding
+    return torch.nn.functional.normalize(x.T @ vectors[:, kept.to(vectors.device)], dim=0)
 
 
 def numbers_of(values: Tensor, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
