@@ -6,6 +6,7 @@ accuracy  G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuni
           trained once with a store; its queries, asked again of the store at several sizes, are compared with their
           scores in the run and with retraining
 wide      G2 and fine-tuning again, with a store of up to 4 KB
+again     fine-tuning a second time, with 32,768 working numbers: measured after the first had failed
 peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
 speed     a store of 10^6 rows, filled at random, and 100 queries, with two threads
 cost      what the store adds to a training step
@@ -30,7 +31,7 @@ from benchmarks.store import accuracy, cost, many, peers, speed
 from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "wide", "peers", "speed", "cost", "many")
+PARTS = ("accuracy", "wide", "again", "peers", "speed", "cost", "many")
 ROUNDS = 60
 
 
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
             wide = GradientStore(4096, working=accuracy.WIDE_WORKING)
             keep("wide", {name: accuracy.curve(record(name, wide, data, truth, quick))})
+        if "again" in args.parts and name == "ft":
+            keep("again", {name: accuracy.curve(record(name, GradientStore(working=2**15), data, truth, quick))})
     if "speed" in args.parts:
         keep("speed", speed.asked(10**4 if quick else 10**6, 100))
     if "peers" in args.parts:

@@ -11,7 +11,7 @@ HEAD = """\
 ## Gradient store: accuracy over bytes
 
 ```bash
-python -m benchmarks.store --parts accuracy wide --json store.json --data DIR
+python -m benchmarks.store --parts accuracy wide again --json store.json --data DIR
 ```
 
 {data}. One recorded run each; its queries, asked again of the store. Spearman: with the same queries' mu in the run,
@@ -83,6 +83,9 @@ def curves(results: dict[str, Any], accuracy: dict[str, Any]) -> Iterable[str]:
         for size, one in points.items():
             numbers = [number(one[key]) for key in ("spearman", "worst_tenth", "retraining")]
             rows.append([f"{NAMES[name]}, {size}", str(one["numbers"]), *numbers])
+        for size, one in results.get("again", {}).get(name, {}).get("bytes", {}).items():
+            numbers = [number(one[key]) for key in ("spearman", "worst_tenth", "retraining")]
+            rows.append([f"{NAMES[name]}, working=32768, scored again, {size}", str(one["numbers"]), *numbers])
     yield table(["bytes, type", "numbers", "Spearman with the run", "worst tenth", "retraining"], rows)
 
 
