@@ -216,7 +216,7 @@ def bergson(problem: Problem, stacked: Stacked, weighed: bool) -> Asked:
         parts = []
         for xs, ys in zip(x.split(500), y.split(500), strict=True):
             with collector:
-                row_losses(model(xs), ys).sum().backward()  # type: ignore[no-untyped-call]
+                row_losses(model(xs), ys).sum().backward()
             parts.append(torch.cat([one.flatten(1) for one in collector.mod_grads.values()], 1))
             collector.mod_grads.clear()
         return torch.cat(parts).double()

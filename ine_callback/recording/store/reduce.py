@@ -50,8 +50,8 @@ def _leading(x: Tensor, count: int) -> Tensor:
     """Leading right singular vectors [W, k] of x [n, W], by the smaller one of its two Gram matrices; k <= n."""
     rows, width = x.shape
     gram = (x @ x.T if rows < width else x.T @ x).double()
-    values, vectors = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
-    vectors = vectors.flip(1)[:, :count].to(x)
+    values, every = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
+    vectors: Tensor = every.flip(1)[:, :count].to(x)
     if rows >= width:
         return vectors
     kept = values.flip(0)[:count] > values[-1] * 1e-10  # what is left of the others is rounding
