@@ -23,6 +23,7 @@ from benchmarks.finetuning import markdown as finetuning
 from benchmarks.influence import markdown as influence
 from benchmarks.markdown import number, table
 from benchmarks.pictures import PLOTS
+from benchmarks.store import markdown as store
 from benchmarks.tokens import markdown as tokens
 
 HEAD = """\
@@ -391,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections |= {"label_errors": label_tables.label_errors, "layers": layer_tables.layers}
     sections |= {"values": values_tables.values, "values_airrep": values_tables.airrep}
     sections |= {"influence": influence.section, "tokens": tokens.section, "fairness": fairness.section}
-    sections |= {"effects": effects.section}
+    sections |= {"effects": effects.section, "store": store.section}
     for results in merged([json.loads(file.read_text()) for file in args.files]):
         parts += list(sections[results["protocol"]](results))
         if args.plots and results["protocol"] in PLOTS:

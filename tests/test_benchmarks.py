@@ -45,6 +45,8 @@ def run(module: str, *arguments: str) -> str:
         pytest.param("label_errors", "## Label errors", marks=pytest.mark.long),
         pytest.param("effects", "## Effects", marks=pytest.mark.long),
         pytest.param("fairness", "## Fair subspaces", marks=pytest.mark.long),
+        ("store --parts speed", "## Gradient store: speed and cost"),
+        pytest.param("store --protocols g2 ft", "## Gradient store: accuracy over bytes", marks=pytest.mark.long),
         pytest.param("bif --variants 'reduced (default)'", "## BIF by the number of draws", marks=pytest.mark.long),
         pytest.param("lds --problems transformer --only run", "## Retraining, transformer", marks=pytest.mark.long),
         pytest.param(

@@ -2,10 +2,17 @@
 
     python -m benchmarks.store --json store.json --data DIR --truth FOLDER
 
-Accuracy: G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuning, on which nothing was. Each is
-trained once with a store; its queries, asked again of the store at several sizes, are compared with their scores in the
-run and with retraining. Speed: a store of 10^6 rows, filled at random, and 100 queries. Trainings that are killed and
-resumed are benchmarks.resume's.
+accuracy  G1 (SGD, AdamW), on which the compression was chosen; G2 and fine-tuning (FT), on which nothing was. Each is
+          trained once with a store; its queries, asked again of the store at several sizes, are compared with their
+          scores in the run and with retraining
+wide      G2 and fine-tuning again, with a store of up to 4 KB
+again     fine-tuning a second time, with 32,768 working numbers: measured after the first had failed
+peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
+speed     a store of 10^6 rows, filled at random, and 100 queries, with two threads
+cost      what the store adds to a training step
+many      481 queries in the run: memory and time of their directions
+
+Trainings that are killed and resumed are benchmarks.resume's.
 """
 
 from __future__ import annotations
@@ -20,11 +27,12 @@ import torch
 
 from benchmarks.data import folder
 from benchmarks.network import machine
-from benchmarks.store import accuracy, speed
-from benchmarks.store.protocols import NAMES, record
+from benchmarks.store import accuracy, cost, many, peers, speed
+from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "speed")
+PARTS = ("accuracy", "wide", "again", "peers", "speed", "cost", "many")
+ROUNDS = 60
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--truth", type=Path, help="folder that keeps truths; by default that of --json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--protocols", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--peers", default="", help="part of the names of the other stores wanted")
     parser.add_argument("--quick", action="store_true", help="small problems: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -48,11 +57,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(results, indent=1))
         print(part, json.dumps(found, indent=1), flush=True)
 
-    if "accuracy" in args.parts:
-        for name in args.protocols:
-            keep("accuracy", {name: accuracy.curve(record(name, GradientStore(2044), data, truth, quick))})
+    for name in args.protocols:
+        if "accuracy" in args.parts:
+            keep("accuracy", {name: accuracy.curve(record(name, GradientStore(), data, truth, quick))})
+        if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
+            wide = GradientStore(4096, working=accuracy.WIDE_WORKING)
+            keep("wide", {name: accuracy.curve(record(name, wide, data, truth, quick))})
+        if "again" in args.parts and name == "ft":
+            keep("again", {name: accuracy.curve(record(name, GradientStore(working=2**15), data, truth, quick))})
     if "speed" in args.parts:
         keep("speed", speed.asked(10**4 if quick else 10**6, 100))
+    if "peers" in args.parts:
+        problem, outcome = g2(data, truth, quick)
+        for row in peers.beside(problem, outcome, None if quick else truth / "g2-networks.pt", args.peers):
+            keep("peers", {row["name"]: row})
+    if "cost" in args.parts:
+        for name in cost.WORKLOADS[:1] if quick else cost.WORKLOADS:
+            keep("cost", {name: cost.of_step(name, data, 25 if quick else ROUNDS)})
+    if "many" in args.parts:
+        keep("many", many.all_of(quick))
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ class Recorded:
     Attributes:
         name: Of the protocol.
         recorder: It has the store's working vectors.
+        seconds: CPU seconds of the training's steps.
         judge: Spearman correlation with retraining (over groups, or LDS), mean over queries.
-        seconds: CPU seconds of training, with the store and without.
     """
 
     name: str
     recorder: Recorder
+    seconds: float
     judge: Judge
-    seconds: tuple[float, float]
 
     @property
     def store(self) -> StoreRecording:
@@ -51,15 +51,13 @@ class Recorded:
 
 
 def record(name: str, settings: GradientStore, data: Path | None, truth: Path, quick: bool) -> Recorded:
-    """Trains twice, with and without the store; the truth is kept in the folder ``truth``."""
+    """Trains with a store; the truth is kept in the folder ``truth``."""
     make_run = {"g2": _g2, "ft": _ft}.get(name, _g1)
     run, judge = make_run(name, data, truth, quick)
-    _, without = run(None)
-    recorder, seconds = run(settings)
-    return Recorded(name, recorder, judge, (seconds, without))
+    return Recorded(name, *run(settings), judge)
 
 
-Run = Callable[[GradientStore | None], tuple[Recorder, float]]
+Run = Callable[[GradientStore], tuple[Recorder, float]]
 
 
 def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
@@ -67,7 +65,7 @@ def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
     known = g1.truth(kind, 8 if quick else 96, problem, truth / f"{name}{'-quick' if quick else ''}.pt")
     groups = [group.numpy() for group in problem.groups]
 
-    def run(store: GradientStore | None) -> tuple[Recorder, float]:
+    def run(store: GradientStore) -> tuple[Recorder, float]:
         g = torch.Generator().manual_seed(0)
         model = network(g)
         optimizer, scheduler = g1.make_optimizer(kind, model.parameters(), g1.STEPS)
@@ -91,14 +89,19 @@ def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
     return run, lambda mu: agreement(mu, known.mu, groups)["spearman_per_query"]
 
 
-def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
+def g2(data: Path | None, truth: Path, quick: bool) -> tuple[problems.Problem, Floats]:
+    """Protocol G2, and the queries' losses [halves, Q] after one training on each half of the rows."""
     problem = problems.load(data, "g2", quick)
-    outcome = retrain.halves(problem, 1, truth / f"{name}{'-quick' if quick else ''}.pt")[0, :, 0].numpy()
+    return problem, retrain.halves(problem, 1, truth / f"g2{'-quick' if quick else ''}.pt")[0, :, 0].numpy()
+
+
+def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
+    problem, outcome = g2(data, truth, quick)
 
     def loss_of(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return row_losses(module(batch[0]), batch[1]).mean()
 
-    def run(store: GradientStore | None) -> tuple[Recorder, float]:
+    def run(store: GradientStore) -> tuple[Recorder, float]:
         torch.manual_seed(0)
         model = problem.network()
         optimizer, steps = problem.optimizer(model.parameters()), problem.steps_per_epoch
@@ -140,7 +143,7 @@ def _ft(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
     kept = Kept(task, training, counts, None if sizes is QUICK else truth / f"{name}.pt")
     known = kept.truth(0.0)
 
-    def run(store: GradientStore | None) -> tuple[Recorder, float]:
+    def run(store: GradientStore) -> tuple[Recorder, float]:
         tuned = kept.finetuning(101, 0.0)
         recorder = Recorder(
             *(tuned.model, tuned.optimizer, len(task.x), {"document": RowLosses(task.xq, task.yq, token_loss)}),

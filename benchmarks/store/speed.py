@@ -11,12 +11,17 @@ import numpy as np
 import torch
 
 from ine_callback import GradientStore
+from ine_callback.integrations.stored_products import products
 from ine_callback.report.neighbours import neighbours
 from ine_callback.report.stored_vectors import StoredBlock, StoredVectors
+
+THREADS = 2
 
 
 def asked(rows: int, queries: int) -> dict[str, Any]:
     """Seconds of the product of all rows with all queries, and of one row's neighbours, with two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
     dimensions, rng = GradientStore().dimensions, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store.npy"
@@ -31,11 +36,13 @@ def asked(rows: int, queries: int) -> dict[str, Any]:
         store = StoredVectors(stored, np.ones(rows, np.float32), (block,), eye, ones, np.ones(rows, np.bool_))
         found: dict[str, Any] = {"rows": rows, "queries": queries, "bytes": path.stat().st_size}
         for name, ask in (
-            ("ask", lambda: store.products(rng.normal(size=(queries, dimensions)))),
+            ("ask", lambda: products(store, rng.normal(size=(queries, dimensions)), torch.device("cpu"))),
+            ("NumPy", lambda: store.products(rng.normal(size=(queries, dimensions)))),
             ("neighbours", lambda: neighbours(store, 0)),
         ):
             started, used = time.monotonic(), time.process_time()
             ask()
             found[f"{name} seconds"] = time.monotonic() - started
             found[f"{name} CPU seconds"] = time.process_time() - used
-    return found | {"threads": torch.get_num_threads()}
+    torch.set_num_threads(before)
+    return found | {"threads": THREADS}

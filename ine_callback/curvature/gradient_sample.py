@@ -57,6 +57,19 @@ class Removed:
     vectors: Tensor
     weight: Tensor
 
+    def apply(self, v: Mapping[Block, Tensor], exponents: Exponents) -> dict[Block, Tensor]:
+        """``D v`` [Q, *layout] of every stored block, with weight decay."""
+        projected: Tensor | float = 0.0
+        for block, rows in self.rows.items():
+            projected = projected + rows.products(v[block].float()) * exponents[block][0]
+        assert isinstance(projected, Tensor)
+        coefficients = (self.vectors @ (self.weight[:, None] * (self.vectors.T @ projected.double()))).float()
+        out = {}
+        for block, rows in self.rows.items():
+            remaining = v[block] - rows.combined(coefficients).to(v[block].dtype)
+            out[block] = remaining * torch.exp(-torch.as_tensor(exponents[block][1]))
+        return out
+
 
 class GradientSample:
     """Captured gradients of a uniform sample of the rows seen so far.
@@ -293,18 +306,7 @@ class GradientSample:
             processes: Those whose rows make the sample.
         """
         found = self.removed({block: both for block, both in exponents.items() if block in v}, processes)
-        if found is None:
-            return {}
-        projected: Tensor | float = 0.0
-        for block, rows in found.rows.items():
-            projected = projected + rows.products(v[block].float()) * exponents[block][0]
-        assert isinstance(projected, Tensor)
-        coefficients = (found.vectors @ (found.weight[:, None] * (found.vectors.T @ projected.double()))).float()
-        out = {}
-        for block, rows in found.rows.items():
-            remaining = v[block] - rows.combined(coefficients).to(v[block].dtype)
-            out[block] = remaining * torch.exp(-torch.as_tensor(exponents[block][1]))
-        return out
+        return {} if found is None else found.apply(v, exponents)
 
     def removed(self, exponents: Exponents, processes: Lockstep) -> Removed | None:
         """What the discount removes of vectors in the blocks of ``exponents``; None where too little is stored."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ine_callback.capture.per_sample_gradients import GradSample, Lookup, Vector
 from ine_callback.curvature.low_rank import Side
-from ine_callback.curvature.spectral import SpectralOperator, Spectrum
+from ine_callback.curvature.spectral import SpectralOperator, Spectrum, identity
 from ine_callback.distributed.processes import Lockstep
 
 if TYPE_CHECKING:
@@ -207,32 +207,25 @@ class KFAC:
             return SpectralOperator(spectrum(factors.diagonal / steps), sides, entrywise=True)
         return SpectralOperator(spectrum(left_values[..., :, None], right_values[..., None, :]), sides)
 
-    def restricted(self, block: Block, left: Tensor, right: Tensor, spectrum: Spectrum) -> SpectralOperator:
-        """A function of a matrix block's Fisher between columns left [G, O, k] and right [G, I, l], for [n, G, k, l].
+    def diagonal(self, block: Block, left: Tensor, right: Tensor, spectrum: Spectrum = identity) -> Tensor:
+        """A function of a matrix block's Fisher between columns left [G, O, k] and right [G, I, l]: [G, k, l].
 
-        Exact where the columns are eigenvectors.
+        The columns are taken for eigenvectors, with their variances as eigenvalues: the Fisher's diagonal between them.
         """
         factors = self._factors[block.name]
         steps = factors.steps or self._seen.get(block.name, 1)
         assert factors.left is not None and factors.right is not None
         if factors.diagonal is not None:
-            weight = left.square().transpose(-1, -2) @ (factors.diagonal / steps) @ right.square()
-            return SpectralOperator(spectrum(weight))
-        left_values, of_left = _eigen(_between(factors.left / steps, left))
-        right_values, of_right = _eigen(_between(factors.right / factors.uses, right))
-        weight = spectrum(left_values[..., :, None], right_values[..., None, :])
-        return SpectralOperator(weight, (Side(left_values, of_left), Side(right_values, of_right)))
-
-    def variances(self, block: Block, left: Tensor, right: Tensor) -> Tensor:
-        """Variances [G, k, l] of a matrix block's gradients between columns left [G, O, k] and right [G, I, l]."""
-        factors = self._factors[block.name]
-        steps = factors.steps or self._seen.get(block.name, 1)
-        assert factors.left is not None and factors.right is not None
-        if factors.diagonal is not None:
-            return left.square().transpose(-1, -2) @ (factors.diagonal / steps) @ right.square()
+            return spectrum(left.square().transpose(-1, -2) @ (factors.diagonal / steps) @ right.square())
         sides = (_between(factors.left / steps, left), _between(factors.right / factors.uses, right))
         of_left, of_right = (side.diagonal(dim1=-2, dim2=-1) for side in sides)
-        return of_left[..., :, None] * of_right[..., None, :]
+        return spectrum(of_left[..., :, None], of_right[..., None, :])
+
+    def mean(self, block: Block) -> Tensor:
+        """Mean eigenvalue of a block's whole Fisher, a scalar."""
+        weight = self.operator(block, identity).weight
+        assert weight is not None
+        return weight.mean()
 
     def eigenvectors(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
         """Eigenvectors of a block's left and right covariance [G, K, K], decomposed in float64.

@@ -57,7 +57,9 @@ class Side:
         return x if self.vectors is None else self.vectors @ x
 
 
-def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def low_rank(
+    u: Tensor, left: Side, right: Side, rank: int, forced: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """A basis of few input dimensions and the directions in it; None where few dimensions retain too little.
 
     Args:
@@ -65,6 +67,7 @@ def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Ten
         left: Covariance of the output gradients.
         right: Covariance of the activations.
         rank: Most dimensions for each query.
+        forced: Whether to take so many where they retain too little, since the directions themselves would not fit.
 
     Returns:
         basis [G, I, r], directions [Q, G, O, r] and the retained variance (a scalar fraction).
@@ -83,7 +86,9 @@ def low_rank(u: Tensor, left: Side, right: Side, rank: int) -> tuple[Tensor, Ten
     retained = values.clamp_min(0).cumsum(-1) / total.clamp_min(1e-30)[:, None]
     enough = (retained >= MIN_RETAINED_VARIANCE).all(0)
     if not bool(enough.any()):
-        return None
+        if not forced:
+            return None
+        enough[-1] = True
     r = int(enough.int().argmax()) + 1
     leading = vectors[..., :r]
     basis = right.out_of(leading * right.values[..., None].rsqrt())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ine_callback.errors import InfluenceError
+from ine_callback.integrations.stored_products import products
 from ine_callback.queries import BoundQuery, Query, gradients, parse
 from ine_callback.queries.module_loss import ModuleLoss
 from ine_callback.queries.sources import DataSource
@@ -96,7 +97,8 @@ def ask(
                 found, share = _entries(store, module, bound[part], parameters, device)
                 entries[part] += found / (1 + len(store.weights))
                 captured[part] = share
-    scored = _attribution(store, bound, entries, captured)
+    scores = products(store, store.of_query(entries), device)
+    scored = _attribution(store, bound, scores, captured)
     return replace(scored, layers=_by_layer(store, entries, scored.scores)) if per_layer else scored
 
 
@@ -186,9 +188,9 @@ def _of_block(block: StoredBlock, v: Tensor) -> Tensor:
     return (left.transpose(-1, -2) @ v @ right).flatten(1)[:, index]
 
 
-def _attribution(store: StoredVectors, bound: list[BoundQuery], entries: Floats, captured: Floats) -> Attribution:
-    """The scores in the size of the run's mu, with their errors."""
-    scores, told = store.products(store.of_query(entries)), store.calibration
+def _attribution(store: StoredVectors, bound: list[BoundQuery], scores: Floats, captured: Floats) -> Attribution:
+    """Scores without a unit in the size of the run's mu, with their errors."""
+    told = store.calibration
     scores[~store.seen] = np.nan
     size = np.sqrt(np.nanmean(np.square(scores), 0))
     known = told.queries > 0

@@ -42,6 +42,7 @@ EXACT = 6144  # rows: their Gram matrix is factorised, in .8 GB
 MAX_ROWS = 4096  # of more rows, as many are chosen at random for Kronecker factors
 OWN_LABELS = "closing pass: no labels can be drawn for this loss: the curvature is of the rows' own labels"
 DAMPING = 0.1  # of the mean curvature, from fixed weights
+QUERY_BYTES = 2**34  # most of the queries' gradients, which are held at once
 SAMPLE = 256  # rows of a larger set, for the curvature's size across layers
 
 
@@ -101,6 +102,9 @@ class ClosingPass:
         module, rows = context.module, parts.accumulators.check.count
         if not all(bool(p.isfinite().all()) for p in module.parameters()):
             raise InfluenceError("the trained weights are not finite")
+        held = 4 * sum(p.numel() for p in module.parameters() if p.requires_grad) * len(parts.bound)
+        if held > QUERY_BYTES:
+            raise InfluenceError(f"it needs the gradients of {len(parts.bound)} queries at once, {held / 1e9:.0f} GB")
         with isolated(module):  # puts back the weights, and random numbers that the user's batch hooks draw, too
             losses = context.query_values().cpu().double().numpy()
             chosen = self.snapshots.chosen(parts.schedule.steps, float(_summed_loss(parts)))
@@ -169,9 +173,8 @@ def closing_pass(context: FitContext, parts: Parts, curvature: Curvature) -> One
         curvature: The Fisher at these weights.
     """
     signals = parts.signals
-    last = {block.key for block in signals.table if block.outputs}
     for block in context.table:
-        block.outputs = block.key in last  # whose units are draws of the initial weights
+        block.outputs = block.key in signals.outputs  # whose units are draws of the initial weights
     rates, decays = summed_of(context, parts)
     directions, initial, between = {}, *torch.zeros(2, len(context.queries), device=parts.device)
     v = context.query_gradients()

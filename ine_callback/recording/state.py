@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
+from ine_callback.capture import Block
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.provenance import Clock
 from ine_callback.recording.setup import Parts
 from ine_callback.recording.snapshots import Snapshots
 from ine_callback.recording.steps import OptimizerSteps
+from ine_callback.scoring.compression import Compression
 
 
 def saved_state(
@@ -72,7 +77,7 @@ def _of_store(parts: Parts, together: bool) -> list[dict[str, Any]] | None:
     """Each process's part of the store, or this one's alone."""
     if parts.store is None or parts.store.failure or not parts.store.compression.bases:
         return None
-    own = parts.store.vectors.state_dict()
+    own = parts.store.vectors.state_dict() | {"blocks": _blocks(parts.store.compression, parts.signals.table.names)}
     return parts.processes.gather(own) if together else [own]
 
 
@@ -83,4 +88,26 @@ def _restore_store(saved: list[dict[str, Any]] | None, parts: Parts, guard: Guar
         there = "no store" if saved is None else f"a store of {len(saved)} processes"
         guard.warn(f"the gradient store lacks the steps before: the checkpoint holds {there}")
     else:
-        parts.store.vectors.load_state_dict(saved[parts.processes.rank])
+        own = saved[parts.processes.rank]
+        parts.store.vectors.load_state_dict(own)
+        parts.store.compression.weights = _weights(own["blocks"], parts.signals.table.names)
+
+
+def _blocks(compression: Compression, names: Mapping[nn.Parameter, str]) -> list[dict[str, Any]]:
+    """The store's blocks as plain types: a run that is resumed after its last step meets none before its end."""
+    return [
+        {"parameters": [names[p] for p in block.parameters], "layout": block.layout, "tied": block.tied}
+        | {"matrix": block.matrix, "outputs": block.outputs, "weight": float(weight)}
+        for block, weight in compression.weights.items()
+    ]
+
+
+def _weights(saved: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str]) -> dict[Block, Tensor | float]:
+    """What :func:`_blocks` told: the factor of each block's contributions in a step."""
+    named = {name: p for p, name in names.items()}
+    found: dict[Block, Tensor | float] = {}
+    for one in saved:
+        parameters = tuple(named[name] for name in one["parameters"])
+        kinds = {kind: one[kind] for kind in ("tied", "matrix", "outputs")}
+        found[Block(one["parameters"][0], parameters, tuple(one["layout"]), **kinds)] = one["weight"]
+    return found

@@ -26,7 +26,7 @@ from ine_callback.scores import Floats
 FORMAT, VERSION = "ine_callback.store", 1
 FILES = ROWS, ARRAYS, WEIGHTS, META = "store.npy", "store-arrays.npz", "store-weights.npz", "store.json"
 LEVELS = 127  # of int8, to each side
-CHUNK_BYTES = 2**27  # of rows that are read and widened at once
+CHUNK_BYTES = 2**22  # of rows that are read and widened at once: they fit into a processor's cache
 TYPES = ("int8", "float16", "float32")
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ine_callback.capture import Block, GradSample
 from ine_callback.curvature.gradient_sample import Exponents, GradientSample
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import SpectralOperator, exponential
+from ine_callback.curvature.spectral import exponential
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.scoring.coordinates import BlockBasis, choose
 from ine_callback.scoring.directions import DirectionSpec
@@ -65,7 +65,7 @@ class _Discount:
     """D^T P on entries: the mean of K-FAC's and the gradient sample's, as directions have it."""
 
     weight: Tensor  # P of each entry [W]
-    blocks: Sequence[tuple[slice, BlockBasis, SpectralOperator]]
+    alone: Tensor  # K-FAC's discount of each entry [W]
     rows: Tensor | None = None  # the sample's, [m, W]
     kernel: Tensor | None = None  # [m, m]
     exponents: Tensor | None = None  # by curvature [W]; 0 where the sample has no gradients
@@ -74,7 +74,7 @@ class _Discount:
     def apply(self, x: Tensor) -> Tensor:
         """Of contributions x [b, W]."""
         x = x * self.weight
-        alone = torch.cat([basis.applied(operator, x[:, place]) for place, basis, operator in self.blocks], 1)
+        alone = x * self.alone
         if self.rows is None or self.kernel is None or self.exponents is None or self.decay is None:
             return alone
         across = (x - x @ self.rows.T @ self.kernel @ self.rows * self.exponents) * self.decay
@@ -146,12 +146,12 @@ class Compression:
             self.rebase(kfac)
         taken = {block: spec for block, spec in specs.items() if block.key in self.bases}
         exponents = {block: spec.exponents for block, spec in taken.items()}
-        blocks, weight = [], torch.ones(self.size, device=self._device)
-        for block, spec in sorted(taken.items(), key=lambda pair: self.places[pair[0].key].start):
-            place, basis = self.places[block.key], self.bases[block.key]
+        weight, alone = torch.ones(2, self.size, device=self._device)
+        for block, spec in taken.items():
+            place = self.places[block.key]
             weight[place] = torch.as_tensor(spec.weight).to(weight)
-            blocks.append((place, basis, basis.restricted(kfac, block, exponential(*spec.exponents))))
-        self._discount = _Discount(weight, blocks, *self._across(exponents, sample, processes))
+            alone[place] = self.bases[block.key].diagonal(kfac, block, exponential(*spec.exponents)).to(alone)
+        self._discount = _Discount(weight, alone, *self._across(exponents, sample, processes))
 
     def _across(
         self, exponents: Exponents, sample: GradientSample, processes: Lockstep
@@ -220,7 +220,7 @@ class Compression:
         out = torch.zeros(self.size, device=self._device)
         for block in self.weights:
             if block.key in self.bases:
-                out[self.places[block.key]] = self.bases[block.key].variances(kfac, block).to(out)
+                out[self.places[block.key]] = self.bases[block.key].diagonal(kfac, block).to(out)
         return out
 
     def discounted(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,10 +46,22 @@ class BlockBasis:
             return widened(grad_sample.g)[:, self.index]
         left, right = self.sides
         if isinstance(grad_sample, Lookup):  # its left side are the table's entries
-            transposed = _between(grad_sample.transposed(), right, left)
+            entries = grad_sample.transposed()
+            transposed = _between(entries, *_projected(entries, right, left))
             return transposed.transpose(-1, -2).flatten(1)[:, self.index]
         assert isinstance(grad_sample, Outer)
-        return _between(grad_sample, left, right).flatten(1)[:, self.index]
+        output_grads, inputs = _projected(grad_sample, left, right)
+        if grad_sample.positions == 1:  # one product for each entry: the rectangle may be many times larger
+            of_left, of_right = self._pairs
+            return output_grads.flatten(1)[:, of_left] * inputs.flatten(1)[:, of_right]
+        return _between(grad_sample, output_grads, inputs).flatten(1)[:, self.index]
+
+    @cached_property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Places of each entry's column, among all of the left side's [G k] and of the right side's [G l]."""
+        assert self.sides is not None
+        rows, columns = (side.shape[2] for side in self.sides)
+        return self.index // columns, self.index // (rows * columns) * columns + self.index % columns
 
     def of_stored(self, rows: StoredGradients) -> Tensor:
         """Entries [n, ...] of stored gradients."""
@@ -64,28 +77,18 @@ class BlockBasis:
         left, right = self.sides
         return (left.transpose(-1, -2) @ v.to(left.dtype) @ right).flatten(1)[:, self.index]
 
-    def applied(self, operator: SpectralOperator, x: Tensor) -> Tensor:
-        """An operator on the rectangle, applied to entries x [b, n]; what it moves out of them is lost."""
-        if self.sides is None:
-            return operator.apply(x).to(x.dtype)
-        rectangle = (self.sides[0].shape[0], self.sides[0].shape[2], self.sides[1].shape[2])
-        full = self.sides[0].new_zeros(len(x), int(np.prod(rectangle)))  # double where the module is
-        full[:, self.index] = x.to(full)
-        return operator.apply(full.view(-1, *rectangle)).flatten(1)[:, self.index].to(x)
+    def diagonal(self, kfac: KFAC, block: Block, spectrum: Spectrum = identity) -> Tensor:
+        """A function of the block's Fisher at each entry [n]; of the Fisher itself: the entries' variances.
 
-    def restricted(self, kfac: KFAC, block: Block, spectrum: Spectrum) -> SpectralOperator:
-        """A function of the block's Fisher on these entries."""
+        Entries are taken for those of the present eigenbasis. To rotate them into it and back would cost many training
+        steps for each one (28 of a small MLP), and tells hardly more: Spearman with the run on G1 .9522 instead of
+        .9510, with AdamW .9459 instead of .9457.
+        """
         if self.sides is None:
-            return SpectralOperator(kfac.operator(block, spectrum).weight[self.index])  # type: ignore[index]
-        return kfac.restricted(block, *self.sides, spectrum)
-
-    def variances(self, kfac: KFAC, block: Block) -> Tensor:
-        """Variance [n] of each entry, by the block's Fisher."""
-        if self.sides is None:
-            weight = kfac.operator(block, identity).weight
+            weight = kfac.operator(block, spectrum).weight
             assert weight is not None
             return weight[self.index]
-        return kfac.variances(block, *self.sides).flatten()[self.index]
+        return kfac.diagonal(block, *self.sides, spectrum).flatten()[self.index]
 
     def moved(self, x: Tensor, before: BlockBasis) -> Tensor:
         """Entries x [b, n'] in another basis, in this one; what this one does not span is lost."""
@@ -100,14 +103,18 @@ class BlockBasis:
         return (left @ full.view(-1, *shapes[0]) @ right.transpose(-1, -2)).flatten(1)[:, self.index].to(x)
 
 
-def _between(grad_sample: Outer, left: Tensor, right: Tensor) -> Tensor:
-    """Gradients between columns, [b, G, k, l]; the factors are widened when they are small."""
+def _projected(grad_sample: Outer, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Output gradients [b, G, P, k] and inputs [b, G, P, l] on columns; they are widened when they are small."""
     inputs = widened(grad_sample.projected(right))
     output_grads = widened(grad_sample.output_grads @ left.to(grad_sample.output_grads.dtype))
-    inputs = inputs.to(output_grads.dtype)
+    return output_grads, inputs.to(output_grads.dtype)
+
+
+def _between(grad_sample: Outer, output_grads: Tensor, inputs: Tensor) -> Tensor:
+    """Gradients [b, G, k, l] between the columns that both are on."""
     if not isinstance(grad_sample, Ragged):
         return output_grads.transpose(-1, -2) @ inputs
-    total = inputs.new_zeros(grad_sample.count + 1, inputs.shape[1], left.shape[-1], right.shape[-1])
+    total = inputs.new_zeros(grad_sample.count + 1, inputs.shape[1], output_grads.shape[-1], inputs.shape[-1])
     for some in row_chunks(len(inputs), total[0].numel()):  # of entries, which are added up by row
         total.index_add_(0, grad_sample.index[some], output_grads[some].transpose(-1, -2) @ inputs[some])
     return total[: grad_sample.count]

@@ -150,11 +150,14 @@ class CompressedDirection(Direction):
         sketch: The sketch of D; None without self-influence.
         basis: The dimensions [G, I, r] that the queries are given in, see :mod:`ine_callback.curvature.low_rank`.
         in_sketch: Whether the queries are given in the sketch's columns.
+        weighted: Whether few queries are multiplied with the units' weights beforehand, which is faster and as many
+            times larger.
     """
 
     sketch: SketchedOperator | None
     basis: Tensor | None = None
     in_sketch: bool = False
+    weighted: bool = True
 
     def __post_init__(self) -> None:
         groups, out, inputs = self.block.layout
@@ -163,7 +166,8 @@ class CompressedDirection(Direction):
         self._query_columns, self._sketch_columns = slice(0, rank or None), slice(rank, None)
         self._compressed = self.queries is not None and (self.in_sketch or rank > 0)  # whether U is given in columns
         self._signed: Tensor | None = None
-        if self.queries is not None and self._compressed and len(self.queries) <= MAX_WEIGHTED_QUERIES:
+        few = self.weighted and self.queries is not None and len(self.queries) <= MAX_WEIGHTED_QUERIES
+        if self.queries is not None and self._compressed and few:
             self._signed = weighted_columns(self.queries, self._signs)
         if self.sketch is not None:
             self._weights = self.sketch.weights_and_halves
@@ -194,7 +198,7 @@ class CompressedDirection(Direction):
         if self.queries is not None and self._compressed:
             for_queries = compressed.part(self._query_columns)
             if self._signed is None:
-                signals = for_queries.parts(self.queries, self._signs)
+                signals = for_queries.units(self.queries) @ self._signs.T
             else:
                 signals = for_queries.contract(self._signed).view(grad_sample.rows, len(self.queries), -1)
         return signals, compressed.part(self._sketch_columns)
@@ -218,6 +222,33 @@ class CompressedDirection(Direction):
         return SelfTerms(found[:, :2], energies, found[:, 2:].unflatten(1, (HALVES, 2)))
 
 
+@dataclass
+class ChunkedDirection(Direction):
+    """Directions of some queries after the other, where those of all would be too large; only the first has self terms.
+
+    Attributes:
+        parts: In the order of the queries.
+    """
+
+    parts: Sequence[Direction]
+
+    @classmethod
+    def of(cls, parts: Sequence[Direction]) -> Direction:
+        """The parts as one; a single part is that itself."""
+        return parts[0] if len(parts) == 1 else cls(parts[0].block, parts[0].contrasts, None, parts)
+
+    def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
+        found = [part.contract(grad_sample) for part in self.parts]
+        return torch.cat([signals for signals, _ in found if signals is not None], 1), found[0][1]
+
+    def self_terms_of(self, uses: Sequence[Use]) -> SelfTerms:
+        return self.parts[0].self_terms_of(uses)
+
+    def draw(self, count: int) -> None:
+        for part in self.parts:
+            part.draw(count)
+
+
 def _formed(use: Use) -> Tensor:
     """The transposed gradients [b, G, k, O] of one use."""
     return use.g if isinstance(use, CompressedGradients) else use.gradient(slice(None)).transpose(-1, -2)
@@ -230,6 +261,7 @@ def direction_of(
     spec: DirectionSpec,
     rank: int | None,
     mixtures: int | None,
+    forced: bool = False,
 ) -> tuple[Direction, Tensor | None]:
     """A block's direction in the form that contracts fastest, and the retained variance where it is low-rank.
 
@@ -240,6 +272,7 @@ def direction_of(
         spec: What they are made of.
         rank: Most dimensions of a basis for each query; None: exact.
         mixtures: Mixtures of a sketch of D, see :func:`.sketch.mixtures`; None: without self-influence.
+        forced: Whether a basis is taken where it retains too little.
     """
     discount = spec.discount
     if len(block.layout) == 1:
@@ -258,10 +291,10 @@ def direction_of(
         sketch = None if sketch is None else sketch.transposed()
     if sketch is not None and not sketch.has_columns:
         return exact, None
-    found = None if u is None else low_rank(u, *sides, rank)
+    found = None if u is None else low_rank(u, *sides, rank, forced)
     if found is not None:
         basis, u, retained = found
-        return CompressedDirection(block, contrasts, u, sketch, basis), retained
+        return CompressedDirection(block, contrasts, u, sketch, basis, weighted=not forced), retained
     if u is not None and sketch is not None and sketch.right is not None and sketch.columns is None:
         return CompressedDirection(block, contrasts, u @ sketch.right, sketch, in_sketch=True), None
     if u is not None and sketch is None and u.shape[3] < min(MIN_INPUTS, u.shape[2]):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture import Block, BlockTable
 from ine_callback.capture.errors import FATAL, in_words
-from ine_callback.curvature.gradient_sample import GradientSample
+from ine_callback.curvature.gradient_sample import Exponents, GradientSample, Removed
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.low_rank import RANK
 from ine_callback.curvature.sketch import HALVES, MIN_MIXTURES, mixtures
@@ -28,10 +28,23 @@ from ine_callback.optimizers.registry import own_step_rate, rate_of, remaining_l
 from ine_callback.optimizers.schedule import Schedule
 from ine_callback.queries import BoundQuery, gradients, scalar
 from ine_callback.scoring.compression import Compression
-from ine_callback.scoring.directions import Direction, DirectionSpec, direction_of
+from ine_callback.scoring.directions import ChunkedDirection, Direction, DirectionSpec, direction_of
 from ine_callback.scoring.initial_noise import InitialNoise
 from ine_callback.scoring.sign_contrasts import Contrasts
 from ine_callback.utilities.isolation import isolated
+
+WHOLE_BYTES = 2**32  # gradients of all queries that take more are not held at once
+CHUNK_BYTES = 2**30  # but so many of them (one query's at least); meanwhile their directions are held, too
+
+
+@dataclass
+class _Shared:
+    """What the directions of all queries are made of."""
+
+    specs: dict[Block, DirectionSpec]
+    mixtures: dict[Block, int | None]
+    exponents: Exponents
+    removed: Removed | None
 
 
 @dataclass
@@ -63,6 +76,8 @@ class Directions:
             halves of sketches (:mod:`.sketch`).
         retained_variance: Smallest fraction of a block's signal variance that a low-rank direction retained; None
             without one.
+        chunked: Whether the queries' gradients were too large together, so that some came after the other, each in a
+            basis of low rank.
     """
 
     module: nn.Module
@@ -86,11 +101,13 @@ class Directions:
         self.columns = len(self.queries) + int(self.self_query)
         self.width = 1 + self.contrasts.count + HALVES * self.self_query
         self.retained_variance: Tensor | None = None
+        self.chunked = False
         self._directions: dict[Block, Direction] = {}
         self._factors: dict[Block, Tensor] = {}  # of self-influence: the step's, and the initial weights' variance
         self._dtype = torch.promote_types(next(self.module.parameters()).dtype.to_real(), torch.float32)
         self._draws = 0
         self.several = isinstance(self.optimizer, JointOptimizer)
+        self._outputs: set[str] = set()  # of the run before, where this one took no step
         self._trained: set[Block] = set()  # since the last refresh, though another optimizer's turn may freeze them now
         self._variance = torch.ones(len(self.queries))
 
@@ -120,38 +137,76 @@ class Directions:
             unscale: Factor that undoes the scaling of the present gradients under mixed precision.
         """
         trained = [b for b in self.table if b in self._trained or all(p.requires_grad for p in b.parameters)]
-        v = self._gradients(trained)
         self._trained.clear()
         self._directions.clear()
         self._factors.clear()
-        with torch.no_grad():
-            if self.curvature is not None:
-                self.curvature.pool(self.processes)
-            specs = self._specs(list(v), unscale)
-            v = {block: v[block] for block in specs}
-            if self.compression is not None and self.curvature is not None:
-                steps = self.schedule.steps
-                made_of = specs, self.curvature, self.reservoir, self.processes
-                self.compression.run(self.compression.refresh, *made_of, steps)
-            exponents = {block: spec.exponents for block, spec in specs.items()}
-            needed = self._mixtures(specs)
-            across = self.reservoir.apply(v, exponents, self.processes) if self.queries else {}
-            variance = torch.zeros(len(self.queries), device=next(self.module.parameters()).device)
-            for block in list(specs):
-                spec = specs.pop(block)  # freed here, like its gradient: both are as large as the block
-                factors = [torch.as_tensor(x) for x in (spec.weight, self.noise.of_weight(block))]
-                self._factors[block] = torch.stack([x.to(variance.device, self._dtype) for x in factors])
-                u = None
-                if self.queries:
-                    u = spec.discount.apply(v.pop(block))
-                    if block in across:
-                        u = (u + across.pop(block)) / 2
-                    variance += self.noise.variance(block, u)
-                    u = u * spec.weight
-                with self._only(block):
-                    self._directions[block] = self._direction(block, u, spec, needed[block])
-            self._variance = variance.to(self._dtype)
+        chunks = self._chunks()
+        self.chunked = len(chunks) > 1
+        shared: _Shared | None = None
+        parts: dict[Block, list[Direction]] = {}
+        variances = []
+        for queries in chunks:
+            v = self._gradients(trained, queries)
+            with torch.no_grad():
+                shared = self._shared(list(v), unscale) if shared is None else shared
+                variances.append(self._take(v, shared, parts, len(queries), queries is chunks[-1]))
+        known = set(self.table)
+        self._directions.update({block: ChunkedDirection.of(each) for block, each in parts.items() if block in known})
+        self._variance = torch.cat(variances).to(self._dtype)
         self.draw()
+
+    def _chunks(self) -> list[Sequence[BoundQuery]]:
+        """The queries whose gradients are made at once: all of them, where these take at most :data:`WHOLE_BYTES`.
+
+        Else each chunk's directions are of low rank (:data:`.RANK` dimensions a query), whatever these retain: whole
+        ones would take as much as that many models.
+        """
+        one = 4 * sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        whole = one * len(self.queries) <= WHOLE_BYTES
+        size = max(1, len(self.queries)) if whole else max(1, CHUNK_BYTES // one)
+        return [self.queries[start : start + size] for start in range(0, max(1, len(self.queries)), size)]
+
+    def _shared(self, blocks: Sequence[Block], unscale: Tensor | float) -> _Shared:
+        """What the directions of all queries have in common."""
+        if self.curvature is not None:
+            self.curvature.pool(self.processes)
+        specs = self._specs(blocks, unscale)
+        if self.compression is not None and self.curvature is not None:
+            steps = self.schedule.steps
+            self.compression.refresh(specs, self.curvature, self.reservoir, self.processes, steps)
+        exponents = {block: spec.exponents for block, spec in specs.items()}
+        removed = self.reservoir.removed(exponents, self.processes) if self.queries else None
+        return _Shared(specs, self._mixtures(specs), exponents, removed)
+
+    def _take(
+        self, v: dict[Block, Tensor], shared: _Shared, parts: dict[Block, list[Direction]], count: int, last: bool
+    ) -> Tensor:
+        """Adds the directions of ``count`` queries with gradients v to ``parts``; returns their variances."""
+        specs, device = shared.specs, next(self.module.parameters()).device
+        across = {} if shared.removed is None else shared.removed.apply(v, shared.exponents)
+        variance = torch.zeros(count, device=device)
+        for block in list(specs):
+            spec = specs.pop(block)  # freed here after the last, like its gradient: both are as large as the block
+            factors = [torch.as_tensor(x) for x in (spec.weight, self.noise.of_weight(block))]
+            self._factors[block] = torch.stack([x.to(device, self._dtype) for x in factors])
+            u = None
+            if count:
+                u = spec.discount.apply(v.pop(block))
+                if block in across:
+                    u = (u + across.pop(block)) / 2
+                variance += self.noise.variance(block, u)
+                u = u * spec.weight
+            with self._only(block):
+                mixtures = None if block in parts else shared.mixtures[block]
+                parts.setdefault(block, []).append(self._direction(block, u, spec, mixtures))
+                if not last:
+                    specs[block] = spec
+        return variance
+
+    @property
+    def outputs(self) -> set[str]:
+        """Keys of the blocks whose units are the network's outputs."""
+        return {block.key for block in self.table if block.outputs} or self._outputs
 
     def _specs(self, blocks: Sequence[Block], unscale: Tensor | float) -> dict[Block, DirectionSpec]:
         """What the blocks' directions are made of, without the blocks where that failed."""
@@ -176,7 +231,7 @@ class Directions:
         return DirectionSpec(discount, weight, exponents)
 
     def _direction(self, block: Block, u: Tensor | None, spec: DirectionSpec, count: int | None) -> Direction:
-        direction, retained = direction_of(block, self.contrasts, u, spec, self.rank, count)
+        direction, retained = direction_of(block, self.contrasts, u, spec, self.rank, count, self.chunked)
         if retained is not None:
             before = self.retained_variance
             self.retained_variance = retained if before is None else torch.minimum(before, retained)
@@ -193,14 +248,14 @@ class Directions:
         needed = {block: mixtures(float(part[1]) / total) for block, part in zip(parts, table, strict=True)}
         return {block: needed.get(block, MIN_MIXTURES) for block in specs}
 
-    def _gradients(self, blocks: Sequence[Block]) -> dict[Block, Tensor]:
-        """Gradients v [Q, *layout] of the queries, for the blocks that every process has."""
+    def _gradients(self, blocks: Sequence[Block], queries: Sequence[BoundQuery]) -> dict[Block, Tensor]:
+        """Gradients v [q, *layout] of some queries, for the blocks that every process has."""
         # the passes of a model split by FSDP2 are collectives, one a parameter: all processes take the same ones
         names = self.processes.common(block.key for block in blocks)
         common = sorted((block for block in blocks if block.key in names), key=lambda block: block.key)
         parameters = [p for block in common for p in block.parameters]
         with isolated(self.module), self.context(), _thawed(parameters):
-            found = iter(gradients(self.queries, self.module, parameters, self.to_device))
+            found = iter(gradients(queries, self.module, parameters, self.to_device))
         with torch.no_grad():
             v = {b: b.to_layout([next(found) for _ in b.parameters]) for b in common}
         self.processes.exchange()  # averaging is a collective, too: whoever failed has left by now
@@ -238,6 +293,7 @@ class Directions:
             curvature = self.curvature.state_dict()
         reservoir = self.reservoir.state_dict(self.processes if together else None)
         parts = {"draws": self._draws, "noise": self.noise.state_dict(), "schedule": self.schedule.state_dict()}
+        parts |= {"outputs": sorted(self.outputs)}
         if isinstance(self.optimizer, JointOptimizer):
             parts |= {"optimizers": self.optimizer.state_dict(), "blocks": self.table.state_dict()}
         return {"curvature": curvature, "reservoir": reservoir, **parts}
@@ -253,11 +309,15 @@ class Directions:
             self.optimizer.load_state_dict(state["optimizers"])
             self.table.load_state_dict(state["blocks"])  # not all come in the first pass, which makes directions
             self._trained.update(self.table)
-        self._draws = state["draws"]
+        self._draws, self._outputs = state["draws"], set(state.get("outputs", ()))  # earlier checkpoints have none
 
     def notes(self) -> list[str]:
         """Sentences for the report about what was left out."""
-        return [note for note in (self.reservoir.note, self.noise.note) if note]
+        chunked = ""
+        if self.chunked and self.retained_variance is not None:
+            least = f"{float(self.retained_variance):.0%}"
+            chunked = f"the queries' directions would be too large; of low rank they retain {least} of signals at least"
+        return [note for note in (self.reservoir.note, self.noise.note, chunked) if note]
 
 
 @contextlib.contextmanager

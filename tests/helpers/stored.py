@@ -80,13 +80,12 @@ class Training:
         }
         self.optimizer = kinds[optimizer](self.model.parameters())
         queries = {"val": (self.x[:6] + 0.1, self.y[:6]), "other": (self.x[6:12] - 0.1, self.y[6:12])}
-        options = {"queries": queries, "methods": [Raw()], "rows": ROWS} | options
+        options = {"queries": queries, "methods": [Raw()], "rows": ROWS, "refresh_every": 5} | options
         self.recorder = Recorder(
             self.model,
             self.optimizer,
             loss=loss_of,
             total_steps=len(batches()),
-            refresh_every=5,
             store=store,
             on_error="raise",
             **options,

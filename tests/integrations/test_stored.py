@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback, InfluenceReport
+from ine_callback.integrations import stored_products
+from ine_callback.report.stored_vectors import StoredVectors
 from tests.helpers.stored_fit import ROWS, Classifier, Killer, fit
 
 
@@ -20,10 +22,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Influen
     return *fit(folder), folder
 
 
+@pytest.mark.parametrize("killed_at", [13, None])
 def test_a_killed_and_resumed_training_ends_with_the_same_store(
-    whole: tuple[Classifier, InfluenceCallback, Path], tmp_path: Path
+    whole: tuple[Classifier, InfluenceCallback, Path], tmp_path: Path, killed_at: int | None
 ) -> None:
-    fit(tmp_path, Killer())
+    fit(tmp_path, *([] if killed_at is None else [Killer()]))  # None: after the last step, at the end of training
     _, resumed = fit(tmp_path, resume=True)
     one, other = whole[1].report, resumed.report
     assert one is not None and one.store is not None and other is not None and other.store is not None
@@ -44,3 +47,17 @@ def test_a_saved_report_is_asked_with_the_module_and_its_own_loss(
     again = report.with_attributions(found)  # shown, exported and compared like any method's scores
     assert "asked/mine" in again.to_pandas().columns and again.store is not None
     assert influence.report is not None and influence.report.store is not None
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def test_products_by_torch_are_those_by_numpy(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_products, "CACHED", 8)
+    rng = np.random.default_rng(0)
+    rows, scale = (100 * rng.normal(size=(19, 5))).astype(dtype), rng.random(19).astype(np.float32)
+    eye, ones = np.eye(5, dtype=np.float32), np.ones(5, dtype=np.float32)
+    store = StoredVectors(rows, scale, (), eye, ones, np.ones(19, dtype=np.bool_))
+    queries = rng.normal(size=(3, 5))
+    exact = (rows.astype(np.float64) * scale[:, None].astype(np.float64)) @ queries.T
+    for found in (stored_products.products(store, queries, torch.device("cpu")), store.products(queries)):
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)

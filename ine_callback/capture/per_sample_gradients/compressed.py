@@ -35,9 +35,13 @@ class CompressedGradients:
         """Inner products with directions [Q, G, O, k], see :meth:`.GradSample.parts`: [b, Q, C]."""
         queries = direction.shape[0]
         if queries > MAX_WEIGHTED_QUERIES:
-            units: Tensor = torch.einsum("bgio,qgoi->bqgo", self.g, direction)
-            return units.flatten(2) @ weights.T
+            return self.units(direction) @ weights.T
         return self.contract(weighted_columns(direction, weights)).view(len(self.g), queries, -1)
+
+    def units(self, direction: Tensor) -> Tensor:
+        """Each unit's part of the inner products with directions [Q, G, O, k]: [b, Q, G O]."""
+        found: Tensor = torch.einsum("bgio,qgoi->bqgo", self.g, direction)
+        return found.flatten(2)
 
     def contract(self, columns: Tensor) -> Tensor:
         """Products [b, n] of the flattened gradients with columns [G k O, n]."""

@@ -17,8 +17,7 @@ from torch import Tensor
 from ine_callback.capture import Block
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
-from ine_callback.curvature.spectral import Spectrum, damped
-from ine_callback.curvature.spectral import relative as relatively_damped
+from ine_callback.curvature.spectral import damped
 from ine_callback.methods.context import FitContext
 from ine_callback.scoring.compression import Bases, Compression
 
@@ -55,7 +54,7 @@ class CompressedCurvature:
         scale = 1.0 if not random or whole else sample.curvature_scale(kfac, rates)
         size, device = compression.size, next(iter(rates.values())).device
         self._roots, self._decay = torch.zeros(size, device=device), torch.ones(size, device=device)
-        self._operators = {}
+        self._alone = torch.zeros(size, device=device)
         gradients = []
         for key, place in self._places.items():
             block = blocks.get(key)
@@ -66,8 +65,10 @@ class CompressedCurvature:
                 self._roots[place], self._decay[place] = rate.sqrt(), 1 / (1 + decay)
                 gradients.append((place, self._bases[key].of_stored(whole[block])))
                 continue
-            spectrum: Spectrum = damped(rate * scale, decay) if random else relatively_damped(DAMPING)
-            self._operators[key] = self._bases[key].restricted(kfac, block, spectrum), rate if random else 1.0
+            # relative to the mean of the whole layer: that of the store's entries, the leading ones, is far larger
+            least = DAMPING * kfac.mean(block).clamp_min(torch.finfo(torch.float32).tiny)
+            spectrum, size_of = (damped(rate * scale, decay), rate) if random else (damped(1 / least), 1 / least)
+            self._alone[place] = self._bases[key].diagonal(kfac, block, spectrum) * size_of
         self._gram: Tensor | None = None
         if gradients:
             self._rows = torch.zeros(len(gradients[0][1]), size, device=device)
@@ -80,10 +81,7 @@ class CompressedCurvature:
 
     def apply(self, g: Tensor) -> Tensor:
         """Of gradients g [b, W]."""
-        out = torch.zeros_like(g)
-        for key, (operator, rate) in self._operators.items():
-            place = self._places[key]
-            out[:, place] = self._bases[key].applied(operator, g[:, place]) * rate
+        out = g * self._alone
         if self._gram is None:
             return out
         x = g * self._roots

@@ -19,7 +19,15 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
 from ine_callback.recording.snapshots import Snapshot
 from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
-from ine_callback.recording.store.reduce import RIDGE, Combined, Spread, components, numbers_of
+from ine_callback.recording.store.reduce import (
+    COVARIANCE_ROWS,
+    RIDGE,
+    Combined,
+    Spread,
+    components,
+    components_of_few,
+    numbers_of,
+)
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.store.vectors import RowVectors
 from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors
@@ -198,9 +206,7 @@ class StoreRecording:
         vectors = Combined(parts, observations[which] > 0)
         for k in range(len(parts)):
             vectors.sizes[k] = self._together(vectors.spread(k, self._device)).of(variances)
-        covariance = vectors.covariance(variances.sqrt())
-        self._average(covariance)
-        into = components(covariance, variances, self.settings.dimensions)
+        into = self._components(vectors, variances)
         each = [numbers_of(part.to(into) @ into, self.settings.dtype) for part in vectors.chunks()]
         numbers, scale = (np.concatenate(found) for found in zip(*each, strict=True))
         numbers[~vectors.seen.numpy()] = 0
@@ -216,6 +222,15 @@ class StoreRecording:
             settings=self._facts(),
         )
         return self._calibrated(stored, scores)
+
+    def _components(self, vectors: Combined, variances: Tensor) -> Tensor:
+        observed = min(int(vectors.seen.sum()), COVARIANCE_ROWS)
+        if self._processes.count == 1 and 0 < observed < len(variances):
+            some = torch.cat(list(vectors.weighted(variances.sqrt())))
+            return components_of_few(some, variances, self.settings.dimensions)
+        covariance = vectors.covariance(variances.sqrt())
+        self._average(covariance)
+        return components(covariance, variances, self.settings.dimensions)
 
     def _together(self, spread: Spread) -> Spread:
         """That of all processes' rows."""

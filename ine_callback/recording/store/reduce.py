@@ -55,6 +55,16 @@ def components(covariance: Tensor, variances: Tensor, dimensions: int) -> Tensor
     return into
 
 
+def components_of_few(weighted: Tensor, variances: Tensor, dimensions: int) -> Tensor:
+    """The same of fewer rows ``C^(1/2) z`` [n, W] than entries, by their Gram matrix [n, n]; k <= n."""
+    gram = (weighted @ weighted.T).double()
+    values, every = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
+    kept = values.flip(0)[:dimensions] > values[-1] * 1e-10  # what is left of the others is rounding
+    vectors = every.flip(1)[:, :dimensions].to(weighted)[:, kept.to(weighted.device)]
+    into: Tensor = variances.sqrt()[:, None] * torch.nn.functional.normalize(weighted.T @ vectors, dim=0)
+    return into
+
+
 def some_of(rows: int) -> Tensor:
     """The rows that the covariance is taken of: all, or a random sample."""
     if rows <= COVARIANCE_ROWS:
@@ -96,12 +106,15 @@ class Combined:
             found.take(self._of(rows, part))
         return found
 
+    def weighted(self, roots: Tensor) -> Iterator[Tensor]:
+        """``C^(1/2) z`` of the observed rows that components are taken from, some after the other."""
+        rows = self.seen.nonzero()[:, 0]
+        return (self._of(some).to(roots.device) * roots for some in rows[some_of(len(rows))].split(CHUNK))
+
     def covariance(self, roots: Tensor) -> Tensor:
         """Of ``C^(1/2) z`` over observed rows [W, W], without its factor."""
-        rows = self.seen.nonzero()[:, 0]
         out = torch.zeros(len(roots), len(roots), dtype=torch.float64, device=roots.device)
-        for some in rows[some_of(len(rows))].split(CHUNK):
-            weighted = self._of(some).to(roots.device) * roots
+        for weighted in self.weighted(roots):
             out += (weighted.T @ weighted).double()
         return out
 

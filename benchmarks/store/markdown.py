@@ -1,0 +1,134 @@
+"""The sections of a file of ``benchmarks.store``, for results.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.markdown import number, table
+
+HEAD = """\
+## Gradient store: accuracy over bytes
+
+```bash
+python -m benchmarks.store --parts accuracy wide again --json store.json --data DIR
+```
+
+{data}. One recorded run each; its queries, asked again of the store. Spearman: with the same queries' mu in the run,
+over rows, mean over queries, and the worst tenth of them. Retraining: Spearman with retraining, over 55 groups left out
+(G1), or over halves of the rows (LDS; G2, FT). The compression was chosen on G1; G2 and FT are held out.
+"""
+PEERS = """\
+## Gradient store: beside other stores (G2)
+
+```bash
+python -m benchmarks.store --parts accuracy peers --protocols g2 --json store.json --data DIR
+```
+
+LDS on protocol G2, as in the table above; bytes of a row; CPU seconds of training the networks, of storing all rows,
+and of asking 50 queries with their gradients. Ours stores during its one training.
+"""
+SPEED = """\
+## Gradient store: speed and cost
+
+```bash
+python -m benchmarks.store --parts speed cost --json store.json --data DIR
+```
+
+{rows:,} rows of {bytes_each} bytes on disk, {threads} threads:
+"""
+COST = """\
+What the store (1 KB a row) adds to a training step, by the plain step; steps with it and without it in turn, CPU
+seconds of one thread. `look` and `refresh` become rare; the last columns are whole runs.
+"""
+MANY = """\
+## Hundreds of queries in the run
+
+```bash
+python -m benchmarks.store --parts many --json store.json
+```
+
+Each query is the loss of one row. By chunks: directions of some queries after the other, of low rank; else of all at
+once. First step: with the refresh, CPU seconds of one thread. GPT-2 small with {queries:.0f} queries, computed from its
+shapes: {whole gradients:.0f} GB for the queries' gradients as they are; by chunks of {queries in a chunk:.0f}
+directions of at most {directions:.0f} GB, and {making a chunk:.1f} GB while one chunk is made.
+"""
+NAMES = {"g1-sgd": "G1, SGD", "g1-adamw": "G1, AdamW", "g2": "G2", "ft": "FT"}
+
+
+def section(results: dict[str, Any]) -> Iterable[str]:
+    """All parts that the file has."""
+    accuracy = results.get("accuracy", {})
+    if accuracy:
+        yield from curves(results, accuracy)
+    if "peers" in results:
+        yield PEERS
+        yield table(["", "networks", "LDS", "bytes", "training", "storing", "asking"], beside(results))
+    if "speed" in results or "cost" in results:
+        yield from speed(results)
+    if "many" in results:
+        yield MANY.format(**results["many"]["gpt2"])
+        head = ["queries", "by chunks of", "parameters", "first step", "other steps", "peak MB", "variance retained"]
+        yield table(head, (many(row) for row in results["many"]["rows"]))
+
+
+def curves(results: dict[str, Any], accuracy: dict[str, Any]) -> Iterable[str]:
+    """Accuracy over bytes."""
+    yield HEAD.format(data=results["data"])
+    rows = []
+    for name in (name for name in NAMES if name in accuracy):
+        found = accuracy[name]
+        rows.append([f"{NAMES[name]}, in the run", "", "", "", number(found["in_run"])])
+        points = found["bytes"] | results.get("wide", {}).get(name, {}).get("bytes", {})
+        for size, one in points.items():
+            numbers = [number(one[key]) for key in ("spearman", "worst_tenth", "retraining")]
+            rows.append([f"{NAMES[name]}, {size}", str(one["numbers"]), *numbers])
+        for size, one in results.get("again", {}).get(name, {}).get("bytes", {}).items():
+            numbers = [number(one[key]) for key in ("spearman", "worst_tenth", "retraining")]
+            rows.append([f"{NAMES[name]}, working=32768, scored again, {size}", str(one["numbers"]), *numbers])
+    yield table(["bytes, type", "numbers", "Spearman with the run", "worst tenth", "retraining"], rows)
+
+
+def beside(results: dict[str, Any]) -> Iterable[list[str]]:
+    """Rows of the table of stores."""
+    ours = results.get("accuracy", {}).get("g2")
+    for row in results["peers"].values():
+        if "failed" in row:
+            yield [row["name"], str(row["networks"]), row["failed"].splitlines()[0][:80], "", "", "", ""]
+            continue
+        one = dict(row)
+        if row["name"] == "ine_callback" and ours:
+            one["lds"] = ours["bytes"]["1024 int8"]["retraining"]
+        seconds = [number(one.get(key)) for key in ("training", "storing", "asking")]
+        yield [one["name"], str(one["networks"]), number(one.get("lds")), str(one["bytes_per_row"]), *seconds]
+
+
+def speed(results: dict[str, Any]) -> Iterable[str]:
+    """Seconds of asking, and of steps."""
+    found = results.get("speed")
+    if found:
+        each = found["bytes"] // found["rows"]
+        yield SPEED.format(rows=found["rows"], bytes_each=each, threads=found["threads"])
+        named = {"ask": f"{found['queries']} queries", "NumPy": "the same by NumPy", "neighbours": "a row's neighbours"}
+        yield table(
+            ["", "seconds", "CPU seconds"],
+            ([words, number(found[f"{k} seconds"]), number(found[f"{k} CPU seconds"])] for k, words in named.items()),
+        )
+    if "cost" in results:
+        yield COST
+        keys = list(dict.fromkeys(key for one in results["cost"].values() for key in one["added"]))
+        yield table(
+            ["", "plain step, ms", *keys],
+            (
+                [one["what"], number(one["plain_ms"]), *(number(one["added"].get(key)) for key in keys)]
+                for one in results["cost"].values()
+            ),
+        )
+
+
+def many(row: dict[str, Any]) -> list[str]:
+    """A row of the table of many queries."""
+    chunk = f"{row['chunk']:.0f}" if row["chunked"] else "all"
+    seconds = [number(row["first step"]), number(row["other steps"])]
+    parameters = f"{row['parameters']:,}"
+    return [str(row["queries"]), chunk, parameters, *seconds, f"{row['peak_mb']:.0f}", f"{row['retained']:.0%}"]
