@@ -173,7 +173,8 @@ class Directions:
         specs = self._specs(blocks, unscale)
         if self.compression is not None and self.curvature is not None:
             steps = self.schedule.steps
-            self.compression.refresh(specs, self.curvature, self.reservoir, self.processes, steps)
+            made_of = specs, self.curvature, self.reservoir, self.processes
+            self.compression.run(self.compression.refresh, *made_of, steps)
         exponents = {block: spec.exponents for block, spec in specs.items()}
         removed = self.reservoir.removed(exponents, self.processes) if self.queries else None
         return _Shared(specs, self._mixtures(specs), exponents, removed)

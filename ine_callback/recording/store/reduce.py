@@ -61,7 +61,8 @@ def components_of_few(weighted: Tensor, variances: Tensor, dimensions: int) -> T
     values, every = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
     kept = values.flip(0)[:dimensions] > values[-1] * 1e-10  # what is left of the others is rounding
     vectors = every.flip(1)[:, :dimensions].to(weighted)[:, kept.to(weighted.device)]
-    into: Tensor = variances.sqrt()[:, None] * torch.nn.functional.normalize(weighted.T @ vectors, dim=0)
+    # of small eigenvalues the vectors are orthogonal up to rounding alone
+    into: Tensor = variances.sqrt()[:, None] * torch.linalg.qr(weighted.T @ vectors).Q
     return into
 
 
