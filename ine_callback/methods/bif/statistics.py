@@ -232,7 +232,7 @@ class ChainStatistics:
         error = blocks.error()
         chains = self._independent(chains)
         if len(chains) < 2 or not bool(torch.isfinite(error).all()):
-            return chains.std(0) / len(chains) ** 0.5 if len(chains) > 1 else error
+            return chains.std(0) / len(chains) ** 0.5 if len(chains) > 1 else error.expand_as(chains[0])
         between = (chains.var(0) / len(chains)).mean().sqrt()
         return error * (between / error.square().mean().sqrt().clamp_min(1e-30)).clamp_min(1)
 

@@ -329,6 +329,11 @@ def test_the_seed_decides() -> None:
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
+def test_too_few_draws_for_errors_give_scores_without() -> None:
+    found = healthy(draws=6, chains=2)
+    assert np.isfinite(found.scores).all() and found.se is not None and np.isnan(found.se).all() and not found.reliable
+
+
 # -- ways to run ------------------------------------------------------------------------------------------------------
 
 
