@@ -139,9 +139,10 @@ class Graph:
         node, call = use.last.node, self._own.get(use.last.node)
         found.climbed += 1
         if call is not None and _has(call.module, use.parameter):
-            # a step inside of a call (the weight transposed) has others' uses above it, too: the layer's derivative
+            # a step inside of a call (the weight transposed) has others' uses above it, too: the layer's derivative;
+            # what the call computes holds rows, and an unrolled LSTM has thousands of paths through it
             found.own = True
-            if node not in self._outputs and use.is_step():
+            if node not in self._outputs and use.rearranges and use.is_step():
                 self._further(use, ends, found)
         elif ends(use):
             found.uses.append(use)

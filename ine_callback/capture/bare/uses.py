@@ -142,6 +142,11 @@ class Use:
         pairs = zip(reversed(self.output), reversed(shape), strict=False)
         return self.last.name in _COPIES and all(n in (1, size) for size, n in pairs)
 
+    @property
+    def rearranges(self) -> bool:
+        """Whether the last operation moves entries and computes nothing."""
+        return self.last.name in _TRANSPOSES | _PARTS | RESHAPES | _COPIES
+
     def is_step(self) -> bool:
         """Whether the last operation can be one of the steps."""
         return self._is_plain and self.last.is_computed and not self._is_sum

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ine_callback import FINE, IF, InfluenceCallback, InfluenceReport, Query, run_if, run_unlearning
 from ine_callback.errors import InfluenceError
 from tests.helpers.bif.training import QUIET
+from tests.helpers.oracle import opaque
 
 ROWS, WIDTH = 40, 4
 X = torch.randn(ROWS + 12, WIDTH, generator=torch.Generator().manual_seed(0)).double()
@@ -231,7 +232,7 @@ def test_a_layer_that_is_not_captured_fails_the_check_of_coverage() -> None:
             self.odd, self.out = nn.Parameter(torch.randn(WIDTH, 8)), nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(x @ self.odd.sin())  # type: ignore[no-any-return]
+            return self.out(x @ opaque(self.odd))  # type: ignore[no-any-return]
 
     data: dict[str, Any] = {"train_dataloaders": DataLoader(TRAIN, 8), "val_dataloaders": DataLoader(VAL, 12)}
     found = run_if(L.Trainer(**QUIET), Net(Odd()), IF(), **data)
