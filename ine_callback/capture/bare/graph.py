@@ -158,7 +158,7 @@ class Graph:
     def _further(self, use: Use, ends: Callable[[Use], bool], found: _Paths) -> None:
         node = use.last.node
         if node not in self._consumers:
-            found.unknown = found.unknown or "the loss itself"
+            found.unknown = found.unknown or use.computing or "the loss itself"
         for consumer, index, output in self._consumers.get(node, []):
             step = Step(consumer, index, output, node._input_metadata[output].shape)
             self._climb(Use(use.parameter, step, (*use.steps, use.last)), ends, found)

@@ -99,8 +99,13 @@ class Use:
     @property
     def unusual(self) -> str:
         """Name of the operation that makes the use a special one: the first that computes something."""
+        return self.computing or self.last.name.removeprefix("torch::autograd::")
+
+    @property
+    def computing(self) -> str:
+        """Name of the first operation that computes something; empty where none does."""
         names = [step.name for step in (*self.steps, self.last)]
-        return next((name for name in names if name not in _PLAIN), names[-1]).removeprefix("torch::autograd::")
+        return next((name for name in names if name not in _PLAIN), "").removeprefix("torch::autograd::")
 
     def layouts(self, rows: int) -> list[RowLayout]:
         """Where the rows may be in the output; nowhere if the operation can be no use."""
