@@ -161,8 +161,11 @@ def test_labels_are_drawn_beside_a_penalty() -> None:
     from ine_callback.capture.label_gradients import sample
     from ine_callback.capture.marks import mark_call
 
+    def mark(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        mark_call(module, args, output)
+
     net, (x, y) = _normed().double(), data()
-    handle = net[0].register_forward_hook(lambda m, args, output: mark_call(m, args, output))
+    handle = net[0].register_forward_hook(mark)
     found = []
     for penalty in (0.0, 0.1):
         loss = F.cross_entropy(net(x), y) + penalty * PENALTIES["squares"](net)
