@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback, Query
-from ine_callback.capture.row_mixing import exchanges
 from ine_callback.errors import InfluenceError, QueryError
 
 ROWS, BATCH = 48, 8
@@ -153,8 +152,7 @@ def test_queries_are_not_augmented() -> None:
             return super().validation_step(batch, batch_idx)
 
     fit(Watches, {"limit_val_batches": 1}, [InfluenceCallback(refresh_every=1, on_error="raise")])
-    asked = 3 * len(list(exchanges(BATCH)))  # the first batch as it is, replaced and exchanged: do hooks mix rows?
-    assert stages.count("training") == 3 * ROWS // BATCH + asked
+    assert stages.count("training") == 3 * ROWS // BATCH  # what passes of ours append elsewhere is taken back
 
 
 def test_lbfgs_is_refused() -> None:
