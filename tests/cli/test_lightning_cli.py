@@ -98,6 +98,7 @@ def test_the_yaml_turns_it_on_and_tunes_it(run: Run, tmp_path: Path) -> None:
     assert InfluenceReport.load(scores.parent).queries == callback.report.queries
 
 
+@pytest.mark.long
 def test_the_program_is_turned_off_from_the_command_line(tmp_path: Path) -> None:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

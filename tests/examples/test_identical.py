@@ -139,6 +139,7 @@ def _under_lightning(loop: ModuleType, data: Any, val: Any, epochs: int) -> tupl
     return model.net, callback.report
 
 
+@pytest.mark.long
 def test_the_bare_loop_and_lightning_give_the_same_scores(example: Load) -> None:
     loop = example("torch_loop.py")
     data, val, _ = loop.noisy_digits(0)

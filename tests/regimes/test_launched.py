@@ -23,6 +23,7 @@ def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.long
 def test_ddp_leaves_one_report_and_every_process_has_it(tmp_path: Path) -> None:
     done = launched("ddp", str(tmp_path / "report"))
     assert not done.returncode, done.stderr[-3000:]

@@ -39,6 +39,7 @@ def faults(folders: range) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_two_hundred_damaged_folders_are_an_error_or_a_report() -> None:
     assert not faults(range(200))
 

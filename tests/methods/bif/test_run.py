@@ -219,6 +219,7 @@ def test_diverging_chains_are_caught() -> None:
     assert any("step-size bias" in reason and "lower step_size" in reason for reason in wide.reasons)
 
 
+@pytest.mark.long
 def test_a_localization_that_outweighs_the_data_is_caught() -> None:
     scores = healthy(localization=1e6, n_beta=100.0)
     assert not scores.reliable and any("data against localization" in reason for reason in scores.reasons)

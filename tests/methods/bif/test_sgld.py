@@ -109,6 +109,7 @@ def test_antithetic_chains_are_mirror_images_on_a_symmetric_posterior() -> None:
     assert torch.allclose(state.z[:3], -state.z[3:], atol=1e-12) and state.z.abs().min() > 0
 
 
+@pytest.mark.long
 def test_rmsprop_coordinates_leave_the_posterior_as_it_is() -> None:
     """V = S (H − εH²/4)⁻¹ S with H = SAS: A⁻¹ for small steps, whatever the scale."""
     scale = torch.tensor([0.5, 1.0, 1.5, 0.7, 1.2, 0.9], dtype=torch.float64)

@@ -43,6 +43,7 @@ def together() -> list[dict[str, BIFScores]]:
 
 
 @pytest.mark.parametrize("kind", ["reduced", "plain"])
+@pytest.mark.long
 def test_processes_share_the_chains_and_agree(together: list[dict[str, BIFScores]], kind: str) -> None:
     one, other = (found[kind] for found in together)
     for name, value in vars(one).items():

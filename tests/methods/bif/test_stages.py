@@ -31,6 +31,7 @@ class Keep(L.Callback):
         self.weights.append({k: v.clone() for k, v in pl_module.state_dict().items()})
 
 
+@pytest.mark.long
 def test_stages_are_the_chains_of_their_moment_and_change_nothing() -> None:
     alone, _, _ = fit([FINE()], **QUIET)
     keep = Keep()
@@ -107,6 +108,7 @@ def test_ctrl_c_in_the_middle_ends_the_fit_and_keeps_what_was_drawn() -> None:
     assert influence.report.run.steps == 6 and np.isfinite(found.scores).all()
 
 
+@pytest.mark.long
 def test_a_stage_that_fails_costs_nothing_else() -> None:
     alone, _, _ = fit([FINE()], **QUIET)
     ready = loaders()
@@ -121,6 +123,7 @@ def test_a_stage_that_fails_costs_nothing_else() -> None:
     assert [note for note in influence.report.run.notes if "BIF" in note] == ["BIF failed: ArithmeticError: stop"]
 
 
+@pytest.mark.long
 def test_chains_can_be_run_after_the_fit(tmp_path: Path) -> None:
     model, report, trainer = fit([FINE(), BIF(**SHORT_CHAINS)], **QUIET)  # type: ignore[arg-type]
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -161,6 +161,7 @@ def test_scores_are_the_changes_without_the_rows() -> None:
     assert found.scores[row, 1] > 0
 
 
+@pytest.mark.long
 def test_independent_attributes_share_nothing() -> None:
     shared = []
     for seed in range(40):

@@ -51,6 +51,7 @@ def test_in_run_check_fails_when_the_null_is_wrong() -> None:
     assert fine.compute().null_ks_p[0] < 0.001
 
 
+@pytest.mark.long
 def test_p_t_is_calibrated_in_null_runs() -> None:
     # Gaussian signals whose scale grows 50-fold: exact up to the shared prior; 6,000 tests, standard error .003.
     runs = [scores(FINE(), steps(300, 20, 150, 1, s), 300, 1) for s in range(20)]

@@ -58,6 +58,7 @@ def test_a_converged_query_stays_as_it_is() -> None:
     assert zero.iterations == 0 and float(zero.x.abs().max()) == 0.0
 
 
+@pytest.mark.long
 def test_astra_starts_at_ekfac_and_converges_on_all_rows() -> None:
     _, system, v, wanted = prepared("astra", AllRows())
     start = system.precondition(v)
@@ -166,6 +167,7 @@ def test_samplers_run_from_settings(sampler: str) -> None:
     assert np.isfinite(scores.scores).all()
 
 
+@pytest.mark.long
 def test_gradients_that_are_not_stored_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = problem().run(IF(solver="pcg", damping=DAMPING, tol=1e-10)).scores
     monkeypatch.setattr("ine_callback.methods.influence.fisher.MAX_BYTES", 100)
