@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,11 +182,7 @@ def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else what scikit-learn brings along")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workloads", nargs="+", choices=[*workloads.CPU, *workloads.CUDA, *workloads.ASKED])
+    parser = workloads.parser(__doc__)
     parser.add_argument("--steppers", nargs="+", help="these beside the plain one; all by default")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of every stepper that are not timed")
     parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")

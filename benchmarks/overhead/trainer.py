@@ -11,13 +11,11 @@ first ``--warm-up`` steps and the closing pass are not: the latter is given in s
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -126,11 +124,7 @@ def measured(workload: Workload, batch: int, device: str, precision: str, steps:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else what scikit-learn brings along")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workloads", nargs="+", choices=[*workloads.CPU, *workloads.CUDA, *workloads.ASKED])
+    parser = workloads.parser(__doc__)
     parser.add_argument("--batches", nargs="+", type=int, help="rows in a batch; the workload's own by default")
     parser.add_argument("--precisions", nargs="+", help="by default bf16-mixed and bf16-true on a GPU, else 32-true")
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import re
@@ -221,6 +222,16 @@ def of_images(name: str, path: Path | None) -> Workload:
     network = resnet18 if name == "resnet18" else ViT
     what = {"resnet18": "ResNet-18, 32 x 32, batch 512", "vit": "ViT-S on patches of 4 x 4, batch 256"}[name]
     return Workload(name, what, x[:2048], y[:2048], (x[2048:], y[2048:]), network, 512 if name == "resnet18" else 256)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that say what is trained, where, and where the results go."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--json", type=Path, required=True, help="where the results go")
+    found.add_argument("--data", help="folder with mnist10k.npz (or INE_DATA); else what scikit-learn brings along")
+    found.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    found.add_argument("--workloads", nargs="+", choices=[*CPU, *CUDA, *ASKED])
+    return found
 
 
 def load(name: str, path: Path | None) -> Workload:

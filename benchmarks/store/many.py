@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.lds.measure import measure
 from benchmarks.lds.problems import Transformer, row_losses
+from benchmarks.recorded import recorded_step
 from ine_callback import Recorder
 from ine_callback.curvature.low_rank import MAX_RANK, MAX_RANK_FRACTION, RANK
 from ine_callback.scoring import refresh
@@ -38,12 +39,7 @@ def steps(queries: int, width: int, blocks: int, whole: int, chunk: int) -> dict
     seconds = []
     for rows in torch.arange(ROWS).split(BATCH)[:STEPS]:
         started, batch = time.process_time(), (x[rows, :-1], x[rows, 1:])
-        with recorder.batch(rows, batch):
-            loss = loss_of(model, batch)
-            recorder.see(loss)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        recorded_step(recorder, model, optimizer, loss_of, rows, batch)
         seconds.append(time.process_time() - started)
     retained = recorder.signals.retained_variance
     recorder.stop(closing=False)

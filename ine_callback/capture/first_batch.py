@@ -45,46 +45,34 @@ def first_batch_faults(
         views: Whether ``capture.views`` may be set, where the model joins several views of its rows.
     """
     with _without_batch_statistics(module):
-        return _first_batch_faults(module, capture, loss, batch, rows, training, views)
-
-
-def _first_batch_faults(
-    module: nn.Module,
-    capture: Capture,
-    loss: Callable[[nn.Module, Any], object],
-    batch: Any,
-    rows: int,
-    training: bool,
-    views: bool,
-) -> tuple[dict[nn.Module, str], list[str]]:
-    unchecked = "the order of rows inside the layers was not checked"
-    by_rows = led_by(batch, rows)
-    try:
-        order, found = row_order_faults(module, capture, loss, batch, rows)
-        if by_rows and found == 1:
-            turned = torch.arange(rows).roll(1)
-            first, then = Given(batch, range(rows)), Given(cut(batch, turned, rows), turned.tolist())
-            routed = find_routed(module, capture, loss, first, then, order)
-            order = {one: why for one, why in order.items() if one not in routed}
-        faults = _faults(module, capture, loss, batch, rows, training and by_rows)
-    except Exception as error:  # of the user's code, run on a part of a batch
-        return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
-    mixing, functions = faults
-    if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
-        # what fails here costs bare parameters only, which then are named as left out
-        with contextlib.suppress(Exception):
-            unread = {one for one, why in order.items() if why != LIKE}
-            unread |= {one for one in functions if not _is_users(one)}  # else whoever wrote it wants to know
-            find_layouts(module, capture, loss, batch, rows, unread)
-            running = as_in_training if training else isolated
-            find_terms_of_no_row(module, capture, loss, batch, rows, running)
-            capture.bare.settle()
-    trained = {p for each in order for p in own_parameters(each).values() if p.requires_grad}
-    if views and found > 1 and not trained <= capture.bare.layouts.keys():  # else they are read at their uses
-        capture.views = found
-        capture.bare.layouts.clear()  # which are of single rows
-        order, (mixing, functions) = {}, _faults(module, capture, loss, batch, rows, training and by_rows)
-    return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]
+        unchecked = "the order of rows inside the layers was not checked"
+        by_rows = led_by(batch, rows)
+        try:
+            order, found = row_order_faults(module, capture, loss, batch, rows)
+            if by_rows and found == 1:
+                turned = torch.arange(rows).roll(1)
+                first, then = Given(batch, range(rows)), Given(cut(batch, turned, rows), turned.tolist())
+                routed = find_routed(module, capture, loss, first, then, order)
+                order = {one: why for one, why in order.items() if one not in routed}
+            faults = _faults(module, capture, loss, batch, rows, training and by_rows)
+        except Exception as error:  # of the user's code, run on a part of a batch
+            return {}, [f"{unchecked} ({type(error).__name__}: {error})"]
+        mixing, functions = faults
+        if by_rows and order.keys() >= mixing.keys():  # rows mixed in training alone are not seen in evaluation mode
+            # what fails here costs bare parameters only, which then are named as left out
+            with contextlib.suppress(Exception):
+                unread = {one for one, why in order.items() if why != LIKE}
+                unread |= {one for one in functions if not _is_users(one)}  # else whoever wrote it wants to know
+                find_layouts(module, capture, loss, batch, rows, unread)
+                running = as_in_training if training else isolated
+                find_terms_of_no_row(module, capture, loss, batch, rows, running)
+                capture.bare.settle()
+        trained = {p for each in order for p in own_parameters(each).values() if p.requires_grad}
+        if views and found > 1 and not trained <= capture.bare.layouts.keys():  # else they are read at their uses
+            capture.views = found
+            capture.bare.layouts.clear()  # which are of single rows
+            order, (mixing, functions) = {}, _faults(module, capture, loss, batch, rows, training and by_rows)
+        return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def ask(
                 captured[part] = share
     scores = products(store, store.of_query(entries), device)
     scored = _attribution(store, bound, scores, captured)
-    return replace(scored, layers=_by_layer(store, entries, scored.scores)) if per_layer else scored
+    return replace(scored, layers=_by_layer(store, entries, scored.scores, device)) if per_layer else scored
 
 
 def _bound(queries: Any, module: nn.Module, loss: Any, val: Any, train: Any, max_query_rows: int) -> list[BoundQuery]:
@@ -222,11 +222,11 @@ def _attribution(store: StoredVectors, bound: list[BoundQuery], scores: Floats, 
     )
 
 
-def _by_layer(store: StoredVectors, entries: Floats, scores: Floats) -> LayerScores:
+def _by_layer(store: StoredVectors, entries: Floats, scores: Floats, device: torch.device) -> LayerScores:
     """Scores by layer, in the scores' unit: a row's numbers tell all layers' entries, so the query's are split."""
     parts = store.of_query_by_layer(entries)
     queries, layers, size = parts.shape
-    found = store.products(parts.reshape(-1, size)).reshape(-1, queries, layers)
+    found = products(store, parts.reshape(-1, size), device).reshape(-1, queries, layers)
     found[~store.seen] = np.nan
     total = np.square(np.nan_to_num(found.sum(2))).sum(0)
     unit = np.sqrt(np.square(np.nan_to_num(scores)).sum(0) / np.where(total > 0, total, 1))

@@ -51,8 +51,13 @@ class Images(L.LightningModule):
 
 
 def trained(
-    callback: InfluenceCallback | None, precision: Any, epochs: int = EPOCHS, more: Any = (), **options: Any
-) -> tuple[list[Tensor], L.Trainer]:
+    callback: InfluenceCallback | None,
+    precision: Any,
+    epochs: int = EPOCHS,
+    more: Any = (),
+    ckpt_path: str | None = None,
+    **options: Any,
+) -> list[Tensor]:
     torch.compiler.reset()
     L.seed_everything(3, verbose=False)
     torch.backends.cudnn.deterministic = True
@@ -70,8 +75,8 @@ def trained(
         enable_model_summary=False,
         callbacks=[*([] if callback is None else [callback]), *more],
     )
-    trainer.fit(module, DataLoader(rows, BATCH, shuffle=True), DataLoader(held_out, 16))
-    return [p.detach().cpu() for p in module.parameters()], trainer
+    trainer.fit(module, DataLoader(rows, BATCH, shuffle=True), DataLoader(held_out, 16), ckpt_path=ckpt_path)
+    return [p.detach().cpu() for p in module.parameters()]
 
 
 def recording(**options: Any) -> InfluenceCallback:
@@ -82,8 +87,8 @@ def recording(**options: Any) -> InfluenceCallback:
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True, "channels_last": True}], ids=str)
 def test_training_is_bit_identical_and_every_visit_counts(precision: str, options: dict[str, Any]) -> None:
     influence = recording()
-    plain, _ = trained(None, precision, **options)
-    recorded, _ = trained(influence, precision, **options)
+    plain = trained(None, precision, **options)
+    recorded = trained(influence, precision, **options)
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     report = influence.report
     assert report is not None and not report.run.uncaptured
@@ -94,8 +99,8 @@ def test_training_is_bit_identical_and_every_visit_counts(precision: str, option
 
 def test_a_compiled_network_under_the_trainer() -> None:
     influence = recording()
-    plain, _ = trained(None, "bf16-mixed", compiled=True, fused=True)
-    recorded, _ = trained(influence, "bf16-mixed", compiled=True, fused=True)
+    plain = trained(None, "bf16-mixed", compiled=True, fused=True)
+    recorded = trained(influence, "bf16-mixed", compiled=True, fused=True)
     assert influence.report is not None and not influence.report.run.uncaptured
     assert (influence.report.observations == EPOCHS).all()
     for a, b in zip(recorded, plain, strict=True):  # to the bit where the compiler fuses alike
@@ -104,8 +109,8 @@ def test_a_compiled_network_under_the_trainer() -> None:
 
 def test_chains_sample_on_the_device_and_leave_the_training_alone() -> None:
     influence = recording(methods=[FINE(), BIF(chains=2, draws=20)])
-    plain, _ = trained(None, "32-true")
-    recorded, _ = trained(influence, "32-true")
+    plain = trained(None, "32-true")
+    recorded = trained(influence, "32-true")
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     assert influence.report is not None
     (found,) = influence.report.stages("BIF")
@@ -117,21 +122,7 @@ def test_a_resumed_training_goes_on_with_its_scores(tmp_path: Path) -> None:
     trained(whole, "bf16-mixed", 2, [ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1)])
     first = min(tmp_path.glob("*.ckpt"))
     again = recording()
-    L.seed_everything(3, verbose=False)
-    module = Images()
-    x, y = torch.randn(ROWS + 16, 3, 8, 8), torch.randint(5, (ROWS + 16,))
-    trainer = L.Trainer(
-        accelerator=ACCELERATOR,
-        devices=1,
-        precision="bf16-mixed",
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[again],
-    )
-    data = DataLoader(TensorDataset(x[:ROWS], y[:ROWS]), BATCH, shuffle=True)
-    trainer.fit(module, data, DataLoader(TensorDataset(x[ROWS:], y[ROWS:]), 16), ckpt_path=str(first))
+    trained(again, "bf16-mixed", 2, ckpt_path=str(first))
     assert isinstance(again.report, InfluenceReport) and isinstance(whole.report, InfluenceReport)
     assert (again.report.observations == 2).all()
     assert set(unequal(again.report, whole.report)) <= {"mu", "se", "p", "q", "t", "p_t", "null_sd", "mean_loss"} | {

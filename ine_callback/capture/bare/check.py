@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -181,7 +180,7 @@ def _products(
     return found, graph.half, layers, sizes, computes
 
 
-@contextmanager
+@contextlib.contextmanager
 def _graph(
     module: nn.Module, capture: Capture, run: Callable[[nn.Module, Any], object], batch: Any, unread: set[nn.Module]
 ) -> Iterator[tuple[Graph | None, Any, set[nn.Module]]]:

@@ -19,8 +19,8 @@ from ine_callback.capture.row_losses import signed
 CAST = "ToCopyBackward0"  # autocast's; not a difference between two uses
 RESHAPES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Alias", "Clone")}
 RESHAPES |= {f"SqueezeBackward{k}" for k in range(4)} | {CAST}
+PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 _TORCHS_OWN = re.compile(r"[A-Z]\w*Backward\d+")  # whose formulas compute and do nothing else
-_WITH_PART = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 
 
 class Unrecognised(Exception):
@@ -101,7 +101,7 @@ def looked_up(node: Any, ids: Tensor, gradients: Tensor) -> Lookup:
 
 def outside(step: Step, above: Step) -> tuple[int, tuple[int, int]]:
     """The dimension of which a step takes a part, and what it leaves out before and behind that."""
-    assert step.name in _WITH_PART
+    assert step.name in PARTS
     dim, node, output = signed(step.node._saved_dim) % len(step.shape), step.node, above.output
     whole, taken = step.shape[dim], node._input_metadata[output].shape[dim]
     if step.name == "SliceBackward0":

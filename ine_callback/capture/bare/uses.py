@@ -21,6 +21,7 @@ from ine_callback.capture.bare.derivatives import DERIVATIVES, ENTRIES_ALONE
 from ine_callback.capture.bare.layouts import RowLayout, pair_layouts, row_layouts
 from ine_callback.capture.bare.pullback import (
     CAST,
+    PARTS,
     RESHAPES,
     Step,
     Unrecognised,
@@ -37,12 +38,11 @@ _BROADCAST = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "Where
 _COMMUTATIVE = {"AddBackward0", "MulBackward0"}
 _COPIES = {"ExpandBackward0", "RepeatBackward0"}
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0"}
-_PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
-_PLAIN = _TRANSPOSES | _PARTS | RESHAPES | _BROADCAST | _COPIES
+_PLAIN = _TRANSPOSES | PARTS | RESHAPES | _BROADCAST | _COPIES
 _OTHERS = ("Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
 _SIMPLE = _PLAIN | {f"{name}Backward0" for name in _OTHERS}
 _NUMBERS = 5  # operations on a norm before it meets the tensor that is divided by it
-_OF_WEIGHTS = _TRANSPOSES | _PARTS | {CAST}  # steps after which a matrix's gradients keep their factors
+_OF_WEIGHTS = _TRANSPOSES | PARTS | {CAST}  # steps after which a matrix's gradients keep their factors
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Use:
     @property
     def rearranges(self) -> bool:
         """Whether the last operation moves entries and computes nothing."""
-        return self.last.name in _TRANSPOSES | _PARTS | RESHAPES | _COPIES
+        return self.last.name in _TRANSPOSES | PARTS | RESHAPES | _COPIES
 
     def is_step(self) -> bool:
         """Whether the last operation can be one of the steps."""
@@ -226,7 +226,7 @@ class Use:
         for step, above in self._downwards() if self._keeps_factors else ():
             if step.name in _TRANSPOSES:  # of two dimensions
                 left, right = right, left
-            elif step.name in _PARTS:
+            elif step.name in PARTS:
                 dim, around = outside(step, above)
                 left, right = (left, F.pad(right, around)) if dim else (F.pad(left, around), right)
         return Outer(right, left)
