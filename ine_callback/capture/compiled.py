@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import own_parameters, setting
 from ine_callback.capture.layers.calls import Tensors, first_input
+from ine_callback.capture.layers.normalization import norm_sums
 from ine_callback.capture.per_sample_gradients import widened
 
 Received = Callable[[nn.Module, Tensors, Tensors], None]
@@ -74,11 +74,8 @@ class _NormIdentity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:
         activations, leaf = ctx.saved_tensors
-        x, grads = widened(activations), widened(output_grads)
-        shape = x.shape[x.dim() - ctx.trailing :]
-        normed = F.layer_norm(x, shape, eps=ctx.eps) if ctx.mean else F.rms_norm(x, shape, eps=ctx.eps)
-        sums = [g.reshape(x.shape[0], -1, shape.numel()).sum(1) for g in (normed * grads, grads)]
-        return output_grads, None, torch.ops.ine_callback.receive(sums, leaf), None, None, None
+        sums = norm_sums(widened(activations), widened(output_grads), ctx.trailing, ctx.eps, ctx.mean)
+        return output_grads, None, torch.ops.ine_callback.receive(list(sums), leaf), None, None, None
 
 
 class Tap:

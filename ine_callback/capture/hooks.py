@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ine_callback.capture.attributes import own_parameters
@@ -26,10 +25,10 @@ from ine_callback.capture.compiled import HookGuards, Tap, forget_compiled
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.errors import FATAL, in_words
 from ine_callback.capture.layers import LayerFunction, RowMismatch, is_capturable
-from ine_callback.capture.layers.calls import LayerCall, Tensors, has_one_input, layer_call
-from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_affine
+from ine_callback.capture.layers.calls import LayerCall, Tensors, first_of, has_one_input, layer_call, mapped
+from ine_callback.capture.layers.normalization import ROW_MIXING_TYPES, summed_norm
 from ine_callback.capture.marks import MarkedCall, mark_call
-from ine_callback.capture.passes import Call, in_transform, parameters_passed_by
+from ine_callback.capture.passes import Call, in_transform, parameters_passed_by, plain_arithmetic
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.routed import base_of, rows_of_selected
 from ine_callback.capture.saved_inputs import save
@@ -206,7 +205,7 @@ class Capture:
             saved = save(read.inputs)
         try:
             if saved is not None:
-                self._mark(module, read, (args, kwargs))
+                self._mark(module, read, args[0] if len(args) == 1 and not kwargs else (args, kwargs))
             self._on_forward(module, read, saved)
         except Exception as error:
             self.give_up(module, error)
@@ -326,7 +325,7 @@ class Capture:
     def unscaled(self, output_grads: Tensor) -> Tensor:
         """An output gradient, detached and without the scaling of the loss."""
         self.half |= output_grads.dtype in (torch.float16, torch.bfloat16)
-        output_grads = output_grads.detach()
+        output_grads = values_of(output_grads).detach()
         if self.unscale is None:
             return output_grads
         output_grads = widened(output_grads) * self.unscale
@@ -338,13 +337,13 @@ class Capture:
         self.borrowed = True
         if not self.active or module not in self.names:
             return
-        leading, summed = tree_leaves(output_grads)[0].shape[:1], not isinstance(activations, Tensor)
+        leading, summed = first_of(output_grads).shape[:1], not isinstance(activations, Tensor)
         self._rows_confirmed |= leading == (self.rows * self.views,)
         if self.one_each and leading != (self.rows,):
             return self.drop(module, UNKNOWN_ENTRIES.format(*leading, self.rows))
         if module in self.routed or (summed and self.entries is not None):
             return self.drop(module, "torch.compile runs it, where no rows but those that lead can be told apart")
-        function = summed_affine if summed else None
+        function = summed_norm if summed else None
         self._backward(module, self.called(module), lambda: activations, output_grads, function)
 
     def _backward(
@@ -370,8 +369,8 @@ class Capture:
             if activations is None:
                 self.drop(module, "its input was changed in place after the layer had read it")
                 return
-            with torch.no_grad(), torch.autocast(tree_leaves(output_grads)[0].device.type, enabled=False):
-                output_grads = tree_map(lambda each: self.unscaled(values_of(each)), output_grads)
+            with plain_arithmetic(first_of(output_grads).device):
+                output_grads = mapped(self.unscaled, output_grads)
                 layout = BatchLayout(self.rows, self.views, self.one_each, self.entries)
                 function = function or self.functions.get(module)
                 parts = layout.by_row(module, call.rows, activations, output_grads, function)

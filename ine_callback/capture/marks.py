@@ -29,13 +29,17 @@ class MarkedCall:
 
 def mark_call(module: nn.Module, inputs: Any, outputs: Any, rows: Tensor | None = None) -> MarkedCall:
     """Marks the nodes of a layer's outputs."""
-    begins = [x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.grad_fn is not None]
+    begins = [x.grad_fn for x in _leaves(inputs) if isinstance(x, Tensor) and x.grad_fn is not None]
     call = MarkedCall(module, begins, rows)
-    for output in tree_leaves(outputs):
+    for output in _leaves(outputs):
         if isinstance(output, Tensor) and output.grad_fn is not None:
             metadata: Any = output.grad_fn.metadata
             metadata[_CALL] = call
     return call
+
+
+def _leaves(found: Any) -> list[Any]:
+    return [found] if isinstance(found, Tensor) else tree_leaves(found)
 
 
 def call_of(node: Any) -> MarkedCall | None:

@@ -7,7 +7,8 @@ Both are recognised without synchronising with the device. Only gradients that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import ref
 
 import torch
@@ -84,6 +85,22 @@ class Passes:
             return False
         changed = [p.grad for p, _, _ in self._left if p.grad is not None]  # in place: zeroed, or clipped
         return not any(bool(grad.any()) for grad in changed)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def plain_arithmetic(device: torch.device) -> AbstractContextManager[None]:
+    """Neither a graph nor autocast; nothing is entered where both are off: it takes as long as a layer's product."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+        return _without(device.type)
+    return _AS_IT_IS
+
+
+@contextmanager
+def _without(kind: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        yield
 
 
 def in_transform() -> bool:

@@ -20,6 +20,7 @@ from ine_callback.capture import BlockTable, Capture
 from ine_callback.capture.attributes import buffer, own_parameters, setting
 from ine_callback.capture.errors import LayerError
 from ine_callback.errors import InfluenceError
+from tests.helpers.cases import mostly_long
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -155,7 +156,9 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", mostly_long(LAYERS, "parametrizations.spectral_norm", "a property that draws", "__getattr__ that counts")
+)
 def test_training_is_bit_identical_with_and_without_the_callback(name: str) -> None:
     plain, state = fit(lambda: Net(LAYERS[name]), [])
     for options in ({}, {"uncaptured": "fallback"}):

@@ -135,6 +135,7 @@ def test_the_closing_pass_and_influence_functions_take_views_too() -> None:
     assert np.isfinite(found.scores).all() and np.isfinite(report.scores.mu).all()
 
 
+@pytest.mark.long
 def test_a_smaller_last_batch_has_as_many_views() -> None:
     _, recorder, keep = recorded(Contrastive, {"limit_train_batches": 4, "max_epochs": 2})
     assert len(keep.steps) == 8 and not recorder.failed

@@ -67,6 +67,7 @@ def test_a_layer_that_joins_between_refreshes_is_recorded_from_then_on() -> None
     torch.testing.assert_close(keep.steps[2][1][:, 0], truth(module, 2), **EXACT)
 
 
+@pytest.mark.long
 def test_a_layer_that_joins_between_curvature_updates_keeps_its_discount() -> None:
     options = {"discount": True, "curvature_every": 50, "trainer": {"max_epochs": 2}}
     _, recorder, keep = recorded(lambda: Curriculum(Joining("layer")), **options)
@@ -74,6 +75,7 @@ def test_a_layer_that_joins_between_curvature_updates_keeps_its_discount() -> No
     assert all(bool(signals.isfinite().all()) for _, signals, _ in keep.steps)
 
 
+@pytest.mark.long
 def test_a_bare_parameter_that_joins_is_named_with_its_fraction() -> None:
     module, recorder, _ = recorded(lambda: Curriculum(Joining("bare")), trainer={"max_epochs": 2})
     (name,) = recorder.coverage.uncaptured

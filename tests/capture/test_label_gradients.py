@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ine_callback.capture.label_gradients import MAX_CLASSES, expect, labels_of, sample
 from ine_callback.errors import InfluenceError
+from tests.helpers.cases import mostly_long
 
 ROWS, IN, OUT, TERMS, DRAWS = 3, 2, 3, 4, 4000
 G = torch.Generator().manual_seed(0)
@@ -81,7 +82,7 @@ SOFTMAX: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", SOFTMAX)
+@pytest.mark.parametrize("case", mostly_long(SOFTMAX, "class weights", "masked"))
 def test_drawn_classes_have_the_exact_fisher(case: str) -> None:
     loss, coefficient = SOFTMAX[case]
     found, scale = drawn(loss), torch.as_tensor(coefficient, dtype=torch.float64).expand(ROWS)
@@ -140,7 +141,7 @@ BERNOULLI: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", BERNOULLI)
+@pytest.mark.parametrize("case", mostly_long(BERNOULLI, "positives' weight"))
 def test_drawn_bits_have_the_exact_fisher(case: str) -> None:
     loss, coefficient = BERNOULLI[case]
     found = drawn(loss)
@@ -159,7 +160,7 @@ NORMAL: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }
 
 
-@pytest.mark.parametrize("case", NORMAL)
+@pytest.mark.parametrize("case", mostly_long(NORMAL, "half", "the other way round"))
 def test_drawn_numbers_have_the_exact_fisher(case: str) -> None:
     """(y − t)² is −log of a normal density with variance 1/2, whose Fisher information by y is 2."""
     loss, coefficient = NORMAL[case]

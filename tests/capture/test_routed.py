@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.cases import mostly_long
 from tests.helpers.kept_steps import BATCH, EXACT, Net, check, recorded
 from tests.helpers.oracle import TELLS
 from tests.helpers.vision import needs_saved
@@ -111,7 +112,7 @@ def made(select: str) -> Callable[[], Net]:
 
 @needs_saved
 @pytest.mark.parametrize("options", [{}, {"rank": 4}], ids=["exact", "compressed"])
-@pytest.mark.parametrize("select", SELECTIONS)
+@pytest.mark.parametrize("select", mostly_long(SELECTIONS, "mask", "twice", "gather"))
 def test_experts_are_recorded_exactly(select: str, options: dict[str, Any]) -> None:
     module, recorder, keep = recorded(made(select), queries=["val", "self"], **options)
     assert recorder.coverage.share == 1.0, recorder.coverage.uncaptured

@@ -131,6 +131,7 @@ def test_options_on_the_command_line_win_over_the_yaml(run: Run) -> None:
     assert isinstance(callback.methods[0], FINE)  # what was not named stays
 
 
+@pytest.mark.long
 def test_it_is_added_on_the_command_line_alone(run: Run, tmp_path: Path) -> None:
     config = with_callbacks(tmp_path / "none.yaml", [])
     added = ["--trainer.callbacks+=ine_callback.InfluenceCallback", "--trainer.callbacks.queries=[val,self]"]
@@ -164,6 +165,7 @@ class RowNorms(FitEndMethod):
 """
 
 
+@pytest.mark.long
 def test_a_method_of_another_package_is_named_in_yaml_and_shown_from_its_report(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

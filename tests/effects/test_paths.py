@@ -119,6 +119,7 @@ def test_paths_that_are_there_are_found_and_others_are_not() -> None:
     assert max(nothing) < 0.15
 
 
+@pytest.mark.long
 def test_effects_of_one_tier_are_natural_effects_and_cover_the_truth() -> None:
     true = {("A", "Y"): 0.5, ("A", "M", "Y"): -0.48, ("A", "N", "Y"): 0.25}
     covered = []

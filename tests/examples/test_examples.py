@@ -53,6 +53,7 @@ def test_digits_finds_wrong_labels_and_writes_what_it_promises(program: Callable
     assert (out / "scores.parquet").is_file()
 
 
+@pytest.mark.long
 def test_torch_loop_shows_and_saves_a_report(program: Callable[..., str], tmp_path: Path) -> None:
     printed = program("torch_loop.py", "--out", "report", "--epochs", "2")
     report = InfluenceReport.load(tmp_path / "report")

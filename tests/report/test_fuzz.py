@@ -150,6 +150,7 @@ def test_a_bomb_is_known_before_it_is_unpacked(plain_report: Path) -> None:
     assert pa.total_allocated_bytes() - before < 2**20
 
 
+@pytest.mark.long
 def test_a_few_endless_texts_are_a_bomb(plain_report: Path) -> None:
     """The number of lines is right."""
     text = pa.array(["x" * 2**24] * 36, pa.large_string())
@@ -363,6 +364,7 @@ def killed_at_random(folder: Path, kills: int) -> None:
     assert set(found) == {"old", "new"}
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     killed_at_random(tmp_path / "report", 36)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,7 +16,7 @@ from ine_callback.capture.bare.pullback import Unrecognised
 from ine_callback.capture.bare.uses import Use
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.layers import RowMismatch, layer_function
-from ine_callback.capture.passes import Call, adds_to_grad
+from ine_callback.capture.passes import Call, adds_to_grad, plain_arithmetic
 from ine_callback.capture.per_sample_gradients import GradSample, of_entries
 
 _WATCHED = "ine_callback.uses"  # in the metadata of a node: the uses whose gradients are awaited there
@@ -236,7 +235,7 @@ class BareParameters:
         try:
             if not capture.received(parameter, call, capture.every_pass or adds_to_grad(parameter)):
                 return
-            with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+            with plain_arithmetic(output_grads.device):
                 owner, name = self._owners[parameter]
                 output_grads = capture.unscaled(output_grads)
                 if capture.entries is None:

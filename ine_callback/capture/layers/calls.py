@@ -13,6 +13,18 @@ from ine_callback.data.nested import is_jagged, is_led, rows_of, values_of
 Tensors = Tensor | dict[str, Tensor]
 
 
+def first_of(tensors: Tensors) -> Tensor:
+    """The tensor, or the first of several."""
+    return tensors if isinstance(tensors, Tensor) else next(iter(tensors.values()))
+
+
+def mapped(function: Callable[[Tensor], Tensor], tensors: Tensors) -> Tensors:
+    """What a function gives for the tensor, or for each of several."""
+    if isinstance(tensors, Tensor):
+        return function(tensors)
+    return {name: function(each) for name, each in tensors.items()}
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """What one call of a layer took and returned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +31,11 @@ def windows(
     activations: Tensor, output_grads: Tensor, kernel: Kernel, padding: Sequence[int], mode: str = "constant"
 ) -> Windows:
     """A convolution's weight; padding as F.pad takes it."""
-    padded = F.pad(activations, padding, mode=mode)
-    return Windows(padded, _channels_last(output_grads, kernel.groups), kernel=kernel)
+    if mode == "constant" and list(padding[::2]) == list(padding[1::2]):  # the image itself: no padded copy
+        kernel = replace(kernel, padding=tuple(padding[-2::-2]))
+    else:
+        activations = F.pad(activations, padding, mode=mode)
+    return Windows(activations, _channels_last(output_grads, kernel.groups), kernel=kernel)
 
 
 @register_layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ine_callback.capture.attributes import buffer, own_parameters, setting
-from ine_callback.capture.layers.registry import LayerFunction, RowMismatch, by_row, register_by_name, register_layer
-from ine_callback.capture.per_sample_gradients import GradSample, Vector
+from ine_callback.capture.layers.registry import (
+    LayerFunction,
+    RowMismatch,
+    by_row,
+    register_by_name,
+    register_layer,
+    takes_bfloat16,
+)
+from ine_callback.capture.per_sample_gradients import GradSample, Vector, wide_sum, widened
 
 # modules whose forward pass mixes the rows of a batch: contributions still add up, single rows are approximate
 ROW_MIXING_TYPES = (nn.modules.batchnorm._BatchNorm,)
 
 
 @register_layer(nn.LayerNorm)
+@takes_bfloat16
 def layer_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift over the normalized dimensions; in ConvNeXt's subclass these are the channels (dimension 1)."""
     shape = list(setting(module, "normalized_shape"))
     if list(activations.shape[activations.dim() - len(shape) :]) != shape and list(activations.shape[1:2]) == shape:
         return channel_layer_norm(module, activations, output_grads, rows)
-    return _affine(F.layer_norm(activations, shape, eps=setting(module, "eps")), output_grads, rows, len(shape))
+    return _trailing(activations, output_grads, rows, len(shape), setting(module, "eps"))
 
 
 def channel_layer_norm(
@@ -48,26 +55,28 @@ def _is_named_layer_norm(module: nn.Module) -> bool:
 
 
 @register_layer(nn.RMSNorm)
+@takes_bfloat16
 def rms_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale over the normalized dimensions."""
-    shape = list(setting(module, "normalized_shape"))
-    return _affine(F.rms_norm(activations, shape, eps=setting(module, "eps")), output_grads, rows, len(shape))
+    trailing = len(setting(module, "normalized_shape"))
+    return _trailing(activations, output_grads, rows, trailing, setting(module, "eps"), mean=False)
 
 
 @register_by_name(_is_named_rms_norm)
+@takes_bfloat16
 def named_rms_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """RMSNorm of another library over the last dimension. Scales by the weight or by 1 + weight have one gradient."""
-    epsilon = _epsilon(module)
-    return _affine(F.rms_norm(activations, [activations.shape[-1]], eps=epsilon), output_grads, rows, 1)
+    return _trailing(activations, output_grads, rows, 1, _epsilon(module), mean=False)
 
 
 @register_by_name(_is_named_layer_norm)
+@takes_bfloat16
 def named_layer_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """LayerNorm of another library over the last dimension, or over the channels if only these fit the weight."""
     width = own_parameters(module)["weight"].numel()
     if activations.shape[-1] != width and activations.shape[1:2] == (width,):
         return channel_layer_norm(module, activations, output_grads, rows)
-    return _affine(F.layer_norm(activations, [width], eps=_epsilon(module) or 0.0), output_grads, rows, 1)
+    return _trailing(activations, output_grads, rows, 1, _epsilon(module) or 0.0)
 
 
 # for subclasses with another forward pass: what layer_functions_check.py tries when the function does not fit
@@ -83,16 +92,33 @@ def _epsilon(module: nn.Module) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
-def _affine(normed: Tensor, output_grads: Tensor, rows: int, trailing: int) -> dict[str, GradSample]:
-    """Scale and shift over the last ``trailing`` dimensions."""
-    size = math.prod(output_grads.shape[output_grads.dim() - trailing :])
-    scale, shift = (normed * output_grads).reshape(-1, size), output_grads.reshape(-1, size)
-    if output_grads.shape[0] != rows and not (output_grads.dim() == 2 and output_grads.shape[0] % rows == 0):
-        raise RowMismatch(f"leading dimension {output_grads.shape[0]} is not the batch size {rows}")
-    return {"weight": Vector(scale.view(rows, -1, size).sum(1)), "bias": Vector(shift.view(rows, -1, size).sum(1))}
+def norm_sums(
+    x: Tensor, output_grads: Tensor, trailing: int, eps: float | None, mean: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a norm's scale and shift [n, D], by each of the n entries that lead what it got.
+
+    Args:
+        x: What the norm got [n, ...].
+        output_grads: Gradients of what it returned.
+        trailing: How many dimensions it norms, the last ones.
+        eps: Its epsilon.
+        mean: Whether it subtracts the mean (LayerNorm), or does not (RMSNorm).
+    """
+    shape = x.shape[x.dim() - trailing :]
+    normed = F.layer_norm(x, shape, eps=eps or 0.0) if mean else F.rms_norm(x, shape, eps=eps)
+    by_entry = [g.reshape(x.shape[0], -1, shape.numel()) for g in (normed * output_grads, output_grads)]
+    return wide_sum(by_entry[0], 1), wide_sum(by_entry[1], 1)
 
 
-def summed_affine(
+def _trailing(
+    activations: Tensor, output_grads: Tensor, rows: int, trailing: int, eps: float | None, mean: bool = True
+) -> dict[str, GradSample]:
+    """Scale and shift of a norm over the last ``trailing`` dimensions."""
+    x, output_grads = by_row(activations, rows), by_row(output_grads, rows)
+    return _affine(*norm_sums(x, output_grads, trailing, eps, mean))
+
+
+def summed_norm(
     module: nn.Module, activations: object, gradients: dict[str, Tensor], rows: int
 ) -> dict[str, GradSample]:
     """Scale and shift whose gradients [n, D] compiled code has formed, for the n entries that led the norm's input."""
@@ -103,6 +129,7 @@ def summed_affine(
 
 
 @register_layer(nn.GroupNorm)
+@takes_bfloat16
 def group_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift for each channel."""
     normed = F.group_norm(activations, setting(module, "num_groups"), eps=setting(module, "eps"))
@@ -110,17 +137,30 @@ def group_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, row
 
 
 @register_layer(nn.modules.batchnorm._BatchNorm)
+@takes_bfloat16
 def batch_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift for each channel. In training, a batch's statistics mix its rows: single rows are approximate."""
     mean, variance, eps = buffer(module, "running_mean"), buffer(module, "running_var"), setting(module, "eps")
-    if setting(module, "training") or mean is None:
-        normed = F.batch_norm(activations, None, None, training=True, eps=eps)
+    if setting(module, "training") or mean is None or variance is None:
+        mean, rstd = _statistics(activations, eps)
     else:
-        normed = F.batch_norm(activations, mean, variance, training=False, eps=eps)
-    return _channel_affine(normed, output_grads, rows)
+        rstd = (variance + eps).rsqrt()
+    # the mean as precise as the activations, which keep their precision; what it misses comes after the sums
+    near = mean.to(activations.dtype)
+    scale, shift = _channel_sums(activations - near.view(1, -1, *[1] * (activations.dim() - 2)), output_grads, rows)
+    return _affine((scale + (near - mean) * shift) * rstd, shift)
+
+
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal deviation of each channel [C], in float32 or better."""
+    if x.is_cuda:  # in one pass, without a copy
+        return torch.batch_norm_stats(x, eps)
+    variance, mean = torch.var_mean(widened(x), [0, *range(2, x.dim())], correction=0)
+    return mean, (variance + eps).rsqrt()
 
 
 @register_layer(nn.modules.instancenorm._InstanceNorm)
+@takes_bfloat16
 def instance_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift for each channel; every row has its own statistics."""
     per_row = setting(module, "training") or not setting(module, "track_running_stats")
@@ -131,7 +171,17 @@ def instance_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, 
 
 def _channel_affine(normed: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift for each channel (dimension 1)."""
-    if output_grads.dim() == 2:
-        return _affine(normed, output_grads, rows, 1)
-    output_grads = by_row(output_grads, rows)
-    return {"weight": Vector((normed * output_grads).flatten(2).sum(2)), "bias": Vector(output_grads.flatten(2).sum(2))}
+    return _affine(*_channel_sums(normed, output_grads, rows))
+
+
+def _channel_sums(normed: Tensor, output_grads: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Each row's sums of products, and of output gradients, in each channel (dimension 1) [b, C]."""
+    both = [by_row(x, rows) for x in (normed * output_grads, output_grads)]
+    if output_grads.dim() == 2:  # channels last, several entries of a row behind one another
+        both = [x.reshape(rows, -1, x.shape[-1]).mT for x in both]
+    scale, shift = (wide_sum(x.flatten(2), 2) for x in both)
+    return scale, shift
+
+
+def _affine(scale: Tensor, shift: Tensor) -> dict[str, GradSample]:
+    return {"weight": Vector(scale), "bias": Vector(shift)}

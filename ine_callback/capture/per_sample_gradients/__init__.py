@@ -1,6 +1,6 @@
 """Per-sample gradients of one use of a parameter, as the factors that the forward and backward pass left behind."""
 
-from ine_callback.capture.per_sample_gradients.base import GradSample, row_chunks, widened
+from ine_callback.capture.per_sample_gradients.base import GradSample, row_chunks, wide_sum, widened
 from ine_callback.capture.per_sample_gradients.compressed import CompressedGradients
 from ine_callback.capture.per_sample_gradients.lookup import Lookup
 from ine_callback.capture.per_sample_gradients.outer import Outer
@@ -20,5 +20,6 @@ __all__ = [
     "of_entries",
     "row_chunks",
     "sums_by_row",
+    "wide_sum",
     "widened",
 ]

@@ -31,6 +31,11 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
+def wide_sum(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Sum over dimensions in float32 or better, without a copy of x in that precision."""
+    return x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def of_rows(x: Tensor, count: int, consecutive: bool) -> Tensor:
     """Entries [b count, ...] as [b, count, ...], see :meth:`GradSample.by_row`."""
     by_row: Tensor = x.unflatten(0, (-1, count)) if consecutive else x.unflatten(0, (count, -1)).transpose(0, 1)

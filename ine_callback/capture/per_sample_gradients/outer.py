@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ine_callback.capture.per_sample_gradients.base import GradSample, covariance, of_rows, row_chunks, widened
+from ine_callback.capture.per_sample_gradients.base import (
+    GradSample,
+    covariance,
+    of_rows,
+    row_chunks,
+    wide_sum,
+    widened,
+)
 from ine_callback.capture.per_sample_gradients.compressed import CompressedGradients
 
 # Positions of a batch (rows x positions) in one curvature update; of more, every k-th is taken.
@@ -106,7 +113,7 @@ class Outer(GradSample):
                 units: Tensor = (widened(inner) * widened(self.output_grads)[:, :, :, None])[:, :, 0]
             else:  # products keep the pass's precision, and no float32 copy is made of either; sums do not
                 products = inner * self.output_grads[:, :, :, None]
-                units = products.sum(2, dtype=torch.promote_types(products.dtype, torch.float32))
+                units = wide_sum(products, 2)
             return units.transpose(1, 2).flatten(2) @ weights.T
         chunks = row_chunks(len(self.output_grads), direction[0].numel())  # entries, which need not be rows
         return torch.cat([self._compressed(self.formed(s), s).parts(direction, weights) for s in chunks])

@@ -15,15 +15,21 @@ from ine_callback.capture.per_sample_gradients.outer import Outer
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where the windows of a convolution lie: sizes for each dimension of space, and the groups of channels."""
+    """Where the windows of a convolution lie: sizes for each dimension of space, and the groups of channels.
+
+    ``padding`` zeros are on both sides of each dimension; empty: none.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    padding: tuple[int, ...] = ()
 
     def view(self, x: Tensor) -> Tensor:
-        """Sliding windows of x [b, C, *space] as a view [b, G, *positions, C/G, *size]."""
+        """Sliding windows of x [b, C, *space], padded, as a view [b, G, *positions, C/G, *size]."""
+        if any(self.padding):
+            x = F.pad(x, [side for p in reversed(self.padding) for side in (p, p)])
         for d, (k, s, r) in enumerate(zip(self.size, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + d, r * (k - 1) + 1, s)[..., ::r]
         grouped: Tensor = x.unflatten(1, (self.groups, -1))  # [b, G, C/G, *positions, *size]
@@ -45,13 +51,13 @@ class Kernel:
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A convolution of x with kernels of this size, positions flattened: [b, channels, P]."""
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(self.size) - 1]
-        found: Tensor = convolution(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+        found: Tensor = convolution(x, weight, bias, self.stride, self.padding or 0, self.dilation, self.groups)
         return found.flatten(2)
 
 
 @dataclass(frozen=True)
 class Windows(Outer):
-    """An :class:`Outer` whose inputs are windows of ``activations``, the padded image [b, C, *space].
+    """An :class:`Outer` whose inputs are windows of ``activations``, the image [b, C, *space].
 
     A product of windows with a basis is a convolution of the image. Windows are larger than the image by the size of
     the kernel, so they are only cut for few rows or positions.

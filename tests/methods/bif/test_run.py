@@ -22,6 +22,9 @@ from ine_callback.methods.bif.run import bif_scores
 from ine_callback.methods.bif.scores import BIFScores
 from ine_callback.queries import CallableQuery, MarginQuery
 from tests.helpers.bif.quadratic import PLAIN, WHOLE, Point, exact, forms, quadratic_problem
+from tests.helpers.cases import mostly_long
+
+ADAPTIVE = [{}, {"preconditioner": "none"}]
 
 
 def squared_distance(module: Any, batch: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ def squared_distance(module: Any, batch: Tensor) -> Tensor:
     return 0.5 * (module.w - batch).square().sum(1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"preconditioner": "none"}, PLAIN | {"step_size": 0.02, "thinning": 20}])
+@pytest.mark.parametrize("settings", [*ADAPTIVE, PLAIN | {"step_size": 0.02, "thinning": 20}])
 def test_example_of_one_parameter(settings: dict[str, Any]) -> None:
     """L = w²/2, n_beta = γ = 2: the posterior is N(0, 1/4). Rows (w − a)²/2 with a = 0, −1, +1, query (w − 1)²/2."""
     rows = torch.tensor([[0.0], [-1.0], [1.0]])
@@ -40,7 +43,7 @@ def test_example_of_one_parameter(settings: dict[str, Any]) -> None:
     assert scores.top(1).tolist() == [2] and scores.bottom(1).tolist() == [1]
 
 
-@pytest.mark.parametrize("settings", [{}, {"preconditioner": "none"}, PLAIN])
+@pytest.mark.parametrize("settings", mostly_long([*ADAPTIVE, PLAIN], "{}"))
 def test_quadratic_losses_at_finite_step_size(settings: dict[str, Any]) -> None:
     model, data, query = quadratic_problem()
     n_beta, gamma, h = 10.0, 4.0, data[1].mean(0)
@@ -191,7 +194,7 @@ def healthy(**settings: Any) -> BIFScores:
     return bif_scores(model, rows, {"q": EachRow(query)}, BIF(**settings), entropies, progress=False)
 
 
-@pytest.mark.parametrize("settings", [{}, {"preconditioner": "none"}, PLAIN | {"thinning": 8, "draws": 300}])
+@pytest.mark.parametrize("settings", mostly_long([*ADAPTIVE, PLAIN | {"thinning": 8, "draws": 300}], "{}"))
 def test_healthy_chains_pass_every_check(settings: dict[str, Any]) -> None:
     scores = healthy(**settings)
     assert scores.reliable, scores.reasons

@@ -88,6 +88,7 @@ def test_an_interrupted_training_runs_no_chains() -> None:
         fit([FINE(), BIF(draws=10**6)], callbacks=[Stop()], **QUIET)
 
 
+@pytest.mark.long
 def test_saved_and_loaded(tmp_path: Path) -> None:
     _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS)], dirpath=tmp_path / "it", **QUIET)  # type: ignore[arg-type]
     again = InfluenceReport.load(tmp_path / "it").bif

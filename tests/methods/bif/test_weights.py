@@ -239,6 +239,7 @@ def padded(items: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {"ids": ids, "labels": labels}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_fit_of_rows_of_unlike_length(per_token: bool) -> None:
     batch = ragged()

@@ -93,6 +93,7 @@ def test_damping_by_the_run_is_three_over_its_summed_learning_rates(fitted: tupl
     np.testing.assert_allclose(damping, 3 / (steps * 0.2 / (1 - 0.5)), rtol=1e-9)
 
 
+@pytest.mark.long
 def test_eigenvectors_of_the_runs_factors_save_a_pass() -> None:
     _, callback, _ = fit([FINE(), IF(basis="run", damping=1e-3), IF("exact", damping=1e-3)], on_error="raise")
     ours, exact = (callback.report.attribution(name).scores[:, 0] for name in ("IF-EKFAC", "IF-EXACT"))
