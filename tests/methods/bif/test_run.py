@@ -197,8 +197,7 @@ def healthy(**settings: Any) -> BIFScores:
 @pytest.mark.parametrize("settings", mostly_long([*ADAPTIVE, PLAIN | {"thinning": 8, "draws": 300}], "{}"))
 def test_healthy_chains_pass_every_check(settings: dict[str, Any]) -> None:
     scores = healthy(**settings)
-    assert scores.reliable, scores.reasons
-    assert np.isfinite(scores.scores).all() and scores.settings["localization"] > 0
+    assert scores.reliable and np.isfinite(scores.scores).all() and scores.settings["localization"] > 0, scores.reasons
 
 
 def test_under_burnt_chains_are_caught() -> None:
