@@ -7,6 +7,7 @@ A property, a parametrization or ``__getattr__`` may compute. Reading ``module.w
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,12 +34,14 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The own parameters that the module's code gets by their names: no property or attribute hides them."""
-    attributes, kinds = _instance_dict(module), type(module).__mro__
-    return {
-        name: p
-        for name, p in own_parameters(module).items()
-        if name not in attributes and not any(name in vars(kind) for kind in kinds)
-    }
+    attributes, of_class = _instance_dict(module), _names_in(type(module))  # type: ignore[arg-type]  # classes can be hashed
+    return {n: p for n, p in own_parameters(module).items() if n not in attributes and n not in of_class}
+
+
+@lru_cache(maxsize=256)
+def _names_in(kind: type[nn.Module]) -> frozenset[str]:
+    """All names in a class and the classes that it is made of."""
+    return frozenset(name for each in kind.__mro__ for name in vars(each))
 
 
 def buffer(module: nn.Module, name: str) -> Tensor | None:

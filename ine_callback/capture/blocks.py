@@ -17,6 +17,8 @@ from ine_callback.capture.layers.embedding import embedding
 from ine_callback.capture.layers.linear import linear
 from ine_callback.capture.per_sample_gradients import CompressedGradients, GradSample, Lookup, Outer, Vector
 
+_PlaceOf = tuple[str, tuple[nn.Parameter, ...]]
+
 
 @dataclass(eq=False)
 class Block:
@@ -116,6 +118,7 @@ class BlockTable:
         self._blocks: dict[tuple[nn.Parameter, ...], Block] = {}
         self._joined: dict[nn.Parameter, Block] = {}  # blocks of a weight and its bias, by either
         self._refused: set[nn.Parameter] = set()
+        self._places: dict[tuple[object, ...], list[_PlaceOf]] = {}  # by layers and their kinds of gradients
         self._from_fallback: set[nn.Parameter] = set()
 
     def __iter__(self) -> Iterator[Block]:
@@ -123,24 +126,36 @@ class BlockTable:
 
     def sort(self, module: nn.Module, grad_samples: Mapping[str, GradSample]) -> list[tuple[Block, GradSample]]:
         """Pairs the per-sample gradients of a module call with blocks; joins weight and bias if both are matrices."""
-        pairs: list[tuple[Block, GradSample]] = []
-        grad_samples = {k: r for k, r in grad_samples.items() if self._parameter(module, k) not in self._refused}
-        for name in [name for name in grad_samples if name.startswith("weight")]:
-            of_bias = name.replace("weight", "bias", 1)
-            weight, bias = grad_samples[name], grad_samples.get(of_bias)
-            if isinstance(weight, Outer) and isinstance(bias, Outer):
-                parameters = (self._parameter(module, name), self._parameter(module, of_bias))
-                if not self._tied.intersection(parameters) and self._joinable(*parameters):
-                    joined = weight.with_bias()
-                    pairs.append((self._block(parameters, joined), joined))
-                    del grad_samples[name], grad_samples[of_bias]
-        for name, grad_sample in grad_samples.items():
-            parameter = self._parameter(module, name)
-            block = self._joined.get(parameter) or self._blocks.get((parameter,))
-            if block is not None and block.layout != grad_sample.layout:
-                grad_sample = _fitted(grad_sample, block, parameter)
-            pairs.append((self._block(block.parameters if block else (parameter,), grad_sample), grad_sample))
+        kind = (module, *grad_samples, *map(type, grad_samples.values()))
+        places = self._places.get(kind)
+        if places is None:
+            places = self._places[kind] = self._find(module, grad_samples)
+        pairs = []
+        for name, joined in places:
+            parameter, grad_sample = self._parameter(module, name), grad_samples[name]
+            if joined:
+                assert isinstance(grad_sample, Outer)
+                grad_sample, parameters = grad_sample.with_bias(), joined
+            else:
+                block = self._joined.get(parameter) or self._blocks.get((parameter,))
+                if block is not None and block.layout != grad_sample.layout:
+                    grad_sample = _fitted(grad_sample, block, parameter)
+                parameters = block.parameters if block else (parameter,)
+            pairs.append((self._block(parameters, grad_sample), grad_sample))
         return pairs
+
+    def _find(self, module: nn.Module, grad_samples: Mapping[str, GradSample]) -> list[_PlaceOf]:
+        """What becomes of per-sample gradients of such kinds: names, and the parameters of those that are joined."""
+        places: list[_PlaceOf] = []
+        left = [name for name in grad_samples if self._parameter(module, name) not in self._refused]
+        for name in [name for name in left if name.startswith("weight")]:
+            of_bias = name.replace("weight", "bias", 1)
+            both = of_bias in left and all(isinstance(grad_samples[one], Outer) for one in (name, of_bias))
+            parameters = tuple(self._parameter(module, one) for one in (name, of_bias)) if both else ()
+            if both and not self._tied.intersection(parameters) and self._joinable(*parameters):
+                places.append((name, parameters))
+                left = [one for one in left if one not in (name, of_bias)]
+        return places + [(name, ()) for name in left]
 
     def tie(self, parameter: nn.Parameter) -> None:
         """A parameter is also used outside of its layer's call, which may come first in a backward pass.
@@ -154,6 +169,7 @@ class BlockTable:
             weight = self._first.get((module, name.replace("bias", "weight", 1)))
             if layer_function(module) is embedding:
                 self._tied.add(parameter)
+                self._places.clear()
             elif weight is not None and bias is not None and weight is not bias:
                 self._join(module, weight, bias)
 
@@ -225,12 +241,14 @@ class BlockTable:
         for parameter in block.parameters:
             self._joined.pop(parameter, None)
         self._refused.update(block.parameters)
+        self._places.clear()
 
     def drop_all(self, lost: nn.Module | nn.Parameter) -> list[Block]:
         """Refuses a module's parameters, or one, from now on; returns the dropped blocks, which others may use too."""
         found = {p for (owner, _), p in self._first.items() if owner is lost}
         refused = ({lost} if isinstance(lost, nn.Parameter) else found) - self._from_fallback
         self._refused |= refused
+        self._places.clear()
         dropped = [block for block in self if refused.intersection(block.parameters)]
         for block in dropped:
             self.drop(block)

@@ -239,7 +239,8 @@ class Capture:
             self.drop(module, "it was called inside of a torch.func transform")
             return
         self._rows_confirmed |= x.shape[:1] == (self.rows * self.views,)
-        if saved is None or not any(p.requires_grad for p in own_parameters(module).values()):
+        trainable = {p for p in module._parameters.values() if p is not None and p.requires_grad}
+        if saved is None or not trainable:
             return
         if other := self._other_weights(module):
             if any(p.requires_grad for p in other):
@@ -253,6 +254,8 @@ class Capture:
             return  # an expert without a token
         call, self.last_called = self.called(module), module
         call.rows = self.selected if module in self.routed else read.rows
+        if isinstance(read.outputs, Tensor):
+            call.follow(read.outputs, trainable)
         self._await(read.outputs, lambda output_grads: self._backward(module, call, saved, output_grads))
 
     def _await(self, outputs: Tensors, receive: Callable[[Any], None]) -> None:
@@ -360,7 +363,7 @@ class Capture:
             # of torch.autograd.grad, or backward(inputs=...)
             if self.every_pass and not self._seen:
                 return
-            passed_by = set() if self.every_pass else parameters_passed_by(module)
+            passed_by = set() if self.every_pass else parameters_passed_by(module, call)
             named = module._parameters.items()
             passed = passed_by and all(p is None or n in passed_by or not p.requires_grad for n, p in named)
             if not self.received(module, call, not passed):

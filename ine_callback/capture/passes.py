@@ -9,39 +9,64 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+_ACCUMULATES: type[Any] = type(torch.zeros(1, requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
+
+@dataclass(slots=True, eq=False)
 class Call:
     """One call of a layer, or use of a bare parameter.
 
     Attributes:
         counts: Whether it adds to gradients, as far as is known.
         rows: The row of each entry of its input, where an index selected them.
+        accumulators: The nodes of its parameters in the graph, as far as they are known.
     """
 
-    counts = True
+    counts: bool = True
     rows: Tensor | None = None
+    accumulators: dict[nn.Parameter, Any] = field(default_factory=dict)
+
+    def follow(self, output: Tensor, wanted: set[nn.Parameter]) -> None:
+        """Finds the nodes of these parameters, if four operations lead there from the call's output.
+
+        In a layer's call they do. To look a node up by its parameter takes several times as long.
+        """
+        level: list[Any] = [output.grad_fn]
+        for _ in range(4):
+            level = [below for each in level for below, _ in each.next_functions if below is not None]
+            mine = [each for each in level if type(each) is _ACCUMULATES and each.variable in wanted]
+            self.accumulators.update((each.variable, each) for each in mine)
+            if len(self.accumulators) == len(wanted):
+                break
 
 
-def adds_to_grad(parameter: nn.Parameter) -> bool:
-    """Whether the backward pass that runs right now adds to the parameter's ``grad``."""
-    if hasattr(parameter, "full_tensor"):  # sharded by FSDP2: the pass uses another tensor
+def adds_to_grad(parameter: nn.Parameter, accumulator: Any = None) -> bool:
+    """Whether the backward pass that runs right now adds to the parameter's ``grad``.
+
+    Args:
+        parameter: The parameter.
+        accumulator: Its node in the graph, if known.
+    """
+    if type(parameter) is not nn.Parameter and hasattr(parameter, "full_tensor"):  # FSDP2's pass uses another tensor
         return True
     try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        return torch._C._will_engine_execute_node(accumulator or get_gradient_edge(parameter).node)
     except RuntimeError:  # autograd.grad with respect to this parameter
         return False
 
 
-def parameters_passed_by(module: nn.Module) -> set[str]:
+def parameters_passed_by(module: nn.Module, call: Call) -> set[str]:
     """Names of the module's own trainable parameters to whose ``grad`` the running pass adds nothing."""
-    named = module._parameters.items()
-    return {name for name, p in named if p is not None and p.requires_grad and not adds_to_grad(p)}
+    named, known = module._parameters.items(), call.accumulators
+    return {name for name, p in named if p is not None and p.requires_grad and not adds_to_grad(p, known.get(p))}
 
 
 class Passes:

@@ -281,7 +281,7 @@ class GradientSample:
                 continue
             rows = stored.map(lambda x: x[: self._filled])
             gram = gram + rows.gram(rows) * rates[block]
-            fisher = kfac.operator(block, identity)
+            fisher = kfac.operator(block, identity).held()
             for start in range(0, self._filled, FORMED):
                 g = rows.part(start).formed()
                 alone = alone + (fisher.apply(g) * g).sum() * rates[block] ** 2 / self._filled

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,8 +205,8 @@ class KFAC:
             right_values = right_values / right_values.sum(-1, keepdim=True).clamp_min(1e-30)
         sides = (Side.shrunk(left_values, left, factors.seen), Side.shrunk(right_values, right, factors.seen))
         if factors.diagonal is not None:
-            return SpectralOperator(spectrum(factors.diagonal / steps), sides, entrywise=True)
-        return SpectralOperator(spectrum(left_values[..., :, None], right_values[..., None, :]), sides)
+            return SpectralOperator(partial(_entries, spectrum, factors.diagonal, steps), sides, entrywise=True)
+        return SpectralOperator(partial(spectrum, left_values[..., :, None], right_values[..., None, :]), sides)
 
     def diagonal(self, block: Block, left: Tensor, right: Tensor, spectrum: Spectrum = identity) -> Tensor:
         """A function of a matrix block's Fisher between columns left [G, O, k] and right [G, I, l]: [G, k, l].
@@ -259,6 +260,10 @@ class KFAC:
             return False, False
         _, out, inputs = grad_sample.layout
         return out <= self.max_dim and not isinstance(grad_sample, Lookup), inputs <= self.max_dim
+
+
+def _entries(spectrum: Spectrum, diagonal: Tensor, steps: float) -> Tensor:
+    return spectrum(diagonal / steps)
 
 
 def _times(covariance: Tensor, factor: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,14 +116,23 @@ class SpectralOperator:
     """The linear map f(F) of one block: rotate into the eigenbasis of its Fisher F, weight, rotate back.
 
     Attributes:
-        weight: f of the eigenvalues [*layout]; None: the identity.
+        formed: f of the eigenvalues [*layout], or what forms it: it is as large as the block. None: the identity.
         sides: The covariances that it comes from, left and right, where the block is a matrix with both.
         entrywise: Whether the weight is that of single entries of the block instead.
     """
 
-    weight: Tensor | None = None
+    formed: Tensor | Callable[[], Tensor] | None = None
     sides: tuple[Side, Side] | None = None
     entrywise: bool = False
+
+    @property
+    def weight(self) -> Tensor | None:
+        """f of the eigenvalues [*layout], formed anew unless it is held; None: the identity."""
+        return self.formed() if callable(self.formed) else self.formed
+
+    def held(self) -> SpectralOperator:
+        """The same map with its weight formed, for what applies it again and again."""
+        return replace(self, formed=self.weight)
 
     @property
     def left(self) -> Tensor | None:
@@ -138,13 +146,14 @@ class SpectralOperator:
 
     def apply(self, v: Tensor) -> Tensor:
         """f(F) v for v [Q, *layout]."""
-        if self.weight is None:
+        weight = self.weight
+        if weight is None:
             return v
         if self.left is not None:
             v = self.left.transpose(-1, -2) @ v
         if self.right is not None:
             v = v @ self.right
-        v = v * self.weight
+        v = v * weight
         if self.right is not None:
             v = v @ self.right.transpose(-1, -2)
         return v if self.left is None else self.left @ v
@@ -155,28 +164,29 @@ class SpectralOperator:
 
     def norms(self, grad_sample: GradSample) -> Tensor:
         """<f(F) g_i, g_i> and |f(F) g_i|^2, [b, 2], for every row."""
-        if self.weight is None:
+        weight = self.weight
+        if weight is None:
             return grad_sample.squared_norms()[:, None].expand(-1, 2)
-        return grad_sample.rotated(self.left, self.right).norms(torch.stack([self.weight, self.weight.square()]))
+        return grad_sample.rotated(self.left, self.right).norms(torch.stack([weight, weight.square()]))
 
     def expected_self_influence(self) -> Tensor | None:
         """See :func:`.sketch.expected_self_influence`; None without sides, which are never sketched."""
-        if self.sides is None or self.weight is None:
+        if self.sides is None or self.formed is None:
             return None
-        return expected_self_influence(self._rotated, *self.sides)
+        return expected_self_influence(self._rotated(), *self.sides)
 
     def sketched(self, mixtures: int = MIN_MIXTURES) -> SketchedOperator | SpectralOperator:
         """Nearly the same :meth:`norms` by few columns, see :mod:`.sketch`; the operator itself without sides."""
-        if self.sides is None or self.weight is None:
+        if self.sides is None or self.formed is None:
             return self
-        rows, columns, weights = sketched(self._rotated, *self.sides, mixtures)
+        rows, columns, weights = sketched(self._rotated(), *self.sides, mixtures)
         return SketchedOperator(rows, columns, self.sides[0].vectors, self.sides[1].vectors, weights)
 
-    @cached_property
     def _rotated(self) -> Tensor:
         """The weights in the sides' eigenbases; for an entrywise operator its diagonal there."""
-        assert self.sides is not None and self.weight is not None
-        weight, (left, right) = self.weight, (side.vectors for side in self.sides)
+        weight = self.weight
+        assert self.sides is not None and weight is not None
+        left, right = (side.vectors for side in self.sides)
         if self.entrywise and left is not None:
             weight = left.square().transpose(-1, -2) @ weight
         return weight @ right.square() if self.entrywise and right is not None else weight

@@ -21,6 +21,39 @@ MAX_ENTRIES = 1024  # entries of each gradient that are sampled, to compare its 
 FACTOR_TOLERANCE, COSINE_TOLERANCE = 1e-2, 1e-4  # gradients may be in half precision
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which entries of a gradient are sampled: every ``step``-th in memory, ``count`` in all.
+
+    Attributes:
+        step: The distance; odd, so that no column of a matrix is taken alone.
+        count: How many.
+        strides: The parameter's, where it has no holes in memory; else None.
+        order: Its dimensions, as they lie in memory.
+    """
+
+    step: int
+    count: int
+    strides: tuple[int, ...] | None
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Place:
+        """That of a parameter's gradient."""
+        size, strides = parameter.numel(), parameter.stride()
+        step = (size // MAX_ENTRIES) | 1
+        extent = 1 + sum((length - 1) * stride for length, stride in zip(parameter.shape, strides, strict=True))
+        order = tuple(sorted(range(parameter.dim()), key=lambda d: -strides[d]))
+        return cls(step, min(MAX_ENTRIES, -(-size // step)), strides if extent == size else None, order)
+
+    def sample(self, grad: Tensor) -> Tensor:
+        """The entries, in the order in which they lie in memory, so that nothing is copied (channels_last)."""
+        if grad.stride() == self.strides:
+            return grad.as_strided((self.count,), (self.step,))
+        ordered = grad.permute(self.order) if grad.dim() == len(self.order) else grad  # complex: two numbers each
+        return ordered.flatten()[:: self.step][: self.count]
+
+
 class Layout:
     """Which entries of the parameters are sampled. Index tensors are made once: sending them waits for the device.
 
@@ -30,11 +63,10 @@ class Layout:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters, self.device = parameters, parameters[0].device
-        sizes = [local(p).numel() for p in parameters]
-        self.steps = [(size // MAX_ENTRIES) | 1 for size in sizes]  # odd: no column of a matrix
-        counts = [min(MAX_ENTRIES, -(-size // step)) for size, step in zip(sizes, self.steps, strict=True)]
-        self.counts, self.zeros = counts, torch.zeros(MAX_ENTRIES, device=self.device)
-        self.parameter_of = torch.arange(len(parameters)).repeat_interleave(torch.tensor(counts)).to(self.device)
+        self.places = [Place.of(local(p.detach())) for p in parameters]
+        self.zeros = torch.zeros(MAX_ENTRIES, device=self.device)
+        counts = torch.tensor([place.count for place in self.places])
+        self.parameter_of = torch.arange(len(parameters)).repeat_interleave(counts).to(self.device)
         self._index = {p: k for k, p in enumerate(parameters)}
         self._blocks: dict[tuple[Block, ...], Tensor] = {}
 
@@ -193,12 +225,14 @@ class Clipping:
         wide = torch.float64 if any(grad.dtype == torch.float64 for grad in present) else torch.float32
         half = any(grad.dtype in (torch.float16, torch.bfloat16) for grad in present)
         found = iter(torch._foreach_norm(present, 2, dtype=wide) if half else torch._foreach_norm(present, 2))
-        norms = [layout.zeros[0] if grad is None else next(found).to(layout.device) for grad in grads]
+        nothing, device = layout.zeros[0], layout.device
+        norms = [nothing if grad is None else next(found) for grad in grads]
         entries = [
-            layout.zeros[:count] if grad is None else _ordered(grad, p)[::step][:count].to(layout.device)
-            for grad, p, step, count in zip(grads, parameters, layout.steps, layout.counts, strict=True)
+            layout.zeros[: place.count] if grad is None else place.sample(grad)
+            for grad, place in zip(grads, layout.places, strict=True)
         ]
-        return torch.stack(_cast(norms, wide)).square(), torch.cat(entries).to(wide)
+        norms, entries = (_cast(each, wide, device) for each in (norms, entries))
+        return torch.stack(norms).square(), torch.cat(entries)
 
     # -- for the report ------------------------------------------------------------------------------------------------
 
@@ -236,16 +270,10 @@ def _plain(grad: Tensor | None) -> Tensor | None:
     """The part of a gradient that is measured: this process's; None for a sparse gradient."""
     if grad is None or grad.is_sparse:
         return None
-    grad = local(grad.detach())
+    if type(grad) is not Tensor or grad.requires_grad:  # sharded, or made with create_graph
+        grad = local(grad.detach())
     return torch.view_as_real(grad) if grad.is_complex() else grad
 
 
-def _ordered(grad: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The elements in memory order, so that nothing is copied (channels_last)."""
-    strides = local(parameter.detach()).stride()
-    order = sorted(range(grad.dim()), key=lambda d: -strides[d] if d < len(strides) else 0)
-    return grad.permute(order).flatten()
-
-
-def _cast(norms: list[Tensor], wide: torch.dtype) -> list[Tensor]:
-    return norms if all(norm.dtype == wide for norm in norms) else [norm.to(wide) for norm in norms]
+def _cast(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [t if t.dtype == dtype and t.device == device else t.to(device, dtype) for t in tensors]

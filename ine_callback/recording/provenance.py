@@ -17,6 +17,7 @@ from ine_callback.methods import FINE
 from ine_callback.recording.guard import Guard
 from ine_callback.recording.setup import Parts, records_signals
 from ine_callback.report import RunInfo
+from ine_callback.utilities import fused
 
 SINGLE_ROW = (
     "a step has a single row, and a row's influence is its difference to its batch-mates: such steps give no score; "
@@ -122,5 +123,6 @@ def run_info(guard: Guard, clock: Clock, parts: Parts, config: dict[str, Any]) -
             *parts.training.source.notes,
             *([schedule["note"]] if schedule["note"] and not guard.failed else []),
             *parts.signals.notes(),
+            *fused.failures(),
         ],
     )

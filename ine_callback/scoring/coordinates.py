@@ -132,7 +132,7 @@ def choose(
         device: Where the bases live.
     """
     operators = {block: kfac.operator(block, identity) for block in blocks}
-    known = {block: one for block, one in operators.items() if one.weight is not None}
+    known = {block: one for block, one in operators.items() if one.formed is not None}
     variances = [_variances(block, one, float(blocks[block])) for block, one in known.items()]
     least = _threshold(variances, [_groups(block) for block in known], dimensions)
     found = {}

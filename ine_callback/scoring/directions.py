@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample, Lookup, Outer, Vector
@@ -94,6 +95,9 @@ class ExactDirection(Direction):
 
     discount: SpectralOperator
 
+    def __post_init__(self) -> None:
+        self.discount = self.discount.held()
+
     def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
         grad_sample = grad_sample.wide()
         if self.queries is None:
@@ -119,7 +123,8 @@ class VectorDirection(Direction):
 
     def __post_init__(self) -> None:
         signs = self.contrasts.signs(self.block, self.block.layout)
-        weight = torch.ones_like(signs[0]) if self.discount.weight is None else self.discount.weight
+        found = self.discount.weight
+        weight = torch.ones_like(signs[0]) if found is None else found
         self._signed: Tensor | None = None
         if self.queries is not None:
             self._signed = (self.queries[:, None] * signs).flatten(0, 1).T
@@ -162,9 +167,9 @@ class CompressedDirection(Direction):
     def __post_init__(self) -> None:
         groups, out, inputs = self.block.layout
         self._signs = self.contrasts.signs(self.block, (groups, inputs if self.block.outputs else out))
-        rank = 0 if self.basis is None else self.basis.shape[-1]
-        self._query_columns, self._sketch_columns = slice(0, rank or None), slice(rank, None)
-        self._compressed = self.queries is not None and (self.in_sketch or rank > 0)  # whether U is given in columns
+        self._compressed = self.queries is not None and (
+            self.in_sketch or self.basis is not None
+        )  # whether U is given in columns
         self._signed: Tensor | None = None
         few = self.weighted and self.queries is not None and len(self.queries) <= MAX_WEIGHTED_QUERIES
         if self.queries is not None and self._compressed and few:
@@ -180,7 +185,10 @@ class CompressedDirection(Direction):
             self.sketch.draw(torch.Generator(self.block.parameters[0].device).manual_seed(seed))
         right = None if self.sketch is None else self.sketch.right
         columns = [x for x in (self.basis, right) if x is not None]
-        self._columns = torch.cat(columns, -1) if columns else None
+        self._columns = aligned(torch.cat(columns, -1)) if columns else None
+        widths = [x.shape[-1] for x in columns]
+        self._query_columns = slice(0, widths[0] if columns else None)
+        self._sketch_columns = slice(0 if self.basis is None else widths[0], sum(widths))
 
     def contract(self, grad_sample: GradSample) -> tuple[Tensor | None, Use]:
         if self.block.outputs:
@@ -247,6 +255,17 @@ class ChunkedDirection(Direction):
     def draw(self, count: int) -> None:
         for part in self.parts:
             part.draw(count)
+
+
+def alignment(device: torch.device) -> int:
+    """Of how many columns a multiple is multiplied fastest: on a GPU the tensor cores take eight at once."""
+    return 8 if device.type == "cuda" else 1
+
+
+def aligned(columns: Tensor) -> Tensor:
+    """Columns [G, I, k] with as many columns of zeros as :func:`alignment` wants."""
+    missing = -columns.shape[-1] % alignment(columns.device)
+    return F.pad(columns, (0, missing)) if missing else columns
 
 
 def _formed(use: Use) -> Tensor:

@@ -27,6 +27,7 @@ from ine_callback.curvature.sketch import (
 )
 from ine_callback.curvature.spectral import SketchedOperator, SpectralOperator, exponential
 from ine_callback.recording.phases import Phase
+from ine_callback.scoring import directions
 from ine_callback.scoring.directions import CompressedDirection, DirectionSpec, direction_of
 from ine_callback.scoring.sign_contrasts import Contrasts, signed_by
 from tests.helpers.copies import Copies
@@ -112,7 +113,11 @@ def test_a_small_side_is_not_sketched() -> None:
 @pytest.mark.parametrize("inputs", [IN, 20])
 @pytest.mark.parametrize("queries", [0, 1, 9])
 @pytest.mark.parametrize("outputs", [False, True])
-def test_one_pass_gives_what_two_passes_give(positions: int, inputs: int, queries: int, outputs: bool) -> None:
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_one_pass_gives_what_two_passes_give(
+    positions: int, inputs: int, queries: int, outputs: bool, multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directions, "alignment", lambda device: multiple)  # as on a GPU
     right = side(inputs, 4.0, 2)
     block = Block("w", (nn.Parameter(torch.zeros(OUT, inputs).double()),), (1, OUT, inputs), matrix=True)
     u = draw(queries, 1, OUT, inputs, seed=8) if queries else None
@@ -121,6 +126,7 @@ def test_one_pass_gives_what_two_passes_give(positions: int, inputs: int, querie
     compressed, _ = direction_of(block, Contrasts(4), u, spec, 32, MIN_MIXTURES)
     assert isinstance(compressed, CompressedDirection)
     compressed.draw(1)
+    assert compressed._columns.shape[-1] % multiple == 0
     grad_sample = rows_of(LEFT, right, 9, positions)
     seen = grad_sample.transposed() if outputs else grad_sample
     signals, use = compressed.contract(grad_sample)
@@ -179,8 +185,8 @@ def test_a_tied_last_layer_is_contracted_in_few_columns_of_its_outputs() -> None
     fisher = -spec.discount.weight.log() / 0.2
     torch.testing.assert_close(left.values.sum() * right.values.sum(), fisher.sum(), rtol=1e-9, atol=0)
     # a D that is the same everywhere needs no eigenbasis
-    plain = replace(spec.discount, weight=torch.full_like(fisher, 0.25))
-    torch.testing.assert_close(plain._rotated, plain.weight, rtol=1e-9, atol=0)
+    plain = replace(spec.discount, formed=torch.full_like(fisher, 0.25))
+    torch.testing.assert_close(plain._rotated(), plain.weight, rtol=1e-9, atol=0)
 
 
 def test_a_transposed_lookup_equals_one_hot_inputs() -> None:

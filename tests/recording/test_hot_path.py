@@ -183,7 +183,7 @@ def test_whoever_asks_is_caught(ask: Callable[[Tensor], Any]) -> None:
 
 
 VIEWS = {"view", "t", "detach", "expand", "permute", "unsqueeze", "squeeze", "slice", "_unsafe_view", "transpose"}
-VIEWS |= {"select", "alias", "promote_types", "unbind"}
+VIEWS |= {"select", "alias", "promote_types", "unbind", "as_strided"}
 
 
 class _Count(TorchDispatchMode):

@@ -16,6 +16,7 @@ from ine_callback.capture.layers.registry import (
     takes_bfloat16,
 )
 from ine_callback.capture.per_sample_gradients import GradSample, Vector, wide_sum, widened
+from ine_callback.utilities.fused import Fused
 
 # modules whose forward pass mixes the rows of a batch: contributions still add up, single rows are approximate
 ROW_MIXING_TYPES = (nn.modules.batchnorm._BatchNorm,)
@@ -92,6 +93,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return next((value for value in found if isinstance(value, float)), None)
 
 
+@Fused
 def norm_sums(
     x: Tensor, output_grads: Tensor, trailing: int, eps: float | None, mean: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +149,7 @@ def batch_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, row
         rstd = (variance + eps).rsqrt()
     # the mean as precise as the activations, which keep their precision; what it misses comes after the sums
     near = mean.to(activations.dtype)
-    scale, shift = _channel_sums(activations - near.view(1, -1, *[1] * (activations.dim() - 2)), output_grads, rows)
+    scale, shift = channel_sums(_by_channel(activations, rows), _by_channel(output_grads, rows), near)
     return _affine((scale + (near - mean) * shift) * rstd, shift)
 
 
@@ -171,16 +173,20 @@ def instance_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, 
 
 def _channel_affine(normed: Tensor, output_grads: Tensor, rows: int) -> dict[str, GradSample]:
     """Scale and shift for each channel (dimension 1)."""
-    return _affine(*_channel_sums(normed, output_grads, rows))
+    return _affine(*channel_sums(_by_channel(normed, rows), _by_channel(output_grads, rows)))
 
 
-def _channel_sums(normed: Tensor, output_grads: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Each row's sums of products, and of output gradients, in each channel (dimension 1) [b, C]."""
-    both = [by_row(x, rows) for x in (normed * output_grads, output_grads)]
-    if output_grads.dim() == 2:  # channels last, several entries of a row behind one another
-        both = [x.reshape(rows, -1, x.shape[-1]).mT for x in both]
-    scale, shift = (wide_sum(x.flatten(2), 2) for x in both)
-    return scale, shift
+def _by_channel(x: Tensor, rows: int) -> Tensor:
+    """x as [b, C, P]; of a matrix [b * P, C], P entries of a row are behind one another."""
+    found = by_row(x, rows)
+    return found.reshape(rows, -1, x.shape[1]).mT if x.dim() == 2 else found.flatten(2)
+
+
+@Fused
+def channel_sums(x: Tensor, output_grads: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row's sums over positions of x, less a mean [C], times output gradients [b, C, P], and of these: [b, C]."""
+    products = (x if mean is None else x - mean[:, None]) * output_grads
+    return wide_sum(products, 2), wide_sum(output_grads, 2)
 
 
 def _affine(scale: Tensor, shift: Tensor) -> dict[str, GradSample]:

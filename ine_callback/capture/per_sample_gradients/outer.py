@@ -191,4 +191,6 @@ class Outer(GradSample):
 
     def with_bias(self) -> Outer:
         """Weight and bias as one matrix whose last column is the bias (the homogeneous coordinate of K-FAC)."""
+        if type(self) is Outer:  # what is made in every step, without looking for the fields of a subclass
+            return Outer(self.activations, self.output_grads, ones=True)
         return replace(self, ones=True)

@@ -58,13 +58,13 @@ from ine_callback.methods.fine import estimators, sketch_noise
 from ine_callback.methods.fine.between_runs import between_runs
 from ine_callback.methods.fine.closing import mu_of, unreliable
 from ine_callback.methods.fine.null import add_permuted, enlarged, null_size, spread, standardised
+from ine_callback.methods.fine.step import step_of
 from ine_callback.scores import Floats, QueryInfo, Scores
 from ine_callback.stats import hypothesis_tests as tests
 
 Estimator = Literal["gaussian", "auc", "max_threshold"]
 
 MAX_REPORTED_DRAWS = 10_000  # null draws per query in the report
-MAX_SIGNAL = 1e15  # |rate x signal| beyond it would overflow a float32 square: counted as non-finite
 
 PER_ROW = ("shift", "contrast", "halves", "scatter", "variance", "profile", "observations", "informative", "histogram")
 
@@ -146,6 +146,7 @@ class FINE(Method):
         self._random_weights = random_weights
         self_columns = [k for k, query in enumerate(queries) if query.kind == "self"]
         self._self_columns = torch.tensor(self_columns, dtype=torch.int64, device=device)
+        self._of_self = torch.tensor([query.kind == "self" for query in queries], device=device)
         self._state["profile"] = torch.zeros(rows, len(self_columns), device=device)
         self._state["halves"] = torch.zeros(rows, len(self_columns), HALVES, device=device)
         self._state["nonfinite"] = torch.zeros(q, dtype=torch.int64, device=device)
@@ -177,52 +178,29 @@ class FINE(Method):
         once = torch.ones_like(rows)
         state["observations"].index_add_(0, rows, once)
         factor = torch.full_like(signals, rate, dtype=torch.float32) if unit is None else rate / unit.float()
-        predicted = signals.to(torch.float32) * factor
-        usable = predicted.abs() < MAX_SIGNAL  # False for NaN and infinities too
-        finite = usable.sum(0)
-        state["nonfinite"] += rows.shape[0] - finite
+        step = step_of(signals, factor, self._of_self, contrasts, halves)
+        state["nonfinite"] += step.lost
         if rows.shape[0] < 2 or rate == 0.0:
             return
-        state["informative"].index_add_(0, rows, once)
-        predicted = torch.where(usable, predicted, 0.0)
-        count, others = finite.clamp(min=1), (finite - 1).clamp(min=1)
-        d = torch.where(usable, predicted - predicted.sum(0) / count, 0.0)
-        noise = d.square().sum(0) / others * rows.shape[0]
-        level = self._level(rows, predicted.sum(0) / count)
-        d = d / level
-        d = d * (finite / others)  # the mean of the others instead of the batch's
-        sigma2 = d.square().sum(0) / rows.shape[0]
-        self._update_shifts(rows, d, sigma2)
-        add_permuted(state["null"], rows, d, self._stride, self._generator)
-
-        def centred(x: Tensor) -> Tensor:
-            x = torch.where(usable[..., None], x.to(torch.float32) * (factor / level)[..., None], 0.0)
-            x = (x - x.sum(0) / count[:, None]) * (count / others)[:, None]
-            return torch.where(usable[..., None], x, 0.0)
-
-        if contrasts is not None:
-            state["contrast"].index_add_(0, rows, centred(contrasts))
-        if halves is not None and len(self._self_columns):
-            state["halves"].index_add_(0, rows, centred(halves).index_select(1, self._self_columns))
-        state["noise"] += noise
+        for name, added in (
+            ("informative", once),
+            ("shift", step.d),
+            ("scatter", step.z.square()),
+            ("variance", step.variance.expand_as(step.d)),
+        ):
+            state[name].index_add_(0, rows, added)
+        add_permuted(state["null"], rows, step.d, self._stride, self._generator)
+        if step.contrasts is not None:
+            state["contrast"].index_add_(0, rows, step.contrasts)
+        if len(self._self_columns):
+            level = step.level[self._self_columns]
+            state["profile"].index_add_(0, rows, level.expand(rows.shape[0], -1))
+            if step.halves is not None:
+                state["halves"].index_add_(0, rows, step.halves.index_select(1, self._self_columns))
+        state["noise"] += step.noise
         self._steps += 1
         if self.estimator != "gaussian":
-            estimators.update(state, rows, predicted.sum(0), noise, self._steps - 1)
-
-    def _level(self, rows: Tensor, mean: Tensor) -> Tensor:
-        """Absolute mean self-influence signal of the rows [Q], also added to their profiles; 1 for other queries."""
-        level = torch.ones_like(self._state["noise"])
-        if len(self._self_columns):
-            mean = mean[self._self_columns].abs()  # negative where the step increases the losses
-            self._state["profile"].index_add_(0, rows, mean.expand(rows.shape[0], -1))
-            level[self._self_columns] = torch.where(mean > 0, mean, 1.0)
-        return level
-
-    def _update_shifts(self, rows: Tensor, d: Tensor, sigma2: Tensor) -> None:
-        z = d * torch.where(sigma2 > 0, sigma2.rsqrt(), 0.0)
-        self._state["shift"].index_add_(0, rows, d)
-        self._state["scatter"].index_add_(0, rows, z.square())
-        self._state["variance"].index_add_(0, rows, sigma2.expand_as(d))
+            estimators.update(state, rows, step.total, step.noise, self._steps - 1)
 
     def compute(self) -> Scores:
         """Returns the scores so far, ``mean_loss`` all NaN (the recorder knows it); training may go on."""

@@ -129,7 +129,7 @@ class Curvature:
         if self._settings.solver == "identity":
             return System(space, self.fisher, torch.zeros(space.size).to(like), lambda x: x)
         damping = self._damping(space)
-        operators = {b: self._source.operator(b, resolvent(value)) for b, value in damping.items()}
+        operators = {b: self._source.operator(b, resolvent(value)).held() for b, value in damping.items()}
         return System(space, self.fisher, space.spread(damping).to(like), partial(applied, space, operators))
 
     @property
