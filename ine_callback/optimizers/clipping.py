@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ine_callback.capture import Block
 from ine_callback.distributed.sharding import local
+from ine_callback.utilities.fused import Fused
 
 MAX_ENTRIES = 1024  # entries of each gradient that are sampled, to compare its direction
 FACTOR_TOLERANCE, COSINE_TOLERANCE = 1e-2, 1e-4  # gradients may be in half precision
@@ -97,11 +98,7 @@ class Change:
 
     def factors(self, blocks: tuple[Block, ...]) -> Tensor:
         """One factor for each block [K]; that of all gradients together where a block had no gradient before."""
-        sums = self.moments.new_zeros(5, len(blocks) + 1)
-        sums.index_add_(1, self.layout.of_blocks(blocks), self.moments)
-        sums[:, -1] = self.moments.sum(1)  # of all, in the place of parameters that are in no block
-        factors = _factor(sums, _cosine(sums))
-        return torch.where(sums[0, :-1] > 0, factors[:-1], _or_one(sums, factors)[-1])
+        return _by_block(self.moments, self.layout.of_blocks(blocks), len(blocks))
 
     def total(self) -> Tensor:
         """The factor of all gradients together."""
@@ -111,6 +108,41 @@ class Change:
     def zeroed(self) -> bool:
         """Whether all gradients are zero now; synchronises with the device."""
         return not bool(self.moments[1].any())
+
+
+@Fused
+def _moments(
+    squares: Tensor,
+    entries: Tensor,
+    squares_now: Tensor,
+    entries_now: Tensor,
+    parameter_of: Tensor,
+    before: Tensor | float,
+    after: Tensor | float,
+) -> Tensor:
+    """The sums of :class:`Change`, of two measurements; see :meth:`Clipping.change`."""
+    products = [(entries * before).square(), (entries_now * after).square(), entries * entries_now * (before * after)]
+    sampled = squares.new_zeros(3, squares.shape[0]).index_add(1, parameter_of, torch.stack(products))
+    return torch.cat([torch.stack([squares * before**2, squares_now * after**2]), sampled])
+
+
+@Fused
+def _by_block(moments: Tensor, place: Tensor, blocks: int) -> Tensor:
+    """Factors of ``blocks`` blocks, of moments of parameters that are in the block of this place, or in none."""
+    total = moments.sum(1, keepdim=True)
+    sums = moments.new_zeros(5, blocks + 1).index_add(1, place, moments)[:, :-1]
+    whole = _or_one(total, _factor(total, _cosine(total)))
+    return torch.where(sums[0] > 0, _factor(sums, _cosine(sums)), whole)
+
+
+@Fused
+def _uneven(moments: Tensor) -> Tensor:
+    """Whether parameters were changed by several factors, and whether one by more than a factor [2]."""
+    total, cosine = moments.sum(1, keepdim=True), _cosine(moments)
+    whole, present = _or_one(total, _factor(total, _cosine(total))), moments[0] > 0
+    uneven = present & ((_factor(moments, cosine) - whole).abs() > FACTOR_TOLERANCE * whole.abs())
+    rotated = present & (moments[1] > 0) & (cosine.abs() < 1 - COSINE_TOLERANCE)
+    return torch.stack([uneven.any(), rotated.any()]).long()
 
 
 def _factor(sums: Tensor, cosine: Tensor) -> Tensor:
@@ -199,15 +231,10 @@ class Clipping:
         self.mark()
         if last is None or self._measured is None or layout is None or layout is not self._layout:
             return None
-        (squares, entries), (squares_now, entries_now) = last, self._measured
-        products = [
-            (entries * before).square(),
-            (entries_now * after).square(),
-            entries * entries_now * (before * after),
-        ]
-        sampled = squares.new_zeros(3, len(squares)).index_add_(1, layout.parameter_of, torch.stack(products))
-        found = Change(torch.cat([torch.stack([squares * before**2, squares_now * after**2]), sampled]), layout)
-        self._count(found)
+        found = Change(_moments(*last, *self._measured, layout.parameter_of, before, after), layout)
+        counts = _uneven(found.moments)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._changes += 1
         return found
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -235,18 +262,6 @@ class Clipping:
         return torch.stack(norms).square(), torch.cat(entries)
 
     # -- for the report ------------------------------------------------------------------------------------------------
-
-    def _count(self, change: Change) -> None:
-        """Counts changes that were not one factor for all, and those that were not one factor for each parameter."""
-        sums = torch.cat([change.moments, change.moments.sum(1, keepdim=True)], 1)
-        cosine = _cosine(sums)
-        factors = _factor(sums, cosine)
-        total, present = _or_one(sums, factors)[-1], sums[0] > 0
-        uneven = (present & ((factors - total).abs() > FACTOR_TOLERANCE * total.abs()))[:-1].any()
-        rotated = (present & (sums[1] > 0) & (cosine.abs() < 1 - COSINE_TOLERANCE))[:-1].any()
-        counts = torch.stack([uneven, rotated]).long()
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._changes += 1
 
     def notes(self) -> list[str]:
         """Sentences for the report."""

@@ -14,6 +14,7 @@ from ine_callback import Recorder
 from ine_callback.capture.layers import normalization
 from ine_callback.capture.layers.normalization import channel_sums, norm_sums
 from ine_callback.methods.fine.step import step_of
+from ine_callback.optimizers import clipping
 from ine_callback.utilities import fused
 
 ROWS, COMPILE = 24, torch.compile
@@ -31,7 +32,7 @@ def on_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     torch.compiler.reset()
     monkeypatch.setattr(fused, "can_fuse", lambda *args: True)
     monkeypatch.setattr(torch, "compile", compiling)
-    for one in (norm_sums, channel_sums, step_of):
+    for one in (norm_sums, channel_sums, step_of, clipping._moments, clipping._by_block, clipping._uneven):
         monkeypatch.setattr(one, "_compiled", None)
     yield compiled
     assert not fused.failures()
@@ -102,7 +103,7 @@ def trained() -> tuple[dict[str, Tensor], Tensor]:
 
 def test_a_training_is_the_same_and_so_are_its_scores(on_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, scores = trained()
-    assert {"norm_sums", "channel_sums", "step_of"} <= set(on_gpu)
+    assert sorted(on_gpu) == ["_by_block", "_moments", "_uneven", "channel_sums", "norm_sums", "step_of"]
     monkeypatch.setattr(fused, "can_fuse", lambda *args: False)
     plain, expected = trained()
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
