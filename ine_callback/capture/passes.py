@@ -66,7 +66,9 @@ def adds_to_grad(parameter: nn.Parameter, accumulator: Any = None) -> bool:
 def parameters_passed_by(module: nn.Module, call: Call) -> set[str]:
     """Names of the module's own trainable parameters to whose ``grad`` the running pass adds nothing."""
     named, known = module._parameters.items(), call.accumulators
-    return {name for name, p in named if p is not None and p.requires_grad and not adds_to_grad(p, known.get(p))}
+    found = {name for name, p in named if p is not None and p.requires_grad and not adds_to_grad(p, known.get(p))}
+    known.clear()  # a call outlives the pass, and nodes cannot be copied where a user copies the module
+    return found
 
 
 class Passes:

@@ -1,7 +1,8 @@
 """Sketches: self-influence ``<D g, g>`` from few columns of a layer's sides, its gradient never formed in full.
 
-A sketch of a side has its steepest eigenvectors as columns, one each. All other eigenvectors, which are many and whose
-weights are much alike, enter random mixtures.
+A sketch of a side has its steepest eigenvectors as columns, one each. All others, which are many, enter random
+mixtures: each of them those of its stratum, the eigenvectors with much the same weight in D. A stratum has one weight,
+so what a row has of it counts as it does on average. With a single stratum frequent and rare words counted alike.
 
 How much of a score is their noise is measured on the way. A side's mixtures are independent draws, so the part T of the
 estimate that is in them is a sum of two halves with one distribution, and ``E[(T_1 - T_2)^2] = Var(T_1 + T_2)``.
@@ -13,12 +14,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ine_callback.curvature.low_rank import Side
 
 STEEPEST = 8  # eigenvectors that are columns of their own
-MIN_MIXTURES, MAX_MIXTURES = 16, 256
+MIN_MIXTURES, MAX_MIXTURES = 16, 256  # multiples of 2 STRATA: each stratum has as many, in two halves
+STRATA = 4
 HALVES = 2  # differences between halves of the mixtures: of the left and of the right side
 MAX_ERROR = 0.1  # relative error of a row's self-influence in one step that one block's mixtures may leave
 
@@ -32,34 +35,39 @@ class Sketch:
         steepest: Indices of its steepest eigenvectors [G, STEEPEST].
         factors: Squared factor [G, K] with which the others enter the mixtures, 0 for the steepest.
         count: Number of mixtures.
+        member: Which stratum's mixtures each of the others enters [G, K, STRATA], one-hot; 0 for the steepest.
     """
 
     side: Side
     steepest: Tensor
     factors: Tensor
     count: int
+    member: Tensor
 
     @classmethod
     def of(cls, side: Side, factors: Tensor, count: int) -> Sketch:
         """The sketch for squared factors [G, K]."""
         steepest = side.values.topk(STEEPEST, -1).indices
-        return cls(side, steepest, factors.scatter(-1, steepest, 0.0), count)
+        factors = factors.scatter(-1, steepest, 0.0)
+        member = _strata(factors, factors * side.values)
+        return cls(side, steepest, factors, count, member.scatter(1, steepest[..., None].expand(-1, -1, STRATA), 0.0))
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Columns [G, K, STEEPEST + count] with new random mixtures."""
-        shape = (*self.factors.shape, self.count)
+        each = self.count // STRATA
+        shape = (*self.factors.shape, each)
         signs = torch.randint(2, shape, generator=generator, device=generator.device).to(self.factors) * 2.0 - 1.0
-        mixtures = signs * (self.factors / self.count).sqrt()[..., None]
+        scaled = signs * (self.factors / each).sqrt()[..., None]
+        mixtures = (self.member[..., None] * scaled[..., None, :]).flatten(2)
         first = torch.zeros_like(mixtures[..., :1]).expand(-1, -1, STEEPEST).scatter(1, self.steepest[:, None], 1.0)
         return self.side.out_of(torch.cat([first, mixtures], -1))
 
     @property
     def halves(self) -> Tensor:
         """Signs of the columns [STEEPEST + count]: 1 and -1 for the two halves of the mixtures, 0 for the others."""
-        signs = self.factors.new_ones(STEEPEST + self.count)
-        signs[:STEEPEST] = 0.0
-        signs[STEEPEST + self.count // 2 :] = -1.0
-        return signs
+        signs = self.factors.new_ones(STRATA, self.count // STRATA)
+        signs[:, signs.shape[1] // 2 :] = -1.0
+        return torch.cat([self.factors.new_zeros(STEEPEST), signs.flatten()])
 
     @property
     def scales(self) -> Tensor:
@@ -67,14 +75,25 @@ class Sketch:
         return self.factors.scatter(-1, self.steepest, 1.0)
 
     def cells(self, x: Tensor) -> Tensor:
-        """x [..., G, n, K] summed over the eigenvectors of each cell: the steepest, one each, and all others."""
-        member = torch.zeros_like(self.factors)[..., None].expand(-1, -1, STEEPEST)
-        member = member.scatter(1, self.steepest[:, None], 1.0)
-        return x @ torch.cat([member, 1.0 - member.sum(-1, keepdim=True)], -1)
+        """x [..., G, n, K] summed over the eigenvectors of each cell: the steepest, one each, and the strata."""
+        first = torch.zeros_like(self.factors)[..., None].expand(-1, -1, STEEPEST)
+        return x @ torch.cat([first.scatter(1, self.steepest[:, None], 1.0), self.member], -1)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Values of cells [..., STEEPEST + 1] as values of columns."""
-        return torch.cat([x[..., :-1], x[..., -1:].expand(*x.shape[:-1], self.count)], -1)
+        """Values of cells [..., STEEPEST + STRATA] as values of columns."""
+        each = self.count // STRATA
+        return torch.cat([x[..., :STEEPEST], x[..., STEEPEST:].repeat_interleave(each, -1)], -1)
+
+
+def _strata(factors: Tensor, energies: Tensor) -> Tensor:
+    """Strata of much the same factor, each with much the same part of the energy [G, K, STRATA], one-hot."""
+    order = factors.argsort(-1, descending=True)
+    ordered = energies.gather(-1, order)
+    below = ordered.cumsum(-1) - ordered / 2
+    place = below / ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(energies.dtype).tiny) * STRATA
+    place = place.nan_to_num(0.0).long().clamp(0, STRATA - 1)  # NaN where the training diverges
+    found = torch.zeros_like(place).scatter(-1, order, place)
+    return F.one_hot(found, STRATA).to(factors)
 
 
 def expected_self_influence(weight: Tensor, left: Side, right: Side) -> Tensor:
