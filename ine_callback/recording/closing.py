@@ -267,13 +267,14 @@ class Curvature:
         """Blocks with their v and ``(1 + R F)^-1 v``; takes them out of ``v``, which is as large as the model."""
         whole = self.sample.damped(v, rates) if self.sample.rows >= self._rows else {}
         scale = 1.0 if len(whole) == len(v) else self.sample.curvature_scale(self.kfac, rates)
-        for block in list(v):
-            vector = v.pop(block)
-            if block in whole:
-                yield block, vector, whole.pop(block) / (1 + decays[block])
-            else:
-                operator = self.kfac.operator(block, damped(rates[block] * scale, decays[block]))
-                yield block, vector, operator.apply(vector)
+        with self.kfac.decomposed([block for block in v if block not in whole]):
+            for block in list(v):
+                vector = v.pop(block)
+                if block in whole:
+                    yield block, vector, whole.pop(block) / (1 + decays[block])
+                else:
+                    operator = self.kfac.operator(block, damped(rates[block] * scale, decays[block]))
+                    yield block, vector, operator.apply(vector)
 
 
 def _contract(context: FitContext, parts: Parts, directions: Mapping[Block, Tensor]) -> Floats:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ine_callback import GradientStore, Recorder
+from ine_callback.capture.layers.normalization import batch_norm, norm_sums
+from ine_callback.utilities import fused
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -87,6 +89,24 @@ def test_recorded_steps_do_not_synchronise_and_training_is_bit_identical(tmp_pat
     report = recorder.report()
     assert (report.observations == 2).all()
     assert report.run.captured_share == 1.0
+    assert not fused.failures()  # Triton is there, and has compiled what is small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_sums_are_those_of_the_processor(dtype: torch.dtype) -> None:
+    near = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    for rows in (6, 4):
+        x, grads = torch.randn(2, rows, 40, 64).to(dtype)
+        for found, expected in zip(
+            norm_sums(x.cuda(), grads.cuda(), 1, 1e-5), norm_sums(x, grads, 1, 1e-5), strict=True
+        ):
+            torch.testing.assert_close(found.cpu(), expected, **near)
+        layer = nn.BatchNorm1d(40)
+        expected = batch_norm(layer, x.float(), grads.float(), rows)
+        found = batch_norm(layer.cuda(), x.cuda(), grads.cuda(), rows)
+        for name in expected:
+            torch.testing.assert_close(found[name].g.cpu(), expected[name].g, **near)
+    assert norm_sums._compiled is not None and not fused.failures()
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
