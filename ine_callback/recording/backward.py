@@ -143,7 +143,10 @@ class BackwardPasses:
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
         elif guard.phase is Phase.HOLDING:
             return
-        elif self._updates.refresh_due(guard.steps):
+        elif self._updates.refresh_due(guard.steps) or self._unfamiliar.changed:
+            self._unfamiliar.changed = False
+            if not any(True for _ in self._signals.table):  # all layers were renamed: they are held back when they come
+                return
             coverage.agree(processes)
             self._signals.refresh()
             self._updates.refreshed_at = guard.steps

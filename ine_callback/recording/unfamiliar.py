@@ -31,12 +31,16 @@ class UnfamiliarUses:
     Args:
         parts: What the recording works with.
         steps: Counts what is left out.
+
+    Attributes:
+        changed: Whether directions are to be made anew, for the model is another one since the last.
     """
 
     def __init__(self, parts: Parts, steps: OptimizerSteps) -> None:
         self._parts, self._steps = parts, steps
         self._batch: tuple[int, Any] | None = None
         self._renamed: set[nn.Parameter] = set()
+        self.changed = False
         alone = parts.processes.count == 1 and not steps.several  # else all would have to agree on the check
         parts.capture.unfamiliar.follows = alone and parts.training.loss is not None
 
@@ -68,7 +72,7 @@ class UnfamiliarUses:
         """Before the next batch: makes the check with the one that was left out."""
         if self._batch is None:
             return
-        (rows, data), self._batch = self._batch, None
+        (rows, data), self._batch, self.changed = self._batch, None, True
         capture, training = self._parts.capture, self._parts.training
         uses, _ = capture.unfamiliar.take()
         if rows < 2:  # nothing can be found out: what was never known has to wait, the rest comes in other batches
