@@ -74,7 +74,7 @@ class Coverage:
         self.requests = self.wanted = 0
         self._missing: dict[str, str] = {}
         self._slow: dict[str, nn.Parameter] = {}
-        self._factor = 1.0  # of the fallback's contributions, where the loss's form is not known
+        self._summed = False  # whether the loss is a sum over rows, for the fallback, where its form is not known
         self._verified: set[nn.Parameter] = set()
         self._dormant: list[nn.Parameter] = []
         self._used: set[tuple[nn.Module | nn.Parameter | str, int]] = set()
@@ -368,8 +368,9 @@ class Coverage:
             sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, gradients, of_no_row)
 
         def factor(contributions: list[Tensor]) -> float:
-            self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor
-            return self._factor
+            if sums is not None and rows > 1:
+                self._summed = sums.is_sum(contributions, self._summed)
+            return float(rows) if self._summed else 1.0
 
         found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor, of_no_row)
         contributions = dict(zip(self._slow, found, strict=True))
