@@ -219,7 +219,7 @@ class _Loop:
         if self.several:  # one optimizer's turn freezes the others' parameters
             self.module.requires_grad_(True)
         try:
-            return gradient(self.module, self.module.loss(self.val))
+            return gradient(self.module, self.module.loss(copy.deepcopy(self.val)))
         finally:
             for p, learned in learns:
                 p.requires_grad_(learned)
