@@ -189,6 +189,8 @@ class BlockTable:
     def _parameter(self, module: nn.Module, name: str) -> nn.Parameter:
         """The optimizer's parameter. During a pass, FSDP2 replaces it in the module by an unsharded one."""
         found = self._first.get((module, name))
+        if found is None:  # a known one by another name than before
+            found = next((p for own, p in own_parameters(module).items() if own == name and p in self._positions), None)
         if found is None:
             raise LayerError(f"its parameter '{name}' was not there when the recording began")
         return found
@@ -237,9 +239,7 @@ class BlockTable:
 
     def drop(self, block: Block) -> None:
         """Drops a block: its parameters are refused from now on."""
-        del self._blocks[block.parameters]
-        for parameter in block.parameters:
-            self._joined.pop(parameter, None)
+        self._remove(block)
         self._refused.update(block.parameters)
         self._places.clear()
 
@@ -253,6 +253,22 @@ class BlockTable:
         for block in dropped:
             self.drop(block)
         return dropped
+
+    def follow(self, module: nn.Module, root: nn.Module) -> list[Block]:
+        """Takes a module's parameters by the names that they have now in ``root``; returns their blocks, now gone."""
+        self.names = {p: name for name, p in root.named_parameters()}
+        own = {name: p for name, p in own_parameters(module).items() if p in self._positions}
+        others = {place: p for place, p in self._first.items() if place[0] is not module}
+        self._first = others | {(module, name): p for name, p in own.items()}
+        gone = [block for block in self if not set(own.values()).isdisjoint(block.parameters)]
+        for block in gone:
+            self._remove(block)
+        return gone
+
+    def _remove(self, block: Block) -> None:
+        del self._blocks[block.parameters]
+        for parameter in block.parameters:
+            self._joined.pop(parameter, None)
 
     def owners(self, block: Block) -> list[nn.Module]:
         """The modules that use one of a block's parameters."""

@@ -10,9 +10,10 @@ Those tensors are the graph's: it may write other values into their memory once 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -78,7 +79,24 @@ class _NormIdentity(torch.autograd.Function):
         return output_grads, None, torch.ops.ine_callback.receive(list(sums), leaf), None, None, None
 
 
-class Tap:
+class Hook:
+    """A forward hook that a module's copies and pickles do not take along: theirs does nothing, and is Python's own.
+
+    Args:
+        eager: What it calls, with the module, its arguments and its output.
+    """
+
+    def __init__(self, eager: Callable[..., None]) -> None:
+        self._eager = eager
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return self._eager(module, args, kwargs, output)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything and returns nothing
+
+
+class Tap(Hook):
     """One layer's way out of compiled graphs; a forward hook that is traced there.
 
     Args:
@@ -96,7 +114,8 @@ class Tap:
         receive: Received,
         drop: Callable[[nn.Module, str], None],
     ) -> None:
-        self._module, self._receive, self._eager, self._drop = module, receive, eager, drop
+        super().__init__(eager)
+        self._module, self._receive, self._drop = module, receive, drop
         self._leaf = torch.zeros(1, device=next(iter(own_parameters(module).values())).device, requires_grad=True)
         self._norm: tuple[int, float, bool] | None = None
         if type(module) in (nn.LayerNorm, nn.RMSNorm):  # subclasses may compute something else

@@ -112,16 +112,16 @@ class FallbackVerification:
     gradients: Mapping[nn.Parameter, Tensor]
     of_no_row: KindsByParameter
 
-    def factor(self, contributions: list[Tensor], default: float) -> float:
-        """1 if the loss is a mean over rows, b if it is a sum: whichever makes more parameters add up."""
+    def is_sum(self, contributions: list[Tensor], default: bool) -> bool:
+        """Whether the loss is a sum over rows, and no mean: whichever makes more parameters add up."""
         for truth in (self._by_name, self._in_evaluation_mode):
             pairs = list(zip(contributions, truth.values(), strict=True))
-            fits = {
-                times: sum(adds_up(one * times, gradient) and bool(gradient.any()) for one, gradient in pairs)
+            mean, summed = (
+                sum(adds_up(one * times, gradient) and bool(gradient.any()) for one, gradient in pairs)
                 for times in (1.0, float(self.rows))
-            }
-            if any(fits.values()):
-                return max(fits, key=lambda times: fits[times])
+            )
+            if mean or summed:
+                return summed > mean
         return default
 
     def judge(self, contributions: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:

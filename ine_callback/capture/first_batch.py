@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -73,6 +73,31 @@ def first_batch_faults(
             capture.bare.layouts.clear()  # which are of single rows
             order, (mixing, functions) = {}, _faults(module, capture, loss, batch, rows, training and by_rows)
         return functions | mixing | order, [] if by_rows else [f"{unchecked} (no part of a batch has its {rows} rows)"]
+
+
+def find_new_uses(
+    module: nn.Module,
+    capture: Capture,
+    loss: Callable[[nn.Module, Any], object],
+    batch: Any,
+    rows: int,
+    parameters: Collection[nn.Parameter],
+) -> None:
+    """The checks of bare parameters once more, for some of them, in a batch that used these otherwise.
+
+    Args:
+        module: The model; it is run isolated.
+        capture: Its hooks; what is found is in ``capture.bare``.
+        loss: Computes the loss of a batch.
+        batch: The batch.
+        rows: Its number of rows.
+        parameters: Those whose uses are looked for.
+    """
+    if led_by(batch, rows):
+        with _without_batch_statistics(module):
+            find_layouts(module, capture, loss, batch, rows, set(), parameters)
+            find_terms_of_no_row(module, capture, loss, batch, rows, as_in_training)
+            capture.bare.settle()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare import BareParameters
 from ine_callback.capture.bare.parameters import Observer
 from ine_callback.capture.batch_layout import UNKNOWN_ENTRIES, BatchLayout
-from ine_callback.capture.compiled import HookGuards, Tap, forget_compiled
+from ine_callback.capture.compiled import Hook, HookGuards, Tap, forget_compiled
 from ine_callback.capture.entries import EntryIndex
 from ine_callback.capture.errors import FATAL, in_words
 from ine_callback.capture.layers import LayerFunction, RowMismatch, is_capturable
@@ -32,6 +32,7 @@ from ine_callback.capture.passes import Call, in_transform, parameters_passed_by
 from ine_callback.capture.per_sample_gradients import GradSample, widened
 from ine_callback.capture.routed import base_of, rows_of_selected
 from ine_callback.capture.saved_inputs import save
+from ine_callback.capture.unfamiliar import RENAMED, Unfamiliar, other_weights, renamed
 from ine_callback.data.nested import values_of
 from ine_callback.errors import RowsError
 from ine_callback.utilities.isolation import compiled_parts, split_again
@@ -75,6 +76,7 @@ class Capture:
         on_call: If set, called with (name, first input) of each hooked module instead of recording.
         views: Views of its rows that layers get, one after another (SimCLR's ``torch.cat``); added up by row.
         loss_views: Views of its rows that only the loss gets together (``views`` of the layers are of the loss, too).
+        unfamiliar: What the present batch does otherwise than those before.
         borrowed: Whether what is received may be in memory that compiled code uses again as soon as it goes on.
         one_each: Whether a layer must get one entry of each row: several may be those of true and made rows, joined.
     """
@@ -103,6 +105,7 @@ class Capture:
             for child, name in self.names.items()
             if isinstance(child, ROW_MIXING_TYPES)
         }
+        self.unfamiliar = Unfamiliar()
         self.bare = BareParameters(self, module, layers, without=inside)
         self.calls: dict[nn.Module | nn.Parameter, int] = {}
         self.unscale: Tensor | None = None
@@ -132,7 +135,8 @@ class Capture:
         self._guards.attach()
         for child in self.names:
             self._parameters[child] = own_parameters(child)
-            hook = Tap(child, self._forward, self._receive, self.drop) if has_one_input(child) else self._forward
+            taps = has_one_input(child)
+            hook = Tap(child, self._forward, self._receive, self.drop) if taps else Hook(self._forward)
             self._handles.append(child.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
@@ -188,6 +192,10 @@ class Capture:
         else:
             self.lost(module, self.names.pop(module), reason)
 
+    def follow(self, module: nn.Module) -> None:
+        """Records a layer no more whose parameters were renamed; these are read at their uses, if they can be."""
+        self.names.pop(module, None)
+
     def lost(self, what: nn.Module | nn.Parameter, name: str, reason: str) -> None:
         """A module or bare parameter has no per-sample gradients from now on."""
         self.dropped[name] = reason
@@ -232,6 +240,8 @@ class Capture:
             return
         if not (self.active and torch.is_grad_enabled()):
             return
+        if renamed(own_parameters(module), self._parameters.get(module, {})):
+            return self.unfamiliar.layers.add(module) if self.unfamiliar.follows else self.drop(module, RENAMED)
         if read.fault:
             self.drop(module, read.fault)
             return
@@ -242,7 +252,7 @@ class Capture:
         trainable = {p for p in module._parameters.values() if p is not None and p.requires_grad}
         if saved is None or not trainable:
             return
-        if other := self._other_weights(module):
+        if other := other_weights(own_parameters(module), self._parameters.get(module, {})):
             if any(p.requires_grad for p in other):
                 self.drop(module, "it was called with other weights than its own (functional_call, or one replaced)")
             return
@@ -272,15 +282,6 @@ class Capture:
         # the hooks refer to the graph that they are part of: removed when the batch ends, lest both stay
         self._awaited.append(register_multi_grad_hook(list(live.values()), on_grads))
 
-    def _other_weights(self, module: nn.Module) -> list[Tensor]:
-        """Weights that have replaced the parameters which the module had when the recording began."""
-        now, before = own_parameters(module), self._parameters.get(module, {})
-        return [
-            now[name]
-            for name, p in before.items()
-            if name in now and now[name] is not p and not hasattr(p, "full_tensor")  # replaced by FSDP2
-        ]
-
     def uses(self, module: nn.Module, names: Iterable[str]) -> int:
         """How often a layer was called in this batch, or, if it was not, how often its named parameters were used."""
         calls = self.calls.get(module, 0) * self._parts.get(module, 1)
@@ -289,7 +290,7 @@ class Capture:
 
     def unhooked(self, module: nn.Module) -> dict[str, str]:
         """Names of layers that came into the model later -> why they are not recorded."""
-        found = {n: m for n, m in module.named_modules() if is_capturable(m) and m not in self.names}
+        found = {n: m for n, m in module.named_modules() if is_capturable(m) and m not in self._parameters}
         return {n: _LATE for n in found if n not in self.dropped and n not in self.deselected}
 
     def waiting(self) -> set[nn.Parameter]:

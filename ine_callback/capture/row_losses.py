@@ -88,7 +88,7 @@ def read_loss(loss: Tensor, rows: int, views: int = 1, entries: EntryIndex | Non
         >>> reading.rows, reading.scale
         (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor(8.))
     """
-    coefficient: Tensor = wide(torch.ones_like(loss, requires_grad=False))
+    coefficient: Tensor = wide(torch.ones_like(loss, requires_grad=False)).reshape(())  # also of a loss [1]
     mask: Tensor | None = None
     for node, index in way_to(loss):
         name = node.name()

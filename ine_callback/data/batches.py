@@ -149,6 +149,27 @@ def _cut(batch: Any, rows: Tensor, size: int) -> Any:
     return apply_to_collection(batch, Tensor, pick)
 
 
+def lent(batch: Any) -> Any:
+    """A copy of a batch for a step that may change it: take labels out of it, write into its tensors.
+
+    Objects of no known structure are copied if they have ``clone``, like batches of torch_geometric; else given as is.
+
+    Example:
+        >>> batch = {"ids": torch.zeros(2), "labels": torch.ones(2)}
+        >>> copied = lent(batch)
+        >>> _ = copied.pop("labels"), copied["ids"].add_(1)
+        >>> sorted(batch), batch["ids"]
+        (['ids', 'labels'], tensor([0., 0.]))
+    """
+    if not isinstance(batch, Tensor | list | tuple | Mapping) and not hasattr(batch, "__dataclass_fields__"):
+        clone = getattr(type(batch), "clone", None)
+        return batch if clone is None else clone(batch)
+    try:
+        return apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
+    except Exception:  # a class of the user's that cannot be made anew
+        return batch
+
+
 def micro_batches(batch: Any, largest: int) -> list[Any]:
     """A batch in pieces of at most ``largest`` rows; whole where it cannot be cut."""
     size = count_of(batch)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from ine_callback.data.batches import lent
 from ine_callback.data.row_ids import RowBatch, RowTracker
 from ine_callback.errors import InfluenceError
 from ine_callback.integrations.patches import replaced_method
@@ -221,7 +222,7 @@ class InfluenceTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def _loss(self, module: Any, batch: Any) -> Tensor:
         with self._trainer.compute_loss_context_manager():
-            loss: Tensor = self._trainer.compute_loss(module, dict(batch))  # which may take the labels out
+            loss: Tensor = self._trainer.compute_loss(module, lent(dict(batch)))  # which may take the labels out
         return loss
 
     def _step(self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ine_callback.methods.fit_end import FitEndMethod, checked_fit_end
 from ine_callback.scores import Floats, QueryInfo, Scores
 
 _FORMER = {"fold": "update", "finish": "compute"}  # names of the abstract methods before 0.2
+_FOLD = 5  # what fold got: rows, signals, rate, unit, contrasts
 
 
 class Method(ABC):
@@ -37,7 +38,7 @@ class Method(ABC):
         super().__init_subclass__(**kwargs)
         for former, name in _FORMER.items():
             if former in vars(cls) and name not in vars(cls):
-                setattr(cls, name, vars(cls)[former])
+                setattr(cls, name, vars(cls)[former] if name == "compute" else _fold(vars(cls)[former]))
 
     @abstractmethod
     def start(
@@ -152,3 +153,12 @@ def training_methods(methods: Sequence[Method], owner: str) -> list[Method]:
             "InfluenceCallback, or run it afterwards."
         )
     return training
+
+
+def _fold(former: Callable[..., None]) -> Callable[..., None]:
+    """``update`` of a method with ``fold``, which got fewer arguments."""
+
+    def update(self: Method, *given: Any) -> None:
+        former(self, *given[:_FOLD])
+
+    return update

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ine_callback.data.batches import lent
 from ine_callback.distributed import sharding
 from ine_callback.errors import QueryError
 from ine_callback.queries.bound import Batch, BoundQuery
@@ -40,7 +41,7 @@ def gradients(
     ]
     for k, query in enumerate(queries):
         for weight, batch in query.batches:
-            value = scalar(query.value(module, device(batch)), query)
+            value = scalar(query.value(module, device(lent(batch))), query)
             grads = sharding.gradients(value * weight, module, parameters)
             for total, grad in zip(out, grads, strict=True):
                 if grad is not None:
@@ -52,7 +53,10 @@ def values(queries: Iterable[BoundQuery], module: nn.Module, device: Callable[[B
     """Values [Q] of all queries at the present weights, in float32 or better; see :func:`gradients`."""
     found = []
     for query in queries:
-        each = [(weight, scalar(query.value(module, device(batch)), query).detach()) for weight, batch in query.batches]
+        each = [
+            (weight, scalar(query.value(module, device(lent(batch))), query).detach())
+            for weight, batch in query.batches
+        ]
         wide = [weight * value.to(torch.promote_types(value.dtype, torch.float32)) for weight, value in each]
         found.append(torch.stack(wide).sum())
     return torch.stack(found)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from ine_callback.data.batches import lent
 from ine_callback.errors import QueryError
 
 
@@ -61,12 +62,12 @@ class ModuleLoss:
 
 
 def call_step(module: Any, name: str, batch: Any, batch_idx: int = 0) -> Any:
-    """What a step of the module returns for a batch of its first loader."""
+    """What a step of the module returns for a batch of its first loader, which stays as it is."""
     step = getattr(module, name)
     parameters = list(inspect.signature(step).parameters.values())[1:]
     # batch_idx and dataloader_idx, whatever the user calls them
     indices = [0 for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return step(batch, *[batch_idx, *indices[1:]][: len(indices)])
+    return step(lent(batch), *[batch_idx, *indices[1:]][: len(indices)])
 
 
 def _loss_of(output: Any) -> Tensor | None:

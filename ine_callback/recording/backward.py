@@ -16,6 +16,7 @@ from ine_callback.capture.passes import Passes
 from ine_callback.capture.row_losses import LossReading, Scale, read_loss
 from ine_callback.capture.row_margins import read_margins
 from ine_callback.capture.verification import Verification
+from ine_callback.data.batches import lent
 from ine_callback.data.row_entries import row_entries
 from ine_callback.errors import RowsError, UnknownRows
 from ine_callback.recording.coverage import HOLD, VERIFY
@@ -24,6 +25,7 @@ from ine_callback.recording.observations import Pass, or_unknown
 from ine_callback.recording.phases import BEFORE_DIRECTIONS, RECEIVED, BatchPhase, Phase
 from ine_callback.recording.setup import Parts
 from ine_callback.recording.steps import OptimizerSteps
+from ine_callback.recording.unfamiliar import UnfamiliarUses
 from ine_callback.recording.updates import Updates
 
 Rows = Tensor | Sequence[int] | Callable[[Any], Any]  # or a function that finds them in the batch
@@ -49,6 +51,7 @@ class BackwardPasses:
         self._phase = BatchPhase.WAITING
         self._passes, self._lost = Passes(self._pass_over), 0
         self._compiled_loss = CompiledLoss(parts.training.module, self._told)
+        self._unfamiliar = UnfamiliarUses(parts, steps)
 
     @property
     def _holding(self) -> bool:
@@ -64,6 +67,7 @@ class BackwardPasses:
     def start_batch(self, rows: Rows, data: Any) -> None:
         """Announces the rows of the coming forward pass."""
         parts, step = self._parts, self._guard.steps
+        self._unfamiliar.check()
         try:
             found = rows(data) if callable(rows) else rows
             given = row_entries(found)
@@ -73,7 +77,13 @@ class BackwardPasses:
             if self._steps.has_gap and self._holding:  # its gradients are not this step's alone
                 raise UnknownRows("the first step's rows must all be known")
         except UnknownRows as error:
-            return self._steps.leave_out(error)
+            self._steps.leave_out(error)
+            self._agree(known=False)
+            return
+        if not self._agree(known=True):
+            return
+        if self._holding or self._coverage.slow:  # it is read again after the step, which may change it
+            data = lent(data)
         rows = rows.to(parts.device, torch.int64, non_blocking=True)
         self._batch, self._row_losses, self._row_margins = (rows, data), None, None
         if self._phase is BatchPhase.SETTLED:
@@ -97,6 +107,28 @@ class BackwardPasses:
         self._signals.start_batch(len(rows), parts.device, window)
         self._signals.scale = Scale(float(window), float(window))
 
+    def _agree(self, known: bool) -> bool:
+        """Whether all processes know their batch's rows, where more exchanges come in the batch: else none records it.
+
+        In other batches only the process that does not know its own leaves them out; the step's end tells the others.
+        """
+        processes = self._parts.processes
+        if processes.count == 1 or not self._exchanges:
+            return known
+        unknown = sum(not there for there, _ in processes.exchange(int(known)))
+        if unknown:
+            self._steps.leave_out_together(unknown - (not known), here=not known)
+        return not unknown
+
+    @property
+    def _exchanges(self) -> bool:
+        """Whether processes exchange something in the coming batch, before the optimizer's step."""
+        steps, coverage = self._steps, self._coverage
+        if steps.several or self._parts.sharded:  # in which no process goes on without a batch
+            return False
+        special = coverage.wanted or self._updates.refresh_due(self._guard.steps) or coverage.thawed()
+        return self._holding or bool(steps.begins and special)
+
     def prepare_step(self, rows: Tensor, data: Any, rows_of: Callable[[Any], Any] | None = None) -> None:
         """Before a step's first batch: checks the row order, holds back where parameters are new, or refreshes."""
         guard, coverage, processes = self._guard, self._coverage, self._parts.processes
@@ -111,7 +143,10 @@ class BackwardPasses:
             self._updates.next_curvature_update = guard.steps  # what joined has no curvature yet
         elif guard.phase is Phase.HOLDING:
             return
-        elif self._updates.refresh_due(guard.steps):
+        elif self._updates.refresh_due(guard.steps) or self._unfamiliar.changed:
+            self._unfamiliar.changed = False
+            if not any(True for _ in self._signals.table):  # all layers were renamed: they are held back when they come
+                return
             coverage.agree(processes)
             self._signals.refresh()
             self._updates.refreshed_at = guard.steps
@@ -124,13 +159,31 @@ class BackwardPasses:
         if self._batch is None:
             return
         self._find_uses(loss)
-        if self._compiled_loss.inside:  # it tells in the backward pass
+        if self._leave_out_unfamiliar() or self._compiled_loss.inside:  # it tells in the backward pass
             return
         with torch.no_grad():
             views = max(self._capture.views, self._capture.loss_views)
             self._take(read_loss(loss, len(self._batch[0]), views, self._capture.entries))
             if self._row_losses is not None and self._capture.entries is None:
                 self._row_margins = read_margins(loss, len(self._batch[0]))
+
+    def _leave_out_unfamiliar(self, seen: bool = True) -> bool:
+        """Leaves the batch out if it uses parameters otherwise than is known, and that can be checked.
+
+        Args:
+            seen: Whether its loss was seen, so that its backward pass is still to come.
+        """
+        if self._batch is None or not self._capture.unfamiliar:
+            return False
+        rows, data = self._batch
+        # the first batch was checked just now; where an earlier pass waits for the step, it is too late to leave it out
+        checkable = self._guard.phase is Phase.RECORDING and self._phase is not BatchPhase.SETTLED
+        checkable &= seen or not self._steps.pending  # else gradients of passes before can no longer be told apart
+        if not self._unfamiliar.leave_out(len(rows), data, checkable):
+            return False
+        self.end_verification()
+        self._batch, self._phase = None, BatchPhase.WAITING
+        return True
 
     def _take(self, reading: LossReading | None) -> None:
         if reading is None:
@@ -178,7 +231,8 @@ class BackwardPasses:
     def lose(self, lost: nn.Module | nn.Parameter) -> None:
         """A layer or bare parameter was dropped: the others go on, if there are any."""
         self._signals.lose(lost)
-        if self._guard.phase is Phase.RECORDING and not any(True for _ in self._signals.table):
+        left = any(True for _ in self._signals.table) or self._capture.bare.layouts  # whose blocks may be to come
+        if self._guard.phase is Phase.RECORDING and not left:
             self._guard.fail(RowsError(f"no layer is left to record: {self._coverage.first_reason()}"))
 
     def _begin_pass(self) -> None:
@@ -250,7 +304,9 @@ class BackwardPasses:
         Args:
             backward: Whether there was a pass, also where no hook was called in it.
         """
-        if self._batch is None or not (self._phase in RECEIVED or backward):
+        if self._batch is None:
+            return self._steps.pass_by()
+        if not (self._phase in RECEIVED or backward) or self._leave_out_unfamiliar(seen=False):
             return
         if self._phase is not BatchPhase.OVER:
             self._end_pass()

@@ -38,6 +38,7 @@ _HOOKED = (
     "hooks on parameters (register_hook) may change gradients, which is seen in verified steps alone; change them in "
     "on_before_optimizer_step or configure_gradient_clipping, where it is measured"
 )
+OUTSIDE = "parameters that are not the module's"
 _PER_ROW = "per-row autograd (one backward pass a row) for: "
 _ELSEWHERE = "another process that trains the model had to leave it out"
 _NOT_ALONE = (
@@ -73,7 +74,7 @@ class Coverage:
         self.requests = self.wanted = 0
         self._missing: dict[str, str] = {}
         self._slow: dict[str, nn.Parameter] = {}
-        self._factor = 1.0  # of the fallback's contributions, where the loss's form is not known
+        self._summed = False  # whether the loss is a sum over rows, for the fallback, where its form is not known
         self._verified: set[nn.Parameter] = set()
         self._dormant: list[nn.Parameter] = []
         self._used: set[tuple[nn.Module | nn.Parameter | str, int]] = set()
@@ -81,6 +82,7 @@ class Coverage:
         self._last: int | None = None  # the step that was verified last
         self._dropped: set[str] = set()
         self._alone = True  # whether a batch can be cut into single rows
+        self._outside = 0  # elements of trained parameters that are not the module's
         self._refreshes = False  # whether the coming step refreshes the directions
 
     def check_first_batch(
@@ -116,6 +118,16 @@ class Coverage:
         for module, reason in faults.items():
             self._capture.drop(module, reason)
         return not unchecked
+
+    def name_outside(self, told: str, size: int) -> None:
+        """Names trained parameters that are not the module's, of so many elements: no hook is on their layers."""
+        self._outside, self.uncaptured[OUTSIDE] = size, told
+        warnings.warn(f"{self._owner}: {told}. Signals leave them out.", stacklevel=2)
+
+    def _measure_share(self) -> None:
+        inside = sum(p.numel() for p in self._module.parameters() if p.requires_grad or p in self._verified)
+        recorded = 1.0 - fraction_of(self._module, self._missing, self._verified)
+        self.share = recorded * inside / max(1, inside + self._outside)
 
     def thawed(self) -> bool:
         """Whether parameters are trained that were frozen (or not yet there) when the capture was verified."""
@@ -262,7 +274,7 @@ class Coverage:
         self._missing.update(new)
         self._verified.update(p for name, p in self._module.named_parameters() if name in new)  # nothing is to come
         self._capture.bare.refuse(new)
-        self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
+        self._measure_share()
         rest = {n: why for n, why in new.items() if n.rpartition(".")[0] not in self._capture.deselected}
         if len(rest) < len(new):
             left = fraction_of(self._module, set(new) - set(rest))
@@ -286,7 +298,7 @@ class Coverage:
             for name in missing:
                 self._slow[name] = parameters[name]
                 self._missing.pop(name)
-            self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
+            self._measure_share()
             self.notes.append(f"{_PER_ROW}{', '.join(missing)}")
             return
         self._leave_out(missing, _SLOWLY if self._advisable and self._alone else "")
@@ -356,8 +368,9 @@ class Coverage:
             sums = FallbackVerification(self._module, loss, batch, rows, slow, signals.scale, gradients, of_no_row)
 
         def factor(contributions: list[Tensor]) -> float:
-            self._factor = sums.factor(contributions, self._factor) if sums is not None else self._factor
-            return self._factor
+            if sums is not None and rows > 1:
+                self._summed = sums.is_sum(contributions, self._summed)
+            return float(rows) if self._summed else 1.0
 
         found = row_contributions(self._module, loss, batch, rows, parameters, signals.scale, factor, of_no_row)
         contributions = dict(zip(self._slow, found, strict=True))
@@ -381,5 +394,5 @@ class Coverage:
             for block in [block for block in signals.table if parameter in set(block.parameters)]:
                 signals.drop_block(block)
         self._missing |= wrong
-        self.share = 1.0 - fraction_of(self._module, self._missing, self._verified)
+        self._measure_share()
         self._leave_out(wrong, "")

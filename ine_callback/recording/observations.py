@@ -159,11 +159,14 @@ class Taken:
         """A step at this effective learning rate took these passes."""
         self._steps.append((rate, passes))
 
-    def take(self, columns: int, parts: int, width: int, device: torch.device) -> list[tuple[Observations, float]]:
+    def take(self, nothing: Tensor, width: int) -> list[tuple[Observations, float]]:
         """What the steps took, as observations at one rate, and nothing is left; one at least, maybe without rows.
 
         Steps that took passes of the same batches make one observation of their rows: two would depend on each other.
-        Without rows, signals are [0, columns, parts], and compressed contributions [0, width].
+
+        Args:
+            nothing: The signals of no rows [0, Q, 1 + J + H].
+            width: Numbers that a row's compressed contributions have.
         """
         groups: dict[tuple[int, ...], list[tuple[float, list[Pass]]]] = {}
         for rate, passes in self._steps:
@@ -172,9 +175,8 @@ class Taken:
         steps, self._steps = self._steps, []
         if groups:
             return [_together(group) for group in groups.values()]
-        none = torch.zeros(0, device=device)
-        signals = none.new_zeros(0, columns, parts)
-        return [(Observations(none.long(), signals, none, none, none, none.new_zeros(0, width)), steps[0][0])]
+        none = nothing.new_zeros(0)
+        return [(Observations(none.long(), nothing, none, none, none, none.new_zeros(0, width)), steps[0][0])]
 
 
 def _together(steps: Sequence[tuple[float, Sequence[Pass]]]) -> tuple[Observations, float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ine_callback.capture import Capture
+from ine_callback.data.batches import lent
 from ine_callback.errors import InfluenceError
 from ine_callback.methods import FINE, FitContext, Method, training_methods
 from ine_callback.optimizers.joint import as_one
@@ -147,6 +148,8 @@ class Recorder(Readable):
         self.config = single.unless(config, owner)
         check_count(owner, "accumulate", accumulate)
         self.queries = parse(queries, owner)
+        if loss is not None and source is None:  # the user's own function, which may change a batch
+            loss = _lending(loss)
         self.methods = [FINE()] if methods is None else training_methods(methods, owner)
         self.training = Training(
             module,
@@ -370,3 +373,8 @@ class Recorder(Readable):
             InfluenceError: If it was recorded with other queries or methods, or with more rows.
         """
         restore_state(state, self.guard, self._clock, self._parts, self._steps, self.closing.snapshots)
+
+
+def _lending(loss: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss of a copy of the batch, which it may change."""
+    return lambda module, batch: loss(module, lent(batch))

@@ -16,7 +16,7 @@ from ine_callback.curvature.gradient_sample import MIN_ROWS, GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
 from ine_callback.distributed.sharding import is_sharded
-from ine_callback.errors import InfluenceError
+from ine_callback.errors import CaptureError, InfluenceError
 from ine_callback.methods import Method
 from ine_callback.optimizers.joint import AnyOptimizer, JointOptimizer, each_of
 from ine_callback.optimizers.registry import known
@@ -24,7 +24,7 @@ from ine_callback.optimizers.schedule import Schedule, planned_schedule
 from ine_callback.queries import SELF, BoundQuery, Query, QuerySource, SelfQuery
 from ine_callback.recording.accumulators import RowAccumulators
 from ine_callback.recording.config import RecordingConfig
-from ine_callback.recording.coverage import Coverage
+from ine_callback.recording.coverage import OUTSIDE, Coverage
 from ine_callback.recording.lanes import Lane
 from ine_callback.recording.store.recording import StoreRecording, store_of
 from ine_callback.report.stored_vectors import StoredVectors
@@ -110,11 +110,30 @@ def refuse(training: Training, config: RecordingConfig, capture: Capture, covera
             f"{owner}: a lazy module has no weights yet, and a pass of the recording would draw others "
             "than the training does; run one batch through the model first (in configure_model or before the fit)."
         )
+    _name_outside(training, config, coverage, owner)
     if config.uncaptured == "fallback" and is_sharded(module):
         raise InfluenceError(
             f"{owner}: uncaptured='fallback' cannot take single rows' gradients of parameters that processes "
             "share; pass 'warn' or 'raise', or train with strategy='ddp'."
         )
+
+
+def _name_outside(training: Training, config: RecordingConfig, coverage: Coverage, owner: str) -> None:
+    """Names what the optimizers train that is not the module's.
+
+    Raises:
+        CaptureError: With ``uncaptured="raise"``.
+    """
+    own = set(training.module.parameters())
+    groups = [group for each in each_of(training.optimizer) for group in each.param_groups]
+    found = [p for group in groups for p in group["params"] if p not in own and p.requires_grad]
+    if not found:
+        return
+    sizes = ", ".join(str(list(p.shape)) for p in found[:4]) + ", ..." * (len(found) > 4)
+    told = f"the optimizer trains {len(found)} {OUTSIDE} ({sizes}); make their layers parts of it (nn.ModuleList)"
+    if config.uncaptured == "raise":
+        raise CaptureError(f"{owner}: {told}, or pass uncaptured='warn'.")
+    coverage.name_outside(told, sum(p.numel() for p in found))
 
 
 def _refuse_optimizers(optimizer: JointOptimizer, module: nn.Module, owner: str) -> None:

@@ -21,6 +21,9 @@ from ine_callback.recording.provenance import SINGLE_ROW
 from ine_callback.recording.setup import Parts, records_signals
 from ine_callback.recording.updates import Updates
 
+ELSEWHERE = "its rows were unknown in another process"
+MOST_GAPS = 1 << 10  # batches left out that one exchange can tell of
+
 
 class OptimizerSteps:
     """Collects the passes of each optimizer's step, and updates the accumulators when steps were taken.
@@ -37,7 +40,7 @@ class OptimizerSteps:
         updates: The same.
         several: Whether there are several optimizers.
         has_gap: Whether a batch of the present step is left out.
-        left_out: Why batches were left out -> how many.
+        left_out: Why batches were left out -> how many, of all processes.
     """
 
     def __init__(self, guard: Guard, parts: Parts, updates: Updates, follow: Callable[[Parts, int], None]) -> None:
@@ -47,18 +50,43 @@ class OptimizerSteps:
         self._lr = 0.0
         self.has_gap = False
         self.left_out: Counter[str] = Counter()
+        self._passes_by = False  # whether the gradients of a batch that is left out are still to come
+        self._untold = 0  # batches left out here since the other processes were told
 
     def leave_out(self, error: UnknownRows) -> None:
         """Goes on without a batch whose rows are unknown, unless none ever will be known or others wait for it."""
-        guard = self._guard
-        if self._parts.processes.count > 1 or (error.always and not guard.steps and not self.left_out):
+        guard, parts = self._guard, self._parts
+        waited_for = parts.processes.count > 1 and (self.several or parts.sharded)
+        if waited_for or (error.always and not guard.steps and not self.left_out):
             raise error
-        self.has_gap = True
+        self._begin_gap()
+        self._untold += 1
         message = str(error).removeprefix(f"{guard.owner}: ").rstrip(".")
         if message not in self.left_out:
             guard.warn(f"a batch is left out: {message}")
             guard.notes.remove(f"a batch is left out: {message}")  # the report says how many there were
         self.left_out[message] += 1
+
+    def leave_out_together(self, elsewhere: int, here: bool) -> None:
+        """All processes go on without a batch, whose rows are unknown here or in so many others, as all know now."""
+        self._begin_gap()
+        self._untold -= here
+        if elsewhere:
+            self.left_out[ELSEWHERE] += elsewhere
+
+    def _begin_gap(self) -> None:
+        """The gradients of a batch that is left out will be added to those of pending passes."""
+        for lane in self._parts.lanes:
+            self.measure_changes(lane)
+        self.has_gap = self._passes_by = True
+
+    def pass_by(self) -> None:
+        """The gradients of the batch that is left out are there: what is done to them from now on is a change."""
+        if self._passes_by:
+            self._passes_by = False
+            for lane in self._parts.lanes:
+                if lane.pending:
+                    lane.clipping.mark()
 
     def note_left_out(self) -> None:
         """Tells the report how many batches were left out."""
@@ -179,7 +207,7 @@ class OptimizerSteps:
         signals, rows = parts.signals, 0
         with torch.no_grad():
             width = 0 if signals.compression is None else signals.compression.size
-            for observations, rate in self._taken.take(signals.columns, signals.width, width, parts.device):
+            for observations, rate in self._taken.take(signals.nothing(parts.device), width):
                 rows += self._observe(observations, rate)
         if not rows:
             return
@@ -193,10 +221,14 @@ class OptimizerSteps:
         """Updates the accumulators with the observations of all processes; how many rows they have."""
         parts = self._parts
         processes, signals, coverage = parts.processes, parts.signals, parts.coverage
-        packed = 4 * parts.accumulators.check.count + coverage.requests  # two numbers in one exchange
+        # several numbers in one exchange
+        packed = (parts.accumulators.check.count * MOST_GAPS + min(self._untold, MOST_GAPS - 1)) * 4 + coverage.requests
         sizes, received = zip(*processes.exchange(len(observations.rows), packed), strict=True)
-        known = [one // 4 for one in received]
+        known = [one // 4 // MOST_GAPS for one in received]
         coverage.agree_on(one % 4 for one in received)
+        self._untold = 0
+        if elsewhere := sum(one // 4 % MOST_GAPS for k, one in enumerate(received) if k != processes.rank):
+            self.left_out[ELSEWHERE] += elsewhere
         if any(sizes):
             observations = observations.joined(processes, sizes).times(1 / processes.count)
             units = signals.units(observations.self_variance)

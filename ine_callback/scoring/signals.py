@@ -47,6 +47,10 @@ class Signals(Directions):
         self._selected = False
         self._first = True  # the backward pass begins with the network's last layer
 
+    def nothing(self, device: torch.device) -> Tensor:
+        """The signals of no rows [0, Q, width]."""
+        return torch.zeros(0, self.columns, self.width, device=device, dtype=self._dtype)
+
     def receive(
         self, module: nn.Module, grad_samples: dict[str, GradSample], calls: int, hold: bool, layer: bool = True
     ) -> None:
@@ -119,6 +123,10 @@ class Signals(Directions):
     def lose(self, lost: nn.Module | nn.Parameter) -> None:
         """Forgets the blocks of a dropped module or bare parameter, with their part of the batch, maybe incomplete."""
         self._forget(set(self.table.drop_all(lost)))
+
+    def follow(self, module: nn.Module) -> None:
+        """Takes a module's parameters by the names that they have now; their blocks are made anew."""
+        self._forget(set(self.table.follow(module, self.module)))
 
     def drop_block(self, block: Block) -> None:
         """Leaves a block out from now on, and out of the present batch."""

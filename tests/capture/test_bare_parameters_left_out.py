@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ine_callback import Recorder
+from ine_callback.queries import CallableQuery
 from tests.helpers.oracle import Keep, Setting, by_loop, check, cross_entropy, opaque, run
 from tests.helpers.vision import Vision, needs_saved, parameter
 
@@ -92,33 +93,62 @@ def test_a_scale_of_similarities_of_rows_is_left_out() -> None:
     assert set(result.recorder.coverage.uncaptured) == {"scale"}
 
 
-def test_a_use_that_the_check_has_not_seen_ends_with_its_reason() -> None:
-    """From the third step on, the shift is added to what it was not added to before."""
+class Changes(Regularised):
+    """From the third batch on, the shift is used otherwise than before."""
 
-    class Changes(Regularised):
-        steps = 0
+    batch = 0
 
-        def forward(self, x: Tensor) -> Tensor:
-            if self.steps < 2:
-                return super().forward(x)
-            return self.head(torch.tanh(self.first(x) + self.shift.flip(0)))
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(4)
+        self.change = change
 
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift if self.batch < 2 else self.change(self.shift)
+        return self.head(torch.tanh(self.first(x) + shift))
+
+
+def penalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """From the third batch on, there is a penalty on the shift."""
+    assert isinstance(model, Changes)
+    value = cross_entropy(model, batch)
+    return value + model.shift.square().sum() if model.batch > 1 else value
+
+
+@needs_saved
+@pytest.mark.parametrize(
+    ("change", "loss", "known"),
+    [
+        (lambda shift: shift.flip(0), cross_entropy, True),
+        (lambda shift: shift, penalised, True),
+        (opaque, cross_entropy, False),
+    ],
+    ids=["another operation", "a penalty", "one that is not recognised"],
+)
+def test_a_use_that_the_check_has_not_seen_costs_a_batch(
+    change: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], known: bool
+) -> None:
     torch.manual_seed(0)
-    model, x, y = Changes(4), torch.randn(8, 4), torch.randint(3, (8,))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = Recorder(model, sgd, 8, {"val": (x, y), "own": "self"}, cross_entropy, on_error="raise")
+    model, x, y = Changes(change).double(), torch.randn(8, 4).double(), torch.randint(3, (8,))
+    sgd, keep = torch.optim.SGD(model.parameters(), lr=0.1), Keep()
+    options = {"methods": [keep], "discount": False, "refresh_every": 1, "on_error": "raise"}
+    recorder = Recorder(model, sgd, 8, {"val": CallableQuery(cross_entropy, (x, y))}, loss, **options)
+    expected, speed = [], ({} if known else {model.shift: 0.0})
     with recorder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for model.steps in range(4):
+        for model.batch in range(5):
+            now = speed if model.batch > 2 else {}
+            expected.append(by_loop(model, cross_entropy, (x, y), [lambda m: cross_entropy(m, (x, y))], 1 / 8, now))
             with recorder.batch(torch.arange(8), (x, y)):
-                loss = cross_entropy(model, (x, y))
-                recorder.see(loss)
-                loss.backward()
-            assert ("shift" in recorder.coverage.uncaptured) == (model.steps >= 2)
+                value = loss(model, (x, y))
+                recorder.see(value)
+                value.backward()
             sgd.step()
             sgd.zero_grad()
-    assert "FlipBackward0" in recorder.coverage.uncaptured["shift"]
-    assert recorder.steps == 4
+    assert list(recorder._steps.left_out.values()) == [1]
+    told = recorder.coverage.uncaptured
+    assert set(told) == (set() if known else {"shift"}) and (known or "_OpaqueBackward" in told["shift"])
+    for (_, signals, _), right in zip(keep.steps, [*expected[:2], *expected[3:]], strict=True):
+        torch.testing.assert_close(signals, right[:, :1], rtol=1e-9, atol=1e-11)
 
 
 def test_two_passes_through_one_graph_count_twice_and_inner_passes_not_at_all() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
+from ine_callback.capture.bare import pullback
 from tests.helpers.oracle import Setting, check, run
 from tests.helpers.vision import needs_saved, parameter
 
@@ -136,6 +137,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(4, 6)),
     "weight_norm of a whole, no bias": lambda: parametrizations.weight_norm(nn.Linear(4, 6, bias=False), dim=None),
     "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 6), "weight", "cayley"),
+    "weight_norm of old": lambda: nn.utils.weight_norm(nn.Linear(4, 6)),
+    "pruned weight and bias": lambda: prune.random_unstructured(
+        prune.l1_unstructured(nn.Linear(4, 6), "weight", amount=0.3), "bias", amount=0.5
+    ),
 }
 
 
@@ -162,9 +167,36 @@ SETTINGS = [
 
 
 @needs_saved
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("rows", [4, 5])
 @pytest.mark.parametrize("setting", SETTINGS, ids=[s.name for s in SETTINGS])
 def test_rows_gradients_are_those_of_a_loop(setting: Setting, rows: int) -> None:
     """Also where the batch has as many rows as the weights, or a row has positions (5)."""
     torch.manual_seed(0)
     check(run(setting, batch_size=rows, steps=2))
+
+
+class Hadamard(torch.autograd.Function):
+    """A product of products with a backward pass of its own, as PEFT's LoHa has it."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, c, d)
+        return (a @ b) * (c @ d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        a, b, c, d = ctx.saved_tensors
+        one, other = grad * (c @ d), grad * (a @ b)
+        return one @ b.T, a.T @ one, other @ d.T, c.T @ other
+
+
+@needs_saved
+def test_a_function_that_is_known_to_compute_alone_is_called_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a": (4, 2), "b": (2, 4), "c": (4, 2), "d": (2, 4)}
+    use = adapted(lambda m, x: F.linear(x, m.fixed + Hadamard.apply(m.a, m.b, m.c, m.d)), **shapes)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="it is used by .*HadamardBackward"):
+        run(Setting("LoHa", use, SERIES), uncaptured="warn")
+    monkeypatch.setattr(pullback, "ONLY_COMPUTE", {f"{__name__}.Hadamard"})
+    check(run(Setting("LoHa", use, SERIES)))

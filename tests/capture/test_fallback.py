@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers.kept_steps import BATCH, EXACT, Net, check, recorded, truth
-from tests.helpers.oracle import TELLS, opaque
+from ine_callback import Recorder
+from tests.helpers.kept_steps import BATCH, EXACT, Net, check, data, recorded, truth
+from tests.helpers.oracle import TELLS, Keep, by_loop, opaque
 
 
 class Bare(nn.Module):
@@ -48,6 +49,31 @@ def test_the_fallback_finds_the_scale_of_any_loss(kind: str, accumulate: int) ->
     for step, (_, signals, _) in enumerate(keep.steps):
         expected = [truth(module, k, mean="mean" in kind) for k in range(step * accumulate, (step + 1) * accumulate)]
         torch.testing.assert_close(signals[:, 0], torch.cat(expected) / accumulate, **EXACT)
+
+
+def test_a_sum_over_rows_is_one_in_batches_of_any_size() -> None:
+    """The factor that the first batch showed was its number of rows, and was taken for that of smaller ones."""
+    torch.manual_seed(0)
+    model, keep = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), Bare()).double(), Keep()
+    sgd, (x, y) = torch.optim.SGD(model.parameters(), lr=0.02), data()
+
+    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.l1_loss(net(batch[0]), F.one_hot(batch[1], 3).double(), reduction="sum")
+
+    options = {"methods": [keep], "discount": False, "refresh_every": 1, "uncaptured": "fallback", "on_error": "raise"}
+    expected = []
+    with Recorder(model, sgd, len(x), {"val": (x, y)}, loss, **options) as recorder:
+        for rows in torch.arange(9).split([6, 2, 1]):
+            batch = x[rows], y[rows]
+            expected.append(by_loop(model, loss, batch, [lambda net: loss(net, (x, y))], 1.0))
+            with recorder.batch(rows, batch):
+                value = loss(model, batch)
+                recorder.see(value)
+                value.backward()
+            sgd.step()
+            sgd.zero_grad()
+    for (_, signals, _), right in zip(keep.steps, expected, strict=True):
+        torch.testing.assert_close(signals, right[:, :1], **EXACT)
 
 
 def convolution() -> nn.Module:

@@ -122,6 +122,26 @@ def test_it_may_begin_later_where_weight_and_bias_share_a_block(net: str, first:
     check_rows(module, keep)
 
 
+class Residual(Regular):
+    """A differential equation: the output and its second derivative, of one call of the network."""
+
+    def loss(self, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        leaf = x.detach().clone().requires_grad_()
+        u = net(leaf)[:, 0]
+        (first,) = torch.autograd.grad(u.sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first[:, 0].sum(), leaf, create_graph=True)
+        return (second[:, 0] + u - y).square().mean()
+
+
+@pytest.mark.parametrize("discount", [False, True])
+def test_a_call_that_inner_passes_go_through_shares_its_block_with_its_derivative(discount: bool) -> None:
+    """The inner passes do not count, the call does: two blocks of one weight have had one curvature."""
+    module, recorder, keep = recorded(lambda: Residual(_r1, _mlp), queries=["val", "self"], discount=discount)
+    assert recorder.coverage.share == 1.0 and not recorder.capture.dropped, recorder.capture.dropped
+    if not discount:
+        check_rows(module, keep)
+
+
 def test_beside_a_penalty_on_weights() -> None:
     def make() -> Net:
         module = Regular(_r1, _norms)

@@ -175,16 +175,9 @@ ODD = {
     "mixes rows": (around(CallsRolled), ["2.layer.weight", "2.layer.bias"], "other gradients than autograd"),
     "property": (around(lambda: WeightProperty(4, 4)), ["2.weight"], "a property of WeightProperty"),
     "functional_call": (around(Functional), ["2.inner.weight", "2.inner.bias"], "functional_call"),
-    "weight_norm": (around(lambda: nn.utils.weight_norm(nn.Linear(4, 4))), ["2.weight_g", "2.weight_v"], "weight_norm"),
-    "prune": (
-        around(lambda: torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.3)),
-        ["2.weight_orig"],
-        "prune",
-    ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize(("model", "left_out", "why"), ODD.values(), ids=ODD)
 def test_a_layer_that_does_not_fit_is_left_out_with_its_reason_and_the_others_stay_exact(
     model: Callable[[], nn.Module], left_out: list[str], why: str

@@ -108,6 +108,14 @@ def test_negative_log_likelihood() -> None:
     check(F.nll_loss(log_p, labels), terms, torch.ones_like(terms))
 
 
+def test_a_loss_of_one_element_has_a_scalar_scale() -> None:
+    """With a dimension it made tensors of double precision of others, and ended the recording."""
+    value = F.cross_entropy(randn(ROWS, CLASSES), torch.randint(CLASSES, (ROWS,)))
+    plain, reading = (read_loss(loss, ROWS) for loss in (value, value.reshape(1)))
+    assert plain is not None and reading is not None and reading.terms.shape == reading.scale.shape == ()
+    assert torch.equal(reading.terms, plain.terms) and torch.equal(reading.rows, plain.rows)
+
+
 def test_reading_leaves_the_graph_usable() -> None:
     x = randn(ROWS, CLASSES)
     labels = torch.randint(CLASSES, (ROWS,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ine_callback.capture.per_sample_gradients import Vector
 from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.distributed.processes import Lockstep
-from ine_callback.errors import InfluenceError
+from ine_callback.errors import InfluenceError, UnknownRows
 from ine_callback.methods import FINE
 from ine_callback.queries import LossQuery
 from ine_callback.recording.accumulators import RowAccumulators
@@ -33,6 +34,8 @@ from tests.helpers.identical import unequal
 from tests.helpers.once import spawned
 
 ROWS, BATCH, STEPS = 48, 8, 24
+# (step, process) whose rows are unknown: in the first step, between refreshes, in a step that refreshes, in both
+UNKNOWN = frozenset({(0, 1), (3, 1), (5, 0), (8, 0), (8, 1)})
 ROWS_STORED = 40  # rows of a process in the test of the sample alone
 PLACES = [
     (BackwardPasses, "start_batch"),
@@ -99,6 +102,10 @@ def problem(more: bool = False, odd: int | None = None) -> tuple[Net, Batch, Bat
     return Net(more, odd), (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:]), list(order)
 
 
+def untold(batch: Batch) -> Tensor:
+    raise UnknownRows("nobody tells them")
+
+
 def train(
     parts: int = 1,
     rank: int = 0,
@@ -106,29 +113,34 @@ def train(
     more: bool = False,
     odd: int | None = None,
     saved: bool = False,
+    unknown: Collection[tuple[int, int]] = (),
+    accumulate: int = 1,
     **options: Any,
 ) -> tuple[list[Tensor], InfluenceReport | None]:
     """Trains on the ``rank``-th of ``parts`` of every batch; returns the weights and the report.
 
-    ``saved``: the state is asked for after every step, as checkpoints do.
+    ``saved``: the state is asked for after every step, as checkpoints do. ``unknown``: (step, part) whose rows nobody
+    tells. ``accumulate``: the parts come one after the other, in one process.
     """
     module, (x, y), held_out, order = problem(more, odd)
     wrapped = DistributedDataParallel(module, find_unused_parameters=more) if parts > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5)
     settings = {"rows": ROWS, "total_steps": STEPS, "refresh_every": 4, "curvature_every": 1, "distributed": parts > 1}
+    settings["accumulate"] = accumulate
     queries = {"val": LossQuery(held_out), "own": "self"}
     recorder = Recorder(
         module, optimizer, queries=queries, loss=loss_of, methods=[FINE(closing=False)], **settings | options
     )
     if recorded:
         recorder.start()
-    for batch in order:
-        rows = batch[rank::parts]
-        recorder.start_batch(rows, (x[rows], y[rows]))
-        loss = loss_of(wrapped, (x[rows], y[rows]))
-        recorder.see(loss)
-        loss.backward()
-        recorder.end_batch()
+    for step, batch in enumerate(order):
+        for part in range(accumulate) if parts == 1 else [rank]:
+            rows = batch[part :: max(parts, accumulate)]
+            recorder.start_batch(untold if (step, part) in unknown else rows, (x[rows], y[rows]))
+            loss = loss_of(wrapped, (x[rows], y[rows])) / accumulate
+            recorder.see(loss)
+            loss.backward()
+            recorder.end_batch()
         optimizer.step()
         optimizer.zero_grad()
         if saved:
@@ -163,6 +175,7 @@ def process(rank: int, folder: str) -> None:
         "plain": train(2, rank, recorded=False),
         "no reservoir": train(2, rank, reservoir=0),
         "default": train(2, rank),
+        "unknown": train(2, rank, unknown=UNKNOWN, reservoir=0, discount=False),
         "growing": train(2, rank, reservoir=0, rows=None),
         "more": train(2, rank, more=True),
         "more, by autograd": train(2, rank, more=True, uncaptured="fallback"),
@@ -197,6 +210,20 @@ def test_scores_are_those_of_one_process_with_the_whole_batches(together: list[d
     assert (one.observations == alone.observations).all() and one.run.steps == STEPS
     off = train(reservoir=0, discount=False)[1]
     assert off is not None and np.abs(off.scores.mu - alone.scores.mu).max() > 0.1  # so it could have shown
+
+
+def test_batches_of_unknown_rows_are_left_out_and_no_process_waits(together: list[dict[Any, Any]]) -> None:
+    """Where processes exchange something in a batch, all leave theirs out; else the one alone, and the others know."""
+    (_, one), (_, other) = (found["unknown"] for found in together)
+    parts = UNKNOWN | {(0, 0), (5, 1)}
+    alone = train(accumulate=2, unknown=parts, reservoir=0, discount=False)[1]
+    assert not unequal(one, other) and alone is not None and one.run.steps == other.run.steps == STEPS - 3
+    for name in ("mu", "se", "null_sd", "mean_loss", "margins"):
+        np.testing.assert_allclose(getattr(one.scores, name), getattr(alone.scores, name), rtol=2e-4, atol=1e-4)
+    assert (one.observations == alone.observations).all() and one.observations.sum() == BATCH * STEPS - 4 * 7
+    for report, here, elsewhere in ((one, 2, 3), (other, 3, 2)):
+        assert f"{here} batches left out: nobody tells them" in report.run.notes
+        assert f"{elsewhere} batches left out: its rows were unknown in another process" in report.run.notes
 
 
 def test_the_sample_of_all_processes_discounts_like_that_of_one(

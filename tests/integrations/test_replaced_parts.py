@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback
+from ine_callback.errors import CaptureError
 from ine_callback.report import InfluenceReport
 
 
@@ -39,9 +41,23 @@ class NewOptimizer(Net):
             self.trainer.optimizers = [torch.optim.Adam(self.parameters())]
 
 
-def report_of(module: Net) -> InfluenceReport:
+class Unregistered(Net):
+    """A layer in a plain list, which the optimizer trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = [nn.Linear(5, 5)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([self.more[0](batch[0]).tanh(), batch[1]], batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), *self.more[0].parameters()], lr=0.1)
+
+
+def report_of(module: Net, **options: Any) -> InfluenceReport:
     L.seed_everything(0, verbose=False)
-    influence = InfluenceCallback("self", on_error="raise")
+    influence = InfluenceCallback("self", on_error="raise", **options)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, callbacks=[influence], **quiet)
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(20, 5), torch.arange(20) % 3), 5))
@@ -59,3 +75,12 @@ def test_another_optimizer_is_told() -> None:
     report = report_of(NewOptimizer())
     assert report.run.steps == 4
     assert any("another optimizer (Adam) during the fit: its steps are not recorded" in n for n in report.run.notes)
+
+
+def test_what_the_optimizer_trains_beside_the_module_is_named_and_counted() -> None:
+    with pytest.warns(UserWarning, match=r"trains 2 parameters that are not the module's \(\[5, 5\], \[5\]\)"):
+        run = report_of(Unregistered()).run
+    own = 6 * 5 + 6 + 3 * 6 + 3
+    assert len(run.uncaptured) == 1 and run.captured_share == pytest.approx(own / (own + 30))
+    with pytest.raises(CaptureError, match="ModuleList"):
+        report_of(Unregistered(), uncaptured="raise")

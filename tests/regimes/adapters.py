@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .hugging_face import Hugging, language, llama
 from .regime import Regime
@@ -18,6 +19,29 @@ class Prompting(Hugging):
 
     def terms(self, single: Any) -> int:
         return int((single["labels"] != -100).sum())
+
+
+class Allocating(Hugging):
+    """AdaLoRA: the model's own loss holds a penalty on the adapters' orthogonality; ranks are masked after steps."""
+
+    def of_no_row(self) -> Tensor:
+        named = ((name, p) for name, p in self.named_parameters() if "lora_A" in name or "lora_B" in name)
+        squares = [p @ p.T if "lora_A" in name else p.T @ p for name, p in named]
+        return 0.5 * torch.stack([torch.norm(one - torch.eye(len(one), dtype=one.dtype)) for one in squares]).mean()
+
+    def loss(self, batch: Any) -> Tensor:
+        whole = super().loss(batch)  # in evaluation mode as the query has it
+        return whole - self.of_no_row() if self.training else whole
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss(batch)
+
+    def after_step(self, steps: int) -> None:
+        assert isinstance(self.net.base_model, nn.Module)
+        self.net.base_model.update_and_allocate(steps)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.after_step(self.trainer.global_step)
 
 
 def adapted(kind: str, **options: Any) -> Callable[[], nn.Module]:
@@ -55,8 +79,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "LN tuning": adapted("LNTuningConfig", target_modules=["input_layernorm"]),
     "trainable tokens": adapted("TrainableTokensConfig", token_indices=[1, 2, 3], target_modules=["embed_tokens"]),
     "prefix tuning": adapted("PrefixTuningConfig", num_virtual_tokens=2),
+    "LoHa": adapted("LoHaConfig", r=2, **ATTENTION),
     "LLaMA-Adapter": adapted("AdaptionPromptConfig", adapter_len=2, adapter_layers=2),
 }
+RANKS = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 12, "orth_reg_weight": 0.5}
+IN_DOUBLE: dict[str, Any] = {"trainer": lambda: {"precision": "64-true"}, "dtype": torch.float64, "tolerance": 1e-6}
 PROMPTS = {
     "prompt tuning": adapted("PromptTuningConfig", num_virtual_tokens=2),
     "p-tuning": adapted("PromptEncoderConfig", num_virtual_tokens=2, encoder_hidden_size=8),
@@ -71,5 +98,6 @@ def _regime(name: str, net: Callable[[], nn.Module], kind: type[Hugging] = Huggi
 ADAPTERS = [
     *(_regime(name, net) for name, net in NETS.items()),
     *(_regime(name, net, Prompting) for name, net in PROMPTS.items()),
+    _regime("AdaLoRA, ranks masked", adapted("AdaLoraConfig", **RANKS, **ATTENTION), Allocating, **IN_DOUBLE),
     *(_regime(name, net, shares="among") for name, net in DROPPING.items()),
 ]

@@ -102,6 +102,15 @@ ARCHITECTURES = [
     _regime("Qwen3 MoE", qwen),
     _regime("BERT, words masked, tied head", masked_bert, kind=Labelled),
     _regime("T5, relative positions", t5, lambda: of_equal_length("input_ids", words=5), Labelled),
+    Regime(
+        "T5, padded in some batches",
+        GROUP,
+        lambda: Labelled(t5()),
+        language,
+        needs="transformers",
+        slow=True,
+        unfamiliar=(11,),
+    ),
     _regime("ViT", vit, lambda: of_equal_length("pixel_values", 1, 6, 6)),
     _regime("Whisper", whisper, lambda: of_equal_length("input_features", 4, 12, words=5), Labelled),
 ]

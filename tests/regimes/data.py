@@ -83,6 +83,14 @@ class Named(Classifier):
         return super().loss((batch["x"], batch["y"]))
 
 
+class Changes(Classifier):
+    """Takes the labels out of the batch, as many steps for Hugging Face's do, and writes into its inputs."""
+
+    def loss(self, batch: Any) -> Tensor:
+        batch["x"].mul_(0.5).add_(0.1)
+        return super().loss((batch["x"], batch.pop("y")))
+
+
 class FromFields(Classifier):
     def loss(self, batch: Fields) -> Tensor:
         return super().loss((batch.x, batch.y))
@@ -224,6 +232,7 @@ DATA = [
     Regime("StatefulDataLoader", "data", data=lambda: vectors(stateful), needs="torchdata"),
     Regime("StatefulDataLoader, workers", "data", data=lambda: vectors(stateful_workers), needs="torchdata", slow=True),
     Regime("batch as a dict", "data", Named, lambda: vectors(collate=as_dict, rows_of=itemgetter("row"))),
+    Regime("batch that the step changes", "data", Changes, lambda: vectors(collate=as_dict, rows_of=itemgetter("row"))),
     Regime("batch as a tuple", "data", Classifier, lambda: vectors(collate=as_tuple)),
     Regime("batch as a dataclass", "data", FromFields, lambda: vectors(collate=as_fields, rows_of=attrgetter("row"))),
     Regime("batch as a Mapping", "data", Named, lambda: vectors(collate=as_mapping, rows_of=itemgetter("row"))),

@@ -159,6 +159,9 @@ def judged(
     regime: Regime, plain: Run, left: dict[str, list[Any]], report: InfluenceReport, warned: list[str], parts: int = 1
 ) -> Verdict:
     """What a recorded run found and left, against a plain run and its replay."""
+    passes = [event for event in plain.events if event.kind == "backward"]
+    for number in regime.unfamiliar:
+        passes[number].counts = False
     mu, trained = replay(regime, plain.first, plain.data, plain.events, parts)
     return Verdict(
         error=_errors(report.scores.mu, mu.numpy()),
@@ -190,7 +193,7 @@ def _visits(events: list[Event], rows: int) -> Any:
         return _visits_of_batches(events, total)
     for event in events:
         if event.kind == "backward":
-            pending += event.rows
+            pending += event.rows if event.counts else []
         else:
             if event.kind == "step":
                 np.add.at(total, pending, 1)

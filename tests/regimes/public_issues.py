@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from tests.helpers.oracle import TELLS
 
 from .models import pictures
 from .regime import CLASSES, FEATURES, Classifier, Data, Regime, vectors
@@ -114,12 +117,23 @@ class Outputs(Classifier):
         return {"loss": loss, "logits": logits, "law": torch.distributions.Categorical(logits=logits)}
 
 
-def pruning() -> ModelPruning:
-    """Replaces every weight by a mask and another parameter after the first epoch."""
-    options: dict[str, Any] = {"amount": 0.2, "use_lottery_ticket_hypothesis": True, "parameter_names": ["weight"]}
+def pruning(lottery: bool = True) -> ModelPruning:
+    """Registers every weight by another name after the first epoch, and computes the layers' own of it and a mask."""
+    options: dict[str, Any] = {"amount": 0.2, "use_lottery_ticket_hypothesis": lottery, "parameter_names": ["weight"]}
     return ModelPruning("l1_unstructured", **options)
 
 
+class Pruned(Classifier):
+    """For the reference: what the callback does after each epoch."""
+
+    def after_step(self, steps: int) -> None:
+        if steps in (4, 8):
+            self.net(torch.zeros(1, FEATURES))  # the masked weights of now, as the validation has computed them
+            layers = [(m, "weight") for m in self.net.modules() if isinstance(m, nn.Linear)]
+            prune.global_unstructured(layers, prune.L1Unstructured, amount=0.2)
+
+
+LINEAR = tuple(f"net.{k}.{name}" for k in (0, 2, 4) for name in ("weight", "bias"))
 ISSUE = "https://github.com/{}/issues/{}"
 SOURCES = {
     "a norm shared by all depths": ISSUE.format("meta-pytorch/opacus", 578),
@@ -130,6 +144,7 @@ SOURCES = {
     "a shortcut added in place": ISSUE.format("shap/shap", 3565),
     "convolutions over the letters of words": ISSUE.format("meta-pytorch/opacus", 246),
     "training_step returns tensors of the graph": ISSUE.format("Lightning-AI/pytorch-lightning", 8821),
+    "ModelPruning, without one batch": ISSUE.format("Lightning-AI/pytorch-lightning", 8542),
     "ModelPruning, lottery tickets": ISSUE.format("Lightning-AI/pytorch-lightning", 8542),
     "Ctrl-C with StochasticWeightAveraging": ISSUE.format("Lightning-AI/pytorch-lightning", 17375),
     "deepcopy of logged metrics, weight_norm": ISSUE.format("unit8co/darts", 811),
@@ -144,4 +159,12 @@ ISSUES = [
     Regime("in-place ReLU6 after hooked layers", GROUP, lambda: Classifier(InPlace()), pictures),
     Regime("convolutions over the letters of words", GROUP, lambda: Classifier(LettersOfWords()), texts),
     Regime("training_step returns tensors of the graph", GROUP, Outputs),
+    Regime(
+        "ModelPruning, without one batch",
+        GROUP,
+        Pruned,
+        trainer=lambda: {"callbacks": [pruning(False)]},
+        unfamiliar=(4,) if TELLS else (),
+        left_out=() if TELLS else LINEAR,
+    ),
 ]

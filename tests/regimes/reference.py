@@ -31,6 +31,7 @@ class Event:
         optimizer: Which one took the step, or removed its gradients; None: all.
         loss: Which of the module's losses was differentiated.
         accumulate: Batches of a step, where that changes.
+        counts: Whether the batch is recorded; a batch that uses parameters as none before is trained on alone.
     """
 
     kind: Literal["backward", "step", "zero", "end"]
@@ -41,6 +42,7 @@ class Event:
     optimizer: int | None = None
     loss: str = "loss"
     accumulate: int | None = None
+    counts: bool = True
 
 
 class Sums:
@@ -131,6 +133,7 @@ class _Loop:
         self.weights: dict[nn.Parameter, float] = {}
         self.joined: set[nn.Parameter] = set()  # parameters that have a direction
         self.stepped: set[int] = set()
+        self.steps = 0
         self.fresh = True  # whether a batch's first pass comes
         self.names = dict(module.named_parameters())
 
@@ -182,6 +185,8 @@ class _Loop:
         if (penalty := self.module.of_no_row()) is not None:
             for parameter, g in gradient(self.module, penalty / self.accumulate).items():
                 parameter.grad = g if parameter.grad is None else parameter.grad + g
+        if not event.counts:
+            return
         if (self.several and not new <= self.joined) or (not self.stepped and not self.pending):
             self.joined |= new
             self._aim()
@@ -214,7 +219,7 @@ class _Loop:
         if self.several:  # one optimizer's turn freezes the others' parameters
             self.module.requires_grad_(True)
         try:
-            return gradient(self.module, self.module.loss(self.val))
+            return gradient(self.module, self.module.loss(copy.deepcopy(self.val)))
         finally:
             for p, learned in learns:
                 p.requires_grad_(learned)
@@ -307,6 +312,8 @@ class _Loop:
                 self.stepped.add(k)
         self._forget(own)
         _step_of(optimizer)
+        self.steps += 1
+        self.module.after_step(self.steps)
         if not self.several:
             self.end()
 

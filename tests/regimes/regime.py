@@ -119,6 +119,9 @@ class Classifier(L.LightningModule):
         """What the training loss holds beside the rows' losses."""
         return None
 
+    def after_step(self, steps: int) -> None:
+        """What the training changes after its so many optimizer steps; the reference does the same."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss, penalty = self.loss(batch), self.of_no_row()
         loss = loss if penalty is None else loss + penalty
@@ -163,6 +166,7 @@ class Regime:
         dtype: Of the reference.
         left_out: Parameters that the report must name as left out; the reference leaves them out too.
         approximate: Modules that the report must name as approximate.
+        unfamiliar: Numbers of batches that use parameters as none before, and so are left out.
         note: Words that the report's notes must hold.
         processes: How many train together; with more than one the Trainer's strategy is "ddp_fork".
         slow: Left out of the default tests.
@@ -182,6 +186,7 @@ class Regime:
     dtype: torch.dtype = torch.float32
     left_out: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
+    unfamiliar: tuple[int, ...] = ()
     note: str = ""
     processes: int = 1
     slow: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import random
 from collections.abc import Callable
 from typing import Any
@@ -45,10 +46,43 @@ def test_every_case_names_its_source() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_pruning_ends_the_recording_and_leaves_the_training_alone() -> None:
+def test_pruning_with_lottery_tickets_costs_a_batch_and_leaves_the_training_alone() -> None:
     changed, ours = fits(Classifier, lambda: [pruning()])
     assert not changed
-    assert ours.report is not None and "weight_orig" in ours.report.run.incomplete
+    assert ours.report is not None and not ours.report.run.uncaptured and ours.report.run.steps == 11
+
+
+class Norms(Classifier):
+    def __init__(self) -> None:
+        norm = nn.LayerNorm(8)
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 8), norm, nn.Tanh(), nn.Linear(8, CLASSES)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pruned_layer_that_cannot_be_read_is_left_out_by_name_and_the_others_go_on() -> None:
+    changed, ours = fits(Norms, lambda: [pruning(False)])
+    assert not changed and ours.report is not None and ours.report.run.steps == 11
+    told = ours.report.run.uncaptured
+    assert set(told) == {"net.1.weight_orig", "net.1.bias"}
+    assert all("prune" in why and "NativeLayerNorm" in why for why in told.values())
+
+
+class Whole(Classifier):
+    """Copies and pickles the network between epochs, and runs the copy."""
+
+    def on_train_epoch_end(self) -> None:
+        file = io.BytesIO()
+        torch.save(self.net, file)
+        for net in (copy.deepcopy(self.net), torch.load(io.BytesIO(file.getvalue()), weights_only=False)):
+            net(torch.ones(2, FEATURES)).sum().backward()
+            self.log("copied", float(sum(p.grad.sum() for p in net.parameters())))
+        assert b"ine_callback" not in file.getvalue()  # who loads it may not have it
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_can_be_copied_and_pickled_while_it_is_recorded() -> None:
+    changed, ours = fits(Whole, list)
+    assert not changed and ours.report is not None and ours.report.run.steps == 12
 
 
 class Interrupts(L.Callback):

@@ -8,7 +8,7 @@ them. Where two places are left, another row takes the place of the last, and th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +48,7 @@ def find_layouts(
     batch: Any,
     rows: int,
     unread: set[nn.Module],
+    only: Collection[nn.Parameter] | None = None,
 ) -> None:
     """Finds the parameters whose rows' gradients can be read at their uses. Runs the model isolated, if there are any.
 
@@ -60,13 +61,14 @@ def find_layouts(
         batch: A training batch, led by its rows.
         rows: Their number (at least 2).
         unread: Layers that the hooks cannot record; their parameters are looked for here.
+        only: Parameters to which uses are added; None: all.
     """
     if is_sharded(module):
         return
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows))
     order = order.roll(1) if bool((order == torch.arange(rows)).all()) else order
     places = torch.arange(rows)
-    run_on = partial(_products, module, capture, run, rows=rows, unread=unread)
+    run_on = partial(_products, module, capture, run, rows=rows, unread=unread, only=only)
     found, capture.bare.rejected, first = dict[Kind, list[RowLayout]](), set(), set[Kind]()
     for _ in range(_ROUNDS):
         whole, half, recorded, sizes, computed = run_on(batch)
@@ -88,8 +90,12 @@ def find_layouts(
     for parameter in {parameter for parameter, _ in found} - growing:
         known = {kind: layouts for (p, kind), layouts in found.items() if p is parameter}
         if all(len(layouts) == 1 for layouts in known.values()):
-            capture.bare.layouts[parameter] = {kind: layouts[0] for kind, layouts in known.items()}
-    capture.bare.beside = set(capture.bare.layouts).difference(capture.bare.open_to(recorded))
+            before = capture.bare.layouts.get(parameter, {})
+            new = {kind: layouts[0] for kind, layouts in known.items()}
+            if all(before.get(kind, layout) == layout for kind, layout in new.items()):
+                capture.bare.layouts[parameter] = {**before, **new}
+    beside = set(capture.bare.layouts).difference(capture.bare.open_to(recorded))
+    capture.bare.beside = beside if only is None else capture.bare.beside.difference(only) | beside.intersection(only)
 
 
 @dataclass
@@ -153,6 +159,7 @@ def _products(
     batch: Any,
     rows: int,
     unread: set[nn.Module],
+    only: Collection[nn.Parameter] | None,
 ) -> tuple[Found, bool, set[nn.Module], dict[Kind, list[Sizes]], set[Kind]]:
     """Products of every row's gradient with random directions, for each use and each place where the rows may be.
 
@@ -164,7 +171,7 @@ def _products(
     sizes: dict[Kind, list[Sizes]] = {}
     computes = set[Kind]()
     with _graph(module, capture, run, batch, unread) as (graph, loss, layers):
-        wanted = capture.bare.trainable()
+        wanted = [p for p in capture.bare.trainable() if only is None or p in only]
         if not wanted or graph is None:
             return {}, False, layers, {}, set()
         uses = _uses(graph, capture.bare, wanted, rows)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from ine_callback.capture.attributes import own_parameters
 from ine_callback.capture.bare.pullback import Step, Unrecognised
 from ine_callback.capture.bare.uses import Use
+from ine_callback.capture.layers import given_parameters
 from ine_callback.capture.marks import MarkedCall, call_of
 
 _MOST = 1000  # operations that are followed from one on a parameter
@@ -165,7 +165,7 @@ class Graph:
 
 
 def _has(module: nn.Module, parameter: nn.Parameter) -> bool:
-    return any(p is parameter for p in own_parameters(module).values())
+    return any(p is parameter for p in given_parameters(module).values())
 
 
 @dataclass

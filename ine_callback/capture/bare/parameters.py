@@ -15,10 +15,12 @@ from ine_callback.capture.bare.layouts import RowLayout
 from ine_callback.capture.bare.pullback import Unrecognised
 from ine_callback.capture.bare.uses import Use
 from ine_callback.capture.entries import EntryIndex
-from ine_callback.capture.layers import RowMismatch, layer_function
+from ine_callback.capture.layers import RowMismatch, given_parameters
 from ine_callback.capture.passes import Call, adds_to_grad, plain_arithmetic
 from ine_callback.capture.per_sample_gradients import GradSample, of_entries
+from ine_callback.capture.unfamiliar import Unfamiliar
 
+UNCHECKED = "it is used by {} in training, otherwise than in the check before the first step"
 _WATCHED = "ine_callback.uses"  # in the metadata of a node: the uses whose gradients are awaited there
 
 
@@ -30,6 +32,7 @@ class Layers(Protocol):
     every_pass: bool
     double_backward: bool
     entries: EntryIndex | None
+    unfamiliar: Unfamiliar
     calls: dict[nn.Module | nn.Parameter, int]
     receive: Callable[[nn.Module, dict[str, GradSample]], None]
 
@@ -78,11 +81,12 @@ class BareParameters:
     ) -> None:
         self._capture, without = capture, set(without)
         self._owners: dict[nn.Parameter, tuple[nn.Module, str]] = {}
-        self._all: dict[nn.Parameter, list[nn.Module]] = {}
+        self._givers: dict[nn.Parameter, list[nn.Module]] = {}  # layers whose functions give its gradients
         self._names = {p: name for name, p in module.named_parameters()}
         for name, child in module.named_modules():
+            given = given_parameters(child)
             for local, p in own_parameters(child).items():
-                self._all.setdefault(p, []).append(child)
+                self._givers.setdefault(p, []).extend([child] if local in given else [])
                 if child not in without and (layers is None or any(fnmatchcase(name, one) for one in layers)):
                     self._owners.setdefault(p, (child, local))
         self.layouts: dict[nn.Parameter, Mapping[tuple[object, ...], RowLayout]] = {}
@@ -98,11 +102,11 @@ class BareParameters:
 
     def called(self, parameter: nn.Parameter, without: Collection[nn.Module]) -> bool:
         """Whether a recorded layer has the parameter."""
-        return any(layer_function(one) is not None and one not in without for one in self._all[parameter])
+        return any(one not in without for one in self._givers[parameter])
 
     def open_to(self, called: set[nn.Module]) -> list[nn.Parameter]:
         """Trainable parameters that no layer records whose call is known."""
-        return [p for p in self.trainable() if not called.intersection(self._all[p])]
+        return [p for p in self.trainable() if not called.intersection(self._givers[p])]
 
     def may_end(self, use: Use, rows: int) -> bool:
         """Whether a use's output may hold the rows."""
@@ -134,6 +138,13 @@ class BareParameters:
                 self.layouts.pop(p, None)
                 self._left_out.add(p)
 
+    def follow(self, module: nn.Module, root: nn.Module) -> list[nn.Parameter]:
+        """Takes a module's parameters by the names that they have now in ``root``; returns them."""
+        self._names = {p: name for name, p in root.named_parameters()}
+        moved = {p: (module, name) for name, p in own_parameters(module).items() if p in self._givers}
+        self._owners.update({p: place for p, place in moved.items() if p in self._owners})
+        return list(moved)
+
     def drop(self, parameter: nn.Parameter, reason: str) -> None:
         """Ignores a parameter from now on; what it contributed to this batch may be incomplete."""
         self.layouts.pop(parameter, None)
@@ -159,7 +170,8 @@ class BareParameters:
             Parameters of recorded layers that are also used elsewhere.
         """
         capture = self._capture
-        live = {module for module, calls in capture.calls.items() if isinstance(module, nn.Module) and calls}
+        # also layers whose calls do not count so far: an inner pass has been through one that the loss may hold, too
+        live = {module for module in capture.calls if isinstance(module, nn.Module)}
         bare = {p for p in self.open_to(live) if p in self.layouts}
         everything = observer is not None or capture.double_backward or self.trusts_entries
         wanted = [p for p in self.trainable() if everything or p in self.layouts]
@@ -178,7 +190,7 @@ class BareParameters:
     ) -> list[tuple[Use, RowLayout]]:
         """The uses of a parameter with their layouts."""
         known = self.layouts.get(p, {})
-        called = any(self._capture.calls.get(owner) for owner in self._all[p])
+        called = any(self._capture.calls.get(owner) for owner in self._givers[p])
         derived = called and self._capture.double_backward
         try:
             above = graph.above(p, lambda use: self._layout(use, known, derived) is not None)
@@ -186,8 +198,8 @@ class BareParameters:
             if bare and unknown:
                 raise Unrecognised(unknown[0].name)
         except Unrecognised as error:
-            if bare:
-                self.drop(p, f"it is used by {error} in training, otherwise than in the check before the first step")
+            if bare and not self._capture.unfamiliar.add(p, str(error)):
+                self.drop(p, UNCHECKED.format(error))
             return []  # of a layer's parameter verification tells
         if observer is not None:
             for one in above.apart:

@@ -21,6 +21,8 @@ RESHAPES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias"
 RESHAPES |= {f"SqueezeBackward{k}" for k in range(4)} | {CAST}
 PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 _TORCHS_OWN = re.compile(r"[A-Z]\w*Backward\d+")  # whose formulas compute and do nothing else
+# so do these functions of torch.autograd.Function, by their module and name
+ONLY_COMPUTE = {f"peft.tuners.loha.layer.{name}" for name in ("HadaWeight", "HadaWeightCP")}
 
 
 class Unrecognised(Exception):
@@ -53,14 +55,26 @@ class Step:
         """Whether its formula can be called again: torch's own, with all that it needs.
 
         The backward pass of a ``torch.autograd.Function`` may do more than compute: reentrant checkpoints write
-        gradients, tensor parallelism communicates.
+        gradients, tensor parallelism communicates. So only those are called that are known (:data:`ONLY_COMPUTE`).
         """
-        return bool(_TORCHS_OWN.fullmatch(self.name)) and is_readable(self.node)
+        own = bool(_TORCHS_OWN.fullmatch(self.name)) or _known_function(self.node) is not None
+        return own and is_readable(self.node)
+
+
+def _known_function(node: Any) -> Any:
+    """The ``torch.autograd.Function`` of a node, if its backward pass is known to do nothing but compute; else None."""
+    function = getattr(type(node), "_forward_cls", None)
+    known = function is not None and f"{function.__module__}.{function.__qualname__}" in ONLY_COMPUTE
+    return function if known else None
 
 
 def called(node: Any, gradient: Tensor, output: int, index: int) -> Tensor:
     """The gradient of one input of an operation, by autograd's own formula."""
-    found = node(*(gradient if k == output else None for k in range(len(node._input_metadata))))
+    function = _known_function(node)
+    if function is not None:  # of one output
+        found = function.backward(node, gradient)
+    else:
+        found = node(*(gradient if k == output else None for k in range(len(node._input_metadata))))
     found = found[index] if isinstance(found, tuple) else found
     if found is None:
         raise Unrecognised(f"{node.name()} has no gradient for it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ _BY_NAME: list[tuple[Callable[[nn.Module], bool], LayerFunction]] = []
 # functions whose per-sample gradients take factors in bfloat16; all others get float32
 _BFLOAT16: set[LayerFunction] = set()
 
+_OWN_NAMES = re.compile(
+    r"(weight|bias)(_(ih|hh)(_l\d+)?(_reverse)?)?"
+)  # of parameters, in layers that the package knows
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -205,3 +209,18 @@ def _all_in_one_precision(
 def is_capturable(module: nn.Module) -> bool:
     """Whether a module has a layer function, and parameters of its own."""
     return layer_function(module) is not None and bool(own_parameters(module))
+
+
+def given_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The own parameters that a layer's function may give gradients of, by name.
+
+    Not those that ``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` add, of which a weight is computed.
+
+    Example:
+        >>> list(given_parameters(nn.utils.spectral_norm(nn.Linear(2, 1))))
+        ['bias']
+    """
+    function, own = layer_function(module), own_parameters(module)
+    if function is None:
+        return {}
+    return own if is_users(function) else {name: p for name, p in own.items() if _OWN_NAMES.fullmatch(name)}
