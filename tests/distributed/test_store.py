@@ -123,9 +123,7 @@ def test_two_processes_have_the_store_of_one(tmp_path: Path, closing: bool, limi
     np.testing.assert_array_equal(one.components, other.components)
 
 
-LATER = [
-    pytest.param(one, marks=pytest.mark.long) for one in ((RowVectors, "vectors"), (reduce.Combined, "covariance"))
-]
+LATER = [pytest.param(one, marks=pytest.mark.long) for one in ((RowVectors, "vectors"), (reduce.Combined, "weighted"))]
 
 
 @pytest.mark.parametrize("place", [(StoreRecording, "prepare"), *LATER])

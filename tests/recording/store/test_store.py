@@ -39,7 +39,7 @@ def test_a_row_s_vector_gives_the_signals_of_a_query_recorded_in_the_run(
     one = trained(ALL, optimizer, queries={"w": Functional(directions)}, methods=[method], refresh_every=refresh_every)
     store = one.recorder.store
     assert store is not None
-    _, vectors = store.vectors.vectors(ROWS)
+    vectors = store.vectors.vectors(ROWS)
     named = dict(zip(one.model.parameters(), range(6), strict=True))
     entries = torch.zeros(4, store.compression.size)
     for block in one.recorder.signals.table:
