@@ -232,7 +232,7 @@ def load(folder: Path) -> StoredVectors | None:
     arrays = _arrays(folder, ARRAYS)
     stored = [_block(folder, arrays, k, *each) for k, each in enumerate(named)]
     entries = sum(len(block.index) for block in stored)
-    expected = {
+    expected: dict[str, list[tuple[int, ...]]] = {
         "scale": [(shape[0],)],
         "components": [(parts * entries, shape[1]) for parts in (1, 2)],
         "unit": [()],

@@ -216,9 +216,9 @@ def _measured(block: Block, operator: SpectralOperator, by: KFAC) -> SpectralOpe
     there = by.operator(block, identity)
     if operator.weight is None or there.weight is None or operator.sides is None or operator.entrywise:
         return there
-    values = by.along(block, *(side.columns for side in operator.sides))
-    sides = tuple(replace(side, values=each) for side, each in zip(operator.sides, values, strict=True))
-    return replace(operator, sides=sides)
+    left, right = operator.sides
+    of_left, of_right = by.along(block, left.columns, right.columns)
+    return replace(operator, sides=(replace(left, values=of_left), replace(right, values=of_right)))
 
 
 Sides = tuple[NDArray[np.float64], NDArray[np.float64]]  # descending, of the left and the right side

@@ -22,7 +22,7 @@ from ine_callback.report.stored_vectors import LEVELS
 
 RIDGE = 10.0  # of the queries' mean variance: later queries' variances are not those of the run
 SAMPLE_ROWS, SAMPLE_BYTES = 20_000, 2**30  # rows that the leading components are taken from, at most
-EXACT = 6144  # rows or entries: so many inner products are decomposed whole, as in the closing pass
+EXACT = 3072  # rows or entries: so many inner products are decomposed whole, in half a minute
 SPARE, ITERATIONS = 64, 2  # beyond EXACT: components of the random range beside those wanted, and its improvements
 CHUNK = 1 << 12  # rows that are reduced at once
 
@@ -66,8 +66,10 @@ def components(weighted: Tensor, variances: Tensor, dimensions: int) -> Tensor:
     elif 0 < few == len(weighted) < many:
         directions = _of_few_rows(weighted, dimensions)
     else:
-        covariance = sum((part.T @ part).double() for part in weighted.split(CHUNK))
-        directions = _eigenvectors(covariance).flip(1)[:, :dimensions].to(weighted)
+        covariance = weighted.new_zeros(weighted.shape[1], weighted.shape[1], dtype=torch.float64)
+        for part in weighted.split(CHUNK):
+            covariance += (part.T @ part).double()
+        directions = _decomposed(covariance)[1].flip(1)[:, :dimensions].to(weighted)
     into: Tensor = variances.sqrt()[:, None] * directions
     return into
 
@@ -76,21 +78,25 @@ def _leading(weighted: Tensor, dimensions: int) -> Tensor:
     devices = [weighted.device] if weighted.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        return torch.svd_lowrank(weighted, min(dimensions + SPARE, *weighted.shape), ITERATIONS)[2][:, :dimensions]
+        found: Tensor = torch.svd_lowrank(weighted, min(dimensions + SPARE, *weighted.shape), ITERATIONS)[2]
+    return found[:, :dimensions]
 
 
 def _of_few_rows(weighted: Tensor, dimensions: int) -> Tensor:
     """V [W, k] of fewer rows [n, W] than entries; k <= n."""
     gram = (weighted @ weighted.T).double()
-    values, every = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
+    values, every = _decomposed(gram)
     kept = values.flip(0)[:dimensions] > values[-1] * 1e-10  # what is left of the others is rounding
     vectors = every.flip(1)[:, :dimensions].to(weighted)[:, kept.to(weighted.device)]
     # of small eigenvalues the vectors are orthogonal up to rounding alone
-    return torch.linalg.qr(weighted.T @ vectors).Q
+    directions: Tensor = torch.linalg.qr(weighted.T @ vectors).Q
+    return directions
 
 
-def _eigenvectors(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigh(matrix / matrix.diagonal().mean().clamp_min(1e-300)).eigenvectors
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, relative to their mean, and eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix / matrix.diagonal().mean().clamp_min(1e-300))
+    return values, vectors
 
 
 class Combined:
