@@ -7,6 +7,7 @@ accuracy  G1 (SGD, AdamW), on which the compression was chosen first; G2 and fin
           their scores in the run and with retraining. What the first store had, which failed on the last two and was
           mended on other trainings (family), stays in the file as "first"
 wide      G2 and fine-tuning again, with a store of up to 4 KB
+entries   fine-tuning with all its entries, scored for the third time: what it costs to have 65,536 of them
 family    trainings like those of the family, on which the store was mended: Spearman with the run alone
 peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
 speed     a store of 10^6 rows, filled at random, and 100 queries, with two threads
@@ -32,7 +33,7 @@ from benchmarks.store import accuracy, cost, family, many, peers, speed
 from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "wide", "family", "peers", "speed", "cost", "many")
+PARTS = ("accuracy", "wide", "entries", "family", "peers", "speed", "cost", "many")
 ROUNDS = 60
 
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep("accuracy", {name: accuracy.curve(record(name, GradientStore(), data, truth, quick))})
         if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
             keep("wide", {name: accuracy.curve(record(name, GradientStore(4096), data, truth, quick))})
+        if "entries" in args.parts and name == "ft":
+            keep("entries", {name: accuracy.curve(record(name, GradientStore(working=2**20), data, truth, quick))})
     if "family" in args.parts:
         for name, row in family.all_of(quick):
             keep("family", {name: row})

@@ -169,7 +169,7 @@ def moments(store: StoredVectors) -> NDArray[np.float64]:
 
 def halves(components: NDArray[np.float32]) -> tuple[NDArray[np.float16], np.float32]:
     """Components as they are on disk, and their unit; the rows' own numbers are rounded far more."""
-    unit = np.float32(max(float(np.abs(components).max(initial=0)), np.finfo(np.float32).tiny))
+    unit = np.float32(max(float(np.abs(components).max(initial=0)), float(np.finfo(np.float32).tiny)))
     return (components / unit).astype(np.float16), unit
 
 
