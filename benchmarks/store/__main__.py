@@ -35,6 +35,7 @@ from ine_callback import GradientStore
 
 PARTS = ("accuracy", "wide", "entries", "family", "peers", "speed", "cost", "many")
 ROUNDS = 60
+WORKING = {"g2": 8192}  # numbers of a row during the run: the default when G2 was scored the second time
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for name in args.protocols:
         if "accuracy" in args.parts:
-            keep("accuracy", {name: accuracy.curve(record(name, GradientStore(), data, truth, quick))})
+            store = GradientStore(working=WORKING.get(name))
+            keep("accuracy", {name: accuracy.curve(record(name, store, data, truth, quick))})
         if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
             keep("wide", {name: accuracy.curve(record(name, GradientStore(4096), data, truth, quick))})
         if "entries" in args.parts and name == "ft":
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "cost" in args.parts:
         for name in cost.WORKLOADS[:1] if quick else cost.WORKLOADS:
             keep("cost", {name: cost.of_step(name, data, 25 if quick else ROUNDS)})
+            keep("cost", {f"{name}, few": cost.of_step(name, data, 25 if quick else ROUNDS, cost.FEW)})
     if "many" in args.parts:
         keep("many", many.all_of(quick))
 

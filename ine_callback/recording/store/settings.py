@@ -10,7 +10,7 @@ from ine_callback.errors import InfluenceError
 StoredType = Literal["int8", "float16", "float32"]
 BYTES: dict[str, int] = {"int8": 1, "float16": 2, "float32": 4}
 SCALE = 4  # bytes of each row's scale
-MOST = 8_192  # numbers of a row during the run, where nobody asks for more
+MOST = 4_096  # numbers of a row during the run, where nobody asks for more: each step takes as much longer
 MOST_OF_PASS = 65_536  # from fixed initial weights, where the closing pass alone makes them
 
 
@@ -23,7 +23,7 @@ class GradientStore:
     the report. docs/methods/store.md has the measured accuracy.
 
     By default ``working`` is as many numbers as ``device_bytes`` hold of all rows (on a processor, too), from twice as
-    many as are on disk up to 8,192: of 60,000 rows 4,473. So the rows' vectors take up to 1 GB, and at the end, when
+    many as are on disk up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB, and at the end, when
     there are three such sets of vectors, 3 GB. Of an unknown number of rows it is twice as many as on disk. From fixed
     initial weights the closing pass alone makes the store: during the run a row has no more than twice as many numbers
     as on disk, in the pass up to 65,536.
@@ -77,8 +77,8 @@ class GradientStore:
             random: Whether initial weights are random.
 
         Example:
-            >>> [GradientStore().entries(rows) for rows in (500, 60_000, 10**6, None)]
-            [8192, 4473, 2040, 2040]
+            >>> [GradientStore().entries(rows) for rows in (500, 100_000, 10**6, None)]
+            [4096, 2684, 2040, 2040]
         """
         least = 2 * self.dimensions
         if self.working is not None or not rows:
