@@ -69,7 +69,7 @@ def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def load(protocol: Protocol) -> Task:
     """The fixed task of a protocol; every random choice is seeded."""
     g = torch.Generator().manual_seed(1)
-    x, y = _SOURCES[protocol.data]()
+    x, y = SOURCES[protocol.data]()
     order = torch.randperm(len(x), generator=g)[: protocol.rows + QUERIES]
     x, y = x[order], y[order]
     n = protocol.rows
@@ -140,7 +140,7 @@ def _characters() -> tuple[Tensor, Tensor]:
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-_SOURCES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+SOURCES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "digits": _digits,
     "images": _images,
     "motifs": _motifs,

@@ -13,11 +13,10 @@ from benchmarks.metrics import Floats, per_query
 from benchmarks.store.protocols import Recorded
 from ine_callback import GradientStore
 from ine_callback.recording.store.reduce import numbers_of
-from ine_callback.report.stored_vectors import StoredVectors
+from ine_callback.report.stored_vectors import StoredVectors, moments
 
 BYTES = (64, 128, 256, 512, 1024)
 WIDE = (2048, 4096)
-WIDE_WORKING = 4080  # numbers of a row during the run whose store has more bytes than the default's
 
 
 def curve(found: Recorded) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def curve(found: Recorded) -> dict[str, Any]:
         "rows": len(mu),
         "queries": mu.shape[1],
         "parameters": sum(p.numel() for p in found.recorder.module.parameters()),
-        "working": found.store.compression.size,
+        "working": found.store.final.size,
         "in_run": found.judge(mu),
         "seconds": found.seconds,
         "seconds_to_reduce": seconds,
@@ -52,9 +51,9 @@ def curve(found: Recorded) -> dict[str, Any]:
 
 
 def everything(found: Recorded) -> tuple[StoredVectors, float]:
-    """All components of the run's vectors in float32, and the CPU seconds of making them."""
-    size = found.store.compression.size
-    found.store.settings, before = GradientStore(4 * size + 4, "float32", working=size), found.store.settings
+    """As many components of the run's vectors as the store has numbers, in float32, and the CPU seconds of them."""
+    before = found.store.settings
+    found.store.settings = replace(before, bytes_per_row=4 * before.dimensions + 4, dtype="float32")
     started = time.process_time()
     store = found.recorder.report().store
     seconds = time.process_time() - started
@@ -68,7 +67,8 @@ def shortened(whole: StoredVectors, settings: GradientStore) -> StoredVectors:
     size = min(settings.dimensions, whole.dimensions)
     values = torch.as_tensor(np.asarray(whole.rows[:, :size]) * whole.scale[:, None])
     numbers, scale = numbers_of(values, settings.dtype)
-    return replace(whole, rows=numbers, scale=scale, components=whole.components[:, :size])
+    short = replace(whole, rows=numbers, scale=scale, components=whole.components[:, :size])
+    return replace(short, moments=moments(short))
 
 
 def again(found: Recorded, store: StoredVectors) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ class Recorded:
 
 
 def record(name: str, settings: GradientStore, data: Path | None, truth: Path, quick: bool) -> Recorded:
-    """Trains with a store; the truth is kept in the folder ``truth``."""
+    """Trains with a store; the truth is kept in the folder ``truth``, and found when a score is judged first."""
     make_run = {"g2": _g2, "ft": _ft}.get(name, _g1)
     run, judge = make_run(name, data, truth, quick)
     return Recorded(name, *run(settings), judge)
@@ -62,7 +63,8 @@ Run = Callable[[GradientStore], tuple[Recorder, float]]
 
 def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
     kind, problem = name.removeprefix("g1-"), g1.load(data)
-    known = g1.truth(kind, 8 if quick else 96, problem, truth / f"{name}{'-quick' if quick else ''}.pt")
+    file = truth / f"{name}{'-quick' if quick else ''}.pt"
+    known = cache(lambda: g1.truth(kind, 8 if quick else 96, problem, file).mu)
     groups = [group.numpy() for group in problem.groups]
 
     def run(store: GradientStore) -> tuple[Recorder, float]:
@@ -86,7 +88,7 @@ def _g1(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
         recorder.stop()
         return recorder, seconds
 
-    return run, lambda mu: agreement(mu, known.mu, groups)["spearman_per_query"]
+    return run, lambda mu: agreement(mu, known(), groups)["spearman_per_query"]
 
 
 def g2(data: Path | None, truth: Path, quick: bool) -> tuple[problems.Problem, Floats]:
@@ -96,7 +98,8 @@ def g2(data: Path | None, truth: Path, quick: bool) -> tuple[problems.Problem, F
 
 
 def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Judge]:
-    problem, outcome = g2(data, truth, quick)
+    problem = problems.load(data, "g2", quick)
+    outcome = cache(lambda: g2(data, truth, quick)[1])
 
     def loss_of(module: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return row_losses(module(batch[0]), batch[1]).mean()
@@ -122,7 +125,7 @@ def _g2(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
         return recorder, seconds
 
     def judge(mu: Floats) -> float:
-        return per_query_spearman(-np.stack([mu[s.numpy()].sum(0) for s in problem.subsets]), outcome)
+        return per_query_spearman(-np.stack([mu[s.numpy()].sum(0) for s in problem.subsets]), outcome())
 
     return run, judge
 
@@ -141,7 +144,7 @@ def _ft(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
         text = texts.excerpt().replace("\n", "\n\n")
     task = make(text, sizes)
     kept = Kept(task, training, counts, None if sizes is QUICK else truth / f"{name}.pt")
-    known = kept.truth(0.0)
+    known = cache(lambda: kept.truth(0.0))
 
     def run(store: GradientStore) -> tuple[Recorder, float]:
         tuned = kept.finetuning(101, 0.0)
@@ -168,4 +171,4 @@ def _ft(name: str, data: Path | None, truth: Path, quick: bool) -> tuple[Run, Ju
         recorder.stop()
         return recorder, seconds
 
-    return run, lambda mu: lds(mu, known)
+    return run, lambda mu: lds(mu, known())

@@ -241,7 +241,6 @@ class BlockTable:
         """Drops a block: its parameters are refused from now on."""
         self._remove(block)
         self._refused.update(block.parameters)
-        self._places.clear()
 
     def drop_all(self, lost: nn.Module | nn.Parameter) -> list[Block]:
         """Refuses a module's parameters, or one, from now on; returns the dropped blocks, which others may use too."""
@@ -260,12 +259,14 @@ class BlockTable:
         own = {name: p for name, p in own_parameters(module).items() if p in self._positions}
         others = {place: p for place, p in self._first.items() if place[0] is not module}
         self._first = others | {(module, name): p for name, p in own.items()}
+        self._places.clear()
         gone = [block for block in self if not set(own.values()).isdisjoint(block.parameters)]
         for block in gone:
             self._remove(block)
         return gone
 
     def _remove(self, block: Block) -> None:
+        self._places.clear()
         del self._blocks[block.parameters]
         for parameter in block.parameters:
             self._joined.pop(parameter, None)

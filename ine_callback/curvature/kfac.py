@@ -218,15 +218,28 @@ class KFAC:
         assert factors.left is not None and factors.right is not None
         if factors.diagonal is not None:
             return spectrum(left.square().transpose(-1, -2) @ (factors.diagonal / steps) @ right.square())
-        sides = (_between(factors.left / steps, left), _between(factors.right / factors.uses, right))
-        of_left, of_right = (side.diagonal(dim1=-2, dim2=-1) for side in sides)
+        of_left, of_right = self.along(block, left, right)
         return spectrum(of_left[..., :, None], of_right[..., None, :])
 
+    def along(self, block: Block, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The variances [G, k] and [G, l] of both sides along columns left [G, O, k] and right [G, I, l]."""
+        factors = self._factors[block.name]
+        steps = factors.steps or self._seen.get(block.name, 1)
+        assert factors.left is not None and factors.right is not None
+        return _along(factors.left / steps, left), _along(factors.right / factors.uses, right)
+
     def mean(self, block: Block) -> Tensor:
-        """Mean eigenvalue of a block's whole Fisher, a scalar."""
-        weight = self.operator(block, identity).weight
-        assert weight is not None
-        return weight.mean()
+        """Mean eigenvalue of a block's whole Fisher, a scalar, by traces; 0 for a block that was never observed."""
+        factors = self._factors.get(block.name)
+        if factors is None or factors.left is None or factors.right is None:
+            return torch.zeros(())
+        steps = factors.steps or self._seen.get(block.name, 1)
+        if factors.diagonal is not None:
+            return factors.diagonal.mean() / steps
+        if factors.left.dim() == 1:  # a vector block has one side
+            return factors.left.mean() / steps
+        left, right = (_diagonal(side, side.shape[-1]).mean(-1) for side in (factors.left, factors.right))
+        return (left * right).mean() / (steps * factors.uses)
 
     def eigenvectors(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
         """Eigenvectors of a block's left and right covariance [G, K, K], decomposed in float64.
@@ -271,10 +284,10 @@ def _times(covariance: Tensor, factor: Tensor) -> Tensor:
     return covariance * factor.view(-1, *[1] * (covariance.dim() - 1))
 
 
-def _between(covariance: Tensor, columns: Tensor) -> Tensor:
-    """A covariance [G, K, K], or a diagonal one [G, K], between columns [G, K, k]."""
+def _along(covariance: Tensor, columns: Tensor) -> Tensor:
+    """The variance along each of the columns [G, K, k], as [G, k]; the covariance is [G, K, K], or diagonal [G, K]."""
     times = covariance @ columns if covariance.dim() == 3 else covariance[..., None] * columns
-    return columns.transpose(-1, -2) @ times
+    return (columns * times).sum(-2)
 
 
 def _diagonal(covariance: Tensor, size: int) -> Tensor:

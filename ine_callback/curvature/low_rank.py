@@ -48,6 +48,13 @@ class Side:
         weight = (dimension / max(1.0, seen)).clamp(1e-4, 1.0)
         return cls(values + weight * (mean - values) + 1e-30, vectors)
 
+    @property
+    def columns(self) -> Tensor:
+        """The eigenvectors [G, K, K], also of a diagonal covariance."""
+        if self.vectors is not None:
+            return self.vectors
+        return torch.eye(self.values.shape[-1], device=self.values.device).expand(len(self.values), -1, -1)
+
     def into(self, x: Tensor) -> Tensor:
         """x [..., G, n, K] in the eigenbasis."""
         return x if self.vectors is None else x @ self.vectors

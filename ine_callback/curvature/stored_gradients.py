@@ -39,13 +39,6 @@ class StoredGradients:
             return self.right.flatten(1) @ v.flatten(1).T
         return Outer(self.right[:, :, None], self.left[:, :, None]).signals(v)
 
-    def between(self, left: Tensor, right: Tensor) -> Tensor:
-        """The gradients of a matrix block between columns left [G, O, k] and right [G, I, l], as [n, G, k, l]."""
-        if self.left is not None:
-            sides = (torch.einsum("ngx,gxk->ngk", *pair) for pair in ((self.left, left), (self.right, right)))
-            return torch.einsum("ngk,ngl->ngkl", *sides)
-        return left.transpose(-1, -2) @ self.right @ right
-
     def part(self, start: int) -> StoredGradients:
         """Some rows from ``start`` on: few enough to be formed."""
         return self.map(lambda x: x[start : start + FORMED])

@@ -202,7 +202,7 @@ def _attribution(store: StoredVectors, bound: list[BoundQuery], scores: Floats, 
         error = np.sqrt(told.missing * told.size**2 + np.nan_to_num(told.se) ** 2)
         se = np.where(np.isfinite(scores), error, np.nan)
         passed = told.agreement >= LEAST_AGREEMENT
-        remedy = "give GradientStore more bytes_per_row, or ask the query in the run"
+        remedy = "give GradientStore more bytes_per_row or working, or ask the query in the run"
         checks = (Check("agreement with the run's own queries", told.agreement, ">= 0.9", passed, remedy),)
     else:
         notes.append("the run had no query on data: sizes have no unit, and errors are unknown")

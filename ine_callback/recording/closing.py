@@ -128,7 +128,7 @@ class ClosingPass:
             parts.store.known(parts.accumulators.check.count)
             rates, decays = summed_of(context, parts)
             factors = curvature.kfac, curvature.sample, parts.signals.curvature
-            parts.store.run(parts.store.take_pass, context, *factors, rates, decays, across)
+            parts.store.run(parts.store.take_pass, context, *factors, rates, decays)
         return found
 
 

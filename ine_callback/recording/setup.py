@@ -199,8 +199,8 @@ def build(
     own = [pair for pair in training.schedulers if getattr(pair[0], "optimizer", first) not in others]
     schedule = planned_schedule(first, training.total_steps, own, keep=[module])
     discount = config.discount and scored
-    store = store_of(config.store, discount, training.rows, device, processes, owner)
     noise = InitialNoise(module, config.initial_weights if scored else "fixed")
+    store = store_of(config.store, discount, training.rows, device, processes, noise.random, owner)
     signals = Signals(
         module,
         bound if scored else [],

@@ -77,12 +77,14 @@ class StoredVectors:
         rows: Numbers of the rows [N, k], maybe on disk; 0 for rows that were never observed.
         scale: What they are multiplied with [N].
         blocks: The entries of the layers' gradients, W together.
-        components: What makes a row's numbers of its entries [W, k].
+        components: What makes a row's numbers of its entries [W, k], or of two parts' [2 W, k], the run's and the
+            closing pass's.
         variances: The queries' variance in each entry [W].
         seen: Which rows have a score [N].
         calibration: How accurate it is.
         weights: Weights along the run, one mapping each; the final ones are the module's.
         settings: Of the store, and facts of the run.
+        moments: Means of the rows' numbers and of their squares [2, k], by which parts are weighed; None: alike.
     """
 
     rows: NDArray[Any]
@@ -94,6 +96,7 @@ class StoredVectors:
     calibration: Calibration = Calibration()
     weights: tuple[Arrays, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    moments: NDArray[np.float64] | None = None
 
     @property
     def dimensions(self) -> int:
@@ -102,14 +105,35 @@ class StoredVectors:
 
     def of_query(self, entries: Floats) -> Floats:
         """Numbers [Q, k] of queries, from the entries [Q, W] of their gradients."""
-        found: Floats = (entries / self.variances) @ self.components
-        return found
+        found = self._parts(entries / self.variances, self._each)
+        return self._together(found, found)
 
     def of_query_by_layer(self, entries: Floats) -> Floats:
         """Parts of queries' numbers [Q, B, k], one for each of the B blocks, which add up to :meth:`of_query`."""
-        ends = np.cumsum([len(block.index) for block in self.blocks])[:-1]
-        weighted = np.split(entries / self.variances, ends, 1)
-        found: Floats = np.stack([x @ v for x, v in zip(weighted, np.split(self.components, ends), strict=True)], 1)
+        weighted, ends = entries / self.variances, np.cumsum([len(block.index) for block in self.blocks])[:-1]
+        split = zip(np.split(weighted, ends, 1), np.split(self._each, ends, 1), strict=True)
+        whole = self._parts(weighted, self._each)
+        return np.stack([self._together(self._parts(x, v), whole) for x, v in split], 1)
+
+    @property
+    def _each(self) -> NDArray[np.float32]:
+        """The parts' components [P, W, k]."""
+        return self.components.reshape(-1, len(self.variances), self.dimensions)
+
+    @staticmethod
+    def _parts(weighted: Floats, each: NDArray[np.float32]) -> Floats:
+        """Numbers [P, Q, k] of queries in each part."""
+        found: Floats = np.stack([weighted @ one for one in each])
+        return found
+
+    def _together(self, parts: Floats, whole: Floats) -> Floats:
+        """Sum [Q, k] of parts [P, Q, k], each divided by the standard deviation over the rows that its whole has."""
+        if self.moments is None:
+            summed: Floats = parts.sum(0)
+            return summed
+        mean, square = self.moments
+        spread = np.sqrt(np.maximum(whole**2 @ square - (whole @ mean) ** 2, 0))
+        found: Floats = (parts / np.where(spread > 0, spread, 1)[..., None]).sum(0)
         return found
 
     def products(self, queries: Floats) -> Floats:
@@ -134,15 +158,34 @@ class StoredVectors:
         return np.asarray(found / np.where(norms > 0, norms, 1), dtype=np.float32)
 
 
+def moments(store: StoredVectors) -> NDArray[np.float64]:
+    """Means of the numbers, and of their squares, of the rows that were seen [2, k]."""
+    found = np.zeros((2, store.dimensions))
+    for start, part in store.chunks():
+        numbers = part.astype(np.float64) * store.scale[start : start + len(part), None]
+        found += numbers.sum(0), np.square(numbers).sum(0)
+    return found / max(1, int(store.seen.sum()))
+
+
+def halves(components: NDArray[np.float32]) -> tuple[NDArray[np.float16], np.float32]:
+    """Components as they are on disk, and their unit; the rows' own numbers are rounded far more."""
+    unit = np.float32(max(float(np.abs(components).max(initial=0)), float(np.finfo(np.float32).tiny)))
+    return (components / unit).astype(np.float16), unit
+
+
 def write(store: StoredVectors, folder: Path) -> None:
     """Writes the files into an existing folder."""
     np.save(folder / ROWS, store.rows, allow_pickle=False)
+    components, unit = halves(store.components)
     arrays: dict[str, NDArray[Any]] = {
         "scale": store.scale,
-        "components": store.components,
+        "unit": np.asarray(unit),
+        "components": components,
         "variances": store.variances,
         "seen": store.seen,
     }
+    if store.moments is not None:
+        arrays["moments"] = store.moments
     for k, block in enumerate(store.blocks):
         parts = {"index": block.index, "left": block.left, "right": block.right}
         arrays |= {f"{k}.{name}": part for name, part in parts.items() if part is not None}
@@ -189,10 +232,17 @@ def load(folder: Path) -> StoredVectors | None:
     arrays = _arrays(folder, ARRAYS)
     stored = [_block(folder, arrays, k, *each) for k, each in enumerate(named)]
     entries = sum(len(block.index) for block in stored)
-    expected = {"scale": (shape[0],), "components": (entries, shape[1]), "variances": (entries,), "seen": (shape[0],)}
-    for name, form in expected.items():
-        if name not in arrays or arrays[name].shape != form:
-            raise ReportError(folder, f"{ARRAYS}: {name} is not there with shape {form}")
+    expected: dict[str, list[tuple[int, ...]]] = {
+        "scale": [(shape[0],)],
+        "components": [(parts * entries, shape[1]) for parts in (1, 2)],
+        "unit": [()],
+        "variances": [(entries,)],
+        "seen": [(shape[0],)],
+        "moments": [(2, shape[1])],
+    }
+    for name, forms in expected.items():
+        if (name in arrays or name != "moments") and (name not in arrays or arrays[name].shape not in forms):
+            raise ReportError(folder, f"{ARRAYS}: {name} is not there with shape {forms[0]}")
     weights = _arrays(folder, WEIGHTS) if count else {}
     each = tuple(
         {name.partition("/")[2]: value for name, value in weights.items() if name.partition("/")[0] == str(k)}
@@ -202,12 +252,13 @@ def load(folder: Path) -> StoredVectors | None:
         rows,
         arrays["scale"].astype(np.float32),
         tuple(stored),
-        arrays["components"].astype(np.float32),
+        arrays["components"].astype(np.float32) * arrays["unit"].astype(np.float32),
         arrays["variances"].astype(np.float32),
         arrays["seen"].astype(np.bool_),
         calibration,
         each,
         meta["settings"],
+        arrays["moments"].astype(np.float64) if "moments" in arrays else None,
     )
 
 

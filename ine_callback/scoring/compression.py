@@ -66,8 +66,7 @@ class _Discount:
 
     weight: Tensor  # P of each entry [W]
     alone: Tensor  # K-FAC's discount of each entry [W]
-    rows: Tensor | None = None  # the sample's, [m, W]
-    kernel: Tensor | None = None  # [m, m]
+    across: Tensor | None = None  # directions of the sample, times the root of what is removed along them [r, W]
     exponents: Tensor | None = None  # by curvature [W]; 0 where the sample has no gradients
     decay: Tensor | None = None  # factor by weight decay [W]
 
@@ -75,9 +74,9 @@ class _Discount:
         """Of contributions x [b, W]."""
         x = x * self.weight
         alone = x * self.alone
-        if self.rows is None or self.kernel is None or self.exponents is None or self.decay is None:
+        if self.across is None or self.exponents is None or self.decay is None:
             return alone
-        across = (x - x @ self.rows.T @ self.kernel @ self.rows * self.exponents) * self.decay
+        across = (x - x @ self.across.T @ self.across * self.exponents) * self.decay
         return torch.where(self.exponents > 0, (alone + across) / 2, alone)
 
 
@@ -87,6 +86,7 @@ class Compression:
     Args:
         dimensions: Most entries W of a row.
         device: Where signals live.
+        relative: Whether entries count by their variance relative to the mean of their layer.
 
     Attributes:
         bases: The entries taken, by the blocks' keys.
@@ -97,8 +97,8 @@ class Compression:
         moved: Called with a function that moves vectors [n, W'] of the former basis into the new one, and with W.
     """
 
-    def __init__(self, dimensions: int, device: torch.device) -> None:
-        self.dimensions, self._device = dimensions, device
+    def __init__(self, dimensions: int, device: torch.device, relative: bool = False) -> None:
+        self.dimensions, self.relative, self._device = dimensions, relative, device
         self.bases: Bases = {}
         self.places: dict[str, slice] = {}
         self.alone, self.failure = True, ""
@@ -155,39 +155,54 @@ class Compression:
 
     def _across(
         self, exponents: Exponents, sample: GradientSample, processes: Lockstep
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """The gradient sample's rows, kernel, exponents and decay in entries; None without a sample."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradient sample's directions, exponents and decay in entries; None without a sample."""
         removed = sample.removed(exponents, processes)
         if removed is None:
-            return None, None, None, None
-        rows = torch.zeros(len(removed.vectors), self.size, device=self._device)
+            return None, None, None
+        kept = removed.weight > 0  # others are rounding
+        into = (removed.vectors[:, kept] * removed.weight[kept].sqrt()).T.to(self._device, torch.float32)
+        across = torch.zeros(len(into), self.size, device=self._device)
         by_curvature, decay = torch.zeros(self.size, device=self._device), torch.ones(self.size, device=self._device)
         for block, stored in removed.rows.items():
             place = self.places[block.key]
-            rows[:, place] = self.bases[block.key].of_stored(stored).to(rows)
-            by_curvature[place], fall = (torch.as_tensor(x).to(rows) for x in exponents[block])
+            across[:, place] = into @ self.bases[block.key].of_stored(stored).to(into)
+            by_curvature[place], fall = (torch.as_tensor(x).to(into) for x in exponents[block])
             decay[place] = torch.exp(-fall)
-        kernel = (removed.vectors * removed.weight) @ removed.vectors.T
-        return rows, kernel.to(rows), by_curvature, decay
+        return across, by_curvature, decay
 
-    def rebase(self, kfac: KFAC) -> None:
-        """Takes the entries of the present curvature, and has what was summed moved to them."""
+    def rebase(self, kfac: KFAC, by: KFAC | None = None) -> None:
+        """Takes the entries of the present curvature, and has what was summed moved to them.
+
+        Args:
+            kfac: The curvature, whose eigenvectors the entries are between.
+            by: Whose variances they are chosen by; None: the same.
+        """
         before, places = self.bases, self.places
-        chosen = choose(self.weights, kfac, self.dimensions, self._device)
+        chosen = choose(self.counts(by or kfac), kfac, self.dimensions, self._device, by)
         self.bases = {block.key: basis for block, basis in chosen.items()}
-        self.places, start = {}, 0
-        for key, basis in self.bases.items():
-            self.places[key] = slice(start, start + len(basis.index))
-            start += len(basis.index)
+        self.places = placed(self.bases)
         if before:
-            self.moved(lambda x: self._move(x, before, places), self.size)
+            self.moved(lambda x: self.taken_from(x, before, places), self.size)
 
-    def _move(self, x: Tensor, before: Bases, places: Mapping[str, slice]) -> Tensor:
+    def counts(self, kfac: KFAC) -> dict[Block, float]:
+        """How many times the variances of each block's entries count: by what scores they make.
+
+        With the variance c of an entry in gradients, rows' and queries' alike, its part of a score has the size ``P c``
+        less the discount, which keeps the order; after ``(F + damping)^-1`` of each layer ``c / (c + damping)``.
+        """
+        if not self.relative:
+            return {block: abs(float(weight)) for block, weight in self.weights.items()}
+        tiny = torch.finfo(torch.float32).tiny
+        return {block: 1 / max(float(kfac.mean(block)), tiny) for block in self.weights}
+
+    def taken_from(self, x: Tensor, before: Bases, places: Mapping[str, slice]) -> Tensor:
+        """Vectors x [n, W'] of other entries, in these [n, W]."""
         out = x.new_zeros(len(x), self.size)
         for key, basis in self.bases.items():
             if key in before:
                 there = x[:, places[key]].to(self._device)
-                out[:, self.places[key]] = basis.moved(there, before[key]).to(out)
+                out[:, self.places[key]] = there if basis is before[key] else basis.moved(there, before[key]).to(out)
         return out
 
     # -- one pass -----------------------------------------------------------------------------------------------------
@@ -203,7 +218,7 @@ class Compression:
         values = torch.zeros(rows, self.size, device=self._device)
         for key, found in self._found.items():
             if key in self.places:
-                values[:, self.places[key]] = torch.stack(found).sum(0).to(values)
+                values[:, self.places[key]] = (found[0] if len(found) == 1 else torch.stack(found).sum(0)).to(values)
         self._found.clear()
         return Compressed(values, self.places)
 
@@ -239,9 +254,17 @@ class Compression:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        self._made_at, start = state["made_at"], 0
+        self._made_at = state["made_at"]
         for key, saved in state["bases"].items():
             sides = None if saved["sides"] is None else tuple(side.to(self._device) for side in saved["sides"])
             self.bases[key] = BlockBasis(saved["index"].to(self._device), sides)
-            self.places[key] = slice(start, start + len(saved["index"]))
-            start += len(saved["index"])
+        self.places = placed(self.bases)
+
+
+def placed(bases: Bases) -> dict[str, slice]:
+    """Where each block's entries are, one block's behind the other's."""
+    places, start = {}, 0
+    for key, basis in bases.items():
+        places[key] = slice(start, start + len(basis.index))
+        start += len(basis.index)
+    return places

@@ -9,8 +9,8 @@ uncompressed scores on G1: .97 with 1024 of 1962 entries, .49 with 1024 Rademach
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +25,8 @@ from ine_callback.curvature.spectral import SpectralOperator, Spectrum, identity
 from ine_callback.curvature.stored_gradients import StoredGradients
 
 BISECTIONS = 60  # of the logarithm of the smallest variance taken
+MOVED = 32  # how many times smaller than other chunks those of moved rows are: they should stay in a processor's cache
+MAX_COLUMNS = 1 << 26  # entries of a tied weight's columns on one side, which are 0 and 1: 256 MB
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,14 @@ class BlockBasis:
             return transposed.transpose(-1, -2).flatten(1)[:, self.index]
         assert isinstance(grad_sample, Outer)
         output_grads, inputs = _projected(grad_sample, left, right)
-        if grad_sample.positions == 1:  # one product for each entry: the rectangle may be many times larger
-            of_left, of_right = self._pairs
-            return output_grads.flatten(1)[:, of_left] * inputs.flatten(1)[:, of_right]
+        if grad_sample.positions == 1:
+            return self._of_pairs(output_grads, inputs)
         return _between(grad_sample, output_grads, inputs).flatten(1)[:, self.index]
+
+    def _of_pairs(self, output_grads: Tensor, inputs: Tensor) -> Tensor:
+        """Entries [b, n] of outer products: one product for each, as the rectangle may be many times larger."""
+        of_left, of_right = self._pairs
+        return output_grads.flatten(1).index_select(1, of_left) * inputs.flatten(1).index_select(1, of_right)
 
     @cached_property
     def _pairs(self) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,12 @@ class BlockBasis:
         if self.sides is None:
             return rows.right[:, self.index]
         left, right = (side.to(rows.right.dtype) for side in self.sides)  # stored rows are of single precision
-        return rows.between(left, right).flatten(1)[:, self.index]
+        if rows.left is not None:
+            return self._of_pairs(*(torch.einsum("ngx,gxk->ngk", *p) for p in ((rows.left, left), (rows.right, right))))
+        out = rows.right.new_empty(len(rows.right), len(self.index))
+        for some in row_chunks(len(out), left.shape[0] * left.shape[2] * right.shape[2]):
+            out[some] = (left.transpose(-1, -2) @ rows.right[some] @ right).flatten(1)[:, self.index]
+        return out
 
     def of_vectors(self, v: Tensor) -> Tensor:
         """Entries [Q, n] of vectors [Q, *layout]."""
@@ -96,11 +107,65 @@ class BlockBasis:
             full = x.new_zeros(len(x), int(max(self.index.max(), before.index.max())) + 1)
             full[:, before.index] = x
             return full[:, self.index]
-        shapes = [(s[0].shape[0], s[0].shape[2], s[1].shape[2]) for s in (before.sides, self.sides)]
-        full = self.sides[0].new_zeros(len(x), int(np.prod(shapes[0])))
-        full[:, before.index] = x.to(full)
         left, right = (new.transpose(-1, -2) @ old for new, old in zip(self.sides, before.sides, strict=True))
-        return (left @ full.view(-1, *shapes[0]) @ right.transpose(-1, -2)).flatten(1)[:, self.index].to(x)
+        groups = range(len(left))
+        stairs = [(list(_bands(_staircase(before, g))), list(_bands(_staircase(self, g).T))) for g in groups]
+        out = x.new_empty(len(x), len(self.index))
+        for some in row_chunks(len(x), MOVED * left.shape[2] * right.shape[1]):
+            columns = x[some].to(right).T.contiguous()  # rows are last throughout: all else picks whole stretches
+            found = right.new_empty(len(self.index), columns.shape[1])
+            for group, (taken, filled) in enumerate(stairs):
+                turned = right.new_zeros(left.shape[2], right.shape[1], columns.shape[1])
+                for band in taken:
+                    known = columns.index_select(0, band.entries).mul_(band.there[:, None])
+                    turned[band.outer] = right[group][:, band.inner] @ known.unflatten(0, band.shape)
+                for band in filled:
+                    made = left[group][band.inner] @ turned.index_select(1, band.outer).flatten(1)
+                    entries, there = (x.view(band.shape).T.flatten() for x in (band.entries, band.there))
+                    found[entries[there]] = made.view(-1, columns.shape[1])[there]
+            out[some] = found.T.to(out)
+        return out
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Some rows of a staircase with about as many columns each: a small rectangle.
+
+    Attributes:
+        outer: The rows.
+        inner: The columns.
+        entries: Which entry each place is [rows x columns]; any, where none is there.
+        there: Whether one is.
+    """
+
+    outer: Tensor
+    inner: Tensor
+    entries: Tensor
+    there: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.outer), len(self.inner)
+
+
+def _staircase(basis: BlockBasis, group: int) -> Tensor:
+    """The numbers of a group's entries by their place, -1 where there is none [k, l]."""
+    assert basis.sides is not None
+    rows, columns = (side.shape[2] for side in basis.sides)
+    places = torch.full((len(basis.sides[0]) * rows * columns,), -1, device=basis.index.device)
+    places[basis.index] = torch.arange(len(basis.index), device=places.device)
+    return places.view(-1, rows, columns)[group]
+
+
+def _bands(places: Tensor) -> Iterator[_Band]:
+    """Rows of a staircase [k, l] with 1, 2, 3-4, 5-8, ... columns at a time: of the rectangle little is filled."""
+    counts = (places >= 0).sum(1)
+    sizes = counts.clamp_min(1).double().log2().ceil()
+    for size in sizes[counts > 0].unique():
+        outer = ((counts > 0) & (sizes == size)).nonzero()[:, 0]
+        inner = (places[outer] >= 0).any(0).nonzero()[:, 0]
+        entries = places[outer][:, inner].flatten()
+        yield _Band(outer, inner, entries.clamp_min(0), entries >= 0)
 
 
 def _projected(grad_sample: Outer, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,20 +186,23 @@ def _between(grad_sample: Outer, output_grads: Tensor, inputs: Tensor) -> Tensor
 
 
 def choose(
-    blocks: Mapping[Block, Tensor | float], kfac: KFAC, dimensions: int, device: torch.device
+    blocks: Mapping[Block, float], kfac: KFAC, dimensions: int, device: torch.device, by: KFAC | None = None
 ) -> dict[Block, BlockBasis]:
     """The entries of the largest variance, at most ``dimensions``, of all blocks that the curvature knows.
 
     Args:
-        blocks: What the optimizer multiplies each block's gradients with.
+        blocks: What each block's variances count: as many times.
         kfac: The curvature.
         dimensions: Most entries.
         device: Where the bases live.
+        by: The curvature whose variances count; None: the same.
     """
     operators = {block: kfac.operator(block, identity) for block in blocks}
+    if by is not None:
+        operators = {block: _measured(block, one, by) for block, one in operators.items()}
     known = {block: one for block, one in operators.items() if one.formed is not None}
-    variances = [_variances(block, one, float(blocks[block])) for block, one in known.items()]
-    least = _threshold(variances, [_groups(block) for block in known], dimensions)
+    variances = [_variances(one, blocks[block], dimensions) for block, one in known.items()]
+    least = _threshold(variances, [_groups(block, one) for block, one in known.items()], dimensions)
     found = {}
     for (block, one), sides in zip(known.items(), variances, strict=True):
         basis = _basis(block, one, sides, least, device)
@@ -143,21 +211,36 @@ def choose(
     return found
 
 
+def _measured(block: Block, operator: SpectralOperator, by: KFAC) -> SpectralOperator:
+    """The same eigenvectors with the variances of another curvature."""
+    there = by.operator(block, identity)
+    if operator.formed is None or there.formed is None or operator.sides is None or operator.entrywise:
+        return there
+    left, right = operator.sides
+    of_left, of_right = by.along(block, left.columns, right.columns)
+    return replace(operator, sides=(replace(left, values=of_left), replace(right, values=of_right)))
+
+
 Sides = tuple[NDArray[np.float64], NDArray[np.float64]]  # descending, of the left and the right side
 
 
-def _variances(block: Block, operator: SpectralOperator, rate: float) -> Sides:
-    """Eigenvalues of both sides, means over the groups; a vector's are on the right. Their products are variances."""
-    if operator.sides is None:
-        assert operator.weight is not None
-        values = operator.weight.double().cpu().numpy() * rate**2
-        return np.ones(1), np.sort(values)[::-1]
+def _variances(operator: SpectralOperator, times: float, most: int) -> Sides:
+    """Eigenvalues of both sides, means over the groups; their products are variances.
+
+    Where entries have variances of their own (vectors, and tied weights, whose Fisher is a diagonal), the largest ones
+    are on the right.
+    """
+    if operator.sides is None or operator.entrywise:
+        weight = operator.weight
+        assert weight is not None
+        values = weight.flatten().topk(min(most, weight.numel())).values
+        return np.ones(1), values.double().cpu().numpy() * times
     left, right = (side.values.double().sort(-1, descending=True).values.mean(0).cpu() for side in operator.sides)
-    return left.numpy() * rate**2, right.numpy()
+    return left.numpy() * times, right.numpy()
 
 
-def _groups(block: Block) -> int:
-    return block.layout[0] if len(block.layout) == 3 else 1
+def _groups(block: Block, operator: SpectralOperator) -> int:
+    return block.layout[0] if len(block.layout) == 3 and not operator.entrywise else 1
 
 
 def _counts(sides: Sides, least: float) -> NDArray[np.int64]:
@@ -188,16 +271,37 @@ def _basis(
     counts = _counts(sides, least)
     if not counts.any():
         return None
-    if operator.sides is None:
-        assert operator.weight is not None
-        return BlockBasis(operator.weight.argsort(descending=True)[: int(counts[0])].to(device))
-    rows, widest, groups = int((counts > 0).sum()), int(counts.max()), _groups(block)
+    if operator.sides is None or operator.entrywise:
+        weight = operator.weight
+        assert weight is not None
+        most = int(counts[0])
+        return _single(weight, most, device) if operator.entrywise else BlockBasis(weight.topk(most).indices.to(device))
+    rows, widest, groups = int((counts > 0).sum()), int(counts.max()), _groups(block, operator)
     columns = [
         _leading(side.values, side.vectors, size) for side, size in zip(operator.sides, (rows, widest), strict=True)
     ]
     taken = torch.arange(widest)[None] < torch.as_tensor(counts[:rows])[:, None]
     index = taken.expand(groups, -1, -1).flatten().nonzero()[:, 0]
     return BlockBasis(index.to(device), (columns[0], columns[1]))
+
+
+def _single(weight: Tensor, count: int, device: torch.device) -> BlockBasis:
+    """The ``count`` single entries of the largest weight [G, O, I]: both sides' columns have one 1 each."""
+    groups, *sizes = weight.shape
+    group, *both = torch.unravel_index(weight.flatten().topk(count).indices.sort().values, weight.shape)
+    sides, places, kept = [], [], torch.ones_like(group, dtype=torch.bool)
+    for size, used in zip(sizes, both, strict=True):
+        often = used.bincount(minlength=size)
+        columns = often.topk(min(int((often > 0).sum()), max(1, MAX_COLUMNS // size))).indices.sort().values
+        place = torch.full_like(often, -1)
+        place[columns] = torch.arange(len(columns), device=place.device)
+        side = torch.zeros(size, len(columns), device=device)
+        side[columns.to(device), torch.arange(len(columns), device=device)] = 1.0
+        sides.append(side.expand(groups, -1, -1))
+        places.append(place[used])
+        kept &= place[used] >= 0
+    index = (group * sides[0].shape[2] + places[0]) * sides[1].shape[2] + places[1]
+    return BlockBasis(index[kept].to(device), (sides[0], sides[1]))
 
 
 def _leading(values: Tensor, vectors: Tensor | None, size: int) -> Tensor:

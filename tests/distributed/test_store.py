@@ -103,9 +103,10 @@ def asked(report: InfluenceReport, folder: Path) -> np.ndarray:
     return report.ask(batches, module).scores
 
 
-@pytest.mark.parametrize(("closing", "limit"), [(False, 1e-5), pytest.param(True, 0.05, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("closing", "limit"), [(False, 1e-3), pytest.param(True, 0.05, marks=pytest.mark.long)])
 def test_two_processes_have_the_store_of_one(tmp_path: Path, closing: bool, limit: float) -> None:
-    """But for the closing pass, which chooses its weights by the summed loss: of that each process has a part."""
+    """But for the components' rounding, and the closing pass, whose weights are chosen by the summed loss: of that each
+    process has a part."""
     scores = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
@@ -123,9 +124,7 @@ def test_two_processes_have_the_store_of_one(tmp_path: Path, closing: bool, limi
     np.testing.assert_array_equal(one.components, other.components)
 
 
-LATER = [
-    pytest.param(one, marks=pytest.mark.long) for one in ((RowVectors, "vectors"), (reduce.Combined, "covariance"))
-]
+LATER = [pytest.param(one, marks=pytest.mark.long) for one in ((RowVectors, "vectors"), (reduce.Combined, "weighted"))]
 
 
 @pytest.mark.parametrize("place", [(StoreRecording, "prepare"), *LATER])

@@ -9,7 +9,7 @@ so that ``<v, z>`` is the shift that the closing pass finds (:mod:`ine_callback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from ine_callback.curvature.gradient_sample import GradientSample
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import damped
 from ine_callback.methods.context import FitContext
-from ine_callback.scoring.compression import Bases, Compression
+from ine_callback.scoring.compression import Bases, Compression, placed
+from ine_callback.scoring.coordinates import choose
 
 DAMPING = 0.1  # from fixed weights, as in the closing pass
 
@@ -27,8 +28,13 @@ DAMPING = 0.1  # from fixed weights, as in the closing pass
 class CompressedCurvature:
     """``(R^-1 + F)^-1`` in the store's entries, or from fixed weights ``(F + damping)^-1`` of each layer.
 
+    Of all rows' gradients F is exact in any entries. Kronecker factors at these weights are diagonal between their own
+    eigenvectors alone, so gradients are taken between these, and the vectors moved to the store's entries: with the
+    diagonal between the run's eigenvectors, rows from fixed weights of an MLP have a Spearman correlation with the
+    pass itself of .57, so .95.
+
     Args:
-        compression: The store's entries.
+        final: The store's entries.
         blocks: Those of the pass, by their keys.
         kfac: Kronecker factors at these weights.
         sample: Gradients of all rows at these weights, or of some for the curvature's size.
@@ -36,11 +42,16 @@ class CompressedCurvature:
         decays: Exponent of weight decay of each block.
         rows: Number of rows N.
         random: Whether initial weights are random.
+
+    Attributes:
+        bases: The entries that gradients are taken in, by the blocks' keys.
+        places: Where each block's are.
+        size: How many there are.
     """
 
     def __init__(
         self,
-        compression: Compression,
+        final: Compression,
         blocks: Mapping[str, Block],
         kfac: KFAC,
         sample: GradientSample,
@@ -49,48 +60,63 @@ class CompressedCurvature:
         rows: int,
         random: bool,
     ) -> None:
-        self._bases, self._places = compression.bases, compression.places
+        self._final, device = final, next(iter(rates.values())).device
         whole = sample.filled() if random and sample.rows >= rows else {}
         scale = 1.0 if not random or whole else sample.curvature_scale(kfac, rates)
-        size, device = compression.size, next(iter(rates.values())).device
-        self._roots, self._decay = torch.zeros(size, device=device), torch.ones(size, device=device)
-        self._alone = torch.zeros(size, device=device)
+        self.bases = _bases(final, blocks, kfac, whole, device)
+        self.places = placed(self.bases)
+        self.size = sum(len(basis.index) for basis in self.bases.values())
+        self._roots, self._decay = torch.zeros(self.size, device=device), torch.ones(self.size, device=device)
+        self._alone = torch.zeros(self.size, device=device)
         gradients = []
-        for key, place in self._places.items():
-            block = blocks.get(key)
-            if block is None:
-                continue
+        for key, place in self.places.items():
+            block, basis = blocks[key], self.bases[key]
             rate, decay = rates[block], decays[block]
             if block in whole:
                 self._roots[place], self._decay[place] = rate.sqrt(), 1 / (1 + decay)
-                gradients.append((place, self._bases[key].of_stored(whole[block])))
+                gradients.append((place, basis.of_stored(whole[block])))
                 continue
             # relative to the mean of the whole layer: that of the store's entries, the leading ones, is far larger
             least = DAMPING * kfac.mean(block).clamp_min(torch.finfo(torch.float32).tiny)
             spectrum, size_of = (damped(rate * scale, decay), rate) if random else (damped(1 / least), 1 / least)
-            self._alone[place] = self._bases[key].diagonal(kfac, block, spectrum) * size_of
+            self._alone[place] = basis.diagonal(kfac, block, spectrum) * size_of
         self._gram: Tensor | None = None
         if gradients:
-            self._rows = torch.zeros(len(gradients[0][1]), size, device=device)
-            for place, found in gradients:
+            self._rows = torch.zeros(len(gradients[0][1]), self.size, device=device)
+            while gradients:  # one after the other: together they are as large as the rows' vectors
+                place, found = gradients.pop()
                 self._rows[:, place] = found * self._roots[place]
-            small = self._rows @ self._rows.T if len(self._rows) < size else self._rows.T @ self._rows
+            small = self._rows @ self._rows.T if len(self._rows) < self.size else self._rows.T @ self._rows
             system = small.double()
             system.diagonal().add_(len(self._rows))
             self._gram = torch.linalg.cholesky(system)
 
-    def apply(self, g: Tensor) -> Tensor:
-        """Of gradients g [b, W]."""
+    def vectors(self, g: Tensor) -> Tensor:
+        """The store's vectors [b, W] of gradients g [b, W'], which are in :attr:`bases`."""
+        return self._final.taken_from(self._apply(g), self.bases, self.places)
+
+    def _apply(self, g: Tensor) -> Tensor:
         out = g * self._alone
         if self._gram is None:
             return out
         x = g * self._roots
-        if len(self._rows) < g.shape[1]:
+        if len(self._rows) < self.size:
             solved = torch.cholesky_solve((self._rows @ x.T).double(), self._gram).float()
             inside = x - (self._rows.T @ solved).T
         else:
             inside = torch.cholesky_solve(x.T.double(), self._gram).float().T * len(self._rows)
         return out + inside * self._roots * self._decay
+
+
+def _bases(
+    final: Compression, blocks: Mapping[str, Block], kfac: KFAC, whole: Container[Block], device: torch.device
+) -> Bases:
+    """The store's entries, and others between these factors' eigenvectors for layers that have nothing else."""
+    counts = {blocks[block.key]: x for block, x in final.counts(kfac).items() if block.key in blocks}
+    alone = {block: x for block, x in counts.items() if block.key in final.bases and block not in whole}
+    entries = sum(len(final.bases[block.key].index) for block in alone)
+    own = choose(alone, kfac, entries, device)
+    return {block.key: own.get(block, final.bases[block.key]) for block in counts if block.key in final.bases}
 
 
 def compressed_rows(

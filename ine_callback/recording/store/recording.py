@@ -20,17 +20,17 @@ from ine_callback.methods.context import FitContext
 from ine_callback.recording.snapshots import Snapshot
 from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
 from ine_callback.recording.store.reduce import (
-    COVARIANCE_ROWS,
     RIDGE,
+    SAMPLE_BYTES,
+    SAMPLE_ROWS,
     Combined,
     Spread,
     components,
-    components_of_few,
     numbers_of,
 )
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.store.vectors import RowVectors
-from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors
+from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors, halves, moments
 from ine_callback.scores import Floats, Scores
 from ine_callback.scoring.compression import Compression
 from ine_callback.stats.ranks import spearman
@@ -50,7 +50,6 @@ class Passed:
         weights: Parameters along the run, without the final ones.
         times: How many weights the queries were evaluated at.
         passes: How many passes there were.
-        random: Whether initial weights are random.
     """
 
     sums: Tensor | None = None
@@ -58,7 +57,6 @@ class Passed:
     weights: list[dict[str, Tensor]] = field(default_factory=list)
     times: int = 0
     passes: int = 0
-    random: bool = True
 
 
 class StoreRecording:
@@ -69,17 +67,23 @@ class StoreRecording:
         rows: Number of rows; None: unknown.
         device: Of the model.
         processes: Those that train together.
+        random: Whether initial weights are random; from fixed ones the closing pass alone makes the store, if there is
+            one, with more entries than each step could have.
 
     Attributes:
-        compression: Compresses contributions.
+        compression: Compresses contributions during the run.
         vectors: The rows' vectors.
         made: The store as it will be on disk, once training is over.
     """
 
-    def __init__(self, settings: GradientStore, rows: int | None, device: torch.device, processes: Lockstep) -> None:
-        self.settings, self._device, self._processes = settings, device, processes
-        self.compression = Compression(settings.working_dimensions, device)
+    def __init__(
+        self, settings: GradientStore, rows: int | None, device: torch.device, processes: Lockstep, random: bool = True
+    ) -> None:
+        self.settings, self._device, self._processes, self._random = settings, device, processes, random
+        most = self._entries(rows)
+        self.compression = Compression(most if random else min(most, 2 * settings.dimensions), device)
         self.compression.alone = processes.count == 1
+        self._of_pass: Compression | None = None  # from fixed weights
         self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
         self._passed, self._closed, self._known = Passed(), False, rows or 0
         self.made: StoredVectors | None = None
@@ -97,9 +101,19 @@ class StoreRecording:
         """Gives the store up."""
         self.compression.fail(error)
 
+    def _entries(self, rows: int | None) -> int:
+        return self.settings.entries(None if rows is None else -(-rows // self._processes.count), self._random)
+
+    @property
+    def final(self) -> Compression:
+        """The entries of the store at the end."""
+        return self._of_pass or self.compression
+
     def close(self, kfac: KFAC) -> None:
         """Before the closing pass: entries are those of the run's curvature."""
         if not self._closed and self.compression.bases:
+            if self._random and self._known:
+                self.compression.dimensions = self._entries(self._known)
             self.compression.rebase(kfac)
             self._closed = True
 
@@ -111,7 +125,6 @@ class StoreRecording:
         run: KFAC,
         rates: Mapping[Block, Tensor],
         decays: Mapping[Block, Tensor],
-        random: bool,
     ) -> None:
         """Takes what the closing pass finds at the module's present weights.
 
@@ -122,25 +135,29 @@ class StoreRecording:
             run: The run's Kronecker factors.
             rates: Summed rates R of each block.
             decays: Exponents of weight decay.
-            random: Whether initial weights are random.
         """
         self.close(run)
-        compression, passed = self.compression, self._passed
+        if not self._random and self._of_pass is None:
+            self._of_pass = Compression(self._entries(self._known), self._device, relative=True)
+            self._of_pass.weights = self.compression.weights
+            self._of_pass.rebase(run, kfac if self._processes.count == 1 else None)  # each has factors of its own
+        compression, passed = self.final, self._passed
         blocks = {block.key: block for block in context.table}
-        which, own = self.vectors.vectors(self._known)
-        where = own.device if 3 * 4 * own.numel() <= self.settings.device_bytes else torch.device("cpu")
-        curvature = CompressedCurvature(compression, blocks, kfac, sample, rates, decays, self._known, random)
-        found, spread = torch.zeros(own.shape, device=where), Spread(compression.size, self._device)
-        for rows, g in compressed_rows(context, compression.bases, compression.places, compression.size):
+        which = self.vectors.own(self._known)
+        size = len(which) * compression.size
+        where = self._device if 3 * 4 * size <= self.settings.device_bytes else torch.device("cpu")
+        curvature = CompressedCurvature(compression, blocks, kfac, sample, rates, decays, self._known, self._random)
+        found, spread = torch.zeros(len(which), compression.size, device=where), Spread(compression.size, self._device)
+        for rows, g in compressed_rows(context, curvature.bases, curvature.places, curvature.size):
             mine = torch.isin(rows, which)
             places = rows[mine] // self._processes.count
             with torch.no_grad():
-                z = curvature.apply(g)
+                z = curvature.vectors(g)
                 spread.take(z)  # of all rows: each process passes them all
                 found[places.to(where)] = z[mine.to(z.device)].to(where)
         found /= spread.of(self._variances(run))
         passed.sums = found if passed.sums is None else passed.sums.add_(found)
-        passed.passes, passed.random = passed.passes + 1, random
+        passed.passes += 1
         if self.settings.snapshots:
             self._add_queries(context)
 
@@ -156,7 +173,7 @@ class StoreRecording:
 
     def _add_queries(self, context: FitContext) -> None:
         if context.queries:
-            compression, passed = self.compression, self._passed
+            compression, passed = self.final, self._passed
             found = compressed_queries(context, compression.bases, compression.places, compression.size)
             passed.queries = found if passed.queries is None else passed.queries + found
             passed.times += 1
@@ -166,7 +183,7 @@ class StoreRecording:
         self._known = rows
 
     def _variances(self, run: KFAC) -> Tensor:
-        found = self.compression.variances(run)
+        found = self.final.variances(run)
         return found + RIDGE * found.mean().clamp_min(torch.finfo(found.dtype).tiny)
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
@@ -196,18 +213,20 @@ class StoreRecording:
 
     def _reduced(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], variances: Tensor) -> StoredVectors:
         rows = len(scores.observations)
-        which, sums = self.vectors.vectors(rows)
+        which = self.vectors.own(rows)
         observations = torch.as_tensor(scores.observations)
         share = observations / observations[observations > 0].double().mean().clamp_min(1e-12)
-        parts = [(sums, torch.ones(len(sums)))]
+        parts = []
         if self._passed.sums is not None:
-            passed = self._passed.sums[: len(sums)], share[which].float()
-            parts = [*parts, passed] if self._passed.random else [passed]  # as mu: else the pass ranks better alone
+            parts.append((self._passed.sums[: len(which)], share[which].float()))
+        if self._random or not parts:  # as mu: from fixed weights the pass ranks better alone
+            parts.append((self.vectors.vectors(rows), torch.ones(len(which))))
         vectors = Combined(parts, observations[which] > 0)
         for k in range(len(parts)):
             vectors.sizes[k] = self._together(vectors.spread(k, self._device)).of(variances)
-        into = self._components(vectors, variances)
-        each = [numbers_of(part.to(into) @ into, self.settings.dtype) for part in vectors.chunks()]
+        into = self._components(vectors, variances.repeat(len(parts)))
+        rounded, unit = halves(into.cpu().numpy())
+        each = [numbers_of(part @ into, self.settings.dtype) for part in vectors.chunks(into.device)]
         numbers, scale = (np.concatenate(found) for found in zip(*each, strict=True))
         numbers[~vectors.seen.numpy()] = 0
         numbers, scale = self._gathered(numbers, which, rows), self._gathered(scale, which, rows)
@@ -215,22 +234,22 @@ class StoreRecording:
             numbers,
             scale,
             self._blocks(names),
-            into.cpu().numpy().astype(np.float32),
+            rounded.astype(np.float32) * unit,
             variances.cpu().numpy().astype(np.float32),
             scores.observations > 0,
             weights=tuple({n: _numpy(w) for n, w in each.items()} for each in self._passed.weights),
             settings=self._facts(),
         )
-        return self._calibrated(stored, scores)
+        return self._calibrated(replace(stored, moments=moments(stored)), scores)
 
     def _components(self, vectors: Combined, variances: Tensor) -> Tensor:
-        observed = min(int(vectors.seen.sum()), COVARIANCE_ROWS)
-        if self._processes.count == 1 and 0 < observed < len(variances):
-            some = torch.cat(list(vectors.weighted(variances.sqrt())))
-            return components_of_few(some, variances, self.settings.dimensions)
-        covariance = vectors.covariance(variances.sqrt())
-        self._average(covariance)
-        return components(covariance, variances, self.settings.dimensions)
+        processes, roots = self._processes, variances.sqrt()
+        most = min(SAMPLE_ROWS, SAMPLE_BYTES // (4 * len(roots))) // processes.count
+        rows = vectors.weighted(roots, max(1, most))
+        if processes.count > 1:  # each has a part of the rows: the components are made of all of them, in each
+            sizes = [size for size, _ in processes.exchange(len(rows))]
+            rows = processes.join(rows, sizes)
+        return components(rows, variances, self.settings.dimensions)
 
     def _together(self, spread: Spread) -> Spread:
         """That of all processes' rows."""
@@ -255,7 +274,7 @@ class StoreRecording:
     def _blocks(self, names: Mapping[torch.nn.Parameter, str]) -> tuple[StoredBlock, ...]:
         by_key = {block.key: block for block in self.compression.weights}
         found = []
-        for key, basis in self.compression.bases.items():
+        for key, basis in self.final.bases.items():
             block = by_key[key]
             sides = [None, None] if basis.sides is None else [side.float().cpu().numpy() for side in basis.sides]
             index = basis.index.cpu().numpy()
@@ -267,14 +286,14 @@ class StoreRecording:
         return {
             "bytes_per_row": settings.bytes_per_row,
             "dtype": settings.dtype,
-            "working": self.compression.size,
+            "working": self.final.size,
             "passes": self._passed.passes,
         }
 
     def query_entries(self) -> Floats:
         """Entries [Q, W] of the run's queries on data, at the weights that later ones will be evaluated at."""
         if self._passed.queries is None:
-            return np.zeros((0, self.compression.size))
+            return np.zeros((0, self.final.size))
         found: Floats = (self._passed.queries / self._passed.times).double().cpu().numpy()
         return found
 
@@ -315,6 +334,7 @@ def store_of(
     rows: int | None,
     device: torch.device,
     processes: Lockstep,
+    random: bool,
     owner: str,
 ) -> StoreRecording | None:
     """The store of a recording; None where none is wanted.
@@ -329,4 +349,4 @@ def store_of(
             f"{owner}: store= needs the discount, whose curvature says which directions are stored; pass discount=True "
             "and a method that uses signals (FINE)."
         )
-    return StoreRecording(settings, rows, device, processes)
+    return StoreRecording(settings, rows, device, processes, random)

@@ -1,7 +1,11 @@
 r"""Rows' vectors become few numbers on disk: the leading components in the metric of queries.
 
-With C the queries' covariance (K-FAC's, which is diagonal in the store's entries) and V the leading eigenvectors of the
-covariance of ``C^(1/2) z`` over the rows, a row is ``V^T C^(1/2) z`` and a query ``V^T C^(-1/2) v``.
+With C the queries' covariance (K-FAC's, which is diagonal in the store's entries, and a ridge) and V the leading
+eigenvectors of the covariance of ``C^(1/2) z`` over rows, a row is ``V^T C^(1/2) z`` and a query ``V^T C^(-1/2) v``.
+
+A row's vectors of the run and of the closing pass stand side by side in z, ``V = (V_1, V_2)``. So a query's numbers are
+those of both parts, each divided by its standard deviation over the rows, as mu has it: which of them says more of a
+query differs from query to query.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ from torch import Tensor
 
 from ine_callback.report.stored_vectors import LEVELS
 
-RIDGE = 0.3  # of the queries' mean variance
-COVARIANCE_ROWS = 20_000  # rows that the leading components are taken from
-CHUNK = 1 << 14  # rows that are reduced at once
+RIDGE = 10.0  # of the queries' mean variance: later queries' variances are not those of the run
+SAMPLE_ROWS, SAMPLE_BYTES = 20_000, 2**30  # rows that the leading components are taken from, at most
+EXACT = 3072  # rows or entries: so many inner products are decomposed whole, in half a minute
+SPARE, ITERATIONS = 64, 2  # beyond EXACT: components of the random range beside those wanted, and its improvements
+CHUNK = 1 << 12  # rows that are reduced at once
 
 
 class Spread:
@@ -48,33 +54,53 @@ class Spread:
         return found if np.isfinite(found) and found > 0 else 1.0
 
 
-def components(covariance: Tensor, variances: Tensor, dimensions: int) -> Tensor:
-    """``C^(1/2) V`` [W, k], by the covariance [W, W] of ``C^(1/2) z``."""
-    found = torch.linalg.eigh(covariance / covariance.diagonal().mean().clamp_min(1e-300)).eigenvectors
-    into: Tensor = variances.sqrt()[:, None] * found.flip(1)[:, :dimensions].to(variances)
+def components(weighted: Tensor, variances: Tensor, dimensions: int) -> Tensor:
+    """``C^(1/2) V`` [W, k] with the leading directions V of rows ``C^(1/2) z`` [n, W].
+
+    By the rows' inner products [n, n] or the entries' [W, W], whichever are fewer; where both are more than ``EXACT``,
+    by a randomized range (Halko et al. 2011, arXiv 0909.4061).
+    """
+    few, many = sorted(weighted.shape)
+    if few > EXACT:
+        directions = _leading(weighted, min(dimensions, few))
+    elif 0 < few == len(weighted) < many:
+        directions = _of_few_rows(weighted, dimensions)
+    else:
+        covariance = weighted.new_zeros(weighted.shape[1], weighted.shape[1], dtype=torch.float64)
+        for part in weighted.split(CHUNK):
+            covariance += (part.T @ part).double()
+        directions = _decomposed(covariance)[1].flip(1)[:, :dimensions].to(weighted)
+    into: Tensor = variances.sqrt()[:, None] * directions
     return into
 
 
-def components_of_few(weighted: Tensor, variances: Tensor, dimensions: int) -> Tensor:
-    """The same of fewer rows ``C^(1/2) z`` [n, W] than entries, by their Gram matrix [n, n]; k <= n."""
+def _leading(weighted: Tensor, dimensions: int) -> Tensor:
+    devices = [weighted.device] if weighted.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        found: Tensor = torch.svd_lowrank(weighted, min(dimensions + SPARE, *weighted.shape), ITERATIONS)[2]
+    return found[:, :dimensions]
+
+
+def _of_few_rows(weighted: Tensor, dimensions: int) -> Tensor:
+    """V [W, k] of fewer rows [n, W] than entries; k <= n."""
     gram = (weighted @ weighted.T).double()
-    values, every = torch.linalg.eigh(gram / gram.diagonal().mean().clamp_min(1e-300))
+    values, every = _decomposed(gram)
     kept = values.flip(0)[:dimensions] > values[-1] * 1e-10  # what is left of the others is rounding
     vectors = every.flip(1)[:, :dimensions].to(weighted)[:, kept.to(weighted.device)]
     # of small eigenvalues the vectors are orthogonal up to rounding alone
-    into: Tensor = variances.sqrt()[:, None] * torch.linalg.qr(weighted.T @ vectors).Q
-    return into
+    directions: Tensor = torch.linalg.qr(weighted.T @ vectors).Q
+    return directions
 
 
-def some_of(rows: int) -> Tensor:
-    """The rows that the covariance is taken of: all, or a random sample."""
-    if rows <= COVARIANCE_ROWS:
-        return torch.arange(rows)
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:COVARIANCE_ROWS].sort().values
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, relative to their mean, and eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix / matrix.diagonal().mean().clamp_min(1e-300))
+    return values, vectors
 
 
 class Combined:
-    """Rows' vectors as weighted sums of the run's and the passes', made chunk by chunk: no copy of all.
+    """Rows' vectors of the run and of the passes side by side, made chunk by chunk: no copy of all.
 
     Args:
         parts: Vectors [n, W], and what each row's count [n].
@@ -87,36 +113,35 @@ class Combined:
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], seen: Tensor) -> None:
         self._parts, self.seen, self.sizes = parts, seen, [1.0] * len(parts)
 
-    def _of(self, which: Tensor | slice, only: int | None = None) -> Tensor:
+    def _of(self, which: Tensor | slice, device: torch.device, only: int | None = None) -> Tensor:
         found = [
-            vectors[which] * weight[which, None].to(vectors) / size
+            (vectors[which] * weight[which, None].to(vectors) / size).to(device)
             for k, ((vectors, weight), size) in enumerate(zip(self._parts, self.sizes, strict=True))
             if only in (None, k)
         ]
-        return sum(part.to(found[0].device) for part in found[1:]) + found[0]
+        return torch.cat(found, 1)
 
-    def chunks(self) -> Iterator[Tensor]:
-        """All rows' vectors, some after the other; at least one chunk, maybe without rows."""
+    def chunks(self, device: torch.device) -> Iterator[Tensor]:
+        """All rows' vectors [n, parts x W], some after the other; at least one chunk, maybe without rows."""
         for start in range(0, max(1, len(self.seen)), CHUNK):
-            yield self._of(slice(start, start + CHUNK))
+            yield self._of(slice(start, start + CHUNK), device)
 
     def spread(self, part: int, device: torch.device) -> Spread:
         """Of one part, over the rows that were observed."""
         found = Spread(self._parts[part][0].shape[1], device)
         for rows in self.seen.nonzero()[:, 0].split(CHUNK):
-            found.take(self._of(rows, part))
+            found.take(self._of(rows, device, part))
         return found
 
-    def weighted(self, roots: Tensor) -> Iterator[Tensor]:
-        """``C^(1/2) z`` of the observed rows that components are taken from, some after the other."""
+    def weighted(self, roots: Tensor, most: int) -> Tensor:
+        """``C^(1/2) z`` [n, parts x W] of the rows that components are taken from: all that were observed, or some."""
         rows = self.seen.nonzero()[:, 0]
-        return (self._of(some).to(roots.device) * roots for some in rows[some_of(len(rows))].split(CHUNK))
-
-    def covariance(self, roots: Tensor) -> Tensor:
-        """Of ``C^(1/2) z`` over observed rows [W, W], without its factor."""
-        out = torch.zeros(len(roots), len(roots), dtype=torch.float64, device=roots.device)
-        for weighted in self.weighted(roots):
-            out += (weighted.T @ weighted).double()
+        if len(rows) > most:
+            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most].sort().values]
+        out = roots.new_empty(len(rows), len(roots))
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            out[start : start + len(part)] = self._of(part, roots.device) * roots
         return out
 
 

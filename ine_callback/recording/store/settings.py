@@ -10,6 +10,8 @@ from ine_callback.errors import InfluenceError
 StoredType = Literal["int8", "float16", "float32"]
 BYTES: dict[str, int] = {"int8": 1, "float16": 2, "float32": 4}
 SCALE = 4  # bytes of each row's scale
+MOST = 4_096  # numbers of a row during the run, where nobody asks for more: each step takes as much longer
+MOST_OF_PASS = 65_536  # from fixed initial weights, where the closing pass alone makes them
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,19 @@ class GradientStore:
     at most ``device_bytes``, else in the host's. At the end they become ``bytes_per_row`` bytes a row, on disk beside
     the report. docs/methods/store.md has the measured accuracy.
 
+    By default ``working`` is as many numbers as ``device_bytes`` hold of all rows (on a processor, too), from twice as
+    many as are on disk up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB, and at the end, when
+    there are three such sets of vectors, 3 GB. Of an unknown number of rows it is twice as many as on disk. From fixed
+    initial weights the closing pass alone makes the store: during the run a row has no more than twice as many numbers
+    as on disk, in the pass up to 65,536.
+
     Args:
         bytes_per_row: Bytes of each row on disk: a scale of 4 bytes, and as many numbers as fit in the others.
         dtype: Their type. ``int8`` has four times as many numbers as ``float32``, which is worth more than precision.
-        working: Numbers of each row during the run; None: twice as many as on disk.
+        working: Numbers of each row during the run, at most those of the model's parameters; None: see above.
         snapshots: Whether the weights of the closing pass, at .5, .7 and .9 of the run, are saved, too (each as large
             as the model). Queries are then evaluated at all of them, which brings scores nearer to those in the run.
-        device_bytes: Most bytes of the rows' vectors in the device's memory.
+        device_bytes: Most bytes of the rows' vectors in the device's memory; by default they have no more anywhere.
 
     Raises:
         InfluenceError: For settings that cannot be right.
@@ -61,7 +69,18 @@ class GradientStore:
         """Numbers of each row on disk."""
         return (self.bytes_per_row - SCALE) // BYTES[self.dtype]
 
-    @property
-    def working_dimensions(self) -> int:
-        """Numbers of each row during the run."""
-        return self.working or 2 * self.dimensions
+    def entries(self, rows: int | None, random: bool = True) -> int:
+        """Numbers of each of so many rows.
+
+        Args:
+            rows: How many; None: nobody knows.
+            random: Whether initial weights are random.
+
+        Example:
+            >>> [GradientStore().entries(rows) for rows in (500, 100_000, 10**6, None)]
+            [4096, 2684, 2040, 2040]
+        """
+        least = 2 * self.dimensions
+        if self.working is not None or not rows:
+            return self.working or least
+        return max(least, min(MOST if random else MOST_OF_PASS, self.device_bytes // (4 * rows)))

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ine_callback.recording.observations import Observations
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.scoring.compression import Compression
 
-CHUNK = 1 << 14  # rows that are moved into another basis at once
+CHUNK = 1 << 11  # rows that are moved into another basis at once
 
 
 class RowVectors:
@@ -42,6 +42,7 @@ class RowVectors:
         compression.moved = self._move
         self._width, self._grows = 0, rows is None
         self._sums = torch.zeros(0, 0, device=device)
+        self._touched = torch.zeros(0, dtype=torch.bool, device=device)  # other rows' sums are 0 in any basis
         self._waiting: deque[tuple[Tensor, Tensor, Any]] = deque()  # on their way to the host
         self._grow(rows or 0)
 
@@ -60,10 +61,11 @@ class RowVectors:
         # in the host's memory once it is there, and where it would take too much of the device's
         there = self._device if 4 * size * width <= self.settings.device_bytes else torch.device("cpu")
         there = self._sums.device if self._sums.numel() and not self._sums.is_cuda else there
-        sums = torch.zeros(size, width, device=there)
+        sums, touched = torch.zeros(size, width, device=there), torch.zeros(size, dtype=torch.bool, device=there)
         if self._sums.numel():
             sums[: len(self._sums) - 1, : self._sums.shape[1]] = self._sums[:-1].to(there)
-        self._sums, self._width = sums, width
+            touched[: len(self._touched) - 1] = self._touched[:-1].to(there)
+        self._sums, self._touched, self._width = sums, touched, width
 
     def update(self, observations: Observations, rate: float, known: int) -> None:
         """Adds a step's observations, at its rate; ``known`` rows exist."""
@@ -85,6 +87,7 @@ class RowVectors:
 
     def _add(self, places: Tensor, shifts: Tensor) -> None:
         self._sums[:, : shifts.shape[1]].index_add_(0, places, shifts)
+        self._touched.index_fill_(0, places, True)
 
     def _send(self, places: Tensor, shifts: Tensor) -> None:
         """Copies to the host without waiting; what has arrived is added when the next step comes."""
@@ -110,18 +113,19 @@ class RowVectors:
             return
         self._width = max(before, width)
         self._grow((len(self._sums) - 1) * self._processes)
-        for start in range(0, len(self._sums), CHUNK):
-            part = self._sums[start : start + CHUNK]
-            moved = move(part[:, :before].clone())
-            part.zero_()
-            part[:, :width] = moved.to(part)
+        for rows in self._touched.nonzero()[:, 0].split(CHUNK):
+            moved = move(self._sums[rows, :before]).to(self._sums)
+            self._sums[rows] = nn.functional.pad(moved, (0, self._sums.shape[1] - moved.shape[1]))
 
-    def vectors(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Indices [n] and vectors [n, W] of the first ``rows`` rows that belong to this process."""
+    def own(self, rows: int) -> Tensor:
+        """Which of the first ``rows`` rows belong to this process [n]."""
+        return torch.arange(self._own(rows)) * self._processes + self._rank
+
+    def vectors(self, rows: int) -> Tensor:
+        """Vectors [n, W] of these rows."""
         self._grow(rows)
         self._drain(wait=True)
-        own = self._own(rows)
-        return torch.arange(own) * self._processes + self._rank, self._sums[:own, : self._compression.size]
+        return self._sums[: self._own(rows), : self._compression.size]
 
     def state_dict(self) -> dict[str, Any]:
         """This process's vectors and the basis: tensors and plain types."""
@@ -131,6 +135,7 @@ class RowVectors:
             "rank": self._rank,
             "processes": self._processes,
             "sums": sums.cpu().clone(),
+            "touched": self._touched.cpu().clone(),
             "compression": self._compression.state_dict(),
         }
 
@@ -142,3 +147,4 @@ class RowVectors:
         self._grow((len(saved) - 1) * self._processes)
         self._sums.zero_()
         self._sums[: len(saved) - 1, : saved.shape[1]] = saved[:-1].to(self._sums)
+        self._touched[: len(saved) - 1] = state["touched"][:-1].to(self._touched)

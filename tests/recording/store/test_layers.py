@@ -27,7 +27,7 @@ def test_layers_parts_are_products_of_their_own_entries_and_add_up() -> None:
     )
     assert found.layers is not None and found.layers.names == ("0.weight", "2.bias", "2.weight", "3.weight")
     np.testing.assert_allclose(found.layers.scores.sum(1), found.scores, rtol=1e-4, atol=1e-6)
-    _, vectors = recorded.vectors.vectors(ROWS)  # as they were before the store was made
+    vectors = recorded.vectors.vectors(ROWS)  # as they were before the store was made
     by_key = {block.key: block for block in recorded.compression.weights}
     expected = []
     for key, basis in recorded.compression.bases.items():

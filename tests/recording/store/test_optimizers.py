@@ -54,7 +54,7 @@ def test_two_optimizers_give_the_vectors_that_their_signals_have() -> None:
     recorder, method = recorded(halves(0.1, 0.03))
     store, asked = recorder.store, directions()
     assert store is not None
-    _, vectors = store.vectors.vectors(ROWS)
+    vectors = store.vectors.vectors(ROWS)
     named = {p: k for k, p in enumerate(recorder.training.module.parameters())}
     entries = torch.zeros(3, store.compression.size)
     for block in recorder.signals.table:

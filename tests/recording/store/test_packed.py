@@ -57,7 +57,7 @@ def test_packed_documents_and_tokens_have_the_vectors_that_their_signals_have(ro
     callback, method = recorded(rows, row_fn)
     store, asked = callback._recorder.store, directions(3)
     named = dict(zip(callback._recorder.training.module.parameters(), range(len(asked[0])), strict=True))
-    which, vectors = store.vectors.vectors(rows)
+    which, vectors = store.vectors.own(rows), store.vectors.vectors(rows)
     entries = torch.zeros(3, store.compression.size)
     for block in callback._recorder.signals.table:
         v = block.to_layout([torch.stack([w[named[p]] for w in asked]) for p in block.parameters])

@@ -11,6 +11,7 @@ from torch import nn
 
 from ine_callback import GradientStore, InfluenceReport, ask
 from ine_callback.errors import InfluenceError
+from ine_callback.recording import snapshots
 from ine_callback.recording.store.recording import StoreRecording
 from ine_callback.recording.store.vectors import RowVectors
 from ine_callback.report.reading import ReportError
@@ -39,7 +40,7 @@ def test_a_row_s_vector_gives_the_signals_of_a_query_recorded_in_the_run(
     one = trained(ALL, optimizer, queries={"w": Functional(directions)}, methods=[method], refresh_every=refresh_every)
     store = one.recorder.store
     assert store is not None
-    _, vectors = store.vectors.vectors(ROWS)
+    vectors = store.vectors.vectors(ROWS)
     named = dict(zip(one.model.parameters(), range(6), strict=True))
     entries = torch.zeros(4, store.compression.size)
     for block in one.recorder.signals.table:
@@ -62,6 +63,18 @@ def test_queries_asked_later_get_the_run_s_scores(weights: str) -> None:
     assert found.se is not None and np.isfinite(found.se).all() and found.reliable
     np.testing.assert_allclose(found.captured, 1.0, atol=1e-5)
     assert all(torch.equal(p, q) for p, q in zip(before, one.model.parameters(), strict=True))
+
+
+def test_from_fixed_weights_the_store_is_the_closing_pass_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "MAX_BYTES", 0)  # the pass is at the final weights alone, where queries are, too
+    x, y = data()
+    queries = {str(k): (x[k : k + 1], y[k : k + 1]) for k in range(4)}
+    one = trained(ALL, initial_weights="fixed", queries=queries)
+    report, recorded = one.recorder.report(), one.recorder.store
+    assert recorded is not None and report.store is not None and recorded.final is not recorded.compression
+    found = report.store.products(report.store.of_query(recorded.query_entries()))
+    for a, b in zip(found.T, report.scores.mu.T, strict=True):
+        assert np.corrcoef(a, b)[0, 1] > 1 - 1e-6
 
 
 def test_fewer_bytes_keep_the_leading_part() -> None:
