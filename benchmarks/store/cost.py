@@ -34,5 +34,6 @@ def of_step(name: str, where: Path | None, rounds: int, working: int | None = No
     added = {kind: both[1][kind]["ratio"] - both[0][kind]["ratio"] for kind in KINDS if all(kind in b for b in both)}
     if all("runs" in each for each in both):
         added |= {f"{n} steps": both[1]["runs"][n] - both[0]["runs"][n] for n in both[0]["runs"]}
-    what = f"{found['what']}, {len(workload.x):,} rows, {GradientStore(working=working).entries(len(workload.x)):,} numbers"
+    numbers = GradientStore(working=working).entries(len(workload.x))
+    what = f"{found['what']}, {len(workload.x):,} rows, {numbers:,} numbers"
     return {"what": what, "plain_ms": found["plain_ms"], "steppers": found["steppers"], "added": added}
