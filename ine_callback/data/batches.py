@@ -161,10 +161,10 @@ def lent(batch: Any) -> Any:
         >>> sorted(batch), batch["ids"]
         (['ids', 'labels'], tensor([0., 0.]))
     """
-    if not isinstance(batch, Tensor | list | tuple | Mapping) and not hasattr(batch, "__dataclass_fields__"):
-        clone = getattr(type(batch), "clone", None)
-        return batch if clone is None else clone(batch)
+    known = isinstance(batch, Tensor | list | tuple | Mapping) or hasattr(batch, "__dataclass_fields__")
     try:
+        if not known and hasattr(type(batch), "clone"):
+            return type(batch).clone(batch)
         return apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
     except Exception:  # a class of the user's that cannot be made anew
         return batch

@@ -53,6 +53,7 @@ def weights(callbacks: list[L.Callback]) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*collate function")
 def test_a_batch_mixed_in_one_process_costs_that_batch(tmp_path: Path) -> None:
     recorded = weights([InfluenceCallback("self", dirpath=tmp_path, on_error="raise")])

@@ -19,6 +19,7 @@ from ine_callback.capture.row_losses import signed
 CAST = "ToCopyBackward0"  # autocast's; not a difference between two uses
 RESHAPES = {f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Alias", "Clone")}
 RESHAPES |= {f"SqueezeBackward{k}" for k in range(4)} | {CAST}
+_SCALINGS = {"MulBackward0", "DivBackward0", "NativeDropoutBackward0"}
 PARTS = {"SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0"}
 _TORCHS_OWN = re.compile(r"[A-Z]\w*Backward\d+")  # whose formulas compute and do nothing else
 # so do these functions of torch.autograd.Function, by their module and name
@@ -49,6 +50,12 @@ class Step:
     def name(self) -> str:
         name: str = self.node.name()
         return name
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether its formula multiplies entries by numbers that have no gradient themselves."""
+        others = [below for below, _ in self.node.next_functions if below is not None]
+        return self.name in _SCALINGS and len(others) == 1
 
     @property
     def is_computed(self) -> bool:

@@ -38,7 +38,6 @@ _BROADCAST = {f"{name}Backward0" for name in ("Add", "Sub", "Mul", "Div", "Where
 _COMMUTATIVE = {"AddBackward0", "MulBackward0"}
 _COPIES = {"ExpandBackward0", "RepeatBackward0"}
 _TRANSPOSES = {"TBackward0", "TransposeBackward0", "TransposeBackward1", "PermuteBackward0"}
-_SCALINGS = {"MulBackward0", "DivBackward0", "NativeDropoutBackward0"}
 _PLAIN = _TRANSPOSES | PARTS | RESHAPES | _BROADCAST | _COPIES
 _OTHERS = ("Select", "Index", "IndexSelect", "Embedding", "Exp", "Sigmoid", "Softplus", "Tanh", "Neg")
 _SIMPLE = _PLAIN | {f"{name}Backward0" for name in _OTHERS}
@@ -58,10 +57,10 @@ class Use:
     def kind(self) -> tuple[Any, ...]:
         """What two uses have in common whose outputs have the rows in the same place.
 
-        A weight that is scaled, entry by entry, stays where it is: dropout of weights comes in training mode alone.
+        A weight that is scaled by constants stays where it is: dropout of weights comes in training mode alone.
         """
         above = [step.node._input_metadata[0].shape for step in self.steps]
-        scaled = {k for k, step in enumerate(self.steps) if step.name in _SCALINGS and step.shape == above[k]}
+        scaled = {k for k, step in enumerate(self.steps) if step.is_scaling and step.shape == above[k]}
         names = [step.name for k, step in enumerate(self.steps) if step.name != CAST and k not in scaled]
         names += [self.last.name]
         place = 0 if self.last.name in _COMMUTATIVE else self.last.index
