@@ -351,6 +351,7 @@ def test_refreshes_become_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder.signals, "refresh", lambda *_: refreshed.append(recorder.steps))
     recorder.guard.phase = Phase.RECORDING
     recorder.coverage._verified.update(recorder.module.parameters())
+    recorder.signals.table.vector(next(recorder.module.parameters()))  # something to refresh
     for recorder.guard.steps in range(400):
         recorder._passes.prepare_step(torch.arange(2), None)
         if refreshed and refreshed[-1] == recorder.steps:
