@@ -328,6 +328,7 @@ def routed(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_a_layer_that_joins_in_one_process_first_gets_its_direction_in_all() -> None:
     (one, mine, share), (other, its, _) = spawned("routed", routed)
     assert not unequal(one, other) and one.run.steps == 8

@@ -131,7 +131,7 @@ def mean_loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     ("optimizer", "rank"),
     [
         (torch.optim.AdamW, 32),
-        (torch.optim.SGD, None),
+        pytest.param(torch.optim.SGD, None, marks=pytest.mark.long),
         pytest.param(torch.optim.AdamW, None, marks=pytest.mark.long),
         pytest.param(torch.optim.SGD, 32, marks=pytest.mark.long),
     ],

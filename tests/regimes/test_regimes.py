@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -13,12 +16,20 @@ from .harness import examine, fit, shortcomings
 from .regime import Regime
 
 
-def _case(regime: Regime) -> object:
-    return pytest.param(regime, id=regime.name, marks=[pytest.mark.long] if regime.slow else [])
+MOST = 5  # of each group that are not among the long tests
+
+
+def _cases() -> Iterator[object]:
+    """The regimes; of those of a group that are not slow themselves, the first ones are in `make test`."""
+    short = Counter[str]()
+    for regime in ALL:
+        short[regime.group] += not regime.slow
+        long = regime.slow or short[regime.group] > MOST
+        yield pytest.param(regime, id=regime.name, marks=[pytest.mark.long] if long else [])
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("regime", [_case(regime) for regime in ALL])
+@pytest.mark.parametrize("regime", list(_cases()))
 def test_regime(regime: Regime) -> None:
     if lacks := regime.lacks():
         pytest.skip(lacks)
