@@ -15,7 +15,6 @@ from .catalogue import ALL
 from .harness import examine, fit, shortcomings
 from .regime import Regime
 
-
 MOST = 5  # of each group that are not among the long tests
 
 
