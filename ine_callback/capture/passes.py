@@ -39,7 +39,7 @@ class Call:
 
         In a layer's call they do. To look a node up by its parameter takes several times as long.
         """
-        level: list[Any] = [output.grad_fn]
+        level: list[Any] = [output.grad_fn] if output.grad_fn is not None else []  # a layer may return its parameter
         for _ in range(4):
             level = [below for each in level for below, _ in each.next_functions if below is not None]
             mine = [each for each in level if type(each) is _ACCUMULATES and each.variable in wanted]
