@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-_ACCUMULATES: type[Any] = type(torch.zeros(1, requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
-
 
 @dataclass(slots=True, eq=False)
 class Call:
@@ -42,7 +40,7 @@ class Call:
         level: list[Any] = [output.grad_fn] if output.grad_fn is not None else []  # a layer may return its parameter
         for _ in range(4):
             level = [below for each in level for below, _ in each.next_functions if below is not None]
-            mine = [each for each in level if type(each) is _ACCUMULATES and each.variable in wanted]
+            mine = [each for each in level if type(each).__name__ == "AccumulateGrad" and each.variable in wanted]
             self.accumulators.update((each.variable, each) for each in mine)
             if len(self.accumulators) == len(wanted):
                 break

@@ -146,7 +146,7 @@ def batch_norm(module: nn.Module, activations: Tensor, output_grads: Tensor, row
     if setting(module, "training") or mean is None or variance is None:
         mean, rstd = _statistics(activations, eps)
     else:
-        rstd = (variance + eps).rsqrt()
+        mean, rstd = widened(mean), (widened(variance) + eps).rsqrt()
     # the mean as precise as the activations, which keep their precision; what it misses comes after the sums
     near = mean.to(activations.dtype)
     scale, shift = channel_sums(_by_channel(activations, rows), _by_channel(output_grads, rows), near)

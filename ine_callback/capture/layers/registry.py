@@ -24,9 +24,8 @@ _BY_NAME: list[tuple[Callable[[nn.Module], bool], LayerFunction]] = []
 # functions whose per-sample gradients take factors in bfloat16; all others get float32
 _BFLOAT16: set[LayerFunction] = set()
 
-_OWN_NAMES = re.compile(
-    r"(weight|bias)(_(ih|hh)(_l\d+)?(_reverse)?)?"
-)  # of parameters, in layers that the package knows
+# of parameters, in layers that the package knows
+_OWN_NAMES = re.compile(r"(weight|bias)(_(ih|hh)(_l\d+)?(_reverse)?)?")
 _OWN_PACKAGE = __name__.rpartition(".")[0]
 
 
