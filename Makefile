@@ -15,7 +15,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all oldest lint format types doctest snippets docs ci clean
+.PHONY: help demo test test-all oldest gpu lint format types doctest snippets docs ci clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -34,11 +34,9 @@ OLDEST := torch==2.6.0 lightning==2.5.0 torchmetrics==1.4.0 numpy==1.26.0 scipy=
 oldest: ## `make test` on Python 3.10 and the oldest versions of what the package needs, in .venv-oldest
 	$(MAKE) test PYTHON=python3.10 VENV=.venv-oldest TORCH="$(OLDEST)"
 
-gpu: $(VENV)/.installed-dev ## on a machine with a GPU: its tests, and what a recording costs there, eager and compiled
-	$(PYTEST) tests/recording/test_cuda.py tests/integrations/test_cuda.py
-	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --json gpu.json
-	$(PY) -m benchmarks.overhead --device cuda --no-peers --warm-up 21 --rounds 81 --compile --json gpu-compiled.json
-	$(PY) -m benchmarks.overhead.trainer --device cuda --json gpu-trainer.json
+# In 8 minutes. Where everything is installed and nothing can be: python3 -m benchmarks.overhead.gpu --out DIR
+gpu: $(VENV)/.installed-dev ## on a machine with a GPU: its tests, what a recording costs there and why; to gpu/
+	$(PY) -m benchmarks.overhead.gpu --out gpu
 
 lint: $(VENV)/.installed-dev ## linter and formatter, changing nothing
 	$(PY) -m ruff check
@@ -65,7 +63,7 @@ ci: ## all of the above in a fresh virtual environment, as CI does it
 	bash .ci/run
 
 clean: ## removes the virtual environment, caches and output
-	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist demo site lightning_logs
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist demo gpu site lightning_logs
 
 # What running needs, then what working on the project needs on top.
 $(VENV)/.installed: pyproject.toml

@@ -44,6 +44,16 @@ python -m benchmarks.overhead.trainer --json trainer.json
 `Trainer.fit` over a DataLoader with two workers, {steps} steps after the warm-up, refreshes and curvature updates among
 them, one query and self-influence; the closing pass apart.
 """
+PROFILE_HEAD = """\
+## Operations of a step: {what} ({device})
+
+```bash
+python -m benchmarks.overhead.profile --workloads {name} --json profile.json{flags}
+```
+
+What runs in an ordinary step by torch.profiler, and the {shown} operations that take most of the time that is added.
+"""
+SHOWN = 12  # operations of a profile
 SPEEDS = "plain_a_second", "ours_a_second"
 SCALE_HEAD = """\
 ## Growth with rows and queries
@@ -60,7 +70,8 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
     """A section for each workload of ``benchmarks.overhead``."""
     flags = f" {results['flags']}" if results.get("flags") else ""
     for name, found in results["workloads"].items():
-        known = {"what": found["what"], "device": results["device"], "name": name, "parameters": found["parameters"]}
+        what = f"{found['what']}, compiled" if results.get("compiled") else found["what"]
+        known = {"what": what, "device": results["device"], "name": name, "parameters": found["parameters"]}
         yield OVERHEAD_HEAD.format(**known, plain=found["plain_ms"], flags=flags)
         lengths = next(row["runs"] for row in found["steppers"].values() if "runs" in row)
         memory = ["peak memory"] if "peak_memory_ratio" in found["steppers"]["plain"] else []
@@ -77,6 +88,21 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
         ]
         visits = next(iter(default["queries"].values()))["visits_a_row"]
         yield FIDELITY.format(visits=visits, lines="; ".join(lines), kept=default["kept_share"] or 1.0)
+
+
+def profile(results: dict[str, Any]) -> Iterable[str]:
+    """A section for each workload of ``benchmarks.overhead.profile``."""
+    for name, found in results["workloads"].items():
+        what = f"{found['what']}, compiled" if results["compiled"] else found["what"]
+        flags = " --compile" if results["compiled"] else ""
+        yield PROFILE_HEAD.format(what=what, device=results["device"], name=name, flags=flags, shown=SHOWN)
+        rows = found["steppers"].items()
+        yield table(["", "operations", "ms"], ([each, f"{r['operations']:,.0f}", f"{r['ms']:.2f}"] for each, r in rows))
+        for each, row in rows:
+            added = list(row["added"].items())[:SHOWN]
+            if added:
+                cells = ([f"`{key[:80]}`", f"{count:+.0f}", f"{ms:+.3f}"] for key, (count, ms) in added)
+                yield table([each, "operations", "ms"], cells)
 
 
 def trainer(results: dict[str, Any]) -> Iterable[str]:

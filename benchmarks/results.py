@@ -385,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "resume": resume,
         "overhead": cost.overhead,
         "trainer": cost.trainer,
+        "profile": cost.profile,
         "scale": cost.scale,
         "knobs": cost.knobs,
     }

@@ -174,7 +174,7 @@ def show(name: str, found: dict[str, Any]) -> None:
 def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """The options that change what is measured, as they were given."""
     given = []
-    for name in ("device", "steppers", "warm_up", "rounds"):
+    for name in ("device", "batch", "steppers", "warm_up", "rounds"):
         if (value := getattr(args, name)) != parser.get_default(name):
             values = [value] if isinstance(value, str | int) else value
             given.append(" ".join([f"--{name.replace('_', '-')}", *(shlex.quote(str(each)) for each in values)]))
@@ -184,6 +184,7 @@ def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = workloads.parser(__doc__)
     parser.add_argument("--steppers", nargs="+", help="these beside the plain one; all by default")
+    parser.add_argument("--batch", type=int, help="rows in a batch; the workload's own by default")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps of every stepper that are not timed")
     parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")
     parser.add_argument("--no-peers", action="store_true", help="our own steppers alone")
@@ -211,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name} is left out: {lacks} is not installed")
             continue
         workload, rounds = workloads.load(name, where), 25 if args.quick else args.rounds
-        workload = replace(workload, compiled=args.compile)
+        workload = replace(workload, compiled=args.compile).in_batches_of(args.batch)
         if args.knobs:
             makers = turned(workload, device, rounds)
             found = timed(workload, device, rounds, makers, [*makers][1:])

@@ -128,6 +128,22 @@ class Opacus(Plain):
             p.grad_sample = None  # type: ignore[attr-defined]
 
 
+class OpacusNorms(Plain):
+    """Opacus's norms of each row's gradient by ghost clipping: one number a row, without the gradients."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+        super().__init__(workload, device)
+        self.model = GradSampleModuleFastGradientClipping(self.model, loss_reduction="mean", max_grad_norm=1.0)
+
+    def _update(self) -> None:
+        self.model.get_norm_sample()  # type: ignore[operator]
+        super()._update()
+        for p in self.trained:
+            p._norm_sample = None  # type: ignore[attr-defined]
+
+
 class Loop(Plain):
     """A backward pass for every row."""
 
@@ -151,6 +167,7 @@ def steppers(workload: Workload, device: torch.device, peers: bool) -> dict[str,
     }
     if peers and importlib.util.find_spec("opacus"):
         found["Opacus, gradient of each row"] = lambda: Opacus(workload, device)
+        found["Opacus, norm of each row"] = lambda: OpacusNorms(workload, device)
     if peers:
         found["one backward pass a row"] = lambda: Loop(workload, device)
     return found

@@ -8,7 +8,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Workload:
     lr: float = 1e-3
     half: bool = False  # bfloat16 on a CPU too
     compiled: bool = False  # run by torch.compile
+
+    def in_batches_of(self, rows: int | None) -> Workload:
+        """The same with so many rows in a batch; None: its own number."""
+        return replace(self, batch=rows, what=re.sub(r"batch \d+", f"batch {rows}", self.what)) if rows else self
 
 
 def loss_of(module: nn.Module, batch: Any) -> Tensor:
