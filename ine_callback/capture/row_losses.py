@@ -212,6 +212,8 @@ def _assembled(
     def by_row(x: Tensor) -> Tensor:
         if index is not None:
             return x.reshape(index.numel(), -1)
+        if views == 1:
+            return x.reshape(rows, -1)
         return x.reshape(views, rows, -1).transpose(0, 1).reshape(rows, -1)
 
     losses, weights = by_row(losses), by_row(weights)
@@ -223,10 +225,10 @@ def _assembled(
     if index is not None:
         total, weighted = (sums_by_row(x, index, rows) for x in (total, weighted))
     row_losses = weighted / total.clamp_min(1e-12)
-    own = torch.where(total > 0, 1 / (coefficient * total), 0.0)
+    own = torch.where(total > 0, (coefficient * total).reciprocal(), 0.0)
     scale = rows / (coefficient * weights.sum())
     labels = None if labels is None else by_row(labels)
-    return LossReading(row_losses, 1 / coefficient, scale, own, losses, weights, labels)
+    return LossReading(row_losses, coefficient.reciprocal(), scale, own, losses, weights, labels)
 
 
 def _nll(node: Any) -> tuple[Tensor, Tensor]:

@@ -129,20 +129,27 @@ def _moments(
 @Fused
 def _by_block(moments: Tensor, place: Tensor, blocks: int) -> Tensor:
     """Factors of ``blocks`` blocks, of moments of parameters that are in the block of this place, or in none."""
-    total = moments.sum(1, keepdim=True)
     sums = moments.new_zeros(5, blocks + 1).index_add(1, place, moments)[:, :-1]
-    whole = _or_one(total, _factor(total, _cosine(total)))
-    return torch.where(sums[0] > 0, _factor(sums, _cosine(sums)), whole)
+    factors, whole = _with_total(sums, moments)[0]
+    return torch.where(sums[0] > 0, factors, whole)
 
 
 @Fused
 def _uneven(moments: Tensor) -> Tensor:
     """Whether parameters were changed by several factors, and whether one by more than a factor [2]."""
-    total, cosine = moments.sum(1, keepdim=True), _cosine(moments)
-    whole, present = _or_one(total, _factor(total, _cosine(total))), moments[0] > 0
-    uneven = present & ((_factor(moments, cosine) - whole).abs() > FACTOR_TOLERANCE * whole.abs())
+    (factors, whole), cosine = _with_total(moments, moments)
+    present = moments[0] > 0
+    uneven = present & ((factors - whole).abs() > FACTOR_TOLERANCE * whole.abs())
     rotated = present & (moments[1] > 0) & (cosine.abs() < 1 - COSINE_TOLERANCE)
     return torch.stack([uneven.any(), rotated.any()]).long()
+
+
+def _with_total(sums: Tensor, moments: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Factors and cosines of sums [5, n], and the factor of all parameters together [1]; all in one go."""
+    every = torch.cat([sums, moments.sum(1, keepdim=True)], 1)
+    cosine = _cosine(every)
+    factors = _factor(every, cosine)
+    return (factors[:-1], _or_one(every, factors)[-1:]), cosine[:-1]
 
 
 def _factor(sums: Tensor, cosine: Tensor) -> Tensor:

@@ -205,13 +205,18 @@ class Signals(Directions):
         else:
             (rows, device), shape = self._batch, (len(self.queries), 1 + self.contrasts.count)
             signals = torch.zeros(max(1, len(blocks)), rows, *shape, device=device, dtype=self._dtype)
+        if not self.self_query:
+            self._clear()
+            return blocks, signals, signals.new_zeros(self._variances(blocks), signals.shape[1])
         own, halves, variance = self._self_sums(signals, blocks)
         self._clear()
-        if not self.self_query:
-            return blocks, signals, variance
         own = torch.cat([own, halves], -1)
         signals = torch.nn.functional.pad(signals, (0, halves.shape[-1]))  # queries have no sketch
         return blocks, torch.cat([signals, own[:, :, None]], 2), variance
+
+    def _variances(self, blocks: tuple[Block, ...]) -> int:
+        """For how many parts of the network self-influence's variance is told apart."""
+        return len(blocks) if self.several and blocks else 1
 
     def _self_sums(self, like: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """<P D g_i, s_i> with its contrasts [K, b, 1 + J], halves [K, b, 2] and |sigma D g_i|^2 [1 or K, b].
@@ -220,7 +225,7 @@ class Signals(Directions):
         operations as one of them needs.
         """
         total = like.new_zeros(like.shape[0], like.shape[1], like.shape[3])
-        variance = like.new_zeros(len(blocks) if self.several and blocks else 1, like.shape[1])
+        variance = like.new_zeros(self._variances(blocks), like.shape[1])
         halves, unit_halves = (like.new_zeros(*total.shape[:2], HALVES) for _ in range(2))
         # a second backward pass may have another scale
         for scale in {id(its): its for *_, its in self._self_terms}.values():

@@ -178,7 +178,8 @@ class FINE(Method):
         once = torch.ones_like(rows)
         state["observations"].index_add_(0, rows, once)
         factor = torch.full_like(signals, rate, dtype=torch.float32) if unit is None else rate / unit.float()
-        step = step_of(signals, factor, self._of_self, contrasts, halves)
+        has_sketch = halves is not None and len(self._self_columns) > 0
+        step = step_of(signals, factor, self._of_self, contrasts, halves if has_sketch else None)
         state["nonfinite"] += step.lost
         if rows.shape[0] < 2 or rate == 0.0:
             return
