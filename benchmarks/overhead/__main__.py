@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=200, help="steps of every stepper")
     parser.add_argument("--no-peers", action="store_true", help="our own steppers alone")
     parser.add_argument("--compile", action="store_true", help="run every network by torch.compile, the plain one too")
+    parser.add_argument("--no-memory", action="store_true", help="not the peak memory of processes of their own")
     parser.add_argument("--knobs", action="store_true", help="the MLP and the transformer with the knobs turned")
     parser.add_argument("--quick", action="store_true", help="25 steps of the MLP: to see it work")
     args = parser.parse_args(argv)
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             makers = steppers(workload, device, not args.no_peers)
             makers = {k: make for k, make in makers.items() if not args.steppers or k in ["plain", *args.steppers]}
             found = timed(workload, device, rounds, makers, [DEFAULT], args.warm_up)
-        if device.type == "cpu" and not (args.quick or args.knobs or args.compile):
+        if device.type == "cpu" and not (args.quick or args.knobs or args.compile or args.no_memory):
             found["plain_peak_mb"] = on_the_host(name, where, found["steppers"])
         results["workloads"][name] = found
         args.json.write_text(json.dumps(results, indent=1))
