@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ine_callback.report.bands import summed
 from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.scores import Floats
 
@@ -37,15 +39,15 @@ def products(store: StoredVectors, queries: Floats, device: torch.device) -> Flo
         array([[ 6.],
                [-6.]])
     """
-    factors = torch.as_tensor(np.ascontiguousarray(queries.T, dtype=np.float32), device=device)
-    scale = torch.from_numpy(np.array(store.scale))[:, None]
-    out = torch.empty(len(store.rows), factors.shape[1], dtype=torch.float64)
+    factors, added = (torch.as_tensor(each, device=device) for each in store.factors(queries))
+    scales = torch.from_numpy(np.array(store.scales))
+    out = torch.empty(len(store.rows), len(queries), dtype=torch.float64)
     size = CACHED if device.type == "cpu" else ON_DEVICE
 
     def fill(start: int) -> None:
         rows = slice(start, start + size)
-        part = torch.from_numpy(np.array(store.rows[rows]))  # a copy: the file is read-only
-        torch.mul((part.to(device, torch.float32) @ factors).cpu(), scale[rows], out=out[rows])
+        part = torch.from_numpy(np.array(store.rows[rows])).to(device)  # a copy: the file is read-only
+        out[rows] = summed(part, scales[rows].to(device), factors, added, store.bands, Tensor.float).cpu()
 
     with _one_thread_each() as workers, ThreadPoolExecutor(workers if device.type == "cpu" else 1) as pool:
         list(pool.map(fill, range(0, len(store.rows), size)))

@@ -172,7 +172,7 @@ def _split(pairs: Rows) -> Iterator[Rows]:
 
 def weak_rows(store: StoredVectors, share: float = WEAK) -> Rows:
     """Rows that moved no query by much: their vectors have at most this share of the median vector's length."""
-    sizes = np.concatenate([np.linalg.norm(part, axis=1) for _, part in store.chunks()] or [np.zeros(0)]) * store.scale
+    sizes = np.concatenate([np.linalg.norm(part, axis=1) for _, part in store.chunks()] or [np.zeros(0)]) * store.size
     seen = np.flatnonzero(store.seen)
     weak: Rows = seen[sizes[seen] <= share * np.median(sizes[seen])] if len(seen) else seen
     return weak

@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args
 
 from ine_callback.errors import InfluenceError
 
-StoredType = Literal["int8", "float16", "float32"]
+StoredType = Literal["mixed", "int8", "float16", "float32"]
 BYTES: dict[str, int] = {"int8": 1, "float16": 2, "float32": 4}
 SCALE = 4  # bytes of each row's scale
+FEWEST_BITS = 2  # of a number of mixed width
+MOST_MIXED = 4_096  # numbers of mixed width, where a row has no more bytes: asking takes as much longer
 MOST = 4_096  # numbers of a row during the run, where nobody asks for more: each step takes as much longer
 MOST_OF_PASS = 65_536  # from fixed initial weights, where the closing pass alone makes them
 
@@ -29,8 +31,10 @@ class GradientStore:
     as on disk, in the pass up to 65,536.
 
     Args:
-        bytes_per_row: Bytes of each row on disk: a scale of 4 bytes, and as many numbers as fit in the others.
-        dtype: Their type. ``int8`` has four times as many numbers as ``float32``, which is worth more than precision.
+        bytes_per_row: Bytes of each row on disk: scales, and as many numbers as fit in the others.
+        dtype: Their type. ``mixed`` has leading numbers in 8 bits, others in 4 and 2, whichever take most off the
+            error of scores, so up to four times as many numbers as ``int8``, which has four times as many as
+            ``float32``: they are worth more than precision.
         working: Numbers of each row during the run, at most those of the model's parameters; None: see above.
         snapshots: Whether the weights of the closing pass, at .5, .7 and .9 of the run, are saved, too (each as large
             as the model). Queries are then evaluated at all of them, which brings scores nearer to those in the run.
@@ -44,11 +48,11 @@ class GradientStore:
         254
         >>> GradientStore(dtype="int4")
         Traceback (most recent call last):
-        ine_callback.errors.InfluenceError: GradientStore: dtype='int4' is none of int8, float16, float32.
+        ine_callback.errors.InfluenceError: GradientStore: dtype='int4' is none of mixed, int8, float16, float32.
     """
 
     bytes_per_row: int = 1024
-    dtype: StoredType = "int8"
+    dtype: StoredType = "mixed"
     working: int | None = None
     snapshots: bool = True
     device_bytes: int = 2**30
@@ -57,7 +61,7 @@ class GradientStore:
         who = "GradientStore"
         if self.dtype not in get_args(StoredType):
             raise InfluenceError(f"{who}: dtype={self.dtype!r} is none of {', '.join(get_args(StoredType))}.")
-        for name, least in (("bytes_per_row", SCALE + BYTES[self.dtype]), ("working", 1), ("device_bytes", 0)):
+        for name, least in (("bytes_per_row", SCALE + BYTES.get(self.dtype, 1)), ("working", 1), ("device_bytes", 0)):
             value: Any = getattr(self, name)
             if name == "working" and value is None:
                 continue
@@ -66,8 +70,16 @@ class GradientStore:
 
     @property
     def dimensions(self) -> int:
-        """Numbers of each row on disk."""
+        """Numbers of each row on disk; of mixed width, the most that there can be."""
+        if self.dtype == "mixed":
+            size = self.bytes_per_row - SCALE
+            return max(size, min(size * 8 // FEWEST_BITS, MOST_MIXED))
         return (self.bytes_per_row - SCALE) // BYTES[self.dtype]
+
+    @property
+    def fewest_entries(self) -> int:
+        """Numbers of each row in the run, however many rows there are: twice as many as fit on disk in 8 bits or more."""
+        return 2 * ((self.bytes_per_row - SCALE) // BYTES.get(self.dtype, 1))
 
     def entries(self, rows: int | None, random: bool = True) -> int:
         """Numbers of each of so many rows.
@@ -80,7 +92,7 @@ class GradientStore:
             >>> [GradientStore().entries(rows) for rows in (500, 100_000, 10**6, None)]
             [4096, 2684, 2040, 2040]
         """
-        least = 2 * self.dimensions
+        least = self.fewest_entries
         if self.working is not None or not rows:
             return self.working or least
         return max(least, min(MOST if random else MOST_OF_PASS, self.device_bytes // (4 * rows)))
