@@ -12,17 +12,22 @@ import torch
 from benchmarks.metrics import Floats, per_query
 from benchmarks.store.protocols import Recorded
 from ine_callback import GradientStore
-from ine_callback.recording.store.reduce import numbers_of
+from ine_callback.recording.store.pack import allocate
+from ine_callback.recording.store.reduce import numbers_of, worths
+from ine_callback.report.bands import Band
 from ine_callback.report.stored_vectors import StoredVectors, moments
 
 BYTES = (64, 128, 256, 512, 1024)
 WIDE = (2048, 4096)
+BOTH = (256, 512, 1024, *WIDE)  # bytes at which mixed widths are beside int8
 
 
 def curve(found: Recorded) -> dict[str, Any]:
     """What is lost at each number of bytes up to those the run's store was made for, and by each type at these."""
     most = found.store.settings.bytes_per_row
-    settings = [GradientStore(each) for each in (BYTES if most == BYTES[-1] else WIDE)]
+    sizes = BYTES if most == BYTES[-1] else WIDE
+    settings = [GradientStore(each, "int8") for each in sizes]
+    settings += [GradientStore(each, "mixed") for each in sizes if each in BOTH]
     if most == BYTES[-1]:
         settings += [GradientStore(most, "float16"), GradientStore(most, "float32")]
     whole, seconds = everything(found)
@@ -64,10 +69,18 @@ def everything(found: Recorded) -> tuple[StoredVectors, float]:
 
 def shortened(whole: StoredVectors, settings: GradientStore) -> StoredVectors:
     """The leading components alone, as a store with these settings has them: the components do not depend on these."""
+    values = np.asarray(whole.rows) * whole.scale[:, None]
+    bands: tuple[Band, ...] = ()
     size = min(settings.dimensions, whole.dimensions)
-    values = torch.as_tensor(np.asarray(whole.rows[:, :size]) * whole.scale[:, None])
-    numbers, scale = numbers_of(values, settings.dtype)
-    short = replace(whole, rows=numbers, scale=scale, components=whole.components[:, :size])
+    if settings.dtype == "mixed":
+        squares = np.square(values[whole.seen, :size], dtype=np.float64).mean(0)
+        worth = worths(
+            squares, whole.components[:, :size], np.tile(whole.variances, len(whole.components) // len(whole.variances))
+        )
+        bands = allocate(worth, settings.bytes_per_row)
+        size = sum(band.count for band in bands)
+    numbers, scale = numbers_of(torch.as_tensor(values[:, :size]), settings.dtype, bands)
+    short = replace(whole, rows=numbers, scale=scale, components=whole.components[:, :size], bands=bands)
     return replace(short, moments=moments(short))
 
 

@@ -4,8 +4,8 @@ A code of b bits is an integer c from -2^(b-1) on and means ``(c + 1/2) step``, 
 own. Numbers of a band stand in planes: of two-bit numbers the first quarter has the highest two bits of the band's
 bytes. Unpacking is then shifts of whole slices, which NumPy's arrays and torch's tensors write alike.
 
-In a turned band the numbers are the discrete cosine transform of components with random signs, so that a rounding error
-points nowhere in particular: errors along single components are those that queries see.
+The numbers of a band are turned: the discrete cosine transform of its components with random signs. So all have one
+variance and are nearly normal, which is what one step serves, and a rounding error points nowhere in particular.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ class Band:
     Attributes:
         width: Bits of each number.
         count: How many numbers, a multiple of those in a byte.
-        turned: Whether they are mixtures of components, or components themselves.
 
     Raises:
         ValueError: If there is no such band.
 
     Example:
-        >>> Band(2, 8, True).size
+        >>> Band(2, 8).size
         2
     """
 
     width: int
     count: int
-    turned: bool = False
 
     def __post_init__(self) -> None:
         if self.width not in WIDTHS or self.count < 1 or self.count * self.width % 8:
@@ -92,20 +90,18 @@ def turned(numbers: NDArray[Any], bands: Sequence[Band], back: bool = False) -> 
     """Numbers [..., k] of components as rows have them, or back: an orthogonal map, the same for rows and queries.
 
     Example:
-        >>> there = turned(np.eye(8), [Band(4, 8, True)])
-        >>> (
-        ...     np.allclose(there @ there.T, np.eye(8)),
-        ...     np.allclose(turned(there, [Band(4, 8, True)], back=True), np.eye(8)),
-        ... )
+        >>> bands = [Band(8, 3), Band(4, 2)]
+        >>> there = turned(np.eye(5), bands)
+        >>> np.allclose(there @ there.T, np.eye(5)), np.allclose(turned(there, bands, back=True), np.eye(5))
         (True, True)
     """
-    random = np.random.RandomState(0).choice([-1, 1], numbers.shape[-1])  # a stream that NumPy keeps for ever
-    mixed = np.repeat([band.turned for band in bands], [band.count for band in bands])
-    signs = np.where(mixed, random, 1).astype(numbers.dtype)
+    if not bands:
+        return numbers
+    signs = np.random.RandomState(0).choice([-1, 1], numbers.shape[-1])  # a stream that NumPy keeps for ever
+    signs = signs.astype(numbers.dtype)
     out = numbers.copy() if back else numbers * signs
-    for band, (which, _) in zip(bands, slices(bands), strict=True):
-        if band.turned:
-            out[..., which] = (idct if back else dct)(out[..., which], norm="ortho")
+    for which, _ in slices(bands):
+        out[..., which] = (idct if back else dct)(out[..., which], norm="ortho")
     return out * signs if back else out
 
 

@@ -1,8 +1,9 @@
 """The gradient store beside a report: few numbers of each row, which a query's own numbers make scores of.
 
-store.npy            the rows' numbers [N, k], int8 or floats, or bands of fewer bits [N, bytes] (:mod:`.bands`), read
+store.npy            the rows' numbers [N, k], int8 or floats, or bands of few bits [N, bytes] (:mod:`.bands`); read
                      from disk where they are needed
-store-arrays.npz     the rows' scales [N], of bands [N, bands], which entries of gradients are taken, what makes a query's numbers of them
+store-arrays.npz     the rows' scales [N], of each band [N, bands], which entries of gradients are taken, what makes a
+                     query's numbers of them
 store-weights.npz    weights along the run at which queries are evaluated beside the final ones; not always there
 store.json           format, names of parameters, the bands, what the run's own queries told of the accuracy
 
@@ -110,7 +111,8 @@ class StoredVectors:
     @property
     def size(self) -> NDArray[np.float32]:
         """What :meth:`numbers` are multiplied with [N]."""
-        return self.scales.max(1)
+        found: NDArray[np.float32] = self.scales.max(1)
+        return found
 
     @property
     def scales(self) -> NDArray[np.float32]:
@@ -191,6 +193,10 @@ class StoredVectors:
         norms = np.linalg.norm(found, axis=1, keepdims=True)
         return np.asarray(found / np.where(norms > 0, norms, 1), dtype=np.float32)
 
+    def unit_components(self, which: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+        """:meth:`unit_rows` with the leading component first [n, k]: numbers in bands are mixtures of components."""
+        return turned(self.unit_rows(which), self.bands, back=True)
+
 
 def _widened(codes: NDArray[Any]) -> NDArray[Any]:
     return codes.astype(np.float32)
@@ -262,7 +268,7 @@ def load(folder: Path) -> StoredVectors | None:
             name: float("nan") if value is None else value for name, value in meta["calibration"].items()
         }
         calibration, count = Calibration(**known), int(meta["weights"])
-        bands = tuple(Band(int(b["width"]), int(b["count"]), bool(b["turned"])) for b in meta.get("bands", ()))
+        bands = tuple(Band(int(b["width"]), int(b["count"])) for b in meta.get("bands", ()))
         named = [(tuple(map(str, b["parameters"])), tuple(map(int, b["layout"]))) for b in blocks]
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(folder, f"{META} is not that of a store ({error})") from error

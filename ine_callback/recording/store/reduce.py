@@ -150,8 +150,11 @@ class Combined:
 
 def mean_squares(rows: Tensor, directions: Tensor) -> Floats:
     """Mean squares [k] of what rows [n, W] have along directions [W, k]."""
-    found = sum((part @ directions).double().square().sum(0) for part in rows.split(CHUNK))
-    return (found / max(1, len(rows))).cpu().numpy()  # type: ignore[union-attr, return-value]
+    found = directions.new_zeros(directions.shape[1], dtype=torch.float64)
+    for part in rows.split(CHUNK):
+        found += (part @ directions).double().square().sum(0)
+    squares: Floats = (found / max(1, len(rows))).cpu().numpy()
+    return squares
 
 
 def worths(squares: Floats, into: NDArray[np.float32], variances: NDArray[np.float32]) -> Floats:

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 from ine_callback.errors import InfluenceError
 
 StoredType = Literal["mixed", "int8", "float16", "float32"]
-BYTES: dict[str, int] = {"int8": 1, "float16": 2, "float32": 4}
-SCALE = 4  # bytes of each row's scale
-FEWEST_BITS = 2  # of a number of mixed width
+BYTES: dict[str, int] = {"mixed": 1, "int8": 1, "float16": 2, "float32": 4}  # mixed: at most
+SCALE = 4  # bytes of each row's scale; bands have one each
+LEAST_MIXED = 16  # bytes of a row
+PER_BYTE = 4  # numbers of mixed width, at most
 MOST_MIXED = 4_096  # numbers of mixed width, where a row has no more bytes: asking takes as much longer
 MOST = 4_096  # numbers of a row during the run, where nobody asks for more: each step takes as much longer
 MOST_OF_PASS = 65_536  # from fixed initial weights, where the closing pass alone makes them
@@ -61,7 +62,8 @@ class GradientStore:
         who = "GradientStore"
         if self.dtype not in get_args(StoredType):
             raise InfluenceError(f"{who}: dtype={self.dtype!r} is none of {', '.join(get_args(StoredType))}.")
-        for name, least in (("bytes_per_row", SCALE + BYTES.get(self.dtype, 1)), ("working", 1), ("device_bytes", 0)):
+        fewest = LEAST_MIXED if self.dtype == "mixed" else SCALE + BYTES[self.dtype]
+        for name, least in (("bytes_per_row", fewest), ("working", 1), ("device_bytes", 0)):
             value: Any = getattr(self, name)
             if name == "working" and value is None:
                 continue
@@ -71,15 +73,13 @@ class GradientStore:
     @property
     def dimensions(self) -> int:
         """Numbers of each row on disk; of mixed width, the most that there can be."""
-        if self.dtype == "mixed":
-            size = self.bytes_per_row - SCALE
-            return max(size, min(size * 8 // FEWEST_BITS, MOST_MIXED))
-        return (self.bytes_per_row - SCALE) // BYTES[self.dtype]
+        found = (self.bytes_per_row - SCALE) // BYTES[self.dtype]
+        return max(found, min(PER_BYTE * found, MOST_MIXED)) if self.dtype == "mixed" else found
 
     @property
     def fewest_entries(self) -> int:
-        """Numbers of each row in the run, however many rows there are: twice as many as fit on disk in 8 bits or more."""
-        return 2 * ((self.bytes_per_row - SCALE) // BYTES.get(self.dtype, 1))
+        """Numbers of each row in the run, however many rows there are: twice those on disk, were they of 8 bits."""
+        return 2 * ((self.bytes_per_row - SCALE) // BYTES[self.dtype])
 
     def entries(self, rows: int | None, random: bool = True) -> int:
         """Numbers of each of so many rows.
