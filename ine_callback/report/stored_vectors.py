@@ -117,7 +117,7 @@ class StoredVectors:
     @property
     def scales(self) -> NDArray[np.float32]:
         """Of each row and band [N, bands]; numbers that are not packed are one."""
-        return self.scale.reshape(len(self.rows), -1)
+        return self.scale if self.scale.ndim == 2 else self.scale[:, None]
 
     def of_query(self, entries: Floats) -> Floats:
         """Numbers [Q, k] of queries, from the entries [Q, W] of their gradients."""

@@ -2,7 +2,7 @@
 
 A query's score is a sum over components j. Its error has the variance ``Σ w_j D_j``, with w_j the mean square of
 queries' numbers and D_j that of a rounding error, which for b bits is a share ``ERRORS[b]`` of the component's variance
-over rows. So the next bits go to where they take most off that sum.
+over rows. Whichever counts of numbers with 8, 4 and 2 bits make that sum least are taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STEP_BYTES = 2  # of each row and band
 # Uniform steps of least squared error for normal numbers, in standard deviations, and that error in variances (Max
 # 1960); 8 bits are made for the largest number instead, at about four standard deviations.
 STEPS = {4: 0.3352, 2: 0.9957}
-ERRORS = {8: 4**2 / (3 * 256**2), 4: 0.01154, 2: 0.1188, 0: 1.0}
+ERRORS = {8: 4**2 / (3 * 256**2), 4: 0.01154, 2: 0.1188}
 
 
 def allocate(worth: Floats, size: int) -> tuple[Band, ...]:
@@ -33,30 +33,20 @@ def allocate(worth: Floats, size: int) -> tuple[Band, ...]:
         >>> allocate(np.arange(1, 400.0) ** -1.5, 128)
         (Band(width=8, count=12), Band(width=4, count=78), Band(width=2, count=280))
     """
-    worth = np.maximum.accumulate(np.asarray(worth)[::-1])[::-1]
-    for steps in range(1, len(WIDTHS) + 1):  # more bands have more steps, which leave less for numbers
-        counts = _counts(worth, 8 * (size - STEP_BYTES * steps))
-        bands = tuple(Band(width, count) for width, count in counts.items() if count)
-        if len(bands) <= steps:
-            break
-    return bands
-
-
-def _counts(worth: Floats, bits: int) -> dict[int, int]:
-    """How many of the leading components, whose worth descends, have 8, 4 and 2 bits, in whole bytes."""
-    widths = sorted(WIDTHS)
-    lower = [0, *widths[:-1]]
-    each = [(ERRORS[low] - ERRORS[width]) / (width - low) * worth for low, width in zip(lower, widths, strict=True)]
-    # what one more bit takes off; descending in both directions, so that a component's bits come one after the other
-    order = np.argsort(-np.concatenate(each), kind="stable")
-    spent = np.cumsum(np.repeat(np.subtract(widths, lower), len(worth))[order])
-    reached = np.bincount(order[spent <= bits] // max(1, len(worth)), minlength=len(widths))
-    found = dict(zip(widths, (reached - np.append(reached[1:], 0)).tolist(), strict=True))
-    if found[8] < len(worth):  # what does not fill a byte has fewer bits
-        found[2] += found[4] % 2
-        found[4] -= found[4] % 2
-        found[2] -= found[2] % 4
-    return {width: found[width] for width in WIDTHS}
+    worth = np.maximum(np.maximum.accumulate(np.asarray(worth)[::-1])[::-1], np.finfo(np.float32).tiny)
+    sums, best, counts = np.append(0.0, np.cumsum(worth)), np.inf, (0, 0, 0)
+    for eight in range(min(len(worth), size - STEP_BYTES) + 1):
+        left = size - eight - STEP_BYTES * (eight > 0)
+        four = np.arange(0, min(len(worth) - eight, 2 * left) + 1, 2)
+        left = left - four // 2 - STEP_BYTES * (four > 0)
+        two = np.clip(4 * (left - STEP_BYTES), 0, (len(worth) - eight - four) // 4 * 4)
+        upper, lower = sums[eight + four], sums[eight + four + two]
+        lost = ERRORS[8] * sums[eight] + ERRORS[4] * (upper - sums[eight]) + ERRORS[2] * (lower - upper) - lower
+        lost[left < 0] = np.inf
+        if lost.min() < best:
+            least = int(lost.argmin())
+            best, counts = float(lost[least]), (eight, int(four[least]), int(two[least]))
+    return tuple(Band(width, count) for width, count in zip(WIDTHS, counts, strict=True) if count)
 
 
 def packed_numbers(values: NDArray[np.float32], bands: Sequence[Band]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
