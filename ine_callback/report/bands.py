@@ -10,7 +10,7 @@ variance and are nearly normal, which is what one step serves, and a rounding er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -61,19 +61,30 @@ def slices(bands: Sequence[Band]) -> Iterator[tuple[slice, slice]]:
         number, byte = number + band.count, byte + band.size
 
 
-def planes(rows: AnyArray, bands: Sequence[Band]) -> Iterator[tuple[int, slice, AnyArray]]:
-    """Codes [n, m] of rows' bytes [n, bytes] (int8), and in which band they are and which numbers, plane by plane.
+def planes(rows: AnyArray, bands: Sequence[Band]) -> Iterator[tuple[slice, AnyArray]]:
+    """Codes [n, m] of rows' bytes [n, bytes] (int8), and which numbers they are of, plane by plane.
 
     Example:
         >>> rows = np.array([[0b0111_1000, 0b0001_1111]]).astype(np.int8)
-        >>> [(which.start, codes.tolist()) for _, which, codes in planes(rows, [Band(4, 4)])]
+        >>> [(which.start, codes.tolist()) for which, codes in planes(rows, [Band(4, 4)])]
         [(0, [[7, 1]]), (2, [[-8, -1]])]
     """
-    for k, (band, (numbers, places)) in enumerate(zip(bands, slices(bands), strict=True)):
+    for band, (numbers, places) in zip(bands, slices(bands), strict=True):
         part = cast(Any, rows)[:, places]
         for at in range(8 // band.width):
             start = numbers.start + at * band.size
-            yield k, slice(start, start + band.size), (part << at * band.width) >> (8 - band.width)
+            yield slice(start, start + band.size), (part << at * band.width) >> (8 - band.width)
+
+
+def unpacked(rows: AnyArray, steps: AnyArray, bands: Sequence[Band], out: AnyArray) -> AnyArray:
+    """Numbers [n, k] of rows' bytes [n, bytes] and steps [n, bands], written into ``out``; of NumPy or torch."""
+    numbers, each = cast(Any, out), cast(Any, steps)
+    for which, codes in planes(rows, bands):
+        numbers[:, which] = codes
+    numbers += HALF
+    for k, (which, _) in enumerate(slices(bands)):
+        numbers[:, which] *= each[:, k, None]
+    return out
 
 
 def packed(codes: NDArray[np.int8], bands: Sequence[Band]) -> NDArray[np.int8]:
@@ -103,33 +114,6 @@ def turned(numbers: NDArray[Any], bands: Sequence[Band], back: bool = False) -> 
     for which, _ in slices(bands):
         out[..., which] = (idct if back else dct)(out[..., which], norm="ortho")
     return out * signs if back else out
-
-
-def summed(
-    rows: AnyArray,
-    scales: AnyArray,
-    factors: AnyArray,
-    added: AnyArray,
-    bands: Sequence[Band],
-    widened: Callable[[AnyArray], AnyArray],
-) -> AnyArray:
-    """Products [n, Q] of rows' numbers with queries', by NumPy or torch, without ever having all numbers widened.
-
-    Args:
-        rows: Bytes of the rows' bands [n, bytes], or numbers [n, k] where there are no bands.
-        scales: Of each row and band [n, bands], or [n, 1].
-        factors: Queries' numbers [k, Q], as rows have them.
-        added: Half of their sums over each band [bands, Q].
-        bands: How the rows' numbers are packed.
-        widened: Makes float32 of codes.
-    """
-    each, into = cast(Any, scales), cast(Any, factors)
-    if not bands:
-        return cast(AnyArray, (widened(rows) @ into) * each)
-    out = each @ added
-    for band, which, codes in planes(rows, bands):
-        out += (widened(codes) @ into[which]) * each[:, band, None]
-    return cast(AnyArray, out)
 
 
 def short(steps: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ine_callback.report.bands import HALF, Band, long, planes, short, slices, summed, turned
+from ine_callback.report.bands import Band, long, short, turned, unpacked
 from ine_callback.report.files import find
 from ine_callback.report.reading import ReportError, open_plain, read_format
 from ine_callback.scores import Floats
@@ -32,6 +32,7 @@ LEVELS = 127  # of int8, to each side
 CHUNK_BYTES = 2**22  # of rows that are read and widened at once: they fit into a processor's cache
 TYPES = ("int8", "float16", "float32")
 Arrays = Mapping[str, NDArray[Any]]
+Which = Sequence[int] | NDArray[np.int64] | slice
 
 
 @dataclass(frozen=True)
@@ -154,52 +155,48 @@ class StoredVectors:
 
     def products(self, queries: Floats) -> Floats:
         """Scores [N, Q] without a unit, of queries' numbers [Q, k]: in chunks of rows, so that all fit into memory."""
-        (factors, added), scales = self.factors(queries), self.scales
+        factors, size = self.factors(queries), self.size
         out: Floats = np.empty((len(self.rows), len(queries)))
-        for rows in self._row_slices():
-            out[rows] = summed(self.rows[rows], scales[rows], factors, added, self.bands, _widened)
+        for start, part in self.chunks():
+            rows = slice(start, start + len(part))
+            out[rows] = (part @ factors) * size[rows, None]
         return out
 
-    def factors(self, queries: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What rows' codes are multiplied with, of queries' numbers [Q, k]: [k, Q], and what is added [bands, Q]."""
-        found = np.ascontiguousarray(turned(queries, self.bands).T, dtype=np.float32)
-        added = [HALF * found[which].sum(0) for which, _ in slices(self.bands)]
-        return found, np.array(added, np.float32).reshape(-1, len(queries))
-
-    def _row_slices(self) -> Iterator[slice]:
-        step = max(1, CHUNK_BYTES // (4 * max(1, self.dimensions)))
-        for start in range(0, len(self.rows), step):
-            yield slice(start, min(start + step, len(self.rows)))
+    def factors(self, queries: Floats) -> NDArray[np.float32]:
+        """Queries' numbers [k, Q], as rows have theirs."""
+        return np.ascontiguousarray(turned(queries, self.bands).T, dtype=np.float32)
 
     def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The first row's place and :meth:`numbers` [n, k] of some rows after the other."""
-        for rows in self._row_slices():
-            yield rows.start, self.numbers(rows)
+        """The first row's place and :meth:`numbers` [n, k] of some rows after the other; the next replace them."""
+        step = max(1, CHUNK_BYTES // (4 * max(1, self.dimensions)))
+        memory = np.empty(
+            (min(step, len(self.rows)), self.dimensions), np.float32
+        )  # new one costs more than to fill it
+        for start in range(0, len(self.rows), step):
+            rows = slice(start, min(start + step, len(self.rows)))
+            yield start, self.numbers(rows, memory[: rows.stop - start])
 
-    def numbers(self, which: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+    def numbers(self, which: Which = slice(None), out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Rows' numbers by their :attr:`size`, in float32 [n, k]; 0 for rows that were never observed."""
         rows = np.asarray(self.rows[which])
+        if out is None:
+            out = np.empty((len(rows), self.dimensions), np.float32)
         if not self.bands:
-            return rows.astype(np.float32)
-        scales, out = self.scales[which], np.empty((len(rows), self.dimensions), np.float32)
-        relative = scales / np.where(scales.max(1) > 0, scales.max(1), 1)[:, None]
-        for band, numbers, codes in planes(rows, self.bands):
-            np.multiply(np.add(codes, HALF, dtype=np.float32), relative[:, band, None], out=out[:, numbers])
-        return out
+            out[:] = rows
+            return out
+        scales = self.scales[which]
+        size = scales.max(1, keepdims=True)
+        return unpacked(rows, scales / np.where(size > 0, size, 1), self.bands, out)
 
-    def unit_rows(self, which: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+    def unit_rows(self, which: Which = slice(None)) -> NDArray[np.float32]:
         """Rows' numbers, of length 1 (0 where there are none) [n, k]."""
         found = self.numbers(which)
         norms = np.linalg.norm(found, axis=1, keepdims=True)
         return np.asarray(found / np.where(norms > 0, norms, 1), dtype=np.float32)
 
-    def unit_components(self, which: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+    def unit_components(self, which: Which = slice(None)) -> NDArray[np.float32]:
         """:meth:`unit_rows` with the leading component first [n, k]: numbers in bands are mixtures of components."""
         return turned(self.unit_rows(which), self.bands, back=True)
-
-
-def _widened(codes: NDArray[Any]) -> NDArray[Any]:
-    return codes.astype(np.float32)
 
 
 def moments(store: StoredVectors) -> NDArray[np.float64]:

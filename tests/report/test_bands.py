@@ -64,9 +64,8 @@ def test_codes_come_back_by_numpy_and_by_torch(bands: tuple[Band, ...], rows: in
     assert once.shape == (rows, sum(band.size for band in bands)) and once.dtype == np.int8
     for there in (once, torch.from_numpy(once)):
         again = np.full_like(codes, 99)
-        for k, which, found in planes(there, bands):
+        for which, found in planes(there, bands):
             again[:, which] = np.asarray(found)
-            assert list(slices(bands))[k][0].start <= which.start < which.stop <= list(slices(bands))[k][0].stop
         np.testing.assert_array_equal(again, codes)
 
 
@@ -129,7 +128,7 @@ def test_neighbours_and_groups_know_numbers_in_bands() -> None:
     values[200:203] = values[7] * np.array([[1.0], [0.5], [3.0]])
     values[9] = 0
     plain = store_of((Band(8, 120),), 300)
-    plain = replace(plain, rows=values, scale=np.ones(300, np.float32), bands=(), seen=values.any(1))
+    plain = replace(plain, rows=values, scale=np.ones(300, np.float32), bands=(), seen=np.arange(300) != 9)
     bands = (Band(8, 40), Band(4, 60), Band(2, 20))
     numbers, scale = packed_numbers(values, bands)
     store = replace(plain, rows=numbers, scale=scale, bands=bands)

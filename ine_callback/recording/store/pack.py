@@ -36,9 +36,9 @@ def allocate(worth: Floats, size: int) -> tuple[Band, ...]:
     worth = np.maximum(np.maximum.accumulate(np.asarray(worth)[::-1])[::-1], np.finfo(np.float32).tiny)
     sums, best, counts = np.append(0.0, np.cumsum(worth)), np.inf, (0, 0, 0)
     for eight in range(min(len(worth), size - STEP_BYTES) + 1):
-        left = size - eight - STEP_BYTES * (eight > 0)
-        four = np.arange(0, min(len(worth) - eight, 2 * left) + 1, 2)
-        left = left - four // 2 - STEP_BYTES * (four > 0)
+        room = size - eight - STEP_BYTES * (eight > 0)
+        four = np.arange(0, min(len(worth) - eight, 2 * room) + 1, 2)
+        left = room - four // 2 - STEP_BYTES * (four > 0)
         two = np.clip(4 * (left - STEP_BYTES), 0, (len(worth) - eight - four) // 4 * 4)
         upper, lower = sums[eight + four], sums[eight + four + two]
         lost = ERRORS[8] * sums[eight] + ERRORS[4] * (upper - sums[eight]) + ERRORS[2] * (lower - upper) - lower

@@ -10,22 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ine_callback.recording.store.pack import ERRORS, STEP_BYTES, STEPS, allocate, packed_numbers
-from ine_callback.report.bands import Band, long, planes, short, turned
+from ine_callback.report.bands import Band, long, short, turned, unpacked
 
 
-def unpacked(rows: np.ndarray, steps: np.ndarray, bands: tuple[Band, ...]) -> np.ndarray:
+def rounded(values: np.ndarray, bands: tuple[Band, ...]) -> np.ndarray:
     """Numbers [n, k], as rows have them."""
-    out = np.zeros((len(rows), sum(band.count for band in bands)))
-    for k, which, codes in planes(rows, bands):
-        out[:, which] = (codes + 0.5) * steps[:, k, None]
-    return out
+    return unpacked(*packed_numbers(values, bands), bands, np.zeros(values.shape))
 
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_normal_numbers_lose_what_the_theory_says(width: int) -> None:
     rng, bands = np.random.default_rng(0), (Band(width, 400),)
     values = (rng.normal(size=(200, 400)) * 10 ** rng.uniform(-6, 6, (200, 1))).astype(np.float32)  # rows of any size
-    found = unpacked(*packed_numbers(values, bands), bands)
+    found = rounded(values, bands)
     share = np.square(found - turned(values, bands)).sum(1) / np.square(values).sum(1)
     assert share.mean() == pytest.approx(ERRORS[width], rel=0.03)
     t, step = rng.normal(size=10**6), STEPS[width]  # the table's numbers themselves
@@ -40,16 +37,16 @@ def test_normal_numbers_lose_what_the_theory_says(width: int) -> None:
 def test_turning_makes_one_large_number_no_worse_than_normal_ones() -> None:
     values, bands = np.zeros((1, 400), np.float32), (Band(4, 400),)
     values[0, 7] = 1  # one step for all would round the others to half of it
-    found = unpacked(*packed_numbers(values, bands), bands)
+    found = rounded(values, bands)
     assert np.square(found - turned(values, bands)).sum() < 2 * ERRORS[4]
 
 
 def test_eight_bits_are_within_half_a_step_of_the_largest_number() -> None:
     values, bands = np.random.default_rng(0).standard_cauchy(size=(50, 30)).astype(np.float32), (Band(8, 30),)
-    rows, steps = packed_numbers(values, bands)
+    _, steps = packed_numbers(values, bands)
     numbers = turned(values, bands)
     np.testing.assert_array_equal(steps[:, 0], long(short(np.abs(numbers).max(1) / 128)))
-    assert (np.abs(unpacked(rows, steps, bands) - numbers) <= steps * (0.5 + 1e-4)).all()
+    assert (np.abs(rounded(values, bands) - numbers) <= steps * (0.5 + 1e-4)).all()
 
 
 def test_rows_without_numbers_have_no_step() -> None:

@@ -100,7 +100,7 @@ def test_mixed_widths_have_more_numbers_in_the_same_bytes_and_tell_more(weights:
     whole = exact.recorder.report().ask(asked, exact.model, loss=loss_of).scores
     found = {}
     for dtype in ("int8", "mixed"):
-        small = trained(GradientStore(20, dtype, working=512), initial_weights=weights)  # type: ignore[arg-type]
+        small = trained(GradientStore(20, dtype, working=512), initial_weights=weights)
         report = small.recorder.report()
         store = report.store
         assert store is not None and store.rows.shape[1] + 2 * len(store.bands) <= 20
