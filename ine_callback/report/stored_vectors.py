@@ -169,9 +169,8 @@ class StoredVectors:
     def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """The first row's place and :meth:`numbers` [n, k] of some rows after the other; the next replace them."""
         step = max(1, CHUNK_BYTES // (4 * max(1, self.dimensions)))
-        memory = np.empty(
-            (min(step, len(self.rows)), self.dimensions), np.float32
-        )  # new one costs more than to fill it
+        # new memory for each chunk would cost more than to fill it
+        memory = np.empty((min(step, len(self.rows)), self.dimensions), np.float32)
         for start in range(0, len(self.rows), step):
             rows = slice(start, min(start + step, len(self.rows)))
             yield start, self.numbers(rows, memory[: rows.stop - start])
