@@ -173,6 +173,7 @@ DAMAGES: dict[str, Damage] = {
     "no such width": lambda meta, _: meta["bands"][0].update(width=3),
     "a part of a byte": lambda meta, _: meta["bands"][-1].update(count=meta["bands"][-1]["count"] + 1),
     "other bytes": lambda meta, _: meta["bands"][-1].update(count=meta["bands"][-1]["count"] + 8),
+    "another width": lambda meta, _: meta["bands"][-1].update(width=2 * meta["bands"][-1]["width"]),
     "without bands": lambda meta, _: meta.update(bands=[]),
     "bands are no list": lambda meta, _: meta.update(bands=3),
     "bands are no bands": lambda meta, _: meta.update(bands="8"),
