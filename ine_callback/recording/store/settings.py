@@ -26,10 +26,10 @@ class GradientStore:
     the report. docs/methods/store.md has the measured accuracy.
 
     By default ``working`` is as many numbers as ``device_bytes`` hold of all rows (on a processor, too), from twice as
-    many as are on disk up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB, and at the end, when
-    there are three such sets of vectors, 3 GB. Of an unknown number of rows it is twice as many as on disk. From fixed
-    initial weights the closing pass alone makes the store: during the run a row has no more than twice as many numbers
-    as on disk, in the pass up to 65,536.
+    many as are on disk, were they of 8 bits, up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB,
+    and at the end, when there are three such sets of vectors, 3 GB. Of an unknown number of rows it is the least. From
+    fixed initial weights the closing pass alone makes the store: during the run a row has no more than the least, in
+    the pass up to 65,536.
 
     Args:
         bytes_per_row: Bytes of each row on disk: scales, and as many numbers as fit in the others.
