@@ -19,8 +19,8 @@ over rows, mean over queries, and the worst tenth of them. Retraining: Spearman 
 (G1), or over halves of the rows (LDS; G2, FT). "first": the store as it was chosen on G1 and then scored on G2 and FT,
 which were held out; it failed there. It was mended on other trainings (the next table), and G2 and FT were scored a
 second time, which the other lines have (G2 with 8,192 numbers of a row in the run, then the default; G1 without its
-retrainings). FT was scored a third time with all of its entries. After that int8 became numbers of mixed width, chosen on
-G1 and the trainings of the next table; where a protocol has no such line it was not scored with them.
+retrainings). FT was scored a third time with all of its entries. After that int8 became numbers of mixed width, chosen
+on G1 and the trainings of the next table; where a protocol has no such line it was not scored with them.
 """
 FAMILY = """\
 ## Gradient store: trainings it was mended on

@@ -31,7 +31,7 @@ def allocate(worth: Floats, size: int) -> tuple[Band, ...]:
 
     Example:
         >>> allocate(np.arange(1, 400.0) ** -1.5, 128)
-        (Band(width=8, count=12), Band(width=4, count=78), Band(width=2, count=280))
+        (Band(width=8, count=13), Band(width=4, count=78), Band(width=2, count=280))
     """
     worth = np.maximum(np.maximum.accumulate(np.asarray(worth)[::-1])[::-1], np.finfo(np.float32).tiny)
     sums, best, counts = np.append(0.0, np.cumsum(worth)), np.inf, (0, 0, 0)
