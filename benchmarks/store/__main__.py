@@ -10,7 +10,8 @@ wide      G2 and fine-tuning again, with a store of up to 4 KB
 entries   fine-tuning with all its entries, scored for the third time: what it costs to have 65,536 of them
 family    trainings like those of the family, on which the store was mended: Spearman with the run alone
 peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
-speed     a store of 10^6 rows, filled at random, and 100 queries, with two threads
+bits      components drawn at random, with spectra from flat to steep: what scores lose in int8 and in mixed widths
+speed     stores of 10^6 rows, filled at random, and 100 queries, with two threads
 cost      what the store adds to a training step
 many      481 queries in the run: memory and time of their directions
 
@@ -29,11 +30,11 @@ import torch
 
 from benchmarks.data import folder
 from benchmarks.network import machine
-from benchmarks.store import accuracy, cost, family, many, peers, speed
+from benchmarks.store import accuracy, bits, cost, family, many, peers, speed
 from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "wide", "entries", "family", "peers", "speed", "cost", "many")
+PARTS = ("accuracy", "wide", "entries", "family", "bits", "peers", "speed", "cost", "many")
 ROUNDS = 60
 WORKING = {"g2": 8192}  # numbers of a row during the run: the default when G2 was scored the second time
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--protocols", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--peers", default="", help="part of the names of the other stores wanted")
+    parser.add_argument("--unjudged", action="store_true", help="the run's scores alone: no retraining")
     parser.add_argument("--quick", action="store_true", help="small problems: to see it work")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.protocols:
         if "accuracy" in args.parts:
             store = GradientStore(working=WORKING.get(name))
-            keep("accuracy", {name: accuracy.curve(record(name, store, data, truth, quick))})
+            keep("accuracy", {name: accuracy.curve(record(name, store, data, truth, quick, not args.unjudged))})
         if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
             keep("wide", {name: accuracy.curve(record(name, GradientStore(4096), data, truth, quick))})
         if "entries" in args.parts and name == "ft":
@@ -71,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "family" in args.parts:
         for name, row in family.all_of(quick):
             keep("family", {name: row})
+    if "bits" in args.parts:
+        keep("bits", bits.all_of(quick))
     if "speed" in args.parts:
-        keep("speed", speed.asked(10**4 if quick else 10**6, 100))
+        for name, bands in speed.STORES.items():
+            keep("speed", {name: speed.asked(10**4 if quick else 10**6, 100, bands)})
     if "peers" in args.parts:
         problem, outcome = g2(data, truth, quick)
         for row in peers.beside(problem, outcome, None if quick else truth / "g2-networks.pt", args.peers):

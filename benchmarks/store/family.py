@@ -22,10 +22,14 @@ from benchmarks.family.tasks import QUERIES, mean_loss
 from benchmarks.metrics import per_query
 from benchmarks.network import RowLosses
 from benchmarks.recorded import recorded_step
+from benchmarks.store.accuracy import again, everything, shortened
 from ine_callback import GradientStore, Recorder
+from ine_callback.recording.store.settings import StoredType
 
 SEEDS = (402, 403)  # of the networks; 401 is that of the task, and was used while developing
 TASK = 401
+SIZES = (256, 512, 1024)  # bytes of a row, at which stores of these types are compared
+TYPES: tuple[StoredType, ...] = ("int8", "mixed")
 BEFORE, BATCH_BEFORE, RATE_BEFORE = 8, 25, 3e-3  # epochs, rows of a step and learning rate of the training before
 _WIDE = Protocol(
     *("MLP, AdamW", "digits", 500, "mlp", 2, 128, True, "gelu"),
@@ -53,7 +57,7 @@ def all_of(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def asked(protocol: Protocol, weights: str, seed: int) -> dict[str, float]:
-    """One recorded run with the default store."""
+    """One recorded run: the default store, and others of the same vectors."""
     x, y, before = _data(protocol)
     rows, asked_of = slice(protocol.rows), slice(protocol.rows, protocol.rows + QUERIES)
     model, g = build(protocol, seed), torch.Generator().manual_seed(seed)
@@ -76,16 +80,21 @@ def asked(protocol: Protocol, weights: str, seed: int) -> dict[str, float]:
         for _ in range(protocol.epochs):
             for some in torch.randperm(protocol.rows, generator=g).split(protocol.batch):
                 recorded_step(recorder, model, optimizer, mean_loss, some, (x[rows][some], y[rows][some]), scheduler)
-    report, store = recorder.report(), recorder.store
-    assert store is not None and report.store is not None
-    spearman = per_query(report.store.products(report.store.of_query(store.query_entries())), report.scores.mu)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "working": store.final.size,
-        "spearman": float(np.nanmean(spearman)),
-        "worst_tenth": float(np.nanquantile(spearman, 0.1)),
-        "seconds": time.process_time() - started,
-    }
+    store = recorder.store
+    assert store is not None
+    whole, _ = everything(store, recorder.report)
+    mu, default = recorder.report().scores.mu, GradientStore()
+    parameters = sum(p.numel() for p in model.parameters())
+    found: dict[str, float] = {"parameters": parameters, "working": store.final.size}
+    for size in SIZES:
+        for dtype in TYPES:
+            short = shortened(whole, GradientStore(size, dtype))
+            spearman = per_query(again(store, short), mu)
+            found[f"{size} {dtype}"] = float(np.nanmean(spearman))
+            if (size, dtype) == (default.bytes_per_row, default.dtype):
+                found["spearman"] = float(np.nanmean(spearman))
+                found["worst_tenth"] = float(np.nanquantile(spearman, 0.1))
+    return found | {"seconds": time.process_time() - started}
 
 
 def _data(protocol: Protocol) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

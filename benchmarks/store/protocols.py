@@ -36,13 +36,13 @@ class Recorded:
         name: Of the protocol.
         recorder: It has the store's working vectors.
         seconds: CPU seconds of the training's steps.
-        judge: Spearman correlation with retraining (over groups, or LDS), mean over queries.
+        judge: Spearman correlation with retraining (over groups, or LDS), mean over queries; None: nobody asked.
     """
 
     name: str
     recorder: Recorder
     seconds: float
-    judge: Judge
+    judge: Judge | None
 
     @property
     def store(self) -> StoreRecording:
@@ -51,11 +51,13 @@ class Recorded:
         return self.recorder.store
 
 
-def record(name: str, settings: GradientStore, data: Path | None, truth: Path, quick: bool) -> Recorded:
+def record(
+    name: str, settings: GradientStore, data: Path | None, truth: Path, quick: bool, judged: bool = True
+) -> Recorded:
     """Trains with a store; the truth is kept in the folder ``truth``, and found when a score is judged first."""
     make_run = {"g2": _g2, "ft": _ft}.get(name, _g1)
     run, judge = make_run(name, data, truth, quick)
-    return Recorded(name, *run(settings), judge)
+    return Recorded(name, *run(settings), judge if judged else None)
 
 
 Run = Callable[[GradientStore], tuple[Recorder, float]]

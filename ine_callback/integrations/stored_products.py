@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ine_callback.report.bands import unpacked
 from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.scores import Floats
 
-CACHED, ON_DEVICE = 2**10, 2**16  # rows of a block
+CACHED, ON_DEVICE = 2**9, 2**16  # rows of a block
 
 
 def products(store: StoredVectors, queries: Floats, device: torch.device) -> Floats:
@@ -37,18 +38,27 @@ def products(store: StoredVectors, queries: Floats, device: torch.device) -> Flo
         array([[ 6.],
                [-6.]])
     """
-    factors = torch.as_tensor(np.ascontiguousarray(queries.T, dtype=np.float32), device=device)
-    scale = torch.from_numpy(np.array(store.scale))[:, None]
-    out = torch.empty(len(store.rows), factors.shape[1], dtype=torch.float64)
+    factors = torch.as_tensor(store.factors(queries), device=device)
+    scales = torch.from_numpy(np.array(store.scales))
+    out = torch.empty(len(store.rows), len(queries), dtype=torch.float64)
     size = CACHED if device.type == "cpu" else ON_DEVICE
 
-    def fill(start: int) -> None:
-        rows = slice(start, start + size)
-        part = torch.from_numpy(np.array(store.rows[rows]))  # a copy: the file is read-only
-        torch.mul((part.to(device, torch.float32) @ factors).cpu(), scale[rows], out=out[rows])
+    def fill(first: int, step: int) -> None:
+        memory = torch.empty(min(size, len(out)), len(factors), device=device)  # new one costs more than to fill it
+        for start in range(first, len(out), step):
+            rows = slice(start, start + size)
+            part = torch.from_numpy(np.array(store.rows[rows])).to(device)  # a copy: the file is read-only
+            numbers, each = memory[: len(part)], scales[rows].to(device)
+            if store.bands:
+                unpacked(part, each, store.bands, numbers)
+            else:
+                torch.mul(part, each, out=numbers)
+            out[rows] = (numbers @ factors).cpu()
 
-    with _one_thread_each() as workers, ThreadPoolExecutor(workers if device.type == "cpu" else 1) as pool:
-        list(pool.map(fill, range(0, len(store.rows), size)))
+    with _one_thread_each() as threads:
+        workers = threads if device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, range(0, workers * size, size), [workers * size] * workers))
     return out.numpy()
 
 

@@ -137,7 +137,9 @@ def near_duplicates(store: StoredVectors, cosine: float) -> list[Rows]:
         raise InfluenceError(f"near_duplicates: cosine={cosine} must be above 0 and at most 1.")
     rows = len(store.seen)
     pairs = [np.zeros((0, 2), np.int64)]
-    bounds = np.concatenate([_bound(store.unit_rows(part)) for part in _parts(rows)] or [np.zeros((0, 1), np.float32)])
+    bounds = np.concatenate(
+        [_bound(store.unit_components(part)) for part in _parts(rows)] or [np.zeros((0, 1), np.float32)]
+    )
     for first in _parts(rows):
         for second in _parts(rows, first.start):
             close = np.argwhere(bounds[first] @ bounds[second].T >= cosine)
@@ -153,7 +155,7 @@ def near_duplicates(store: StoredVectors, cosine: float) -> list[Rows]:
 
 
 def _bound(unit: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The leading numbers of rows of length 1, and the length of the others [n, d + 1]."""
+    """The leading components of rows of length 1, and the length of the others [n, d + 1]."""
     rest = np.linalg.norm(unit[:, LEADING:], axis=1, keepdims=True)
     return np.concatenate([unit[:, :LEADING], rest * (1 + 1e-5) + 1e-6], 1)  # rounding must not lose a pair
 
@@ -172,7 +174,7 @@ def _split(pairs: Rows) -> Iterator[Rows]:
 
 def weak_rows(store: StoredVectors, share: float = WEAK) -> Rows:
     """Rows that moved no query by much: their vectors have at most this share of the median vector's length."""
-    sizes = np.concatenate([np.linalg.norm(part, axis=1) for _, part in store.chunks()] or [np.zeros(0)]) * store.scale
+    sizes = np.concatenate([np.linalg.norm(part, axis=1) for _, part in store.chunks()] or [np.zeros(0)]) * store.size
     seen = np.flatnonzero(store.seen)
     weak: Rows = seen[sizes[seen] <= share * np.median(sizes[seen])] if len(seen) else seen
     return weak

@@ -80,15 +80,15 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def read_format(folder: Path, name: str, kind: str, version: int) -> dict[str, Any]:
-    """The object in a JSON file, whose ``format`` and ``format_version`` must be these.
+def read_format(folder: Path, name: str, kind: str, *versions: int) -> dict[str, Any]:
+    """The object in a JSON file, whose ``format`` must be this and whose ``format_version`` one of these.
 
     Raises:
         ReportError: When they are not, or the file is no readable JSON object.
     """
     found = read_json(folder, name)
-    if found.get("format") != kind or found.get("format_version") != version:
-        raise ReportError(folder, f"{name}: its format is not {kind!r} {version}")
+    if found.get("format") != kind or found.get("format_version") not in versions:
+        raise ReportError(folder, f"{name}: its format is not {kind!r} {' or '.join(map(str, versions))}")
     return found
 
 

@@ -1,9 +1,11 @@
 """The gradient store beside a report: few numbers of each row, which a query's own numbers make scores of.
 
-store.npy            the rows' numbers [N, k], int8 or floats, read from disk where they are needed
-store-arrays.npz     the rows' scales [N], which entries of gradients are taken, what makes a query's numbers of them
+store.npy            the rows' numbers [N, k], int8 or floats, or bands of few bits [N, bytes] (:mod:`.bands`); read
+                     from disk where they are needed
+store-arrays.npz     the rows' scales [N], of each band [N, bands], which entries of gradients are taken, what makes a
+                     query's numbers of them
 store-weights.npz    weights along the run at which queries are evaluated beside the final ones; not always there
-store.json           format, names of parameters, what the run's own queries told of the accuracy
+store.json           format, names of parameters, the bands, what the run's own queries told of the accuracy
 
 Data only: NumPy reads them without pickle.
 """
@@ -19,16 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ine_callback.report.bands import Band, long, short, turned, unpacked
 from ine_callback.report.files import find
 from ine_callback.report.reading import ReportError, open_plain, read_format
 from ine_callback.scores import Floats
 
-FORMAT, VERSION = "ine_callback.store", 1
+FORMAT, VERSION, BANDED = "ine_callback.store", 1, 2  # versions without bands, and with them
 FILES = ROWS, ARRAYS, WEIGHTS, META = "store.npy", "store-arrays.npz", "store-weights.npz", "store.json"
 LEVELS = 127  # of int8, to each side
 CHUNK_BYTES = 2**22  # of rows that are read and widened at once: they fit into a processor's cache
 TYPES = ("int8", "float16", "float32")
 Arrays = Mapping[str, NDArray[Any]]
+Which = Sequence[int] | NDArray[np.int64] | slice
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class StoredVectors:
     """The store of one run.
 
     Attributes:
-        rows: Numbers of the rows [N, k], maybe on disk; 0 for rows that were never observed.
-        scale: What they are multiplied with [N].
+        rows: Numbers of the rows [N, k], or the bytes of their bands [N, bytes], maybe on disk.
+        scale: What they are multiplied with [N], those of each band [N, bands].
         blocks: The entries of the layers' gradients, W together.
         components: What makes a row's numbers of its entries [W, k], or of two parts' [2 W, k], the run's and the
             closing pass's.
@@ -85,6 +89,7 @@ class StoredVectors:
         weights: Weights along the run, one mapping each; the final ones are the module's.
         settings: Of the store, and facts of the run.
         moments: Means of the rows' numbers and of their squares [2, k], by which parts are weighed; None: alike.
+        bands: How the numbers are packed; empty: they are not.
     """
 
     rows: NDArray[Any]
@@ -97,11 +102,23 @@ class StoredVectors:
     weights: tuple[Arrays, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     moments: NDArray[np.float64] | None = None
+    bands: tuple[Band, ...] = ()
 
     @property
     def dimensions(self) -> int:
         """Numbers k of a row."""
-        return int(self.rows.shape[1])
+        return int(self.components.shape[1])
+
+    @property
+    def size(self) -> NDArray[np.float32]:
+        """What :meth:`numbers` are multiplied with [N]."""
+        found: NDArray[np.float32] = self.scales.max(1)
+        return found
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """Of each row and band [N, bands]; numbers that are not packed are one."""
+        return self.scale if self.scale.ndim == 2 else self.scale[:, None]
 
     def of_query(self, entries: Floats) -> Floats:
         """Numbers [Q, k] of queries, from the entries [Q, W] of their gradients."""
@@ -138,31 +155,54 @@ class StoredVectors:
 
     def products(self, queries: Floats) -> Floats:
         """Scores [N, Q] without a unit, of queries' numbers [Q, k]: in chunks of rows, so that all fit into memory."""
-        factors = np.ascontiguousarray(queries.T, dtype=np.float32)
-        out: Floats = np.empty((len(self.rows), factors.shape[1]))
+        factors, size = self.factors(queries), self.size
+        out: Floats = np.empty((len(self.rows), len(queries)))
         for start, part in self.chunks():
             rows = slice(start, start + len(part))
-            out[rows] = (part @ factors) * self.scale[rows, None]
+            out[rows] = (part @ factors) * size[rows, None]
         return out
 
-    def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """The first row's place and numbers [n, k] without scale, in float32, of some rows after the other."""
-        step = max(1, CHUNK_BYTES // (4 * max(1, self.dimensions)))
-        for start in range(0, len(self.rows), step):
-            yield start, np.asarray(self.rows[start : start + step], dtype=np.float32)
+    def factors(self, queries: Floats) -> NDArray[np.float32]:
+        """Queries' numbers [k, Q], as rows have theirs."""
+        return np.ascontiguousarray(turned(queries, self.bands).T, dtype=np.float32)
 
-    def unit_rows(self, which: Sequence[int] | NDArray[np.int64] | slice = slice(None)) -> NDArray[np.float32]:
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """The first row's place and :meth:`numbers` [n, k] of some rows after the other; the next replace them."""
+        step = max(1, CHUNK_BYTES // (4 * max(1, self.dimensions)))
+        # new memory for each chunk would cost more than to fill it
+        memory = np.empty((min(step, len(self.rows)), self.dimensions), np.float32)
+        for start in range(0, len(self.rows), step):
+            rows = slice(start, min(start + step, len(self.rows)))
+            yield start, self.numbers(rows, memory[: rows.stop - start])
+
+    def numbers(self, which: Which = slice(None), out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Rows' numbers by their :attr:`size`, in float32 [n, k]; 0 for rows that were never observed."""
+        rows = np.asarray(self.rows[which])
+        if out is None:
+            out = np.empty((len(rows), self.dimensions), np.float32)
+        if not self.bands:
+            out[:] = rows
+            return out
+        scales = self.scales[which]
+        size = scales.max(1, keepdims=True)
+        return unpacked(rows, scales / np.where(size > 0, size, 1), self.bands, out)
+
+    def unit_rows(self, which: Which = slice(None)) -> NDArray[np.float32]:
         """Rows' numbers, of length 1 (0 where there are none) [n, k]."""
-        found = np.asarray(self.rows[which], dtype=np.float32)
+        found = self.numbers(which)
         norms = np.linalg.norm(found, axis=1, keepdims=True)
         return np.asarray(found / np.where(norms > 0, norms, 1), dtype=np.float32)
 
+    def unit_components(self, which: Which = slice(None)) -> NDArray[np.float32]:
+        """:meth:`unit_rows` with the leading component first [n, k]: numbers in bands are mixtures of components."""
+        return turned(self.unit_rows(which), self.bands, back=True)
+
 
 def moments(store: StoredVectors) -> NDArray[np.float64]:
-    """Means of the numbers, and of their squares, of the rows that were seen [2, k]."""
+    """Means of the components' numbers, and of their squares, of the rows that were seen [2, k]."""
     found = np.zeros((2, store.dimensions))
     for start, part in store.chunks():
-        numbers = part.astype(np.float64) * store.scale[start : start + len(part), None]
+        numbers = turned(part, store.bands, back=True) * store.size[start : start + len(part), None].astype(np.float64)
         found += numbers.sum(0), np.square(numbers).sum(0)
     return found / max(1, int(store.seen.sum()))
 
@@ -178,7 +218,7 @@ def write(store: StoredVectors, folder: Path) -> None:
     np.save(folder / ROWS, store.rows, allow_pickle=False)
     components, unit = halves(store.components)
     arrays: dict[str, NDArray[Any]] = {
-        "scale": store.scale,
+        "scale": short(store.scale) if store.bands else store.scale,
         "unit": np.asarray(unit),
         "components": components,
         "variances": store.variances,
@@ -197,9 +237,10 @@ def write(store: StoredVectors, folder: Path) -> None:
     blocks = [{"parameters": list(block.parameters), "layout": list(block.layout)} for block in store.blocks]
     meta = {
         "format": FORMAT,
-        "format_version": VERSION,
+        "format_version": BANDED if store.bands else VERSION,
         "shape": list(store.rows.shape),
         "dtype": str(store.rows.dtype),
+        "bands": [vars(band) for band in store.bands],
         "blocks": blocks,
         "calibration": calibration,
         "weights": len(store.weights),
@@ -216,13 +257,14 @@ def load(folder: Path) -> StoredVectors | None:
     """
     if find(folder, META) is None:
         return None
-    meta = read_format(folder, META, FORMAT, VERSION)
+    meta = read_format(folder, META, FORMAT, VERSION, BANDED)
     try:
         shape, dtype, blocks = tuple(meta["shape"]), meta["dtype"], meta["blocks"]
         known: dict[str, Any] = {
             name: float("nan") if value is None else value for name, value in meta["calibration"].items()
         }
         calibration, count = Calibration(**known), int(meta["weights"])
+        bands = tuple(Band(int(b["width"]), int(b["count"])) for b in meta.get("bands", ()))
         named = [(tuple(map(str, b["parameters"])), tuple(map(int, b["layout"]))) for b in blocks]
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(folder, f"{META} is not that of a store ({error})") from error
@@ -232,17 +274,22 @@ def load(folder: Path) -> StoredVectors | None:
     arrays = _arrays(folder, ARRAYS)
     stored = [_block(folder, arrays, k, *each) for k, each in enumerate(named)]
     entries = sum(len(block.index) for block in stored)
+    numbers = sum(band.count for band in bands) or shape[1]
+    if bands and (dtype != "int8" or sum(band.size for band in bands) != shape[1]):
+        raise ReportError(folder, f"{ROWS} is {dtype} {shape}, {META} has bands of {sum(b.size for b in bands)} bytes")
     expected: dict[str, list[tuple[int, ...]]] = {
-        "scale": [(shape[0],)],
-        "components": [(parts * entries, shape[1]) for parts in (1, 2)],
+        "scale": [(shape[0], len(bands)) if bands else (shape[0],)],
+        "components": [(parts * entries, numbers) for parts in (1, 2)],
         "unit": [()],
         "variances": [(entries,)],
         "seen": [(shape[0],)],
-        "moments": [(2, shape[1])],
+        "moments": [(2, numbers)],
     }
     for name, forms in expected.items():
         if (name in arrays or name != "moments") and (name not in arrays or arrays[name].shape not in forms):
             raise ReportError(folder, f"{ARRAYS}: {name} is not there with shape {forms[0]}")
+    if bands and arrays["scale"].dtype != np.uint16:
+        raise ReportError(folder, f"{ARRAYS}: scale is {arrays['scale'].dtype}, of bands it is uint16")
     weights = _arrays(folder, WEIGHTS) if count else {}
     each = tuple(
         {name.partition("/")[2]: value for name, value in weights.items() if name.partition("/")[0] == str(k)}
@@ -250,7 +297,7 @@ def load(folder: Path) -> StoredVectors | None:
     )
     return StoredVectors(
         rows,
-        arrays["scale"].astype(np.float32),
+        long(arrays["scale"]) if bands else arrays["scale"].astype(np.float32),
         tuple(stored),
         arrays["components"].astype(np.float32) * arrays["unit"].astype(np.float32),
         arrays["variances"].astype(np.float32),
@@ -259,6 +306,7 @@ def load(folder: Path) -> StoredVectors | None:
         each,
         meta["settings"],
         arrays["moments"].astype(np.float64) if "moments" in arrays else None,
+        bands,
     )
 
 

@@ -93,11 +93,10 @@ def weak_groups(store: StoredVectors, scores: Scores, columns: Sequence[int], q:
 
 def grouped(store: StoredVectors, rows: Rows, mu: Floats) -> Rows:
     """Each row's group [n], made of what its vector says beside its scores mu [n, Q]."""
-    vectors = np.asarray(store.rows[rows], dtype=np.float32)
-    length = np.linalg.norm(vectors, axis=1)
+    length = np.linalg.norm(store.numbers(rows), axis=1)
     strong = np.maximum(length, WEAK * np.median(length))  # a row without a direction goes anywhere
-    u = (vectors / np.maximum(length, 1e-12)[:, None])[:, :LEADING].astype(np.float64)
-    s = mu / (strong * np.maximum(store.scale[rows], 1e-30))[:, None]
+    u = store.unit_components(rows)[:, :LEADING].astype(np.float64)
+    s = mu / (strong * np.maximum(store.size[rows], 1e-30))[:, None]
     s = s / np.maximum(np.sqrt(np.square(s).mean(0)), 1e-300)
     u = u - s @ np.linalg.lstsq(s, u, rcond=None)[0]
     u /= np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)

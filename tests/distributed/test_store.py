@@ -27,6 +27,7 @@ from tests.helpers.once import spawned
 
 ROWS, BATCH = 48, 8
 WHOLE = GradientStore(bytes_per_row=4 + 4 * 512, dtype="float32")  # more numbers than there are parameters
+BANDS = GradientStore(bytes_per_row=24, working=512)
 
 
 class Classifier(L.LightningModule):
@@ -149,7 +150,7 @@ def plain(seed: int = 0) -> tuple[nn.Sequential, tuple[Tensor, Tensor], list[Ten
     return module, data, [part for _ in range(3) for part in torch.randperm(ROWS).split(BATCH)]
 
 
-def loop(parts: int = 1, rank: int = 0) -> tuple[Any, list[Tensor], list[str]]:
+def loop(parts: int = 1, rank: int = 0, settings: GradientStore = WHOLE) -> tuple[Any, list[Tensor], list[str]]:
     """A plain loop, split by FSDP2 with several parts; the store, the weights and notes."""
     module, (x, y), order = plain()
     if parts > 1:
@@ -160,7 +161,7 @@ def loop(parts: int = 1, rank: int = 0) -> tuple[Any, list[Tensor], list[str]]:
     options: dict[str, Any] = {"total_steps": len(order), "refresh_every": 4, "curvature_every": 1, "reservoir": 0}
     recorder = Recorder(
         module, optimizer, ROWS, {"val": (x[:9], y[:9])}, loss_of, [FINE(closing=False)], distributed=parts > 1,
-        store=WHOLE, on_error="raise", **options,
+        store=settings, on_error="raise", **options,
     )  # fmt: skip
     with recorder:
         for batch in order:
@@ -179,7 +180,7 @@ def loop(parts: int = 1, rank: int = 0) -> tuple[Any, list[Tensor], list[str]]:
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(loop(2, rank), f"{folder}/{rank}.pt")
+    torch.save((loop(2, rank), loop(2, rank, BANDS)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -188,7 +189,7 @@ def test_parameters_split_by_fsdp2_give_the_store_of_one_process() -> None:
     alone, weights, _ = loop()
     module, (x, y), _ = plain()
     report, scores = example_report(ROWS), []
-    for store, last, notes in (*spawned("store of FSDP2", process), (alone, weights, [])):
+    for store, last, notes in (*(each for each, _ in spawned("store of FSDP2", process)), (alone, weights, [])):
         assert store is not None, notes
         for p, value in zip(module.parameters(), last, strict=True):
             p.data.copy_(value)
@@ -205,3 +206,13 @@ def test_vectors_are_the_same_in_the_host_s_memory_when_there_is_no_room(tmp_pat
     one, other = fit(tmp_path / "one", 1), fit(tmp_path / "other", 1, few)
     assert one.store is not None and other.store is not None
     np.testing.assert_array_equal(one.store.rows, other.store.rows)
+
+
+@pytest.mark.long
+def test_numbers_of_mixed_width_are_gathered_with_the_same_bands_in_each_process() -> None:
+    alone, (one, other) = loop(settings=BANDS)[0], (each[0] for _, each in spawned("store of FSDP2", process))
+    assert one.bands == other.bands == alone.bands and len(one.bands) > 1
+    for name in ("rows", "scale", "components"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    found, expected = one.unit_rows() @ one.unit_rows().T, alone.unit_rows() @ alone.unit_rows().T
+    assert one.seen.all() and np.abs(found - expected).max() < 0.05

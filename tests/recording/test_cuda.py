@@ -4,12 +4,16 @@ import contextlib
 import copy
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ine_callback import GradientStore, Recorder
 from ine_callback.capture.layers.normalization import batch_norm, norm_sums
+from ine_callback.integrations.stored_products import products
+from ine_callback.report.bands import Band
+from ine_callback.report.stored_vectors import StoredVectors
 from ine_callback.utilities import fused
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -169,3 +173,13 @@ def test_rows_vectors_beyond_the_bound_are_the_same_in_the_host_s_memory() -> No
         numbers = one.rows * one.scale[:, None]
         found.append(numbers @ numbers.T)
     assert abs(found[0] - found[1]).max() < 1e-4 * abs(found[0]).max()
+
+
+def test_products_with_numbers_of_mixed_width_are_those_on_a_processor() -> None:
+    rng, bands = np.random.default_rng(0), (Band(8, 5), Band(4, 6), Band(2, 12))
+    rows, scale = rng.integers(-128, 128, (300, 11), dtype=np.int8), rng.random((300, 3), dtype=np.float32)
+    one = np.ones(23, np.float32)
+    store = StoredVectors(rows, scale, (), np.diag(one), one, np.ones(300, np.bool_), bands=bands)
+    queries = rng.normal(size=(4, 23))
+    found = products(store, queries, torch.device("cuda"))
+    np.testing.assert_allclose(found, store.products(queries), atol=1e-4 * np.abs(found).max())

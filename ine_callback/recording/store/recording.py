@@ -19,6 +19,7 @@ from ine_callback.errors import InfluenceError
 from ine_callback.methods.context import FitContext
 from ine_callback.recording.snapshots import Snapshot
 from ine_callback.recording.store.closing import CompressedCurvature, compressed_queries, compressed_rows
+from ine_callback.recording.store.pack import allocate
 from ine_callback.recording.store.reduce import (
     RIDGE,
     SAMPLE_BYTES,
@@ -26,10 +27,13 @@ from ine_callback.recording.store.reduce import (
     Combined,
     Spread,
     components,
+    mean_squares,
     numbers_of,
+    worths,
 )
 from ine_callback.recording.store.settings import GradientStore
 from ine_callback.recording.store.vectors import RowVectors
+from ine_callback.report.bands import Band
 from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredVectors, halves, moments
 from ine_callback.scores import Floats, Scores
 from ine_callback.scoring.compression import Compression
@@ -81,7 +85,7 @@ class StoreRecording:
     ) -> None:
         self.settings, self._device, self._processes, self._random = settings, device, processes, random
         most = self._entries(rows)
-        self.compression = Compression(most if random else min(most, 2 * settings.dimensions), device)
+        self.compression = Compression(most if random else min(most, settings.fewest_entries), device)
         self.compression.alone = processes.count == 1
         self._of_pass: Compression | None = None  # from fixed weights
         self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
@@ -224,11 +228,12 @@ class StoreRecording:
         vectors = Combined(parts, observations[which] > 0)
         for k in range(len(parts)):
             vectors.sizes[k] = self._together(vectors.spread(k, self._device)).of(variances)
-        into = self._components(vectors, variances.repeat(len(parts)))
+        into, bands = self._components(vectors, variances.repeat(len(parts)))
         rounded, unit = halves(into.cpu().numpy())
-        each = [numbers_of(part @ into, self.settings.dtype) for part in vectors.chunks(into.device)]
+        each = [numbers_of(part @ into, self.settings.dtype, bands) for part in vectors.chunks(into.device)]
         numbers, scale = (np.concatenate(found) for found in zip(*each, strict=True))
-        numbers[~vectors.seen.numpy()] = 0
+        unseen = ~vectors.seen.numpy()
+        numbers[unseen], scale[unseen] = 0, 0
         numbers, scale = self._gathered(numbers, which, rows), self._gathered(scale, which, rows)
         stored = StoredVectors(
             numbers,
@@ -239,17 +244,24 @@ class StoreRecording:
             scores.observations > 0,
             weights=tuple({n: _numpy(w) for n, w in each.items()} for each in self._passed.weights),
             settings=self._facts(),
+            bands=bands,
         )
         return self._calibrated(replace(stored, moments=moments(stored)), scores)
 
-    def _components(self, vectors: Combined, variances: Tensor) -> Tensor:
+    def _components(self, vectors: Combined, variances: Tensor) -> tuple[Tensor, tuple[Band, ...]]:
+        """What makes a row's numbers [W, k], and in how many bits they are."""
         processes, roots = self._processes, variances.sqrt()
         most = min(SAMPLE_ROWS, SAMPLE_BYTES // (4 * len(roots))) // processes.count
         rows = vectors.weighted(roots, max(1, most))
         if processes.count > 1:  # each has a part of the rows: the components are made of all of them, in each
             sizes = [size for size, _ in processes.exchange(len(rows))]
             rows = processes.join(rows, sizes)
-        return components(rows, variances, self.settings.dimensions)
+        into = components(rows, variances, self.settings.dimensions)
+        if self.settings.dtype != "mixed":
+            return into, ()
+        squares = mean_squares(rows, into / roots[:, None])
+        bands = allocate(worths(squares, into.cpu().numpy(), variances.cpu().numpy()), self.settings.bytes_per_row)
+        return into[:, : sum(band.count for band in bands)], bands
 
     def _together(self, spread: Spread) -> Spread:
         """That of all processes' rows."""

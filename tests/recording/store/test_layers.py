@@ -41,7 +41,7 @@ def test_layers_parts_are_products_of_their_own_entries_and_add_up() -> None:
 
 @pytest.mark.long
 def test_fewer_bytes_cost_layers_not_much_more_than_their_sum() -> None:
-    exact, small, (x, y) = trained(ALL), trained(GradientStore(bytes_per_row=4 + 36, working=512)), data()
+    exact, small, (x, y) = trained(ALL), trained(GradientStore(bytes_per_row=4 + 36, dtype="int8", working=512)), data()
     asked = {"new": (x[20:30] * 1.1, y[20:30])}
     whole, few = (one.recorder.report().ask(asked, one.model, loss=loss_of, per_layer=True) for one in (exact, small))
     assert whole.layers is not None and few.layers is not None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,11 +86,27 @@ def test_fewer_bytes_keep_the_leading_part() -> None:
     whole = exact.recorder.report().ask(asked, exact.model, loss=loss_of).scores[:, 0]
     found = {}
     for size in (12, 36):
-        small = trained(GradientStore(bytes_per_row=4 + size, working=512))
+        small = trained(GradientStore(bytes_per_row=4 + size, dtype="int8", working=512))
         report = small.recorder.report()
         assert report.store is not None and report.store.rows.nbytes == size * ROWS
         found[size] = spearman(report.ask(asked, small.model, loss=loss_of).scores[:, 0], whole)
     assert found[36] > 0.97 and found[36] > found[12] > 0.5
+
+
+@pytest.mark.parametrize("weights", ["random", "fixed"])
+def test_mixed_widths_have_more_numbers_in_the_same_bytes_and_tell_more(weights: str) -> None:
+    exact, (x, y) = trained(ALL, initial_weights=weights), data()
+    asked = {str(k): (x[k : k + 2] * 1.1, y[k : k + 2]) for k in range(8)}
+    whole = exact.recorder.report().ask(asked, exact.model, loss=loss_of).scores
+    found = {}
+    for dtype in ("int8", "mixed"):
+        small = trained(GradientStore(20, dtype, working=512), initial_weights=weights)
+        report = small.recorder.report()
+        store = report.store
+        assert store is not None and store.rows.shape[1] + 2 * len(store.bands) <= 20
+        scores = report.ask(asked, small.model, loss=loss_of).scores
+        found[dtype] = store.dimensions, np.mean([spearman(a, b) for a, b in zip(scores.T, whole.T, strict=True)])
+    assert found["mixed"][0] > 1.3 * found["int8"][0] and found["mixed"][1] > found["int8"][1] + 0.005
 
 
 def test_the_training_and_the_run_s_scores_are_the_same_with_a_store() -> None:
@@ -127,8 +146,9 @@ def test_rows_that_come_without_a_known_number_grow_the_store() -> None:
     np.testing.assert_array_equal(one.rows, other.rows)
 
 
-def test_what_is_saved_answers_the_same(tmp_path: Path) -> None:
-    one, (x, y) = trained(GradientStore()), data()
+@pytest.mark.parametrize("settings", [GradientStore(), GradientStore(30), GradientStore(dtype="int8")])
+def test_what_is_saved_answers_the_same(tmp_path: Path, settings: GradientStore) -> None:
+    one, (x, y) = trained(settings), data()
     report = one.recorder.report()
     again = InfluenceReport.load(report.save(tmp_path))
     assert again.store is not None and isinstance(again.store.rows, np.memmap)
@@ -148,6 +168,55 @@ def test_damaged_files_and_pickles_are_refused(tmp_path: Path, name: str) -> Non
         InfluenceReport.load(tmp_path)
 
 
+Damage = Callable[[dict[str, Any], dict[str, Any]], object]
+DAMAGES: dict[str, Damage] = {
+    "no such width": lambda meta, _: meta["bands"][0].update(width=3),
+    "a part of a byte": lambda meta, _: meta["bands"][-1].update(count=meta["bands"][-1]["count"] + 1),
+    "other bytes": lambda meta, _: meta["bands"][-1].update(count=meta["bands"][-1]["count"] + 8),
+    "another width": lambda meta, _: meta["bands"][-1].update(width=2 * meta["bands"][-1]["width"]),
+    "without bands": lambda meta, _: meta.update(bands=[]),
+    "bands are no list": lambda meta, _: meta.update(bands=3),
+    "bands are no bands": lambda meta, _: meta.update(bands="8"),
+    "a band without a count": lambda meta, _: meta["bands"][0].pop("count"),
+    "one band in two": lambda meta, _: meta.update(bands=[{"width": 8, "count": 1}, *meta["bands"]]),
+    "a scale for each row": lambda _, arrays: arrays.update(scale=arrays["scale"][:, 0]),
+    "scales of another type": lambda _, arrays: arrays.update(scale=arrays["scale"].astype(np.float32)),
+    "components of other bands": lambda _, arrays: arrays.update(components=arrays["components"][:, 1:]),
+    "moments of other bands": lambda _, arrays: arrays.update(moments=arrays["moments"][:, 1:]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_bands_that_do_not_fit_are_refused(tmp_path: Path, name: str) -> None:
+    report = trained(GradientStore(30)).recorder.report()
+    assert report.store is not None and len(report.store.bands) > 1
+    report.save(tmp_path)
+    meta = json.loads((tmp_path / "store.json").read_text("utf-8"))
+    with np.load(tmp_path / "store-arrays.npz") as found:
+        arrays = dict(found)
+    DAMAGES[name](meta, arrays)
+    (tmp_path / "store.json").write_text(json.dumps(meta), "utf-8")
+    np.savez(tmp_path / "store-arrays.npz", **arrays)
+    with pytest.raises(ReportError, match=r"store(-arrays)?\.(json|npz|npy)"):
+        InfluenceReport.load(tmp_path)
+
+
+def test_a_store_of_the_former_format_is_read(tmp_path: Path) -> None:
+    one, (x, y) = trained(GradientStore(dtype="int8")), data()
+    report = one.recorder.report()
+    meta = report.save(tmp_path) / "store.json"
+    known = json.loads(meta.read_text("utf-8"))
+    assert known["format_version"] == 1 and not known.pop("bands")  # the former format had none
+    meta.write_text(json.dumps(known), "utf-8")
+    asked = {"new": (x[:3], y[:3])}
+    mine, theirs = (r.ask(asked, one.model, loss=loss_of).scores for r in (report, InfluenceReport.load(tmp_path)))
+    np.testing.assert_array_equal(mine, theirs)
+    known["format_version"] = 3
+    meta.write_text(json.dumps(known), "utf-8")
+    with pytest.raises(ReportError, match=r"its format is not 'ine_callback\.store' 1 or 2"):
+        InfluenceReport.load(tmp_path)
+
+
 def test_a_row_that_was_never_seen_has_no_score() -> None:
     one, (x, y) = Training(GradientStore(), rows=ROWS + 2), data()
     with one.recorder:
@@ -160,8 +229,9 @@ def test_a_row_that_was_never_seen_has_no_score() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bytes_per_row": 4}, "bytes_per_row=4 must be an integer of at least 5"),
-        ({"dtype": "float64"}, "dtype='float64' is none of int8"),
+        ({"bytes_per_row": 4, "dtype": "int8"}, "bytes_per_row=4 must be an integer of at least 5"),
+        ({"bytes_per_row": 15}, "bytes_per_row=15 must be an integer of at least 16"),
+        ({"dtype": "float64"}, "dtype='float64' is none of mixed, int8"),
         ({"working": 0}, "working=0 must be"),
         ({"device_bytes": -1}, "device_bytes=-1 must be"),
     ],
