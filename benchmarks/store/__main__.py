@@ -36,7 +36,6 @@ from ine_callback import GradientStore
 
 PARTS = ("accuracy", "wide", "entries", "family", "bits", "peers", "speed", "cost", "many")
 ROUNDS = 60
-WORKING = {"g2": 8192}  # numbers of a row during the run: the default when G2 was scored the second time
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for name in args.protocols:
         if "accuracy" in args.parts:
-            store = GradientStore(working=WORKING.get(name))
+            store = GradientStore()
             keep("accuracy", {name: accuracy.curve(record(name, store, data, truth, quick, not args.unjudged))})
         if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
             keep("wide", {name: accuracy.curve(record(name, GradientStore(4096), data, truth, quick))})

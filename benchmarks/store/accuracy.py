@@ -81,9 +81,8 @@ def shortened(whole: StoredVectors, settings: GradientStore) -> StoredVectors:
     size = min(settings.dimensions, whole.dimensions)
     if settings.dtype == "mixed":
         squares = np.square(values[whole.seen, :size], dtype=np.float64).mean(0)
-        worth = worths(
-            squares, whole.components[:, :size], np.tile(whole.variances, len(whole.components) // len(whole.variances))
-        )
+        components = np.asarray(whole.components[:, :size], np.float32) * np.float32(whole.unit)
+        worth = worths(squares, components, np.tile(whole.variances, len(components) // len(whole.variances)))
         bands = allocate(worth, settings.bytes_per_row)
         size = sum(band.count for band in bands)
     numbers, scale = numbers_of(torch.as_tensor(values[:, :size]), settings.dtype, bands)

@@ -2,8 +2,8 @@
 
 store.npy            the rows' numbers [N, k], int8 or floats, or bands of few bits [N, bytes] (:mod:`.bands`); read
                      from disk where they are needed
-store-arrays.npz     the rows' scales [N], of each band [N, bands], which entries of gradients are taken, what makes a
-                     query's numbers of them
+store-components.npy what makes a query's numbers of its entries [W, k], read like the rows
+store-arrays.npz     the rows' scales [N], of each band [N, bands], and which entries of gradients are taken
 store-weights.npz    weights along the run at which queries are evaluated beside the final ones; not always there
 store.json           format, names of parameters, the bands, what the run's own queries told of the accuracy
 
@@ -26,10 +26,14 @@ from ine_callback.report.files import find
 from ine_callback.report.reading import ReportError, open_plain, read_format
 from ine_callback.scores import Floats
 
-FORMAT, VERSION, BANDED = "ine_callback.store", 1, 2  # versions without bands, and with them
-FILES = ROWS, ARRAYS, WEIGHTS, META = "store.npy", "store-arrays.npz", "store-weights.npz", "store.json"
+FORMAT, VERSION, FORMER = "ine_callback.store", 2, 1  # the former has no bands, and its components in ARRAYS
+FILES = ROWS, COMPONENTS, ARRAYS, WEIGHTS, META = (
+    *("store.npy", "store-components.npy", "store-arrays.npz", "store-weights.npz"),
+    "store.json",
+)
 LEVELS = 127  # of int8, to each side
 CHUNK_BYTES = 2**22  # of rows that are read and widened at once: they fit into a processor's cache
+CHUNK_ENTRIES = 2**12  # of components that are
 TYPES = ("int8", "float16", "float32")
 Arrays = Mapping[str, NDArray[Any]]
 Which = Sequence[int] | NDArray[np.int64] | slice
@@ -82,7 +86,7 @@ class StoredVectors:
         scale: What they are multiplied with [N], those of each band [N, bands].
         blocks: The entries of the layers' gradients, W together.
         components: What makes a row's numbers of its entries [W, k], or of two parts' [2 W, k], the run's and the
-            closing pass's.
+            closing pass's; in units of ``unit``, maybe on disk.
         variances: The queries' variance in each entry [W].
         seen: Which rows have a score [N].
         calibration: How accurate it is.
@@ -90,12 +94,13 @@ class StoredVectors:
         settings: Of the store, and facts of the run.
         moments: Means of the rows' numbers and of their squares [2, k], by which parts are weighed; None: alike.
         bands: How the numbers are packed; empty: they are not.
+        unit: What the components are multiplied with.
     """
 
     rows: NDArray[Any]
     scale: NDArray[np.float32]
     blocks: tuple[StoredBlock, ...]
-    components: NDArray[np.float32]
+    components: NDArray[np.float16] | NDArray[np.float32]
     variances: NDArray[np.float32]
     seen: NDArray[np.bool_]
     calibration: Calibration = Calibration()
@@ -103,6 +108,7 @@ class StoredVectors:
     settings: Mapping[str, Any] = field(default_factory=dict)
     moments: NDArray[np.float64] | None = None
     bands: tuple[Band, ...] = ()
+    unit: float = 1.0
 
     @property
     def dimensions(self) -> int:
@@ -133,15 +139,18 @@ class StoredVectors:
         return np.stack([self._together(self._parts(x, v), whole) for x, v in split], 1)
 
     @property
-    def _each(self) -> NDArray[np.float32]:
-        """The parts' components [P, W, k]."""
+    def _each(self) -> NDArray[Any]:
+        """The parts' components [P, W, k] in units of ``unit``."""
         return self.components.reshape(-1, len(self.variances), self.dimensions)
 
-    @staticmethod
-    def _parts(weighted: Floats, each: NDArray[np.float32]) -> Floats:
+    def _parts(self, weighted: Floats, each: NDArray[Any]) -> Floats:
         """Numbers [P, Q, k] of queries in each part."""
-        found: Floats = np.stack([weighted @ one for one in each])
-        return found
+        found: Floats = np.zeros((len(each), len(weighted), self.dimensions))
+        for start in range(0, each.shape[1], CHUNK_ENTRIES):
+            some = slice(start, start + CHUNK_ENTRIES)
+            for part, one in zip(found, each[:, some], strict=True):
+                part += weighted[:, some] @ one.astype(np.float64)
+        return found * self.unit
 
     def _together(self, parts: Floats, whole: Floats) -> Floats:
         """Sum [Q, k] of parts [P, Q, k], each divided by the standard deviation over the rows that its whole has."""
@@ -216,11 +225,13 @@ def halves(components: NDArray[np.float32]) -> tuple[NDArray[np.float16], np.flo
 def write(store: StoredVectors, folder: Path) -> None:
     """Writes the files into an existing folder."""
     np.save(folder / ROWS, store.rows, allow_pickle=False)
-    components, unit = halves(store.components)
+    components, unit = store.components, np.float32(store.unit)
+    if components.dtype != np.float16:
+        components, unit = halves(components * unit)
+    np.save(folder / COMPONENTS, components, allow_pickle=False)
     arrays: dict[str, NDArray[Any]] = {
         "scale": short(store.scale) if store.bands else store.scale,
         "unit": np.asarray(unit),
-        "components": components,
         "variances": store.variances,
         "seen": store.seen,
     }
@@ -237,7 +248,7 @@ def write(store: StoredVectors, folder: Path) -> None:
     blocks = [{"parameters": list(block.parameters), "layout": list(block.layout)} for block in store.blocks]
     meta = {
         "format": FORMAT,
-        "format_version": BANDED if store.bands else VERSION,
+        "format_version": VERSION,
         "shape": list(store.rows.shape),
         "dtype": str(store.rows.dtype),
         "bands": [vars(band) for band in store.bands],
@@ -250,14 +261,14 @@ def write(store: StoredVectors, folder: Path) -> None:
 
 
 def load(folder: Path) -> StoredVectors | None:
-    """Reads and checks the files; None where there is no store. The rows' numbers stay on disk.
+    """Reads and checks the files; None where there is no store. The rows' numbers and the components stay on disk.
 
     Raises:
         ReportError: When something is missing, foreign, damaged or inconsistent.
     """
     if find(folder, META) is None:
         return None
-    meta = read_format(folder, META, FORMAT, VERSION, BANDED)
+    meta = read_format(folder, META, FORMAT, FORMER, VERSION)
     try:
         shape, dtype, blocks = tuple(meta["shape"]), meta["dtype"], meta["blocks"]
         known: dict[str, Any] = {
@@ -268,10 +279,12 @@ def load(folder: Path) -> StoredVectors | None:
         named = [(tuple(map(str, b["parameters"])), tuple(map(int, b["layout"]))) for b in blocks]
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(folder, f"{META} is not that of a store ({error})") from error
-    rows = _rows(folder)
+    rows = _on_disk(folder, ROWS)
     if rows.shape != shape or str(rows.dtype) != dtype or dtype not in TYPES or len(shape) != 2:
         raise ReportError(folder, f"{ROWS} is {rows.dtype} {rows.shape}, {META} says {dtype} {shape}")
     arrays = _arrays(folder, ARRAYS)
+    if meta["format_version"] != FORMER:
+        arrays["components"] = _on_disk(folder, COMPONENTS)
     stored = [_block(folder, arrays, k, *each) for k, each in enumerate(named)]
     entries = sum(len(block.index) for block in stored)
     numbers = sum(band.count for band in bands) or shape[1]
@@ -288,6 +301,8 @@ def load(folder: Path) -> StoredVectors | None:
     for name, forms in expected.items():
         if (name in arrays or name != "moments") and (name not in arrays or arrays[name].shape not in forms):
             raise ReportError(folder, f"{ARRAYS}: {name} is not there with shape {forms[0]}")
+    if arrays["components"].dtype != np.float16:
+        raise ReportError(folder, f"{COMPONENTS} is {arrays['components'].dtype}, not float16")
     if bands and arrays["scale"].dtype != np.uint16:
         raise ReportError(folder, f"{ARRAYS}: scale is {arrays['scale'].dtype}, of bands it is uint16")
     weights = _arrays(folder, WEIGHTS) if count else {}
@@ -299,7 +314,7 @@ def load(folder: Path) -> StoredVectors | None:
         rows,
         long(arrays["scale"]) if bands else arrays["scale"].astype(np.float32),
         tuple(stored),
-        arrays["components"].astype(np.float32) * arrays["unit"].astype(np.float32),
+        arrays["components"],
         arrays["variances"].astype(np.float32),
         arrays["seen"].astype(np.bool_),
         calibration,
@@ -307,6 +322,7 @@ def load(folder: Path) -> StoredVectors | None:
         meta["settings"],
         arrays["moments"].astype(np.float64) if "moments" in arrays else None,
         bands,
+        float(arrays["unit"]),
     )
 
 
@@ -314,14 +330,14 @@ def _or_null(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _rows(folder: Path) -> NDArray[Any]:
-    open_plain(folder, ROWS).close()  # refuses links and pipes
-    path = find(folder, ROWS)
+def _on_disk(folder: Path, name: str) -> NDArray[Any]:
+    open_plain(folder, name).close()  # refuses links and pipes
+    path = find(folder, name)
     assert path is not None
     try:
         found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ReportError(folder, f"{ROWS} is damaged ({error})") from error
+        raise ReportError(folder, f"{name} is damaged ({error})") from error
     return found
 
 

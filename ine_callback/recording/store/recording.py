@@ -239,12 +239,13 @@ class StoreRecording:
             numbers,
             scale,
             self._blocks(names),
-            rounded.astype(np.float32) * unit,
+            rounded,
             variances.cpu().numpy().astype(np.float32),
             scores.observations > 0,
             weights=tuple({n: _numpy(w) for n, w in each.items()} for each in self._passed.weights),
             settings=self._facts(),
             bands=bands,
+            unit=float(unit),
         )
         return self._calibrated(replace(stored, moments=moments(stored)), scores)
 

@@ -14,7 +14,6 @@ LEAST_MIXED = 16  # bytes of a row
 PER_BYTE = 4  # numbers of mixed width, at most
 MOST_MIXED = 4_096  # numbers of mixed width, where a row has no more bytes: asking takes as much longer
 MOST = 4_096  # numbers of a row during the run, where nobody asks for more: each step takes as much longer
-MOST_OF_PASS = 65_536  # from fixed initial weights, where the closing pass alone makes them
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class GradientStore:
     many as are on disk, were they of 8 bits, up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB,
     and at the end, when there are three such sets of vectors, 3 GB. Of an unknown number of rows it is the least. From
     fixed initial weights the closing pass alone makes the store: during the run a row has no more than the least, in
-    the pass up to 65,536.
+    the pass as many as ``device_bytes`` hold, of 500 rows 536,870.
 
     Args:
         bytes_per_row: Bytes of each row on disk: scales, and as many numbers as fit in the others.
@@ -95,4 +94,5 @@ class GradientStore:
         least = self.fewest_entries
         if self.working is not None or not rows:
             return self.working or least
-        return max(least, min(MOST if random else MOST_OF_PASS, self.device_bytes // (4 * rows)))
+        room = self.device_bytes // (4 * rows)
+        return max(least, min(MOST, room) if random else room)

@@ -152,6 +152,7 @@ def test_what_is_saved_answers_the_same(tmp_path: Path, settings: GradientStore)
     report = one.recorder.report()
     again = InfluenceReport.load(report.save(tmp_path))
     assert again.store is not None and isinstance(again.store.rows, np.memmap)
+    assert isinstance(again.store.components, np.memmap)
     asked = {"new": (x[:3], y[:3])}
     mine, theirs = (r.ask(asked, one.model, loss=loss_of).scores for r in (report, again))
     np.testing.assert_array_equal(mine, theirs)
@@ -159,7 +160,7 @@ def test_what_is_saved_answers_the_same(tmp_path: Path, settings: GradientStore)
     assert InfluenceReport.load(tmp_path).store is None and not (tmp_path / "store.npy").exists()
 
 
-@pytest.mark.parametrize("name", ["store.npy", "store-arrays.npz", "store-weights.npz"])
+@pytest.mark.parametrize("name", ["store.npy", "store-components.npy", "store-arrays.npz", "store-weights.npz"])
 def test_damaged_files_and_pickles_are_refused(tmp_path: Path, name: str) -> None:
     trained(GradientStore()).recorder.report().save(tmp_path)
     np.save(tmp_path / "bad.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -182,6 +183,7 @@ DAMAGES: dict[str, Damage] = {
     "a scale for each row": lambda _, arrays: arrays.update(scale=arrays["scale"][:, 0]),
     "scales of another type": lambda _, arrays: arrays.update(scale=arrays["scale"].astype(np.float32)),
     "components of other bands": lambda _, arrays: arrays.update(components=arrays["components"][:, 1:]),
+    "components of another type": lambda _, arrays: arrays.update(components=arrays["components"].astype(np.float32)),
     "moments of other bands": lambda _, arrays: arrays.update(moments=arrays["moments"][:, 1:]),
 }
 
@@ -193,11 +195,12 @@ def test_bands_that_do_not_fit_are_refused(tmp_path: Path, name: str) -> None:
     report.save(tmp_path)
     meta = json.loads((tmp_path / "store.json").read_text("utf-8"))
     with np.load(tmp_path / "store-arrays.npz") as found:
-        arrays = dict(found)
+        arrays = dict(found) | {"components": np.load(tmp_path / "store-components.npy")}
     DAMAGES[name](meta, arrays)
     (tmp_path / "store.json").write_text(json.dumps(meta), "utf-8")
+    np.save(tmp_path / "store-components.npy", arrays.pop("components"))
     np.savez(tmp_path / "store-arrays.npz", **arrays)
-    with pytest.raises(ReportError, match=r"store(-arrays)?\.(json|npz|npy)"):
+    with pytest.raises(ReportError, match=r"store(-arrays|-components)?\.(json|npz|npy)"):
         InfluenceReport.load(tmp_path)
 
 
@@ -206,8 +209,12 @@ def test_a_store_of_the_former_format_is_read(tmp_path: Path) -> None:
     report = one.recorder.report()
     meta = report.save(tmp_path) / "store.json"
     known = json.loads(meta.read_text("utf-8"))
-    assert known["format_version"] == 1 and not known.pop("bands")  # the former format had none
-    meta.write_text(json.dumps(known), "utf-8")
+    assert known["format_version"] == 2 and not known.pop("bands")  # the former format had none
+    meta.write_text(json.dumps(known | {"format_version": 1}), "utf-8")
+    components = tmp_path / "store-components.npy"  # nor this file
+    with np.load(tmp_path / "store-arrays.npz") as found:
+        np.savez(tmp_path / "store-arrays.npz", components=np.load(components), **found)
+    components.unlink()
     asked = {"new": (x[:3], y[:3])}
     mine, theirs = (r.ask(asked, one.model, loss=loss_of).scores for r in (report, InfluenceReport.load(tmp_path)))
     np.testing.assert_array_equal(mine, theirs)
