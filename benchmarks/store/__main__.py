@@ -11,8 +11,9 @@ entries   fine-tuning with all its entries, scored for the third time: what it c
 family    trainings like those of the family, on which the store was mended: Spearman with the run alone
 peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
 speed     a store of 10^6 rows, filled at random, and 100 queries, with two threads
-cost      what the store adds to a training step
+cost      what the store adds to a training step (GPT-2 small needs transformers)
 many      481 queries in the run: memory and time of their directions
+weak      weak groups of scikit-learn's digits against trainings without them
 
 Trainings that are killed and resumed are benchmarks.resume's.
 """
@@ -29,12 +30,12 @@ import torch
 
 from benchmarks.data import folder
 from benchmarks.network import machine
-from benchmarks.store import accuracy, cost, family, many, peers, speed
+from benchmarks.overhead.workloads import missing
+from benchmarks.store import accuracy, cost, family, many, peers, speed, weak
 from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "wide", "entries", "family", "peers", "speed", "cost", "many")
-ROUNDS = 60
+PARTS = ("accuracy", "wide", "entries", "family", "peers", "speed", "cost", "many", "weak")
 WORKING = {"g2": 8192}  # numbers of a row during the run: the default when G2 was scored the second time
 
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--truth", type=Path, help="folder that keeps truths; by default that of --json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--protocols", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--workloads", nargs="+", choices=cost.ROUNDS, default=[*cost.ROUNDS], help="whose steps")
     parser.add_argument("--peers", default="", help="part of the names of the other stores wanted")
     parser.add_argument("--quick", action="store_true", help="small problems: to see it work")
     args = parser.parse_args(argv)
@@ -78,11 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in peers.beside(problem, outcome, None if quick else truth / "g2-networks.pt", args.peers):
             keep("peers", {row["name"]: row})
     if "cost" in args.parts:
-        for name in cost.WORKLOADS[:1] if quick else cost.WORKLOADS:
-            keep("cost", {name: cost.of_step(name, data, 25 if quick else ROUNDS)})
-            keep("cost", {f"{name}, few": cost.of_step(name, data, 25 if quick else ROUNDS, cost.FEW)})
+        for name in ["mlp"] if quick else args.workloads:
+            if lacks := missing(name):
+                print(f"{name} is left out: {lacks} is not installed")
+                continue
+            keep("cost", {name: cost.of_step(name, data, quick)})
+            if name == "mlp":
+                keep("cost", {f"{name}, few": cost.of_step(name, data, quick, cost.FEW)})
     if "many" in args.parts:
         keep("many", many.all_of(quick))
+    if "weak" in args.parts:
+        keep("weak", weak.all_of(quick))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,9 @@ def _bands(places: Tensor) -> Iterator[_Band]:
 def _projected(grad_sample: Outer, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Output gradients [b, G, P, k] and inputs [b, G, P, l] on columns; they are widened when they are small."""
     inputs = widened(grad_sample.projected(right))
-    output_grads = widened(grad_sample.output_grads @ left.to(grad_sample.output_grads.dtype))
+    columns = left.to(grad_sample.output_grads.dtype)
+    # one group's 2-d columns make one product of all rows, not one for each
+    output_grads = widened(grad_sample.output_grads @ (columns[0] if len(columns) == 1 else columns))
     return output_grads, inputs.to(output_grads.dtype)
 
 

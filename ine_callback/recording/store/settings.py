@@ -24,9 +24,12 @@ class GradientStore:
 
     By default ``working`` is as many numbers as ``device_bytes`` hold of all rows (on a processor, too), from twice as
     many as are on disk up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB, and at the end, when
-    there are three such sets of vectors, 3 GB. Of an unknown number of rows it is twice as many as on disk. From fixed
-    initial weights the closing pass alone makes the store: during the run a row has no more than twice as many numbers
-    as on disk, in the pass up to 65,536.
+    there are three such sets of vectors, 3 GB. Where twice as much is allowed, each row has a second sum: of its
+    steps since the last refresh of the directions, which have one discount, so that it is applied to all at once.
+
+    Of an unknown number of rows ``working`` is twice as many as on disk. From fixed initial weights the closing pass
+    alone makes the store: during the run a row has no more than twice as many numbers as on disk, in the pass up to
+    65,536.
 
     Args:
         bytes_per_row: Bytes of each row on disk: a scale of 4 bytes, and as many numbers as fit in the others.
