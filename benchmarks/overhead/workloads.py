@@ -196,7 +196,7 @@ def of_text(name: str, path: Path | None, queries: int) -> Workload:
         "words-tied": (f"{blocks}, tied", partial(tied, words), 32, 32, 1e-3),
         "gpt2": ("GPT-2 small, 1,024 tokens, batch 16", partial(gpt2, False), 1024, 16, 3e-4),
         "gpt2-short": ("GPT-2 small in bfloat16, 256 tokens, batch 4", partial(gpt2, False), 256, 4, 3e-4),
-        "gpt2-float": ("GPT-2 small in float32, 128 tokens, batch 4", partial(gpt2, False), 128, 4, 3e-4),
+        "gpt2-float": ("GPT-2 small in float32, 64 tokens, batch 4", partial(gpt2, False), 64, 4, 3e-4),
         "lora": ("GPT-2 small with LoRA of rank 8, 1,024 tokens, batch 16", partial(gpt2, True), 1024, 16, 3e-4),
     }
     what, network, length, batch, lr = known[name]
