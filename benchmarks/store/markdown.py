@@ -67,7 +67,8 @@ Weak groups of one recorded training on digits, the other groups of the same k-m
 sizes; {pairs} paired trainings with and without each, of other seeds than the recorded one. Lower: groups whose rows'
 scores sum to more than 0 (they lower the query, the validation loss). Sign: groups that retraining gives the same sign.
 Moved: those whose change differs from 0 (t-test, p < .05; by chance one in 20). Spearman: of sums and true mu, over
-groups. Size: median of |mu|, as the report says it and by retraining; slope: of the true mu on the sums, through 0.
+groups. Beyond random: those that move the query further than every random group. Said, size: medians of |mu|, as the
+report says it and by retraining; slope: of the true mu on the sums, through 0.
 """
 MANY = """\
 ## Hundreds of queries in the run
@@ -103,7 +104,19 @@ def section(results: dict[str, Any]) -> Iterable[str]:
         yield table(head, (many(row) for row in results["many"]["rows"]))
     if "weak" in results:
         yield WEAK.format(pairs=next(iter(results["weak"].values()))["pairs"])
-        head = ["", "groups", "lower", "sign", "moved", "moved as said", "Spearman", "size said", "size", "slope"]
+        head = [
+            "",
+            "groups",
+            "lower",
+            "sign",
+            "moved",
+            "moved as said",
+            "beyond random",
+            "Spearman",
+            "said",
+            "size",
+            "slope",
+        ]
         yield table(head, weak(results["weak"]))
 
 
@@ -113,7 +126,7 @@ def weak(found: dict[str, Any]) -> Iterable[list[str]]:
         for kind in ("weak", "other", "random", "all"):
             if kind in one:
                 counts = [str(one[kind][key]) for key in ("groups", "lower")]
-                moved = [str(one[kind][key]) for key in ("moved", "moved as said")]
+                moved = [str(one[kind][key]) for key in ("moved", "moved as said", "beyond random")]
                 sizes = [number(one[kind][key]) for key in ("spearman", "said size", "size", "slope")]
                 yield [f"{name}, {kind}", *counts, number(one[kind]["sign"]), *moved, *sizes]
 

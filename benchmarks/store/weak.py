@@ -90,6 +90,7 @@ def compared(optimizer: str, pairs: int) -> dict[str, Any]:
         which = np.ones(len(kinds), bool) if kind == "all" else kinds == kind
         if which.sum() > 2:
             found[kind] = summary(said[which], mu[which], p[which], sizes[which])
+            found[kind]["beyond random"] = beyond(mu[which], mu[kinds == "random"])
     columns = {"kind": kinds, "rows": sizes, "said": said, "mu": mu, "se": change.std(0) / sd / pairs**0.5, "p": p}
     found["groups"] = {name: column.tolist() for name, column in columns.items()}
     return found
@@ -111,6 +112,11 @@ def summary(said: Floats, mu: Floats, p: Floats, sizes: Rows) -> dict[str, float
         "size": float(np.median(np.abs(mu))),
         "slope": float((said * mu).sum() / np.square(said).sum()),
     }
+
+
+def beyond(mu: Floats, random: Floats) -> int:
+    """How many groups move the query further than any random group does."""
+    return int((np.abs(mu) > np.abs(random).max(initial=0.0)).sum())
 
 
 def recorded(problem: Problem) -> InfluenceReport:
