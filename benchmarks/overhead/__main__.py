@@ -40,6 +40,7 @@ from benchmarks.overhead.memory import Memory, on_the_host
 from benchmarks.overhead.steppers import (
     DEFAULT,
     EXACT,
+    KINDS,
     LOOK,
     ORDINARY,
     REFRESH,
@@ -126,7 +127,7 @@ def summary(steps: Sequence[tuple[str, float]], plain: Sequence[tuple[str, float
     """Ratios to the plain step: of the mean, of the median by kind, with its interval, and for runs of some lengths."""
     base = np.array([s for _, s in plain])
     found: dict[str, Any] = {"mean": float(np.mean([s for _, s in steps]) / base.mean())}
-    for kind in (ORDINARY, LOOK, REFRESH):
+    for kind in KINDS:
         own = np.array([s for k, s in steps if k == kind])
         if own.size:
             g = np.random.default_rng(0)

@@ -18,6 +18,8 @@ from ine_callback.curvature.low_rank import RANK
 from ine_callback.report import InfluenceReport
 
 ORDINARY, LOOK, REFRESH = "ordinary", "look", "refresh"
+BASIS = "new basis"  # a refresh where a gradient store's rows are moved into another basis
+KINDS = (ORDINARY, LOOK, REFRESH, BASIS)
 DEFAULT, EXACT = "one query and self", "the same, exact"
 MANY = 8  # queries of "ours, 8 queries"
 AHEAD = 10_000  # steps that the recordings take for planned

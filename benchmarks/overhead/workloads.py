@@ -201,6 +201,7 @@ def of_text(name: str, path: Path | None, queries: int) -> Workload:
         "gpt2": ("GPT-2 small, 1,024 tokens, batch 16", partial(gpt2, False), 1024, 16, 3e-4),
         "gpt2-short": ("GPT-2 small in bfloat16, 256 tokens, batch 4", partial(gpt2, False), 256, 4, 3e-4),
         "gpt2-few": ("GPT-2 small, 48 rows of 64 tokens, batch 4", partial(gpt2, False), 64, 4, 3e-4),
+        "gpt2-float": ("GPT-2 small in float32, 64 tokens, batch 4", partial(gpt2, False), 64, 4, 3e-4),
         "lora": ("GPT-2 small with LoRA of rank 8, 1,024 tokens, batch 16", partial(gpt2, True), 1024, 16, 3e-4),
     }
     what, network, length, batch, lr = known[name]
@@ -246,7 +247,8 @@ def load(name: str, path: Path | None) -> Workload:
         return of_digits(name, path)
     if name in ("resnet18", "vit"):
         return of_images(name, path)
-    return of_text(name, path, {"gpt2-short": 4, "gpt2-few": 16, "gpt2": 16, "lora": 16}.get(name, 64))
+    queries = {"gpt2-short": 4, "gpt2-few": 16, "gpt2-float": 4, "gpt2": 16, "lora": 16}.get(name, 64)
+    return of_text(name, path, queries)
 
 
 def missing(name: str) -> str | None:
@@ -257,4 +259,4 @@ def missing(name: str) -> str | None:
 
 CPU = ("mlp", "cnn", "transformer")
 CUDA = ("gpt2", "resnet18", "vit", "lora")
-ASKED = ("gpt2-short", "gpt2-few", "words", "words-tied", "lstm", "gru")  # on a CPU, if asked for
+ASKED = ("gpt2-short", "gpt2-few", "gpt2-float", "words", "words-tied", "lstm", "gru")  # on a CPU, if asked for

@@ -7,13 +7,13 @@ accuracy  G1 (SGD, AdamW), on which the compression was chosen first; G2 and fin
           their scores in the run and with retraining. What the first store had, which failed on the last two and was
           mended on other trainings (family), stays in the file as "first"
 wide      G2 and fine-tuning again, with a store of up to 4 KB
-entries   fine-tuning with all its entries, scored for the third time: what it costs to have 65,536 of them
 family    trainings like those of the family, on which the store was mended: Spearman with the run alone
 peers     other stores of gradients on G2 at 1 KB a row of each network: traker, dattri, bergson where they are there
 bits      components drawn at random, with spectra from flat to steep: what scores lose in int8 and in mixed widths
 speed     stores of 10^6 rows, filled at random, and 100 queries, with two threads
-cost      what the store adds to a training step
+cost      what the store adds to a training step (GPT-2 small needs transformers)
 many      481 queries in the run: memory and time of their directions
+weak      weak groups of scikit-learn's digits against trainings without them
 
 Trainings that are killed and resumed are benchmarks.resume's.
 """
@@ -30,12 +30,12 @@ import torch
 
 from benchmarks.data import folder
 from benchmarks.network import machine
-from benchmarks.store import accuracy, bits, cost, family, many, peers, speed
+from benchmarks.overhead.workloads import missing
+from benchmarks.store import accuracy, bits, cost, family, many, peers, speed, weak
 from benchmarks.store.protocols import NAMES, g2, record
 from ine_callback import GradientStore
 
-PARTS = ("accuracy", "wide", "entries", "family", "bits", "peers", "speed", "cost", "many")
-ROUNDS = 60
+PARTS = ("accuracy", "wide", "family", "bits", "peers", "speed", "cost", "many", "weak")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--truth", type=Path, help="folder that keeps truths; by default that of --json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--protocols", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--workloads", nargs="+", choices=cost.ROUNDS, default=[*cost.ROUNDS], help="whose steps")
     parser.add_argument("--peers", default="", help="part of the names of the other stores wanted")
     parser.add_argument("--unjudged", action="store_true", help="the run's scores alone: no retraining")
     parser.add_argument("--quick", action="store_true", help="small problems: to see it work")
@@ -63,12 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     for name in args.protocols:
         if "accuracy" in args.parts:
-            store = GradientStore()
-            keep("accuracy", {name: accuracy.curve(record(name, store, data, truth, quick, not args.unjudged))})
+            found = record(name, GradientStore(), data, truth, quick, not args.unjudged)
+            keep("accuracy", {name: accuracy.curve(found)})
         if "wide" in args.parts and name not in ("g1-sgd", "g1-adamw"):  # G1's network has no more entries
             keep("wide", {name: accuracy.curve(record(name, GradientStore(4096), data, truth, quick))})
-        if "entries" in args.parts and name == "ft":
-            keep("entries", {name: accuracy.curve(record(name, GradientStore(working=2**20), data, truth, quick))})
     if "family" in args.parts:
         for name, row in family.all_of(quick):
             keep("family", {name: row})
@@ -82,11 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in peers.beside(problem, outcome, None if quick else truth / "g2-networks.pt", args.peers):
             keep("peers", {row["name"]: row})
     if "cost" in args.parts:
-        for name in cost.WORKLOADS[:1] if quick else cost.WORKLOADS:
-            keep("cost", {name: cost.of_step(name, data, 25 if quick else ROUNDS)})
-            keep("cost", {f"{name}, few": cost.of_step(name, data, 25 if quick else ROUNDS, cost.FEW)})
+        for name in ["mlp"] if quick else args.workloads:
+            if lacks := missing(name):
+                print(f"{name} is left out: {lacks} is not installed")
+                continue
+            keep("cost", {name: cost.of_step(name, data, quick)})
+            if name == "mlp":
+                keep("cost", {f"{name}, few": cost.of_step(name, data, quick, cost.FEW)})
     if "many" in args.parts:
         keep("many", many.all_of(quick))
+    if "weak" in args.parts:
+        keep("weak", weak.all_of(quick))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,23 @@ python -m benchmarks.store --parts speed cost --json store.json --data DIR
 """
 COST = """\
 What the store (1 KB a row) adds to a training step, by the plain step; steps with it and without it in turn, CPU
-seconds of one thread. `look` and `refresh` become rare; the last columns are whole runs.
+seconds of one thread. `look`, `refresh` and `new basis` (a refresh where the steps have doubled, so that the rows are
+moved into another basis) become rare; "steps" are runs of this length, computed from these, "all steps" the mean over
+all that were timed. Of GPT-2 small it is the CPU seconds inside of the store's own calls.
+"""
+WEAK = """\
+## Weak groups against retraining
+
+```bash
+python -m benchmarks.store --parts weak --json store.json
+```
+
+Weak groups of one recorded training on digits, the other groups of the same k-means and random groups of the weak ones'
+sizes; {pairs} paired trainings with and without each, of other seeds than the recorded one. Lower: groups whose rows'
+scores sum to more than 0 (they lower the query, the validation loss). Sign: groups that retraining gives the same sign.
+Moved: those whose change differs from 0 (t-test, p < .05; by chance one in 20). Spearman: of sums and true mu, over
+groups. Beyond random: those that move the query further than every random group. Said, size: medians of |mu|, as the
+report says it and by retraining; slope: of the true mu on the sums, through 0.
 """
 MANY = """\
 ## Hundreds of queries in the run
@@ -102,6 +118,33 @@ def section(results: dict[str, Any]) -> Iterable[str]:
         yield MANY.format(**results["many"]["gpt2"])
         head = ["queries", "by chunks of", "parameters", "first step", "other steps", "peak MB", "variance retained"]
         yield table(head, (many(row) for row in results["many"]["rows"]))
+    if "weak" in results:
+        yield WEAK.format(pairs=next(iter(results["weak"].values()))["pairs"])
+        head = [
+            "",
+            "groups",
+            "lower",
+            "sign",
+            "moved",
+            "moved as said",
+            "beyond random",
+            "Spearman",
+            "said",
+            "size",
+            "slope",
+        ]
+        yield table(head, weak(results["weak"]))
+
+
+def weak(found: dict[str, Any]) -> Iterable[list[str]]:
+    """Rows of the table of weak groups."""
+    for name, one in found.items():
+        for kind in ("weak", "other", "random", "all"):
+            if kind in one:
+                counts = [str(one[kind][key]) for key in ("groups", "lower")]
+                moved = [str(one[kind][key]) for key in ("moved", "moved as said", "beyond random")]
+                sizes = [number(one[kind][key]) for key in ("spearman", "said size", "size", "slope")]
+                yield [f"{name}, {kind}", *counts, number(one[kind]["sign"]), *moved, *sizes]
 
 
 def curves(results: dict[str, Any], accuracy: dict[str, Any]) -> Iterable[str]:

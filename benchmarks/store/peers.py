@@ -1,10 +1,11 @@
 """Other stores of gradients on protocol G2, at 1 KB a row: TRAK by its authors' library and dattri's, and bergson's.
 
 They store what trained networks say of a row: gradients of the last weights, projected at random. As many float32
-numbers as fit into 1 KB are kept of each network; a TRAK of ten networks keeps ten times as many bytes. bergson's hooks
-run here as its own collector calls them; its stored numbers are compared as they are, and by the inverse of their
-second moments, which its ``Attributor`` does where it is given a Hessian. Our own scores are those of
-:mod:`benchmarks.store.accuracy`; here our store is only timed.
+numbers as fit into 1 KB are kept of one network. A TRAK of ten networks is run three times: with 1 KB of each, with a
+tenth of the numbers of each, and with as many as 1 KB would have in int8. bergson's hooks run here as its own collector
+calls them; its stored numbers are compared as they are, and by the inverse of their second moments, which its
+``Attributor`` does where it is given a Hessian. Our own scores are those of :mod:`benchmarks.store.accuracy`; here our
+store is only timed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from benchmarks.recorded import recorded_step
 from ine_callback import FINE, GradientStore, Recorder
 
 NUMBERS = 256  # float32 in 1 KB
+IN_TOTAL = "1 KB in total"
+AS_INT8 = "1 KB in total if they were int8"  # nobody rounds them: an upper bound
 MODELS = 10
 SEED = 7  # of the networks, as in benchmarks.lds
 RIDGE = 0.01  # of the mean second moment, where bergson's numbers are weighed by its inverse
@@ -69,12 +73,12 @@ def networks(problem: Problem, models: int, file: Path | None) -> tuple[Stacked,
 def stores(problem: Problem, stacked: Stacked) -> Iterator[tuple[str, int, Callable[[], Asked]]]:
     """Name, networks and function of each; those whose library is not installed are left out."""
     several = lds.count(stacked)
-    if importlib.util.find_spec("trak"):
-        for models in sorted({1, several}):
-            yield f"traker TRAK-{models}", models, lambda m=models: traker(problem, stacked, m)  # type: ignore[misc]
-    if importlib.util.find_spec("dattri"):
-        for models in sorted({1, several}):
-            yield f"dattri TRAK-{models}", models, lambda m=models: dattri(problem, stacked, m)  # type: ignore[misc]
+    kinds = {f"TRAK-{several}, {IN_TOTAL}": (several, NUMBERS // several), "TRAK-1": (1, NUMBERS)}
+    kinds |= {f"TRAK-{several}, {AS_INT8}": (several, 4 * NUMBERS // several), f"TRAK-{several}": (several, NUMBERS)}
+    for library, function in (("trak", traker), ("dattri", dattri)):
+        if importlib.util.find_spec(library):
+            for name, (models, numbers) in kinds.items():
+                yield f"{function.__name__} {name}", models, partial(function, problem, stacked, models, numbers)
     if importlib.util.find_spec("bergson"):
         yield "bergson", 1, lambda: bergson(problem, stacked, False)
         yield "bergson, inverse second moments", 1, lambda: bergson(problem, stacked, True)
@@ -140,20 +144,20 @@ def beside(problem: Problem, outcome: Floats, file: Path | None, wanted: str = "
         yield {"name": name, "networks": models, "bytes_per_row": found.bytes_per_row, "lds": lds_found, **seconds}
 
 
-def traker(problem: Problem, stacked: Stacked, models: int) -> Asked:
+def traker(problem: Problem, stacked: Stacked, models: int, numbers: int) -> Asked:
     """The TRAK authors' library."""
     from trak import TRAKer
     from trak.projectors import BasicProjector, ProjectionType
 
     watch, model = Stopwatch(), problem.network().eval()
     size = sum(p.numel() for p in model.parameters())
-    projector = BasicProjector(size, NUMBERS, 0, ProjectionType.rademacher, torch.device("cpu"))
+    projector = BasicProjector(size, numbers, 0, ProjectionType.rademacher, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         tracer = TRAKer(
             *(model, "image_classification", len(problem.x), folder),
             device="cpu",
             projector=projector,
-            proj_dim=NUMBERS,
+            proj_dim=numbers,
             use_half_precision=False,
         )
         for number, state in enumerate(lds.states(stacked, models)):
@@ -166,10 +170,10 @@ def traker(problem: Problem, stacked: Stacked, models: int) -> Asked:
             tracer.start_scoring_checkpoint("queries", state, number, len(problem.xq))
             tracer.score((problem.xq, problem.yq), num_samples=len(problem.xq))
         scores = np.asarray(tracer.finalize_scores("queries"), dtype=np.float64)
-    return Asked(scores, 4 * NUMBERS * models, storing, watch.look())
+    return Asked(scores, 4 * numbers * models, storing, watch.look())
 
 
-def dattri(problem: Problem, stacked: Stacked, models: int) -> Asked:
+def dattri(problem: Problem, stacked: Stacked, models: int, numbers: int) -> Asked:
     """TRAK by dattri, asked for losses."""
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
@@ -177,12 +181,12 @@ def dattri(problem: Problem, stacked: Stacked, models: int) -> Asked:
 
     watch, f = Stopwatch(), lds.Functions(problem)
     task = AttributionTask(lds.of_row(f.margin), f.model, lds.states(stacked, models), target_func=lds.of_row(f.raised))
-    attributor = TRAKAttributor(task, lds.of_row(f.probability), projector_kwargs={"proj_dim": NUMBERS})
+    attributor = TRAKAttributor(task, lds.of_row(f.probability), projector_kwargs={"proj_dim": numbers})
     attributor.cache(lds.rows(problem, lds.chunk(problem)))
     storing = watch.look()
     asked = DataLoader(TensorDataset(problem.xq, problem.yq, torch.zeros(len(problem.xq))), len(problem.xq))
     scores = attributor.attribute(asked).detach().double().numpy()
-    return Asked(scores, 4 * NUMBERS * models, storing, watch.look())
+    return Asked(scores, 4 * numbers * models, storing, watch.look())
 
 
 class Positions(nn.Module):

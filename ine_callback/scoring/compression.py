@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ine_callback.capture import Block, GradSample
-from ine_callback.curvature.gradient_sample import Exponents, GradientSample
+from ine_callback.curvature.gradient_sample import Exponents, Removed
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import exponential
-from ine_callback.distributed.processes import Lockstep
 from ine_callback.scoring.coordinates import BlockBasis, choose
 from ine_callback.scoring.directions import DirectionSpec
 
@@ -94,6 +93,7 @@ class Compression:
         weights: What the optimizer multiplies each block's contributions with.
         alone: Whether there is one process. Of several, what fails in one must end all, for they wait for each other.
         failure: What ended the store, if anything did.
+        ending: Called before another discount takes the present one's place.
         moved: Called with a function that moves vectors [n, W'] of the former basis into the new one, and with W.
     """
 
@@ -102,6 +102,7 @@ class Compression:
         self.bases: Bases = {}
         self.places: dict[str, slice] = {}
         self.alone, self.failure = True, ""
+        self.ending: Callable[[], None] = lambda: None
         self.moved: Callable[[Callable[[Tensor], Tensor], int], None] = lambda move, size: None
         self._made_at = 0
         self.weights: dict[Block, Tensor | float] = {}  # P of each block at the last refresh
@@ -130,15 +131,16 @@ class Compression:
         self.failure = f"{type(error).__name__}: {error}"
         self.clear()
 
-    def refresh(
-        self,
-        specs: Mapping[Block, DirectionSpec],
-        kfac: KFAC,
-        sample: GradientSample,
-        processes: Lockstep,
-        steps: int,
-    ) -> None:
-        """Makes the discount anew, and the basis where blocks joined or the number of steps has doubled."""
+    def refresh(self, specs: Mapping[Block, DirectionSpec], kfac: KFAC, removed: Removed | None, steps: int) -> None:
+        """Makes the discount anew, and the basis where blocks joined or the number of steps has doubled.
+
+        Args:
+            specs: What is known of each block's direction.
+            kfac: The curvature.
+            removed: What the discount of the gradient sample removes; None where it has too few rows.
+            steps: Taken so far.
+        """
+        self.ending()
         self.weights = {block: spec.weight for block, spec in specs.items()}
         known = {block.key for block in specs}
         if not self.bases or steps >= 2 * self._made_at or not set(self.bases) <= known:
@@ -151,13 +153,12 @@ class Compression:
             place = self.places[block.key]
             weight[place] = torch.as_tensor(spec.weight).to(weight)
             alone[place] = self.bases[block.key].diagonal(kfac, block, exponential(*spec.exponents)).to(alone)
-        self._discount = _Discount(weight, alone, *self._across(exponents, sample, processes))
+        self._discount = _Discount(weight, alone, *self._across(exponents, removed))
 
     def _across(
-        self, exponents: Exponents, sample: GradientSample, processes: Lockstep
+        self, exponents: Exponents, removed: Removed | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradient sample's directions, exponents and decay in entries; None without a sample."""
-        removed = sample.removed(exponents, processes)
         if removed is None:
             return None, None, None
         kept = removed.weight > 0  # others are rounding
@@ -165,6 +166,8 @@ class Compression:
         across = torch.zeros(len(into), self.size, device=self._device)
         by_curvature, decay = torch.zeros(self.size, device=self._device), torch.ones(self.size, device=self._device)
         for block, stored in removed.rows.items():
+            if block not in exponents:
+                continue
             place = self.places[block.key]
             across[:, place] = into @ self.bases[block.key].of_stored(stored).to(into)
             by_curvature[place], fall = (torch.as_tensor(x).to(into) for x in exponents[block])
@@ -237,6 +240,11 @@ class Compression:
             if block.key in self.bases:
                 out[self.places[block.key]] = self.bases[block.key].diagonal(kfac, block).to(out)
         return out
+
+    @property
+    def discounted_size(self) -> int:
+        """Entries of the contributions that the present discount is of: other than :attr:`size` in another basis."""
+        return self.size if self._discount is None else len(self._discount.weight)
 
     def discounted(self, x: Tensor) -> Tensor:
         """``D^T P x`` of contributions x [b, W]."""

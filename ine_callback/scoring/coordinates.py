@@ -26,6 +26,8 @@ from ine_callback.curvature.stored_gradients import StoredGradients
 
 BISECTIONS = 60  # of the logarithm of the smallest variance taken
 MOVED = 32  # how many times smaller than other chunks those of moved rows are: they should stay in a processor's cache
+MAX_MATRIX = 1 << 25  # numbers of a matrix between two bases (134 MB), by which one product moves
+MANY_ROWS = 256  # so many rows: for fewer it takes longer to be made than it saves
 MAX_COLUMNS = 1 << 26  # entries of a tied weight's columns on one side, which are 0 and 1: 256 MB
 
 
@@ -108,6 +110,8 @@ class BlockBasis:
             full[:, before.index] = x
             return full[:, self.index]
         left, right = (new.transpose(-1, -2) @ old for new, old in zip(self.sides, before.sides, strict=True))
+        if len(x) >= MANY_ROWS and len(self.index) * len(before.index) <= MAX_MATRIX:  # more arithmetic, done faster
+            return x.to(right) @ self._from(before, left, right).T
         groups = range(len(left))
         stairs = [(list(_bands(_staircase(before, g))), list(_bands(_staircase(self, g).T))) for g in groups]
         out = x.new_empty(len(x), len(self.index))
@@ -125,6 +129,17 @@ class BlockBasis:
                     found[entries[there]] = made.view(-1, columns.shape[1])[there]
             out[some] = found.T.to(out)
         return out
+
+    def _from(self, before: BlockBasis, left: Tensor, right: Tensor) -> Tensor:
+        """The matrix [n, n'] from another basis's entries to these, by both sides' [G, k, k'] and [G, l, l']."""
+        on_left, on_right = (
+            side.flatten(0, 1)[own][:, other % side.shape[2]]
+            for side, own, other in zip((left, right), self._pairs, before._pairs, strict=True)
+        )
+        if len(left) > 1:  # nothing leads from one group to another
+            own, other = self._pairs[0] // left.shape[1], before._pairs[0] // left.shape[2]
+            on_left = on_left * (own[:, None] == other)
+        return on_left * on_right
 
 
 @dataclass(frozen=True)
@@ -171,7 +186,9 @@ def _bands(places: Tensor) -> Iterator[_Band]:
 def _projected(grad_sample: Outer, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Output gradients [b, G, P, k] and inputs [b, G, P, l] on columns; they are widened when they are small."""
     inputs = widened(grad_sample.projected(right))
-    output_grads = widened(grad_sample.output_grads @ left.to(grad_sample.output_grads.dtype))
+    columns = left.to(grad_sample.output_grads.dtype)
+    # one group's 2-d columns make one product of all rows, not one for each
+    output_grads = widened(grad_sample.output_grads @ (columns[0] if len(columns) == 1 else columns))
     return output_grads, inputs.to(output_grads.dtype)
 
 

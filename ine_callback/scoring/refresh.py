@@ -171,12 +171,11 @@ class Directions:
         if self.curvature is not None:
             self.curvature.pool(self.processes)
         specs = self._specs(blocks, unscale)
-        if self.compression is not None and self.curvature is not None:
-            steps = self.schedule.steps
-            made_of = specs, self.curvature, self.reservoir, self.processes
-            self.compression.run(self.compression.refresh, *made_of, steps)
         exponents = {block: spec.exponents for block, spec in specs.items()}
-        removed = self.reservoir.removed(exponents, self.processes) if self.queries else None
+        needed = bool(self.queries) or self.compression is not None
+        removed = self.reservoir.removed(exponents, self.processes) if needed else None
+        if self.compression is not None and self.curvature is not None:
+            self.compression.run(self.compression.refresh, specs, self.curvature, removed, self.schedule.steps)
         return _Shared(specs, self._mixtures(specs), exponents, removed)
 
     def _take(

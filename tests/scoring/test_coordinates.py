@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ine_callback.capture import Block, Outer
 from ine_callback.curvature.kfac import KFAC
 from ine_callback.curvature.spectral import exponential
-from ine_callback.scoring.coordinates import BlockBasis, choose
+from ine_callback.scoring.coordinates import MANY_ROWS, BlockBasis, choose
 
 
 def columns(groups: int, size: int, count: int) -> Tensor:
@@ -21,22 +21,24 @@ def staircase(groups: int, rows: int, width: int, most: int) -> Tensor:
     return (product <= most).expand(groups, -1, -1).flatten().nonzero()[:, 0]
 
 
+@pytest.mark.parametrize("rows", [5, MANY_ROWS])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("scattered", [False, True])
-def test_moved_entries_are_those_of_the_whole_gradient_between_the_new_columns(groups: int, scattered: bool) -> None:
+def test_moved_entries_are_those_of_the_whole_gradient_between_the_new_columns(
+    groups: int, scattered: bool, rows: int
+) -> None:
     torch.manual_seed(0)
     index = staircase(groups, 6, 9, 10)
     if scattered:  # in no order, as a tied weight's
         index = torch.randperm(groups * 6 * 9)[: len(index)]
     before = BlockBasis(index, (columns(groups, 8, 6), columns(groups, 11, 9)))
     after = BlockBasis(staircase(groups, 7, 8, 14), (columns(groups, 8, 7), columns(groups, 11, 8)))
-    x = torch.randn(5, len(index), dtype=torch.float64)
-    whole = torch.zeros(5, groups, 8, 11, dtype=torch.float64)
-    for row in range(5):
-        for value, place in zip(x[row], index.tolist(), strict=True):
-            g, rest = divmod(place, 6 * 9)
-            left, right = before.sides[0][g, :, rest // 9], before.sides[1][g, :, rest % 9]  # type: ignore[index]
-            whole[row, g] += value * left[:, None] * right[None]
+    x = torch.randn(rows, len(index), dtype=torch.float64)
+    whole = torch.zeros(rows, groups, 8, 11, dtype=torch.float64)
+    for values, place in zip(x.T, index.tolist(), strict=True):
+        g, rest = divmod(place, 6 * 9)
+        left, right = before.sides[0][g, :, rest // 9], before.sides[1][g, :, rest % 9]  # type: ignore[index]
+        whole[:, g] += values[:, None, None] * left[:, None] * right[None]
     torch.testing.assert_close(after.moved(x, before), after.of_vectors(whole))
 
 

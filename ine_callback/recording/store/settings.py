@@ -26,9 +26,13 @@ class GradientStore:
 
     By default ``working`` is as many numbers as ``device_bytes`` hold of all rows (on a processor, too), from twice as
     many as are on disk, were they of 8 bits, up to 4,096: of 100,000 rows 2,684. So the rows' vectors take up to 1 GB,
-    and at the end, when there are three such sets of vectors, 3 GB. Of an unknown number of rows it is the least. From
-    fixed initial weights the closing pass alone makes the store: during the run a row has no more than the least, in
-    the pass as many as ``device_bytes`` hold, of 500 rows 536,870.
+    and at the end, when there are three such sets of vectors, 3 GB. Where they take no more than half of that, each row
+    has a second sum: of its steps since the last refresh of the directions, which have one discount, so that it is
+    applied to all at once.
+
+    Of an unknown number of rows ``working`` is the least. From fixed initial weights the closing pass alone makes the
+    store: during the run a row has no more than the least, in the pass as many as ``device_bytes`` hold, of 500 rows
+    536,870.
 
     Args:
         bytes_per_row: Bytes of each row on disk: scales, and as many numbers as fit in the others.

@@ -39,9 +39,11 @@ class RowVectors:
     ) -> None:
         self.settings, self._compression, self._device = settings, compression, device
         self._rank, self._processes = rank, processes
-        compression.moved = self._move
+        compression.moved, compression.ending = self._move, self._discount
         self._width, self._grows = 0, rows is None
         self._sums = torch.zeros(0, 0, device=device)
+        self._delayed: Tensor | None = torch.zeros(0, 0, device=device)  # sums since the last refresh, not discounted
+        self._open = torch.zeros(0, dtype=torch.bool, device=device)  # which rows have such sums
         self._touched = torch.zeros(0, dtype=torch.bool, device=device)  # other rows' sums are 0 in any basis
         self._waiting: deque[tuple[Tensor, Tensor, Any]] = deque()  # on their way to the host
         self._grow(rows or 0)
@@ -61,11 +63,16 @@ class RowVectors:
         # in the host's memory once it is there, and where it would take too much of the device's
         there = self._device if 4 * size * width <= self.settings.device_bytes else torch.device("cpu")
         there = self._sums.device if self._sums.numel() and not self._sums.is_cuda else there
-        sums, touched = torch.zeros(size, width, device=there), torch.zeros(size, dtype=torch.bool, device=there)
-        if self._sums.numel():
-            sums[: len(self._sums) - 1, : self._sums.shape[1]] = self._sums[:-1].to(there)
-            touched[: len(self._touched) - 1] = self._touched[:-1].to(there)
-        self._sums, self._touched, self._width = sums, touched, width
+        if there.type != self._device.type or 2 * 4 * size * width > self.settings.device_bytes:
+            self._discount()
+            self._delayed = None  # there is no room for two sums of each row
+        elif self._delayed is not None:
+            self._delayed = _enlarged(self._delayed, size, width, there)
+        self._sums = _enlarged(self._sums, size, width, there)
+        self._touched, self._open = (
+            _enlarged(marks[:, None], size, 1, there)[:, 0] for marks in (self._touched, self._open)
+        )
+        self._width = width
 
     def update(self, observations: Observations, rate: float, known: int) -> None:
         """Adds a step's observations, at its rate; ``known`` rows exist."""
@@ -73,17 +80,31 @@ class RowVectors:
         contributions, count = observations.compressed.float(), len(observations.rows)
         if count < 2 or rate == 0.0 or not contributions.shape[1]:
             return
-        usable = contributions.isfinite().all(1, keepdim=True)
+        usable = contributions.abs().amax(1, keepdim=True).isfinite()
         contributions = torch.where(usable, contributions, 0.0)
-        finite = usable.sum()
-        others = (contributions.sum(0) - contributions) / (finite - 1).clamp(min=1)
-        shifts = self._compression.discounted(torch.where(usable, contributions - others, 0.0) * rate)
+        others = (usable.sum() - 1).clamp(min=1)  # shifts are rate (x - mean of the others), 0 of rows that overflowed
+        shifts = contributions * ((1 + 1 / others) * rate)
+        shifts -= usable * (rate / others) * contributions.sum(0)
         mine = observations.rows % self._processes == self._rank
         places = torch.where(mine, observations.rows // self._processes, len(self._sums) - 1)
-        if self._sums.device == shifts.device:
-            self._add(places, shifts)
+        if self._delayed is not None:
+            self._delayed[:, : shifts.shape[1]].index_add_(0, places, shifts)
+            self._open.index_fill_(0, places, True)
+        elif self._sums.device == shifts.device:
+            self._add(places, self._compression.discounted(shifts))
         else:
-            self._send(places, shifts)
+            self._send(places, self._compression.discounted(shifts))
+
+    def _discount(self) -> None:
+        """Discounts what waits for it: the sum of a row's steps since the last refresh, which have one discount."""
+        if self._delayed is None:
+            return
+        width, waiting = self._compression.discounted_size, self._open.nonzero()[:, 0]
+        for start in range(0, len(waiting), CHUNK):
+            rows = waiting[start : start + CHUNK]
+            self._add(rows, self._compression.discounted(self._delayed[rows, :width]))
+            self._delayed.index_fill_(0, rows, 0.0)
+        self._open.zero_()
 
     def _add(self, places: Tensor, shifts: Tensor) -> None:
         self._sums[:, : shifts.shape[1]].index_add_(0, places, shifts)
@@ -108,6 +129,7 @@ class RowVectors:
     def _move(self, move: Callable[[Tensor], Tensor], width: int) -> None:
         """Moves all vectors into another basis of ``width`` entries."""
         self._drain(wait=True)
+        self._discount()
         before = self._width
         if not before:  # no step was taken yet
             return
@@ -125,11 +147,13 @@ class RowVectors:
         """Vectors [n, W] of these rows."""
         self._grow(rows)
         self._drain(wait=True)
+        self._discount()
         return self._sums[: self._own(rows), : self._compression.size]
 
     def state_dict(self) -> dict[str, Any]:
         """This process's vectors and the basis: tensors and plain types."""
         self._drain(wait=True)
+        self._discount()  # those that go on from here make another
         sums = self._sums[:, : self._compression.size]
         return {
             "rank": self._rank,
@@ -148,3 +172,11 @@ class RowVectors:
         self._sums.zero_()
         self._sums[: len(saved) - 1, : saved.shape[1]] = saved[:-1].to(self._sums)
         self._touched[: len(saved) - 1] = state["touched"][:-1].to(self._touched)
+
+
+def _enlarged(x: Tensor, rows: int, width: int, device: torch.device) -> Tensor:
+    """With zeros behind its rows and columns [rows, width]; the last row, of other processes, is left behind."""
+    out = torch.zeros(rows, width, dtype=x.dtype, device=device)
+    if x.numel():
+        out[: len(x) - 1, : x.shape[1]] = x[:-1].to(device)
+    return out

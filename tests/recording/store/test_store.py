@@ -55,6 +55,17 @@ def test_a_row_s_vector_gives_the_signals_of_a_query_recorded_in_the_run(
     torch.testing.assert_close(found, method.raw, rtol=tolerance, atol=tolerance * float(method.raw.abs().max()))
 
 
+@pytest.mark.parametrize("rows", [ROWS, None])
+def test_a_discount_that_waits_for_the_next_refresh_is_that_of_each_step(rows: int | None) -> None:
+    # every row comes twice between the refreshes after 5 and 10 steps, and after 5 the store has another basis
+    room, without = (GradientStore(working=40, device_bytes=size) for size in (2**30, 4 * 41 * (ROWS + 1)))
+    delayed, at_once = (trained(settings, "adamw", rows=rows, refresh_every=5) for settings in (room, without))
+    for one, waits in ((delayed, True), (at_once, False)):
+        assert one.recorder.store is not None and (one.recorder.store.vectors._delayed is not None) == waits
+    expected, found = (one.recorder.store.vectors.vectors(ROWS) for one in (at_once, delayed))  # type: ignore[union-attr]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("weights", ["random", "fixed"])
 def test_queries_asked_later_get_the_run_s_scores(weights: str) -> None:
     one = trained(ALL, initial_weights=weights)
