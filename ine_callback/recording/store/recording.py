@@ -38,6 +38,7 @@ from ine_callback.report.stored_vectors import Calibration, StoredBlock, StoredV
 from ine_callback.scores import Floats, Scores
 from ine_callback.scoring.compression import Compression
 from ine_callback.stats.ranks import spearman
+from ine_callback.utilities.tracking import Track, untracked
 
 NO_STORE = "no gradient store, though one was asked for: {}"  # in the report's notes
 
@@ -91,6 +92,7 @@ class StoreRecording:
         self.vectors = RowVectors(settings, self.compression, device, rows, processes.rank, processes.count)
         self._passed, self._closed, self._known = Passed(), False, rows or 0
         self.made: StoredVectors | None = None
+        self._progress: Track = untracked
 
     def run(self, function: Callable[..., _T], *args: Any) -> _T | None:
         """Calls a part of the store; what fails costs the store alone (:meth:`.Compression.run`)."""
@@ -167,7 +169,7 @@ class StoreRecording:
 
     def take_queries(self, context: FitContext, snapshots: Sequence[Snapshot]) -> None:
         """After the passes: takes the queries at the final weights, and the weights of the passes at others."""
-        passed = self._passed
+        passed, self._progress = self._passed, context.progress
         if not self.settings.snapshots or len(snapshots) == passed.passes:
             self._add_queries(context)  # else one pass was at these weights
         if self.settings.snapshots:
@@ -212,8 +214,9 @@ class StoreRecording:
         """
         if self.made is None and self.compression.bases:
             self.close(run)
-            with torch.no_grad():
-                self.made = self._reduced(scores, names, self._variances(run))
+            for _ in self._progress(["components"], "gradient store"):  # a minute for thousands of rows
+                with torch.no_grad():
+                    self.made = self._reduced(scores, names, self._variances(run))
 
     def _reduced(self, scores: Scores, names: Mapping[torch.nn.Parameter, str], variances: Tensor) -> StoredVectors:
         rows = len(scores.observations)
