@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from benchmarks.resume import Classifier
@@ -35,7 +35,8 @@ def fit(folder: Path, *callbacks: L.Callback, resume: bool = False) -> tuple[Cla
         ["val", "self"], refresh_every=3, store=GradientStore(), dirpath=folder / "report", on_error="raise"
     )
     keep = ModelCheckpoint(folder, every_n_train_steps=5, save_last=True)
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {"accelerator": "cpu", "logger": False, "enable_model_summary": False}
+    quiet["enable_progress_bar"] = any(isinstance(each, ProgressBar) for each in callbacks)
     trainer = L.Trainer(max_epochs=4, num_sanity_val_steps=0, callbacks=[influence, keep, *callbacks], **quiet)
     module = Classifier()
     loader = DataLoader(rows, BATCH, sampler=DistributedSampler(rows, 1, 0, seed=5))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
 from ine_callback import InfluenceCallback, InfluenceReport
@@ -34,6 +35,11 @@ def test_a_killed_and_resumed_training_ends_with_the_same_store(
     for name, value in vars(one.store).items():
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, getattr(other.store, name), err_msg=name)
+
+
+def test_making_the_store_is_shown_in_the_trainers_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, TQDMProgressBar())
+    assert "gradient store" in "".join(capfd.readouterr())
 
 
 def test_a_saved_report_is_asked_with_the_module_and_its_own_loss(
