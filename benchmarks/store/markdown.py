@@ -17,10 +17,10 @@ python -m benchmarks.store --parts accuracy wide --json store.json --data DIR
 {data}. One recorded run each; its queries, asked again of the store. Spearman: with the same queries' mu in the run,
 over rows, mean over queries, and the worst tenth of them. Retraining: Spearman with retraining, over 55 groups left out
 (G1), or over halves of the rows (LDS; G2, FT). "first": the store as it was chosen on G1 and then scored on G2 and FT,
-which were held out; it failed there. It was mended on other trainings (the next table), and G2 and FT were scored again
-(.643 with the run and .506 with 8,192 entries and int8; .898 and .741 with 65,536 entries). The third time, here, FT has
-all of its entries by default, and numbers of mixed width, chosen on G1 and the trainings of the next table. G1 was asked
-again without its retrainings. 2 and 4 KB: a run with 8,184 entries.
+which were held out; it failed there. It was mended on other trainings (the next table), and G2 and FT were scored
+again (.643 with the run and .506 with 8,192 entries and int8; .898 and .741 with 65,536 entries). The third time,
+here, FT has all of its entries by default, and numbers of mixed width, chosen on G1 and the trainings of the next
+table. G1 was asked again without its retrainings. 2 and 4 KB: a run with 8,184 entries.
 """
 FAMILY = """\
 ## Gradient store: trainings it was mended on
