@@ -15,15 +15,19 @@ from .catalogue import ALL
 from .harness import examine, fit, shortcomings
 from .regime import Regime
 
-MOST = 5  # of each group that are not among the long tests
+MOST = 4  # of each group that are not among the long tests
 
 
 def _cases() -> Iterator[object]:
-    """The regimes; of those of a group that are not slow themselves, the first ones are in `make test`."""
+    """The regimes; of those of a group that are not slow themselves, the first ones are in `make test`.
+
+    Those of several processes are trained all at once, and DDP has tests of its own (tests/distributed).
+    """
     short = Counter[str]()
     for regime in ALL:
-        short[regime.group] += not regime.slow
-        long = regime.slow or short[regime.group] > MOST
+        slow = regime.slow or regime.processes > 1
+        short[regime.group] += not slow
+        long = slow or short[regime.group] > MOST
         yield pytest.param(regime, id=regime.name, marks=[pytest.mark.long] if long else [])
 
 

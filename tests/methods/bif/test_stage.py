@@ -38,6 +38,7 @@ def test_chains_change_nothing_else() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.long
 def test_rows_are_dataset_indices_and_queries_the_callbacks() -> None:
     queries = {"val": "val", "m": Query.margin("val"), "self": "self"}
     _, report, _ = fit([FINE(), BIF(**SHORT_CHAINS, rows=[90, 4, 17])], queries=queries, **QUIET)  # type: ignore[arg-type]
