@@ -27,7 +27,7 @@ python -m benchmarks.overhead --knobs --json knobs.json --data DIR
 
 Mean time of a step by that of a plain step, over a whole training of 200, looks and refreshes among them; and the
 scores against those of the exact mode with all other settings left as they are: Spearman over rows, and the error's
-standard deviation by the scores'. Default: `rank=32`, planned looks and refreshes. Below `rank` the rows are other
+standard deviation by the scores'. Default: planned looks and refreshes. Below `rank` the rows are other
 estimators, not approximations of this one: there an error says how much the knob changes, not which is right.
 """
 FIDELITY = """\

@@ -186,7 +186,7 @@ def turned(workload: Workload, device: torch.device, steps: int) -> dict[str, Ca
         return lambda: Recorded(workload, device, both, rank, steps, **knobs)
 
     found: dict[str, Callable[[], Plain]] = {"plain": lambda: Plain(workload, device), EXACT: recorded(None)}
-    found |= {f"rank={rank}": recorded(rank) for rank in (4, 8, 16, RANK, 64)}
+    found |= {f"rank={rank}": recorded(rank) for rank in (4, 8, 16, 32, RANK)}
     found |= {f"curvature_every={every}": recorded(curvature_every=every) for every in (1, 16)}
     found |= {f"refresh_every={every}": recorded(refresh_every=every) for every in (5, 80)}
     found["reservoir=0"] = recorded(reservoir=0)

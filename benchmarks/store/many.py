@@ -13,7 +13,7 @@ from benchmarks.lds.measure import measure
 from benchmarks.lds.problems import Transformer, row_losses
 from benchmarks.recorded import recorded_step
 from ine_callback import Recorder
-from ine_callback.curvature.low_rank import MAX_RANK, MAX_RANK_FRACTION, RANK
+from ine_callback.curvature.low_rank import FORCED_RANK, MAX_FRACTION, MAX_RANK
 from ine_callback.scoring import refresh
 
 QUERIES, ROWS, LENGTH, CHARACTERS = 481, 32, 32, 65
@@ -76,7 +76,7 @@ def gpt2_small(queries: int) -> dict[str, float]:
     size = max(1, refresh.CHUNK_BYTES // (4 * parameters))
     directions = 4.0 * queries * others
     for outputs, inputs in sides:
-        rank = min(RANK * size, MAX_RANK, int(MAX_RANK_FRACTION * inputs))
+        rank = min(FORCED_RANK * size, MAX_RANK, int(MAX_FRACTION * inputs))
         directions += 4 * rank * (queries * outputs + -(-queries // size) * inputs)
     return {
         "queries": queries,

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RANK = 32  # default: most dimensions of a basis for each query
-MAX_RANK, MAX_RANK_FRACTION = 256, 0.5  # most dimensions of a basis for all queries, also as a fraction of the inputs
+RANK = 128  # default: most dimensions of a basis for each query
+FORCED_RANK = 32  # likewise where directions are of low rank whatever they retain: memory decides
+MAX_RANK, MAX_FRACTION = 256, 0.5  # most dimensions for all queries, also as a fraction of the exact directions' work
 MIN_RETAINED_VARIANCE = 0.99  # fraction of the signals' variance that a basis must retain
 MIN_INPUTS = 32  # sides with fewer dimensions save nothing
 OVERSAMPLING, POWER_ITERATIONS = 8, 3  # of the subspace iteration
@@ -74,15 +75,15 @@ def low_rank(
         left: Covariance of the output gradients.
         right: Covariance of the activations.
         rank: Most dimensions for each query.
-        forced: Whether to take so many where they retain too little, since the directions themselves would not fit.
+        forced: Whether to take some where they retain too little, since the directions themselves would not fit.
 
     Returns:
         basis [G, I, r], directions [Q, G, O, r] and the retained variance (a scalar fraction).
     """
     inputs = u.shape[-1]
-    if inputs < MIN_INPUTS:
+    most = _most(u, rank, forced)
+    if inputs < MIN_INPUTS or most < 1:
         return None
-    most = min(rank * u.shape[0], MAX_RANK, int(MAX_RANK_FRACTION * inputs))
     in_basis = right.into(u) * right.values[:, None].sqrt()
     weighted = left.into(in_basis.transpose(-1, -2)) * left.values[:, None].sqrt()  # [Q, G, I, O]
     stacked = weighted.permute(1, 0, 3, 2).flatten(1, 2)  # [G, Q O, I]
@@ -100,6 +101,20 @@ def low_rank(
     leading = vectors[..., :r]
     basis = right.out_of(leading * right.values[..., None].rsqrt())
     return basis, in_basis @ leading, retained[:, r - 1].min()
+
+
+def _most(u: Tensor, rank: int, forced: bool) -> int:
+    """Most dimensions r of a basis for directions u [Q, G, O, I]: a position's work is r I + Q r O in place of Q O I.
+
+    Example:
+        >>> _most(torch.zeros(1, 1, 3072, 768), 128, False), _most(torch.zeros(1, 1, 128, 128), 128, False)
+        (128, 32)
+    """
+    queries, _, outputs, inputs = u.shape
+    if forced:
+        return max(1, min(min(rank, FORCED_RANK) * queries, MAX_RANK, int(MAX_FRACTION * inputs)))
+    outputs *= queries
+    return min(rank * queries, MAX_RANK, int(MAX_FRACTION * outputs * inputs / (outputs + inputs)))
 
 
 def _leading(x: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -158,8 +158,8 @@ class Directions:
     def _chunks(self) -> list[Sequence[BoundQuery]]:
         """The queries whose gradients are made at once: all of them, where these take at most :data:`WHOLE_BYTES`.
 
-        Else each chunk's directions are of low rank (:data:`.RANK` dimensions a query), whatever these retain: whole
-        ones would take as much as that many models.
+        Else each chunk's directions are of low rank (:data:`.FORCED_RANK` dimensions a query at most), whatever these
+        retain: whole ones would take as much as that many models.
         """
         one = 4 * sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         whole = one * len(self.queries) <= WHOLE_BYTES
