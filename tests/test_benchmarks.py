@@ -36,7 +36,7 @@ def run(module: str, *arguments: str) -> str:
         pytest.param("randomness", "## Stability", marks=pytest.mark.long),
         ("overhead", "## Overhead"),
         pytest.param("overhead.trainer", "## Trainer runs", marks=pytest.mark.long),
-        ("overhead.profile", "## Operations of a step"),
+        pytest.param("overhead.profile", "## Operations of a step", marks=pytest.mark.long),
         ("layers", "## Pruning by the sensitivity of blocks"),
         ("scale", "## Growth with rows"),
         pytest.param("values", "## Values against clean rows", marks=pytest.mark.long),

@@ -81,6 +81,7 @@ def test_beyond_the_cap_there_is_no_gradient_and_below_it_is_minus_the_loss_s() 
     assert torch.allclose(found[0], -without[0]) and not found[1].any()
 
 
+@pytest.mark.long
 def test_uncapped_ascent_diverges_and_the_cap_prevents_it() -> None:
     """Clean tokens as mean loss; trap 3 of the project's seeds."""
 

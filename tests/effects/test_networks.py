@@ -95,6 +95,7 @@ def test_networks_see_curves() -> None:
     assert again.estimate == found.estimate  # seeded, and the same by its word
 
 
+@pytest.mark.long
 def test_all_estimands_take_networks() -> None:
     rng = np.random.default_rng(0)
     a = rng.integers(0, 2, 600)

@@ -15,7 +15,7 @@ from .catalogue import ALL
 from .harness import examine, fit, shortcomings
 from .regime import Regime
 
-MOST = 4  # of each group that are not among the long tests
+MOST = 3  # of each group that are not among the long tests
 
 
 def _cases() -> Iterator[object]:

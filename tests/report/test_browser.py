@@ -158,6 +158,7 @@ def test_the_table_sorts_and_filters(page: Any) -> None:
     assert first_rows(page) == [239]
 
 
+@pytest.mark.long
 def test_twenty_thousand_rows_stay_responsive(opened: Open) -> None:
     page = opened("many.html")
     assert page.locator("#count").inner_text() == "1–25 of 20,000 rows"

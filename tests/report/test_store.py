@@ -235,6 +235,7 @@ def test_a_folder_named_like_a_partition_is_no_partition(tmp_path: Path) -> None
     assert_same(report, InfluenceReport.load(report.save(tmp_path / "row=3")))
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_rows_are_saved_in_seconds(tmp_path: Path) -> None:
     report = example_report(100_000)
     start = time.perf_counter()

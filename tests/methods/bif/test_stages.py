@@ -147,6 +147,7 @@ class Data(L.LightningDataModule):
         return self.ready[1]
 
 
+@pytest.mark.long
 def test_chains_can_be_run_from_a_checkpoint(tmp_path: Path) -> None:
     _, report, trainer = fit([FINE(), BIF(**SHORT_CHAINS)], **QUIET)  # type: ignore[arg-type]
     trainer.save_checkpoint(tmp_path / "it.ckpt")
