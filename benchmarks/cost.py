@@ -70,10 +70,14 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
     """A section for each workload of ``benchmarks.overhead``."""
     flags = f" {results['flags']}" if results.get("flags") else ""
     for name, found in results["workloads"].items():
-        what = f"{found['what']}, compiled" if results.get("compiled") else found["what"]
-        known = {"what": what, "device": results["device"], "name": name, "parameters": found["parameters"]}
+        known = {
+            "what": _what(results, found),
+            "device": results["device"],
+            "name": name,
+            "parameters": found["parameters"],
+        }
         yield OVERHEAD_HEAD.format(**known, plain=found["plain_ms"], flags=flags)
-        lengths = next(row["runs"] for row in found["steppers"].values() if "runs" in row)
+        lengths: dict[str, float] = next((row["runs"] for row in found["steppers"].values() if "runs" in row), {})
         memory = ["peak memory"] if "peak_memory_ratio" in found["steppers"]["plain"] else []
         yield table(
             ["", "ordinary", "look", "refresh", *(f"{int(n):,} steps" for n in lengths), *memory],
@@ -90,12 +94,17 @@ def overhead(results: dict[str, Any]) -> Iterable[str]:
         yield FIDELITY.format(visits=visits, lines="; ".join(lines), kept=default["kept_share"] or 1.0)
 
 
+def _what(results: dict[str, Any], found: dict[str, Any]) -> str:
+    return f"{found['what']}, compiled" if results.get("compiled") else str(found["what"])
+
+
 def profile(results: dict[str, Any]) -> Iterable[str]:
     """A section for each workload of ``benchmarks.overhead.profile``."""
     for name, found in results["workloads"].items():
-        what = f"{found['what']}, compiled" if results["compiled"] else found["what"]
         flags = " --compile" if results["compiled"] else ""
-        yield PROFILE_HEAD.format(what=what, device=results["device"], name=name, flags=flags, shown=SHOWN)
+        yield PROFILE_HEAD.format(
+            what=_what(results, found), device=results["device"], name=name, flags=flags, shown=SHOWN
+        )
         rows = found["steppers"].items()
         yield table(["", "operations", "ms"], ([each, f"{r['operations']:,.0f}", f"{r['ms']:.2f}"] for each, r in rows))
         for each, row in rows:

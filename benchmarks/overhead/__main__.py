@@ -88,19 +88,16 @@ def timed(
         except Exception as error:
             print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
     seconds: dict[str, list[tuple[str, float]]] = {name: [] for name in made}
-    clock, g = Clock(device), torch.Generator().manual_seed(2)
+    clock, batches = Clock(device), workloads.batches(workload, device)
     for turn in track(range(rounds), description=workload.name):
-        rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
-        batch = workload.x[rows].to(device), workload.y[rows].to(device)
-        if device.type == "cuda" and batch[0].dim() == 4:
-            batch = batch[0].to(memory_format=torch.channels_last), batch[1]
+        rows, batch = next(batches)
         for name in list(made)[turn % 2 :: 2] + list(made)[1 - turn % 2 :: 2]:
             if name == SLOW and turn >= SLOW_ROUNDS + warm_up:
                 continue
             before = clock.now()
             try:
                 with memory.of(name):
-                    kind = made[name].step(rows.to(device), batch)
+                    kind = made[name].step(rows, batch)
             except Exception as error:
                 print(f"{workload.name}: {name} is left out ({type(error).__name__}: {error})")
                 del made[name], seconds[name]
@@ -223,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             makers = {k: make for k, make in makers.items() if not args.steppers or k in ["plain", *args.steppers]}
             found = timed(workload, device, rounds, makers, [DEFAULT], args.warm_up)
         if device.type == "cpu" and not (args.quick or args.knobs or args.compile or args.no_memory):
-            found["plain_peak_mb"] = on_the_host(name, where, found["steppers"])
+            found["plain_peak_mb"] = on_the_host(name, where, args.batch, found["steppers"])
         results["workloads"][name] = found
         args.json.write_text(json.dumps(results, indent=1))
         show(name, found)

@@ -4,26 +4,30 @@
 
 The parts run one after the other, each in a process of its own and at most as long as said here or as time is left;
 what a part had measured when it was ended stays. What matters most comes first. In DIR: ``gpu.md``, the tables with the
-name of the card; ``gpu.json``, the results of each part by its name; ``gpu.log``, what the parts printed.
+name of the card; ``gpu.json``, the results of each part by its name; ``gpu.log``, what the parts printed. Ends with 1
+where a part failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STEPS = "--warm-up", "21", "--rounds", "61"
 OURS = "--steppers", "one query", "one query and self"
 OTHERS = "the same, exact", "Opacus, gradient of each row", "Opacus, norm of each row"  # in the same run
 LARGE = "--workloads", "gpt2", "resnet18"
+TESTS = "recording/test_cuda.py", "recording/test_cuda_processes.py", "integrations/test_cuda.py"
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,7 @@ def overhead(name: str, seconds: int, *options: str) -> Part:
 
 
 PARTS = (
-    Part(
-        "tests",
-        110,
-        (
-            "pytest",
-            "-q",
-            "tests/recording/test_cuda.py",
-            "tests/recording/test_cuda_processes.py",
-            "tests/integrations/test_cuda.py",
-        ),
-    ),
+    Part("tests", 110, ("pytest", "-q", *(f"tests/{file}" for file in TESTS))),
     overhead("eager", 100, *LARGE, *OURS, *OTHERS),
     overhead("compiled", 110, *LARGE, *OURS, "--compile"),
     Part("trainer", 80, ("benchmarks.overhead.trainer", *LARGE, "--precisions", "bf16-mixed")),
@@ -69,30 +63,30 @@ PARTS = (
 )
 
 
-def measured(part: Part, work: Path, device: str, seconds: float) -> str:
-    """Runs a part, whose results and output go to the folder ``work``; returns how it ended, in words."""
+def measured(part: Part, work: Path, device: str, seconds: float) -> int | None:
+    """Runs a part, whose results and output go to the folder ``work``; its exit status, None: its time was over."""
     file = [] if part.call[0] == "pytest" else ["--device", device, "--json", str(work / f"{part.name}.json")]
-    started, limit = time.monotonic(), min(seconds, part.seconds)
+    call, alone = [sys.executable, "-u", "-m", *part.call, *file], os.environ | {"OMP_NUM_THREADS": "1"}
     with (work / f"{part.name}.log").open("w") as log:
-        call, alone = [sys.executable, "-u", "-m", *part.call, *file], os.environ | {"OMP_NUM_THREADS": "1"}
         try:
-            done = subprocess.run(call, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=alone)
-            ended = f"exit status {done.returncode}"
+            limit = min(seconds, part.seconds)
+            return subprocess.run(call, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=alone).returncode
         except subprocess.TimeoutExpired:
-            ended = "ended as its time was over"
-    return f"{part.name}: {ended} after {time.monotonic() - started:.0f} s"
+            return None
 
 
-def keep(work: Path, out: Path, words: Sequence[str]) -> str:
+def keep(work: Path, out: Path, ended: Mapping[str, str]) -> str:
     """Puts what the parts have left into the three files; returns the tables."""
-    names = [part.name for part in PARTS if (work / f"{part.name}.json").is_file()]
-    files = [work / f"{name}.json" for name in names]
-    call = [sys.executable, "-m", "benchmarks.results", *map(str, files)]
-    text = subprocess.run(call, capture_output=True, text=True, check=True).stdout if files else ""
-    logs = [f"== {part.name}\n{log.read_text()}" for part in PARTS if (log := work / f"{part.name}.log").is_file()]
-    found = {name: json.loads(file.read_text()) for name, file in zip(names, files, strict=True)}
-    (out / "gpu.json").write_text(json.dumps({"parts": list(words), **found}, indent=1))
+    logs = [f"== {name}: {words}\n{(work / f'{name}.log').read_text()}" for name, words in ended.items()]
     (out / "gpu.log").write_text("\n".join(logs))
+    found: dict[str, Any] = {"parts": ended}
+    for name in ended:
+        with contextlib.suppress(OSError, ValueError):  # none, or ended while it was written
+            found[name] = json.loads((work / f"{name}.json").read_text())
+    (out / "gpu.json").write_text(json.dumps(found, indent=1))
+    files = [str(work / f"{name}.json") for name in ended if name in found]
+    call = [sys.executable, "-m", "benchmarks.results", *files]
+    text = subprocess.run(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout if files else ""
     (out / "gpu.md").write_text(text)
     return text
 
@@ -105,15 +99,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="these alone")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    end, words = time.monotonic() + 60 * args.minutes, []
+    end, ended, text, failed = time.monotonic() + 60 * args.minutes, dict[str, str](), "", False
     with tempfile.TemporaryDirectory() as work:
         for part in PARTS:
             left = end - time.monotonic()
             if (args.parts is None or part.name in args.parts) and left > 0:
-                words.append(measured(part, Path(work), args.device, left))
-                print(words[-1], flush=True)
-                text = keep(Path(work), args.out, words)
+                status = measured(part, Path(work), args.device, left)
+                words = "its time was over" if status is None else f"exit status {status}"
+                ended[part.name] = f"{words} after {left - (end - time.monotonic()):.0f} s"
+                failed |= bool(status)
+                print(f"{part.name}: {ended[part.name]}", flush=True)
+                text = keep(Path(work), args.out, ended)
     print(text)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

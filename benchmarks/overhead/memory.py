@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,20 @@ class Memory:
         self.held[name] = held + torch.cuda.memory_allocated() - before
 
 
-def alone(name: str, where: Path | None, stepper: str) -> None:
+def alone(name: str, where: Path | None, batch: int | None, stepper: str) -> None:
     """Some steps of one stepper on the CPU, two refreshes among them, in a process whose memory is watched."""
-    workload = workloads.load(name, where)
-    taken = steppers(workload, torch.device("cpu"), peers=False)[stepper]()
-    g = torch.Generator().manual_seed(2)
-    for _ in range(STEPS_ALONE):
-        rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
-        taken.step(rows, (workload.x[rows], workload.y[rows]))
+    workload, device = workloads.load(name, where).in_batches_of(batch), torch.device("cpu")
+    taken = steppers(workload, device, peers=False)[stepper]()
+    for rows, held in islice(workloads.batches(workload, device), STEPS_ALONE):
+        taken.step(rows, held)
     taken.close()
 
 
-def on_the_host(name: str, where: Path | None, found: dict[str, Any]) -> float:
+def on_the_host(name: str, where: Path | None, batch: int | None, found: dict[str, Any]) -> float:
     """Fills in each stepper's peak of memory by the plain one's, data and all; returns the latter in MB."""
-    peak = {stepper: measure(partial(alone, name, where, stepper)).peak_mb for stepper in WATCHED if stepper in found}
+    peak = {
+        stepper: measure(partial(alone, name, where, batch, stepper)).peak_mb for stepper in WATCHED if stepper in found
+    }
     for stepper, value in peak.items():
         found[stepper]["peak_memory_ratio"] = value / peak["plain"]
     return peak["plain"]

@@ -57,19 +57,16 @@ def of_ordinary_steps(
     make: Callable[[], Plain], workload: workloads.Workload, device: torch.device, warm_up: int, steps: int
 ) -> dict[str, tuple[float, float]]:
     """What a stepper's ordinary steps run; a step whose kind is another is left out."""
-    stepper, found, g = make(), Operations(), torch.Generator().manual_seed(2)
+    stepper, found, batches = make(), Operations(), workloads.batches(workload, device)
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     for turn in track(range(MOST), description=workload.name):
-        rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
-        batch = workload.x[rows].to(device), workload.y[rows].to(device)
-        if cuda and batch[0].dim() == 4:
-            batch = batch[0].to(memory_format=torch.channels_last), batch[1]
+        rows, batch = next(batches)
         if turn < warm_up:
-            stepper.step(rows.to(device), batch)
+            stepper.step(rows, batch)
             continue
         with profile(activities=activities) as measured:
-            kind = stepper.step(rows.to(device), batch)
+            kind = stepper.step(rows, batch)
             if cuda:
                 torch.cuda.synchronize()
         if kind == ORDINARY:

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,17 @@ class Workload:
     def in_batches_of(self, rows: int | None) -> Workload:
         """The same with so many rows in a batch; None: its own number."""
         return replace(self, batch=rows, what=re.sub(r"batch \d+", f"batch {rows}", self.what)) if rows else self
+
+
+def batches(workload: Workload, device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
+    """Rows drawn anew for each step, the same for whoever asks, and their data; images on a GPU as it likes them."""
+    g = torch.Generator().manual_seed(2)
+    while True:
+        rows = torch.randperm(len(workload.x), generator=g)[: workload.batch]
+        x, y = workload.x[rows].to(device), workload.y[rows].to(device)
+        if device.type == "cuda" and x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
+        yield rows.to(device), (x, y)
 
 
 def loss_of(module: nn.Module, batch: Any) -> Tensor:

@@ -112,7 +112,7 @@ def _most(u: Tensor, rank: int, forced: bool) -> int:
     """
     queries, _, outputs, inputs = u.shape
     if forced:
-        return max(1, min(min(rank, FORCED_RANK) * queries, MAX_RANK, int(MAX_FRACTION * inputs)))
+        return min(min(rank, FORCED_RANK) * queries, MAX_RANK, int(MAX_FRACTION * inputs))
     outputs *= queries
     return min(rank * queries, MAX_RANK, int(MAX_FRACTION * outputs * inputs / (outputs + inputs)))
 

@@ -130,26 +130,26 @@ def _moments(
 def _by_block(moments: Tensor, place: Tensor, blocks: int) -> Tensor:
     """Factors of ``blocks`` blocks, of moments of parameters that are in the block of this place, or in none."""
     sums = moments.new_zeros(5, blocks + 1).index_add(1, place, moments)[:, :-1]
-    factors, whole = _with_total(sums, moments)[0]
+    factors, whole, _ = _with_total(sums, moments)
     return torch.where(sums[0] > 0, factors, whole)
 
 
 @Fused
 def _uneven(moments: Tensor) -> Tensor:
     """Whether parameters were changed by several factors, and whether one by more than a factor [2]."""
-    (factors, whole), cosine = _with_total(moments, moments)
+    factors, whole, cosine = _with_total(moments, moments)
     present = moments[0] > 0
     uneven = present & ((factors - whole).abs() > FACTOR_TOLERANCE * whole.abs())
     rotated = present & (moments[1] > 0) & (cosine.abs() < 1 - COSINE_TOLERANCE)
     return torch.stack([uneven.any(), rotated.any()]).long()
 
 
-def _with_total(sums: Tensor, moments: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Factors and cosines of sums [5, n], and the factor of all parameters together [1]; all in one go."""
+def _with_total(sums: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors of sums [n], that of all parameters together [1], and cosines of sums [n]; all in one go."""
     every = torch.cat([sums, moments.sum(1, keepdim=True)], 1)
     cosine = _cosine(every)
     factors = _factor(every, cosine)
-    return (factors[:-1], _or_one(every, factors)[-1:]), cosine[:-1]
+    return factors[:-1], _or_one(every[:, -1:], factors[-1:]), cosine[:-1]
 
 
 def _factor(sums: Tensor, cosine: Tensor) -> Tensor:

@@ -27,10 +27,9 @@ from ine_callback.report.reading import ReportError, open_plain, read_format
 from ine_callback.scores import Floats
 
 FORMAT, VERSION, FORMER = "ine_callback.store", 2, 1  # the former has no bands, and its components in ARRAYS
-FILES = ROWS, COMPONENTS, ARRAYS, WEIGHTS, META = (
-    *("store.npy", "store-components.npy", "store-arrays.npz", "store-weights.npz"),
-    "store.json",
-)
+ROWS, COMPONENTS, ARRAYS = "store.npy", "store-components.npy", "store-arrays.npz"
+WEIGHTS, META = "store-weights.npz", "store.json"
+FILES = ROWS, COMPONENTS, ARRAYS, WEIGHTS, META
 LEVELS = 127  # of int8, to each side
 CHUNK_BYTES = 2**22  # of rows that are read and widened at once: they fit into a processor's cache
 CHUNK_ENTRIES = 2**12  # of components that are
